@@ -1,0 +1,21 @@
+# Two commands set everything up: `make demo` and `make test`. README.md has the same as plain commands.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow install
+
+demo: install
+	$(BIN)/python -m pipeline.demo
+
+test: install
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
+
+install: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e ".[test]"
+	touch .venv/installed

@@ -1,0 +1,127 @@
+"""Batches for training: images with their captions grouped, K captions to an image, features read from the cache."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import DataError
+from data.features import FeatureCache, iterate
+from data.sources import Image
+from data.tokens import tokenize_all
+from data.vocabulary import BOS, EOS, PAD, Vocabulary
+
+
+@dataclass
+class Batch:
+    """features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64, image_ids (B of them).
+
+    `tokens` begin with <bos> and end with <eos> (but for captions cut at the length limit); <pad> fills T, and whole
+    captions where an image has fewer than K.
+    """
+
+    features: Tensor
+    boxes: Tensor
+    counts: Tensor
+    tokens: Tensor
+    image_ids: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts, self.tokens)]
+        return Batch(*moved, self.image_ids)
+
+
+class CaptionedImages:
+    """Images of one split with tokenised captions, ready to be drawn in batches from a cache."""
+
+    def __init__(self, images: Sequence[Image], cache: FeatureCache, split: str) -> None:
+        for image in images:
+            if not image.captions:
+                raise DataError(
+                    f"image {image.id} ({image.name}) has no caption in split {split!r}; "
+                    "leave it out of the caption file's images, or give it one"
+                )
+        self.images, self.left_out = cache.select(images)
+        if not self.images:
+            raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
+        self.cache = cache
+        words = iter(tokenize_all([caption for image in self.images for caption in image.captions]))
+        self.tokens = [[tokens for _ in image.captions if (tokens := next(words))] for image in self.images]
+        for image, tokens in zip(self.images, self.tokens, strict=True):
+            if not tokens:
+                raise DataError(f"the captions of image {image.id} ({image.name}) hold no word: {image.captions[0]!r}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def captions(self) -> int:
+        return sum(len(tokens) for tokens in self.tokens)
+
+    def encode(self, vocabulary: Vocabulary, max_length: int) -> list[list[list[int]]]:
+        """Ids by image and caption, with <bos> and <eos>; more than `max_length` words are cut and lose their <eos>."""
+        return [
+            [[BOS, *vocabulary.encode(words)[:max_length], *([EOS] if len(words) <= max_length else [])] for words in captions]
+            for captions in self.tokens
+        ]
+
+    def batches(self, ids: list[list[list[int]]], size: int, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """All images once in batches of `size` images, shuffled by `generator` (None: in order)."""
+        order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
+        for chosen in iterate(order.tolist(), size):
+            image_ids = [self.images[i].id for i in chosen]
+            rows = self.cache.rows(image_ids)
+            yield Batch(
+                torch.from_numpy(rows.features),
+                torch.from_numpy(rows.boxes),
+                torch.from_numpy(rows.counts.astype(np.int64)),
+                pad([ids[i] for i in chosen]),
+                image_ids,
+            )
+
+
+def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Nested ids by image and caption as tokens [B,K,T] int64, padded with <pad>."""
+    most = max(len(group) for group in captions)
+    longest = max(len(caption) for group in captions for caption in group)
+    tokens = np.full((len(captions), most, longest), PAD, np.int64)
+    for b, group in enumerate(captions):
+        for k, caption in enumerate(group):
+            tokens[b, k, : len(caption)] = caption
+    return torch.from_numpy(tokens)
+
+
+def prefetch(batches: Iterator[Batch], ahead: int = 4) -> Iterator[Batch]:
+    """The same batches, read by a thread while the model works on the one before."""
+    ready: queue.Queue = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                while not stop.is_set():
+                    try:
+                        ready.put(batch, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if stop.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:  # handed to the reader, who raises it
+            ready.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+    finally:
+        stop.set()

@@ -1,0 +1,193 @@
+"""Frozen CNN backbones: uint8 photographs [B,3,H,W] in, regions [B,R,C] out.
+
+Any timm model with a spatial map by its name, `torchvision/NAME` for torchvision's classifiers. timm's data config
+(torchvision's weight transforms) gives size, mean, std and interpolation. Channels, grid and layout are measured on one
+dummy image: `feature_info` lies for some models (320 instead of 1280 channels for mobilenetv2_100).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models import ModelError
+from models.grid import Regions, grid_regions
+
+
+class Backbone(nn.Module):
+    """A frozen network up to its last feature map, with the preprocessing that its weights expect.
+
+    Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1; `interpolation` of the resize;
+    `grid` (h, w) and `channels` of the feature map.
+    """
+
+    def __init__(self, name: str, network: nn.Module, config: Mapping[str, Any], classifier: tuple[str, ...]) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network
+        self.classifier = classifier
+        self.size: tuple[int, int] = tuple(config["input_size"][-2:])
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.interpolation = str(config["interpolation"])
+        self.register_buffer("scale", 1 / (255 * torch.tensor(self.std).view(3, 1, 1)), persistent=False)
+        self.register_buffer("shift", (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        self.layout = "NCHW"
+        self.layout, self.channels, self.grid = self._measure()
+
+    def forward(self, pixels: Tensor) -> Regions:
+        """Regions of uint8 `pixels` [B,3,H,W], RGB, already resized to `size`; features are float32."""
+        regions = grid_regions(self._map(pixels * self.scale - self.shift))
+        return regions._replace(features=regions.features.float())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], origin: str) -> list[str]:
+        """Load weights strictly, but for the classifier's tensors, whose names are returned; ModelError on a mismatch."""
+        left_out = [key for key in tensors if key.startswith(tuple(f"{name}." for name in self.classifier))]
+        wanted = self.network.state_dict()
+        found = {key: value for key, value in tensors.items() if key not in left_out}
+        for key in wanted:  # a counter that older files lack and that a frozen network never reads
+            if key.endswith("num_batches_tracked"):
+                found.setdefault(key, wanted[key])
+        problems = [f"lacks {key}" for key in wanted if key not in found]
+        problems += [f"has {key}, which the backbone has not" for key in found if key not in wanted]
+        problems += [
+            f"{key} is {list(found[key].shape)}, the backbone's is {list(wanted[key].shape)}"
+            for key in wanted
+            if key in found and found[key].shape != wanted[key].shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ModelError(
+                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}; "
+                "pass the --backbone (and --backbone-arg) that these weights were made with"
+            )
+        self.network.load_state_dict(found)
+        return left_out
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and values of the weights, first 16 hex digits: the same from a file or the hub."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.network.state_dict().items()):
+            if not key.endswith("num_batches_tracked"):
+                digest.update(f"{key} {list(value.shape)} ".encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _map(self, images: Tensor) -> Tensor:
+        """The feature map [B,C,h,w] of normalised `images` [B,3,H,W]."""
+        if self.layout == "tokens":
+            return self.network.forward_intermediates(
+                images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )[-1]
+        run = getattr(self.network, "forward_features", self.network)
+        out = run(images)
+        return out.permute(0, 3, 1, 2) if self.layout == "NHWC" else out
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[str, int, tuple[int, int]]:
+        try:
+            out = self._map(torch.zeros(1, 3, *self.size))
+            if isinstance(out, Tensor) and out.ndim == 3 and hasattr(self.network, "forward_intermediates"):
+                self.layout = "tokens"
+                out = self._map(torch.zeros(1, 3, *self.size))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}") from error
+        if not isinstance(out, Tensor) or out.ndim != 4:
+            shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ModelError(f"backbone {self.name} gives {shape}, not a feature map [B,C,h,w]; choose a CNN")
+        channels_last = out.shape[3] == getattr(self.network, "num_features", -1) != out.shape[1]
+        if self.layout == "NCHW" and channels_last:
+            self.layout, out = "NHWC", out.permute(0, 3, 1, 2)
+        return self.layout, out.shape[1], (out.shape[2], out.shape[3])
+
+
+def create_backbone(
+    name: str, arguments: Mapping[str, Any] | None = None, pretrained: bool = False, seed: int = 0
+) -> Backbone:
+    """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the hub's weights.
+
+    Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the nearest one), an
+    argument that the model does not take, or a hub that cannot be reached.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.startswith("torchvision/"):
+            return _torchvision_backbone(name, dict(arguments or {}), pretrained)
+        return _timm_backbone(name, dict(arguments or {}), pretrained)
+
+
+def _timm_backbone(name: str, arguments: dict[str, Any], pretrained: bool) -> Backbone:
+    if not timm.is_model(name.removeprefix("hf_hub:")) and not name.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
+        raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{_nearest(name, timm.list_models())}")
+    try:
+        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except TypeError as error:
+        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ModelError(_no_hub(name, error)) from error
+    config = timm.data.resolve_model_data_config(network)
+    classifier = network.pretrained_cfg.get("classifier") or ()
+    return Backbone(name, network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+
+
+def _torchvision_backbone(name: str, arguments: dict[str, Any], pretrained: bool) -> Backbone:
+    short = name.removeprefix("torchvision/")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if short not in known:
+        raise ModelError(f"no backbone {name!r} in torchvision {torchvision.__version__}{_nearest(short, known)}")
+    weights = torchvision.models.get_model_weights(short).DEFAULT
+    try:
+        model = torchvision.models.get_model(short, weights=weights if pretrained else None, **arguments)
+    except TypeError as error:
+        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ModelError(_no_hub(name, error)) from error
+    parts, classifier = _before_pooling(model)
+    transforms = weights.transforms()
+    size = transforms.crop_size[0]
+    config = {"input_size": (3, size, size), "mean": transforms.mean, "std": transforms.std,
+              "interpolation": transforms.interpolation.value}  # fmt: skip
+    return Backbone(name, parts, config, classifier)
+
+
+def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:
+    """What runs before the pooling, under the names its weights have in the whole model, and the names left out."""
+    children = dict(model.named_children())
+    if "features" in children:
+        kept = ["features"]
+    else:
+        kept = []
+        for key in children:
+            if key in ("avgpool", "fc", "classifier", "head", "heads"):
+                break
+            kept.append(key)
+    parts = nn.Sequential()
+    for key in kept:
+        parts.add_module(key, children[key])
+    return parts, tuple(key for key in children if key not in kept)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+
+
+def _no_hub(name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (
+        f"the pretrained weights of {name} could not be fetched from the hub ({type(error).__name__}: {reason}); "
+        "to go on without it: --weights FILE (a state dict, .safetensors or .pth, fetched elsewhere), a folder that "
+        "holds the hub's cache in HF_HOME, or --weights random to try the path"
+    )

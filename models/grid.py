@@ -1,0 +1,35 @@
+"""Regions of an image: what every backbone gives and everything downstream reads.
+
+B images, R regions an image, C channels. A grid's regions are the cells of the feature map, row by row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Regions(NamedTuple):
+    """features [B,R,C] zero past counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the upright whole photograph; counts [B]."""
+
+    features: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+
+def grid_boxes(height: int, width: int) -> Tensor:
+    """The cells of a height x width grid over the whole photograph, row by row; [height*width,4] float32 in 0..1."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x0, y0 = x.flatten() / width, y.flatten() / height
+    return torch.stack([x0, y0, x0 + 1 / width, y0 + 1 / height], dim=1).float()
+
+
+def grid_regions(feature_map: Tensor) -> Regions:
+    """Read a feature map [B,C,h,w] as regions, R = h*w."""
+    batch, _, height, width = feature_map.shape
+    features = feature_map.flatten(2).transpose(1, 2)
+    boxes = grid_boxes(height, width).to(feature_map.device).expand(batch, -1, -1)
+    counts = torch.full((batch,), height * width, dtype=torch.int64, device=feature_map.device)
+    return Regions(features, boxes, counts)

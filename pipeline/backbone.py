@@ -1,0 +1,110 @@
+"""From photographs to rows: a backbone with its weights, opened, kept, restored and run.
+
+`look` is the only way pixels become features, so a captioned photograph is seen as the cache saw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.backbones import Backbone, create_backbone
+from models.grid import Regions
+from pipeline.cli import UserError
+from pipeline.runtime import Machine, say
+from pipeline.tensors import load_tensors, save_tensors
+
+SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is not one."""
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file; or pass 'pretrained' (the hub) or 'random'")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken file leads it into
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}") from error
+    for key in ("state_dict", "model", "state_dict_ema"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"--weights {path} holds no state dict (tensors by name); re-save model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def scenes_weights() -> Path:
+    """The package's own small backbone weights, made by `python -m pipeline.pretrain`."""
+    return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
+
+
+def open_backbone(name: str, weights: str, arguments: Mapping[str, Any], seed: int = 0) -> Backbone:
+    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's own) or a file."""
+    backbone = create_backbone(name, arguments, pretrained=weights == "pretrained", seed=seed)
+    if weights not in ("pretrained", "random"):
+        path = scenes_weights() if weights == "scenes" else Path(weights)
+        left_out = backbone.load(read_weights(path), f"--weights {path}")
+        if left_out:
+            say(f"left out of {path.name}, the classifier: {', '.join(left_out)}")
+    return backbone
+
+
+def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for rows to be used together."""
+    return {
+        "backbone": backbone.name,
+        "arguments": dict(arguments),
+        "weights": backbone.digest(),
+        "size": list(backbone.size),
+        "resize": "stretch",
+        "interpolation": backbone.interpolation,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "regions": "grid",
+        "grid": list(backbone.grid),
+        "channels": backbone.channels,
+    }
+
+
+def keep_backbone(backbone: Backbone, folder: Path) -> None:
+    """Keep the weights once as backbone.safetensors, so that the folder needs no other file."""
+    target = folder / "backbone.safetensors"
+    if not target.exists():
+        save_tensors(target, backbone.network.state_dict())
+
+
+def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
+    """The backbone that made a cache: its kept weights, else the hub's, checked against the identity's digest."""
+    kept = folder / "backbone.safetensors"
+    backbone = create_backbone(identity["backbone"], identity["arguments"], pretrained=not kept.exists())
+    if kept.exists():
+        backbone.load(load_tensors(kept)[0], str(kept))
+    if backbone.digest() != identity["weights"]:
+        origin = kept if kept.exists() else "the hub"
+        raise UserError(
+            f"the weights of {identity['backbone']} from {origin} are {backbone.digest()}, {folder} was trained on "
+            f"{identity['weights']}; put the right weights into {kept}"
+        )
+    return backbone
+
+
+def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
+    """Move a backbone to the machine's device in the memory layout that its convolutions run fastest in."""
+    return backbone.to(machine.device, memory_format=torch.channels_last)
+
+
+def look(backbone: Backbone, pixels: Tensor, machine: Machine) -> Regions:
+    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device."""
+    with torch.inference_mode(), machine.autocast():
+        images = pixels.to(machine.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        regions = backbone(images)
+    return regions._replace(features=regions.features.half())

@@ -1,0 +1,85 @@
+"""The whole path on the embedded sample in a few minutes: draw, extract, train, evaluate, caption, and a figure.
+
+`scene-true captions` is the share of held-out scenes whose caption names two objects, each with its colour, size and
+shape, and a relation between them, all true. With features shuffled between images it must fall to almost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from data.features import FeatureCache
+from data.sample import is_true, load_scenes
+from data.sources import open_source
+from pipeline import caption, evaluate, extract, train
+from pipeline.checkpoint import load_checkpoint
+from pipeline.decoding import caption_rows
+from pipeline.runtime import open_machine
+
+SHOWN = 5
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--work", type=click.Path(path_type=Path), default=Path("."), help="folder that holds what is made")
+def main(work: Path) -> None:
+    """Draw the embedded sample, extract, train, evaluate, and caption a few held-out scenes."""
+    start = time.monotonic()
+    sample, cache, run = work / "datasets/sample", work / "cache/sample", work / "runs/sample"
+    shutil.rmtree(run, ignore_errors=True)  # a demo trains anew; sample and cache are taken up where they stand
+    at = ["--dataset", "sample", "--root", str(sample)]
+    stage(extract.main, *at, "--out", str(cache))
+    stage(train.main, *at, "--features", str(cache), "--out", str(run))
+    stage(evaluate.main, *at, "--checkpoint", str(run), "--features", str(cache))
+    test = open_source("sample", sample).select("test")
+    shown = [str(image.path) for image in test[:SHOWN]]
+    stage(caption.main, *shown, "--checkpoint", str(run), "--out", str(work / "captions.json"))
+    report(sample, cache, run, work / "captions.json")
+    click.echo(f"all in {time.monotonic() - start:.0f} s")
+
+
+def stage(command: click.Command, *arguments: str) -> None:
+    """Run a stage as its command line would."""
+    click.secho(f"\n$ python -m {command.name} {' '.join(arguments)}", bold=True)
+    command.main(list(arguments), standalone_mode=False)
+
+
+def report(sample: Path, cache: Path, run: Path, captions: Path) -> None:
+    """The table of scores, the paths of what was made, and the two shares of scene-true captions."""
+    scores = json.loads((run / "scores-test.json").read_text())
+    written = {line["image_id"]: line["caption"] for line in json.loads((run / "captions-test.json").read_text())}
+    true = scene_true(sample, written)
+    shuffled = scene_true(sample, caption_shuffled(cache, run, list(written)))
+    click.echo(f"\nheld-out scenes: {len(written)}")
+    for name, value in scores["scores"].items():
+        click.echo(f"  {name:<8} {value:.4f}")
+    for what, path in (("photographs", sample), ("features", cache), ("checkpoint", run), ("captions", captions)):
+        click.echo(f"  {what}: {path}")
+    click.echo(f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %"))
+    click.echo(f"scene-true captions: {true:.1%}".replace("%", " %"))
+
+
+def scene_true(sample: Path, captions: dict[int, str]) -> float:
+    scenes = load_scenes(sample)
+    return float(np.mean([is_true(text, scenes[image_id]) for image_id, text in captions.items()]))
+
+
+def caption_shuffled(cache_path: Path, run: Path, image_ids: list[int]) -> dict[int, str]:
+    """Captions by image id, each made from the features of the next image: what a decoder that looks gets wrong."""
+    machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
+    others = [*image_ids[1:], image_ids[0]]
+    decoding = checkpoint.decoding
+    captioner = checkpoint.captioner.to(machine.device)
+    found = caption_rows(
+        captioner, checkpoint.vocabulary, cache, others, machine, decoding["beam"], decoding["length_penalty"]
+    )
+    return dict(zip(image_ids, (found[other] for other in others), strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""safetensors files, written whole or not at all and read strictly: the only format weights are kept in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.cli import UserError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write tensors under a temporary name, fsync, rename; `header` is text by name beside them."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # clones, because tensors that share memory (a tied layer) are refused otherwise
+        own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+        save_file(own, temporary, metadata={"format": "pt", **(header or {})})
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file; UserError where it is missing or broken."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is broken ({error}); copy it again, or make it again") from error

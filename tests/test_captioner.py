@@ -1,0 +1,160 @@
+"""The decoder's equalities: cached = full, alone = in a batch, padded = unpadded, grouped = each alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import ModelError
+from models.captioner import Captioner, CaptionerConfig
+from models.grid import Regions, grid_boxes, grid_regions
+from models.losses import caption_loss
+
+WORDS, CHANNELS = 11, 6
+
+
+def tiny(**changes) -> Captioner:
+    sizes = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 32, "max_length": 7}
+    torch.manual_seed(0)
+    captioner = Captioner(CaptionerConfig(WORDS, CHANNELS, **{**sizes, **changes})).eval()
+    for parameter in captioner.parameters():  # away from the tidy initial values, where mistakes cancel
+        torch.nn.init.normal_(parameter, std=0.3)
+    return captioner
+
+
+def some_regions(images: int, regions: int = 5, seed: int = 1) -> Regions:
+    generator = torch.Generator().manual_seed(seed)
+    return Regions(
+        torch.randn(images, regions, CHANNELS, generator=generator),
+        torch.rand(images, regions, 4, generator=generator),
+        torch.full((images,), regions),
+    )
+
+
+def some_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(4, WORDS, shape, generator=torch.Generator().manual_seed(2))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_cached_decoding_equals_full_decoding_token_by_token(first):
+    captioner, tokens = tiny(), some_tokens(3, 4, 7)
+    memory = captioner.encode(some_regions(3))
+    full = captioner.decode(tokens, memory)
+    cache = captioner.start(memory, 4)
+    steps = [captioner.decode(tokens[:, :, :first], memory, cache)]
+    steps += [captioner.decode(tokens[:, :, t : t + 1], memory, cache) for t in range(first, 7)]
+    assert close(torch.cat(steps, dim=2), full)
+
+
+def test_reordered_cache_equals_full_decoding_of_the_reordered_prefixes():
+    captioner, tokens = tiny(), some_tokens(2, 3, 5)
+    memory = captioner.encode(some_regions(2))
+    cache = captioner.start(memory, 3)
+    for t in range(4):
+        captioner.decode(tokens[:, :, t : t + 1], memory, cache)
+    origin = torch.tensor([[2, 2, 0], [1, 0, 1]])
+    cache.reorder(origin)
+    moved = tokens.gather(1, origin[:, :, None].expand(-1, -1, 5))
+    moved[:, :, 4] = tokens[:, :, 4]
+    step = captioner.decode(moved[:, :, 4:5], memory, cache)
+    assert close(step[:, :, 0], captioner.decode(moved, memory)[:, :, -1])
+
+
+def test_an_image_alone_scores_as_in_a_batch():
+    captioner, regions, tokens = tiny(), some_regions(4), some_tokens(4, 2, 6)
+    together = captioner.decode(tokens, captioner.encode(regions))
+    for b in range(4):
+        alone = Regions(*(part[b : b + 1] for part in regions))
+        assert close(captioner.decode(tokens[b : b + 1], captioner.encode(alone))[0], together[b])
+
+
+def test_padded_regions_change_nothing_whatever_they_hold():
+    captioner, regions, tokens = tiny(), some_regions(2), some_tokens(2, 2, 6)
+    noise = some_regions(2, 3, seed=9)
+    padded = Regions(
+        torch.cat([regions.features, 100 * noise.features], 1), torch.cat([regions.boxes, noise.boxes], 1), regions.counts
+    )
+    assert close(
+        captioner.decode(tokens, captioner.encode(padded)), captioner.decode(tokens, captioner.encode(regions))
+    )
+
+
+def test_captions_grouped_by_image_score_as_each_alone():
+    captioner, regions, tokens = tiny(), some_regions(2), some_tokens(2, 5, 6)
+    memory = captioner.encode(regions)
+    grouped = captioner.decode(tokens, memory)
+    for k in range(5):
+        assert close(captioner.decode(tokens[:, k : k + 1], memory)[:, 0], grouped[:, k])
+
+
+def test_a_later_word_never_changes_an_earlier_score():
+    captioner, tokens = tiny(), some_tokens(1, 1, 6)
+    memory = captioner.encode(some_regions(1))
+    changed = tokens.clone()
+    changed[:, :, 3] = (tokens[:, :, 3] - 3) % (WORDS - 4) + 4
+    before, after = captioner.decode(tokens, memory), captioner.decode(changed, memory)
+    assert close(before[:, :, :3], after[:, :, :3]) and not close(before[:, :, 3:], after[:, :, 3:])
+
+
+def test_the_captioner_sees_where_a_region_is():
+    captioner, regions, tokens = tiny(), some_regions(1), some_tokens(1, 1, 6)
+    moved = regions._replace(boxes=regions.boxes.flip(1))
+    assert not close(
+        captioner.decode(tokens, captioner.encode(regions)), captioner.decode(tokens, captioner.encode(moved))
+    )
+
+
+def test_the_loss_is_the_plain_sum_over_words_that_are_there():
+    captioner, regions = tiny(), some_regions(2)
+    tokens = some_tokens(2, 3, 6)
+    tokens[0, 1, 4:] = 0
+    tokens[1, 2, :] = 0
+    loss, words = caption_loss(captioner, regions, tokens, pad=0, label_smoothing=0.1)
+    logits = captioner.decode(tokens, captioner.encode(regions)).log_softmax(-1)
+    plain, count = 0.0, 0
+    for b in range(2):
+        for k in range(3):
+            for t in range(5):
+                if (target := tokens[b, k, t + 1].item()) != 0:
+                    plain -= 0.9 * logits[b, k, t, target] + 0.1 * logits[b, k, t].mean()
+                    count += 1
+    assert words.item() == count and torch.allclose(loss, plain, rtol=1e-4)
+
+
+def test_padding_captions_get_no_gradient():
+    captioner, regions = tiny(), some_regions(1)
+    tokens = some_tokens(1, 2, 6)
+    tokens[0, 1] = 0
+    gradients = []
+    for given in (tokens, tokens[:, :1]):
+        captioner.zero_grad()
+        caption_loss(captioner, regions, given, pad=0)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in captioner.parameters() if p.grad is not None]))
+    assert close(*gradients)
+
+
+def test_grid_boxes_tile_the_photograph_row_by_row():
+    boxes = grid_boxes(2, 4)
+    assert torch.allclose(boxes[0], torch.tensor([0, 0, 0.25, 0.5])) and torch.allclose(
+        boxes[6], torch.tensor([0.5, 0.5, 0.75, 1])
+    )
+    assert torch.isclose(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum(), torch.tensor(1.0))
+
+
+def test_a_regions_features_are_the_cell_its_box_names():
+    feature_map = torch.arange(2 * 3 * 4).view(1, 2, 3, 4).float()
+    regions = grid_regions(feature_map)
+    for row in range(3):
+        for column in range(4):
+            assert torch.equal(regions.features[0, row * 4 + column], feature_map[0, :, row, column])
+            assert torch.allclose(regions.boxes[0, row * 4 + column, :2], torch.tensor([column / 4, row / 3]))
+
+
+@pytest.mark.parametrize("changes", [{"width": 15}, {"dropout": 1.0}, {"max_length": 0}])
+def test_impossible_sizes_are_refused(changes):
+    with pytest.raises(ModelError):
+        tiny(**changes)

@@ -1,0 +1,568 @@
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from data import DataError, folder
+from data.sources import DATASETS, image_id, open_source, same_photograph
+
+# Small data sets, written by the tests: an image file is empty, for a source opens none.
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def coco_json(names: dict[int, str], splits: dict[int, str] | None = None) -> dict:
+    """A COCO file in which image i has the captions "first of i" and "second of i"."""
+    images = [{"id": i, "file_name": name} | ({"split": splits[i]} if splits else {}) for i, name in names.items()]
+    texts = [(i, f"{word} of {i}") for word in ("first", "second") for i in names]
+    return {
+        "images": images,
+        "annotations": [{"id": 1000 + n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)],
+    }
+
+
+def karpathy_json(names: list[str], splits: list[str], **more) -> dict:
+    return {
+        "images": [
+            {"filename": name, "imgid": n, "split": split, "sentences": [{"raw": f"It's {n}."}], **more}
+            for n, (name, split) in enumerate(zip(names, splits, strict=True))
+        ]
+    }
+
+
+def refusal(*arguments, **named) -> str:
+    with pytest.raises(DataError) as caught:
+        open_source(*arguments, **named)
+    return str(caught.value)
+
+
+def in_tenth(name: str) -> bool:
+    """The oracle of the dev split, as DESIGN.md writes it."""
+    return int(hashlib.sha256(name.split("/")[-1].encode()).hexdigest()[:8], 16) % 10 == 0
+
+
+# Splits
+
+
+def test_flickr8k_has_546_dev_photographs_of_5473_train(real):
+    source = open_source("karpathy", real / "flickr8k")
+    assert (len(source.images), source.missing, source.splits, source.reported()) == (6473, (), ("train", "val"), "val")
+    dev, train, val = source.select("dev"), source.select("train"), source.select("val")
+    assert (len(dev), len(train), len(val)) == (546, 5473 - 546, 1000)
+    assert all(in_tenth(image.name) for image in dev) and not any(in_tenth(image.name) for image in train)
+    assert not {i.id for i in dev} & {i.id for i in val} and len(source.select("all")) == 6473
+    assert source.images[0].captions[0] == "A child in a pink dress is climbing up a set of stairs in an entry way ."
+    assert all(len(image.captions) == 5 and image.path == source.root / image.name for image in source.images)
+
+
+def test_karpathy_and_coco_files_of_one_data_set_draw_one_dev_split(real):
+    root = real / "flickr8k"
+    coco = open_source("coco", None, root / "captions_train.json", root / "images")
+    assert [i.id for i in coco.select("dev")] == [i.id for i in open_source("karpathy", root).select("dev")]
+    assert coco.reported() == "dev"  # the file says train of each
+
+
+def test_dev_is_val_where_there_is_a_test_split(tmp_path):
+    names = [f"{n}.jpg" for n in range(60)]
+    touch(tmp_path, *names)
+    write(tmp_path / "dataset.json", karpathy_json(names, (["train", "restval", "val", "test"] * 15)))
+    source = open_source("karpathy", tmp_path)
+    assert source.splits == ("train", "val", "test") and source.reported() == "test"
+    assert source.select("dev") == source.select("val") and len(source.select("val")) == 15
+    assert [i.id for i in source.select("train")] == [n for n in range(60) if n % 4 < 2]  # restval joins, in order
+
+
+def test_a_test_split_alone_leaves_dev_to_the_train_photographs(tmp_path):
+    touch(tmp_path, *(f"train/{n}.jpg" for n in range(60)), "test/a.jpg")
+    source = open_source("folder", tmp_path)
+    assert {i.name for i in source.select("dev")} == {f"train/{n}.jpg" for n in range(60) if in_tenth(f"{n}.jpg")}
+    assert source.reported() == "test" and len(source.select("dev")) + len(source.select("train")) == 60
+
+
+def test_a_coco_file_without_splits_is_all_and_gives_train_and_dev(tmp_path):
+    names = {n: f"{n}.jpg" for n in range(60)}
+    source = open_source("coco", None, write(tmp_path / "c.json", coco_json(names)), tmp_path)
+    assert source.splits == ("all",) and source.reported() == "all"
+    assert {i.name for i in source.select("dev")} == {name for name in names.values() if in_tenth(name)}
+    assert {i.id for i in source.select("train")} == set(names) - {i.id for i in source.select("dev")}
+
+
+@pytest.mark.parametrize("tenth", [True, False])
+def test_a_tiny_set_gives_dev_the_photograph_with_the_smallest_hash(tmp_path, tenth):
+    """Of three photographs that the hash would take all, or none."""
+    names = [name for name in (f"{n}.jpg" for n in range(100)) if in_tenth(name) is tenth][:3]
+    touch(tmp_path, *names)
+    source = open_source("folder", tmp_path)
+    smallest = min(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert [i.name for i in source.select("dev")] == [smallest]
+    assert [i.name for i in source.select("train")] == sorted(set(names) - {smallest})
+
+
+def test_one_photograph_is_train_and_leaves_no_dev(tmp_path):
+    touch(tmp_path, "a.jpg")
+    source = open_source("folder", tmp_path)
+    assert len(source.select("train")) == 1
+    with pytest.raises(DataError, match="split 'dev' has no images"):
+        source.select("dev")
+
+
+@pytest.mark.parametrize("split", ["val", "test", "tset"])
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path, split):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    with pytest.raises(DataError) as caught:
+        open_source("folder", tmp_path).select(split)
+    message = str(caught.value)
+    assert repr(split) in message and "folder" in message and str(tmp_path) in message
+    assert "its splits: train (and dev" in message
+
+
+# The official layouts and Karpathy's names over them
+
+
+@pytest.fixture
+def photographs(real) -> list[tuple[dict, list[dict]]]:
+    """COCO's own entries of the 226 val2017 photographs that are at hand, each with its annotations."""
+    content = json.loads((real / "coco_annotations/captions_val2017.json").read_text())
+    here = set(os.listdir(real / "coco/images"))
+    captions: dict[int, list[dict]] = {}
+    for entry in content["annotations"]:
+        captions.setdefault(entry["image_id"], []).append(entry)
+    return [(entry, captions[entry["id"]]) for entry in content["images"] if entry["file_name"] in here]
+
+
+def official(root: Path, photographs: list, real: Path, year: int, form: str, split: str = "val") -> Path:
+    """The official layout of one split, photographs linked; `form` is a file name's."""
+    (root / f"{split}{year}").mkdir(parents=True)
+    images = [entry | {"file_name": form.format(entry["id"])} for entry, _ in photographs]
+    for entry, (old, _) in zip(images, photographs, strict=True):
+        (root / f"{split}{year}" / entry["file_name"]).symlink_to((real / "coco/images" / old["file_name"]).resolve())
+    content = {"images": images, "annotations": [caption for _, captions in photographs for caption in captions]}
+    write(root / f"annotations/captions_{split}{year}.json", content)
+    return root
+
+
+@pytest.mark.parametrize("year, form", [(2017, "{:012d}.jpg"), (2014, "COCO_val2014_{:012d}.jpg")])
+def test_the_official_layout_is_read_with_only_val_downloaded(tmp_path, real, photographs, capsys, year, form):
+    source = open_source(f"coco{year}", official(tmp_path, photographs, real, year, form))
+    assert len(source.images) == 226 and source.missing == () and source.splits == ("val",)
+    assert source.reported() == "val" and source.annotations == tmp_path / "annotations"
+    for image, (entry, captions) in zip(source.images, photographs, strict=True):
+        assert image.id == entry["id"] and image.name == f"val{year}/{form.format(image.id)}"
+        assert image.path == tmp_path / image.name and image.path.is_file()
+        assert image.captions == tuple(caption["caption"] for caption in captions)
+    assert capsys.readouterr() == ("", "")  # pycocotools is kept quiet
+
+
+def test_the_official_layout_is_read_with_both_splits(tmp_path, real, photographs):
+    official(tmp_path, photographs[:100], real, 2017, "{:012d}.jpg", "train")
+    source = open_source("coco2017", official(tmp_path, photographs[100:], real, 2017, "{:012d}.jpg"))
+    assert source.splits == ("train", "val") and source.reported() == "val"
+    dev, train = source.select("dev"), source.select("train")
+    assert len(dev) + len(train) == 100 and len(source.select("val")) == 126
+    assert all(in_tenth(i.name) for i in dev) and not any(in_tenth(i.name) for i in train)
+
+
+def test_the_official_layout_says_which_files_it_lacks(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    message = refusal("coco2014", tmp_path)
+    assert "captions_train2014.json" in message and "captions_val2014.json" in message and str(tmp_path) in message
+    assert "--dataset coco" in refusal("coco2017", tmp_path, write(tmp_path / "c.json", {}))
+
+
+def test_karpathy_names_of_2014_are_found_in_folders_of_2017(tmp_path, real, photographs):
+    """2014's val is mostly 2017's train: here one photograph in three stands in each folder, one nowhere."""
+    splits, places = ("train", "val", "test"), ("train2017", "val2017", "elsewhere")
+    for n, (entry, _) in enumerate(photographs):
+        touch(tmp_path, f"{places[n % 3]}/{entry['file_name']}")
+    images = [
+        {"filepath": "val2014", "filename": f"COCO_val2014_{entry['id']:012d}.jpg", "imgid": n, "cocoid": entry["id"],
+         "split": splits[n % 3], "sentences": [{"raw": caption["caption"]} for caption in captions]}
+        for n, (entry, captions) in enumerate(photographs)
+    ]  # fmt: skip
+    write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    source = open_source("karpathy", tmp_path)
+    for n, (image, (entry, _)) in enumerate(zip(source.images, photographs, strict=True)):
+        absent = f"val2014/COCO_val2014_{entry['id']:012d}.jpg"
+        assert image.name == (absent if n % 3 == 2 else f"{places[n % 3]}/{entry['file_name']}")
+        assert image.id == entry["id"] and same_photograph(image.name, absent)
+        assert image.path.exists() is (n % 3 != 2)
+    assert source.missing == source.images[2::3]
+
+
+def test_karpathy_names_of_2014_are_found_on_the_other_side_of_2014(tmp_path):
+    touch(tmp_path, "train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000042.jpg")
+    names = ["COCO_val2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"]
+    write(tmp_path / "dataset.json", karpathy_json(names, ["val", "test"], filepath="val2014"))
+    source = open_source("karpathy", tmp_path)
+    assert [i.name for i in source.images] == [
+        "train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000042.jpg",
+    ]  # fmt: skip
+
+
+def test_a_full_size_karpathy_file_opens_in_seconds_and_lists_each_folder_once(tmp_path, monkeypatch):
+    count = 123_287
+    names = [f"COCO_val2014_{n:012d}.jpg" for n in range(count)]
+    file = write(tmp_path / "dataset_coco.json", karpathy_json(names, ["train"] * count, filepath="val2014"))
+    touch(tmp_path, "val2014/COCO_val2014_000000000007.jpg")
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: listed.append(place) or scandir(place))
+    start = time.process_time()  # not the clock: the machine may be busy
+    source = open_source("karpathy", tmp_path, file)
+    assert time.process_time() - start < 10
+    assert len(listed) == len(set(listed)) == 6  # the root, images and COCO's four
+    assert len(source.images) == count and len(source.missing) == count - 1
+
+
+# Karpathy's files
+
+
+def test_karpathy_photographs_are_found_in_filepath_then_images_then_the_root(tmp_path):
+    touch(tmp_path, "deep/er/a.jpg", "images/a.jpg", "images/b.jpg", "b.jpg", "c.jpg")
+    names = ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    write(tmp_path / "dataset_x.json", karpathy_json(names, ["train"] * 4, filepath="deep/er"))
+    source = open_source("karpathy", tmp_path)
+    assert [i.name for i in source.images] == ["deep/er/a.jpg", "images/b.jpg", "c.jpg", "deep/er/d.jpg"]
+    assert [i.id for i in source.missing] == [3]
+
+
+def test_karpathy_photographs_are_found_in_another_folder_by_images(tmp_path):
+    touch(tmp_path, "flickr30k-images/a.jpg", "flickr30k-images/b.jpg")
+    write(tmp_path / "dataset.json", karpathy_json(["a.jpg", "b.jpg"], ["train", "test"]))
+    source = open_source("karpathy", tmp_path, images=tmp_path / "flickr30k-images")
+    assert [i.name for i in source.images] == ["a.jpg", "b.jpg"] and source.missing == ()
+
+
+def test_karpathy_ids_are_cocoid_else_imgid_and_captions_are_raw_else_tokens(tmp_path):
+    images = [
+        {"filename": "a.jpg", "imgid": 0, "cocoid": 42, "split": "test", "sentences": [{"raw": "A Dog."}]},
+        {"filename": "b.jpg", "imgid": 1, "split": "train", "sentences": [{"tokens": ["a", "cat"]}]},
+        {"filename": "c.jpg", "imgid": 2, "split": "train"},
+    ]
+    write(tmp_path / "dataset.json", {"images": images})
+    source = open_source("karpathy", tmp_path)
+    assert [(i.id, i.captions) for i in source.images] == [(42, ("A Dog.",)), (1, ("a cat",)), (2, ())]
+
+
+def test_karpathy_wants_one_dataset_file_or_its_name(tmp_path):
+    message = refusal("karpathy", tmp_path)
+    assert "no dataset*.json" in message and "--annotations" in message
+    one = write(tmp_path / "dataset_one.json", karpathy_json(["a.jpg"], ["train"]))
+    write(tmp_path / "dataset_two.json", karpathy_json(["b.jpg"], ["train"]))
+    message = refusal("karpathy", tmp_path)
+    assert "dataset_one.json, dataset_two.json" in message and "--annotations" in message
+    assert open_source("karpathy", tmp_path, one).annotations == one
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"sentences": [{"raw": 5}]}, "caption 5 is not text"),
+        ({"sentences": [{}]}, '"raw" text or "tokens"'),
+        ({"sentences": 7}, '"raw" text or "tokens"'),
+        ({"split": "trian"}, "no split 'trian'"),
+        ({"split": None}, "no split None"),
+        ({"imgid": "7"}, "image id '7' is not"),
+        ({"imgid": 2**63}, "is not a whole number of 64 bits"),
+        ({"filename": "../a.jpg"}, "leads out of the root"),
+        ({"filepath": "/etc"}, "leads out of the root"),
+    ],
+)
+def test_a_karpathy_entry_that_is_wrong_is_named(tmp_path, entry, message):
+    content = karpathy_json(["a.jpg"], ["train"])
+    content["images"][0] |= entry
+    file = write(tmp_path / "dataset.json", content)
+    told = refusal("karpathy", tmp_path)
+    assert message in told and str(file) in told and "a.jpg" in told
+
+
+# COCO's files
+
+
+def test_a_coco_file_may_carry_splits(tmp_path):
+    names = {1: "a.jpg", 2: "sub/b.jpg", 3: "c.jpg", 4: "d.jpg", 5: "e.jpg"}
+    splits = {1: "restval", 2: "validation", 3: "test", 4: "dev", 5: "train"}
+    touch(tmp_path / "photos", "a.jpg", "sub/b.jpg", "c.jpg", "d.jpg")
+    file = write(tmp_path / "c.json", coco_json(names, splits))
+    source = open_source("coco", tmp_path, file, tmp_path / "photos")
+    assert [i.split for i in source.images] == ["train", "val", "test", "val", "train"]
+    assert [i.name for i in source.images] == list(names.values()) and source.root == tmp_path / "photos"
+    assert [i.id for i in source.missing] == [5] and source.images[0].captions == ("first of 1", "second of 1")
+    assert open_source("coco", tmp_path / "photos", file).images == source.images  # the root serves as --images
+
+
+def test_an_image_without_captions_is_no_error(tmp_path):
+    images = {"images": coco_json({1: "a.jpg"})["images"]}  # as image_info_test2017.json: no annotations at all
+    for content in (images, images | {"annotations": []}):
+        assert open_source("coco", tmp_path, write(tmp_path / "i.json", content)).images[0].captions == ()
+
+
+def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
+    content = coco_json({1: "a.jpg"}) | {"categories": [{"id": 1}]}
+    source = open_source("coco", tmp_path, write(tmp_path / "c.json", "\ufeff" + json.dumps(content)))
+    assert source.images[0].captions == ("first of 1", "second of 1")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "annotation 7 "),
+        ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "image 99"),
+        ({"annotations": [{"id": 7, "image_id": 1, "caption": ["x"]}]}, "annotation 7 "),
+        ({"annotations": [{"id": 7, "image_id": 1}]}, "caption None is not text"),
+        ({"annotations": [{"image_id": 1, "caption": "x"}]}, "an annotation has no id"),
+        ({"annotations": {}}, 'no list of objects "annotations"'),
+        ({"images": None}, 'no list of objects "images"'),
+        ({"images": ["a.jpg"]}, 'no list of objects "images"'),
+        ({"images": []}, "annotation 1000 "),
+        ({"images": [], "annotations": []}, "has no images"),
+        ({"images": [{"filename": "a.jpg"}]}, "--dataset karpathy"),
+        ({"images": [{"id": 1.5, "file_name": "a.jpg"}]}, "image id 1.5"),
+        ({"images": [{"id": 1, "file_name": "a/../../b.jpg"}]}, "'a/../../b.jpg' leads out of the root"),
+        ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "'/etc/passwd' leads out of the root"),
+        ({"images": [{"id": 1, "file_name": ""}]}, "'' is not a file name"),
+        ({"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "is not UTF-8"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "split": "tset"}]}, "image 1 "),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "split": "val"}, {"id": 2, "file_name": "b.jpg"}]}, "image 2 "),
+    ],
+)
+def test_a_coco_file_that_is_wrong_is_named_with_the_entry(tmp_path, change, message):
+    file = write(tmp_path / "captions.json", coco_json({1: "a.jpg"}) | change)
+    told = refusal("coco", tmp_path, file)
+    assert message in told and str(file) in told
+
+
+def test_two_images_with_one_id_are_both_named(tmp_path):
+    content = coco_json({1: "a.jpg"})
+    content["images"].append({"id": 1, "file_name": "b.jpg"})
+    told = refusal("coco", tmp_path, write(tmp_path / "c.json", content))
+    assert "a.jpg and b.jpg have one id, 1" in told
+
+
+@pytest.mark.parametrize("content, message", [('{"images": [', "not whole JSON"), ("[]", "no list of objects")])
+@pytest.mark.parametrize("dataset", ["coco", "karpathy"])
+def test_broken_json_is_named(tmp_path, dataset, content, message):
+    told = refusal(dataset, tmp_path, write(tmp_path / "dataset.json", content))
+    assert message in told and str(tmp_path / "dataset.json") in told
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
+    (tmp_path / "dataset.json").write_bytes('{"images": "café"}'.encode("latin-1"))
+    told = refusal("karpathy", tmp_path)
+    assert "not UTF-8 at byte 15" in told and "dataset.json" in told
+
+
+# Folders
+
+
+def test_a_folder_is_read_at_any_depth_in_the_order_of_paths(tmp_path):
+    touch(tmp_path, "b.JPG", "a/z.jpeg", "a/b/c.Png", "a.webp", "é/1.tiff", "notes.txt")
+    touch(tmp_path, ".hidden/x.jpg", ".x.jpg", "a/.h/y.gif")
+    source = open_source("folder", tmp_path)
+    assert [i.name for i in source.images] == ["a.webp", "a/b/c.Png", "a/z.jpeg", "b.JPG", "é/1.tiff"]
+    assert source.splits == ("train",) and source.reported() == "dev" and source.missing == ()
+    assert all(i.id == image_id(i.name) and i.path == tmp_path / i.name and i.captions == () for i in source.images)
+
+
+def test_a_loop_of_links_ends_and_real_paths_come_first(tmp_path):
+    touch(tmp_path, "z/a.jpg", "z/y/b.jpg")
+    (tmp_path / "a-link").symlink_to(tmp_path / "z")
+    (tmp_path / "z/up").symlink_to(tmp_path)
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
+    source = open_source("folder", tmp_path)
+    assert [i.name for i in source.images] == ["gone.jpg", "self.jpg", "z/a.jpg", "z/y/b.jpg"]
+    assert [i.name for i in source.missing] == ["gone.jpg", "self.jpg"]
+
+
+def test_links_out_of_the_folder_are_followed(tmp_path):
+    touch(tmp_path / "elsewhere", "a.jpg")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/val").symlink_to(tmp_path / "elsewhere")
+    source = open_source("folder", tmp_path / "root")
+    assert [(i.name, i.split) for i in source.images] == [("val/a.jpg", "val")]
+
+
+@pytest.mark.parametrize("val", ["val", "dev", "validation", "Validation"])
+def test_top_level_folders_called_so_are_splits(tmp_path, val):
+    touch(tmp_path, "train/1.jpg", "train/deep/2.jpg", f"{val}/3.jpg", "test/4.jpg")
+    source = open_source("folder", tmp_path)
+    assert {i.name[-5]: i.split for i in source.images} == {"1": "train", "2": "train", "3": "val", "4": "test"}
+    assert source.reported() == "test" and source.select("dev") == source.select("val")
+
+
+def test_images_outside_split_folders_are_train_unless_train_is_one(tmp_path):
+    touch(tmp_path, "val/1.jpg", "cats/val/2.jpg", "3.jpg")
+    source = open_source("folder", tmp_path)
+    assert {i.name: i.split for i in source.images} == {"3.jpg": "train", "cats/val/2.jpg": "train", "val/1.jpg": "val"}
+    touch(tmp_path, "train/4.jpg")
+    told = refusal("folder", tmp_path)
+    assert "3.jpg" in told and str(tmp_path) in told and "train" in told
+
+
+def test_metadata_jsonl_gives_captions_and_splits(tmp_path):
+    touch(tmp_path, "a.jpg", "sub/b.jpg", "c.jpg", "d.jpg")
+    rows = [
+        {"file_name": "a.jpg", "caption": "one, two", "split": "train"},
+        {"file_name": "./sub/b.jpg", "captions": ["three", "four"], "split": "dev"},
+        {"file_name": "c.jpg", "captions": "five", "split": "test"},
+        {"file_name": "gone.jpg", "text": "six", "split": "test"},
+        {"file_name": "d.jpg", "caption": None, "split": "train"},
+    ]
+    write(tmp_path / "metadata.jsonl", "\ufeff" + "\n\n".join(json.dumps(row) for row in rows) + "\n")
+    source = open_source("folder", tmp_path)
+    assert {i.name: (i.split, i.captions) for i in source.images} == {
+        "a.jpg": ("train", ("one, two",)),
+        "c.jpg": ("test", ("five",)),
+        "d.jpg": ("train", ()),
+        "gone.jpg": ("test", ("six",)),
+        "sub/b.jpg": ("val", ("three", "four")),
+    }
+    assert [i.name for i in source.missing] == ["gone.jpg"] and source.annotations == tmp_path / "metadata.jsonl"
+
+
+def test_metadata_csv_gives_captions_row_by_row_or_as_a_list(tmp_path):
+    touch(tmp_path, "train/a.jpg", "train/b.jpg", "val/a.jpg")
+    rows = '\ufefffile_name,captions\r\na.jpg,one\r\na.jpg,"two, ""too"""\r\nb.jpg,"[""three"", ""four""]"\r\n'
+    (tmp_path / "train/metadata.csv").write_bytes(rows.encode())
+    write(tmp_path / "val/metadata.csv", "file_name,caption\na.jpg,[five]\n")  # under `caption` a bracket is text
+    source = open_source("folder", tmp_path)
+    assert {i.name: i.captions for i in source.images} == {
+        "train/a.jpg": ("one", 'two, "too"'),
+        "train/b.jpg": ("three", "four"),
+        "val/a.jpg": ("[five]",),
+    }
+    assert source.splits == ("train", "val") and source.annotations is None
+
+
+def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jfif")
+    write(tmp_path / "metadata.csv", "file_name,caption\nb.jfif,one\n")
+    source = open_source("folder", tmp_path)
+    assert [i.name for i in source.images] == ["a.jpg", "b.jfif"] and source.missing == ()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("metadata.jsonl", '{"file_name": "a.jpg"}\n{"file_name": \n', "line 2: not JSON"),
+        ("metadata.jsonl", '\n["a.jpg"]', "line 2: not an object"),
+        ("metadata.jsonl", '{"caption": "x"}', "line 1: None is not a file name"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "captions": ["x", 3]}', "line 1: the caption 3 is not text"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
+        ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "split": "val"}\n{"file_name": "a.jpg", "split": "test"}', "line 2"),
+        ("metadata.csv", "file_name,caption\na.jpg,a dog, a cat\n", "line 2: more cells"),
+        ("metadata.csv", "file_name,captions\na.jpg,\"['a dog']\"\n", "line 2: \"['a dog']\" begins like a JSON list"),
+        ("metadata.csv", 'file_name,caption\na.jpg,"a dog\n', "line 2: "),
+        ("metadata.csv", "name,caption\na.jpg,x\n", "line 2: None is not a file name"),
+    ],
+)
+def test_a_metadata_row_that_is_wrong_is_named_by_file_and_line(tmp_path, name, text, message):
+    touch(tmp_path, "a.jpg")
+    write(tmp_path / name, text)
+    told = refusal("folder", tmp_path)
+    assert message in told and str(tmp_path / name) in told
+
+
+def test_a_row_may_not_contradict_its_split_folder(tmp_path):
+    touch(tmp_path, "train/a.jpg", "val/b.jpg")
+    write(tmp_path / "train/metadata.jsonl", '{"file_name": "a.jpg", "split": "test"}')
+    told = refusal("folder", tmp_path)
+    assert "train/a.jpg" in told and "test" in told and "line 1" in told
+
+
+def test_two_metadata_files_in_one_folder_are_refused(tmp_path):
+    touch(tmp_path, "a.jpg", "metadata.csv", "metadata.jsonl")
+    assert "keep one" in refusal("folder", tmp_path)
+
+
+def test_two_names_with_one_hash_are_both_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    monkeypatch.setattr(folder, "image_id", lambda name: 5)
+    assert "a.jpg and b.jpg have one id, 5" in refusal("folder", tmp_path)
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
+    try:
+        open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "w").close()
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    assert "not UTF-8" in refusal("folder", tmp_path)
+
+
+# Opening, ids, names
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    touch(tmp_path, "notes.txt")
+    told = refusal("folder", tmp_path)
+    assert "no images" in told and str(tmp_path) in told
+
+
+def test_an_unknown_dataset_is_answered_with_the_nearest(tmp_path):
+    told = refusal("karpaty", tmp_path)
+    assert "did you mean 'karpathy'?" in told and all(name in told for name in DATASETS)
+
+
+@pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "sample"])
+def test_a_missing_place_is_named(tmp_path, dataset):
+    gone = tmp_path / "gone"
+    assert f"{gone} is not a folder; --root" in refusal(dataset, gone)
+    assert f"{gone} is not a folder; --images" in refusal(dataset, tmp_path, images=gone)
+    assert f"{gone} does not exist; --annotations" in refusal(dataset, tmp_path, gone)
+    assert "--root" in refusal(dataset, None)
+
+
+def test_captions_that_a_dataset_cannot_take_are_refused(tmp_path):
+    touch(tmp_path, "a.jpg")
+    assert "--annotations FILE" in refusal("coco", tmp_path)
+    assert "--annotations FILE" in refusal("coco", tmp_path, tmp_path)
+    assert "is a folder" in refusal("karpathy", tmp_path, tmp_path)
+    assert "metadata.jsonl" in refusal("folder", tmp_path, write(tmp_path / "c.json", {}))
+
+
+def test_the_sample_is_drawn_and_read_as_karpathys(tmp_path, monkeypatch):
+    sample = pytest.importorskip("data.sample")
+
+    def draw(root: Path) -> None:
+        write(root / "dataset_sample.json", karpathy_json(["a.jpg"], ["test"]))
+        touch(root, "images/a.jpg")
+
+    monkeypatch.setattr(sample, "ensure_sample", draw)
+    source = open_source("sample", tmp_path / "new")
+    assert (source.dataset, source.images[0].name, source.missing) == ("sample", "images/a.jpg", ())
+
+
+def test_the_id_of_a_name_is_63_bits_of_its_sha256():
+    bits = bin(int(hashlib.sha256("é/1.jpg".encode()).hexdigest(), 16))[2:].zfill(256)
+    assert image_id("é/1.jpg") == int(bits[:63], 2) < 2**63
+
+
+def test_one_photograph_may_be_named_as_of_2014_or_2017():
+    assert same_photograph("val2014/COCO_val2014_000000391895.jpg", "train2017/000000391895.jpg")
+    assert same_photograph("COCO_train2014_000000391895.jpg", "images/COCO_val2014_000000391895.jpg")
+    assert same_photograph("COCO_test2015_000000000001.jpg", "000000000001.jpg")
+    assert not same_photograph("val2017/000000391895.jpg", "val2017/000000391896.jpg")
+    assert not same_photograph("my_COCO_val2014_1.jpg", "1.jpg")
+
+
+def test_the_digest_tells_which_photographs_whatever_their_order(tmp_path):
+    def digest(names: dict[int, str]) -> str:
+        return open_source("coco", tmp_path, write(tmp_path / "c.json", coco_json(names))).digest
+
+    one = digest({1: "a.jpg", 2: "b.jpg"})
+    assert one == digest({2: "b.jpg", 1: "a.jpg"}) and len(one) == 64
+    assert len({one, digest({1: "a.jpg"}), digest({1: "b.jpg", 2: "a.jpg"}), digest({1: "a.jpg", 3: "b.jpg"})}) == 4
