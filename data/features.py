@@ -110,6 +110,7 @@ def write_shard(
 
     Raises DataError naming the photograph whose features are not finite in float16.
     """
+    features = features.astype(np.float16, copy=False)
     finite = np.isfinite(features).all(axis=(1, 2)) if len(features) else np.ones(0, bool)
     if not finite.all():
         photo = kept[int(np.argmin(finite))]
@@ -125,7 +126,7 @@ def write_shard(
             file.attrs["provenance"] = json.dumps(provenance)
             file.attrs["plan"] = json.dumps(shard.plan)
             file.attrs["unreadable"] = json.dumps(unreadable)
-            file["features"] = features.astype(np.float16, copy=False)
+            file["features"] = features
             file["boxes"] = boxes.astype(np.float32, copy=False)
             file["counts"] = counts.astype(np.int16)
             file["image_ids"] = np.array([image.id for image in kept], np.int64)

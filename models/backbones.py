@@ -50,7 +50,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> list[str]:
         """Load weights strictly, but for the classifier's tensors, whose names are returned; ModelError on a mismatch."""
-        left_out = [key for key in tensors if key.startswith(tuple(f"{name}." for name in self.classifier))]
+        left_out = sorted(key for key in tensors if key.startswith(tuple(f"{name}." for name in self.classifier)))
         wanted = self.network.state_dict()
         found = {key: value for key, value in tensors.items() if key not in left_out}
         for key in wanted:  # a counter that older files lack and that a frozen network never reads
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
             if isinstance(out, Tensor) and out.ndim == 3 and hasattr(self.network, "forward_intermediates"):
                 self.layout = "tokens"
                 out = self._map(torch.zeros(1, 3, *self.size))
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}") from error
         if not isinstance(out, Tensor) or out.ndim != 4:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -6,6 +6,7 @@ T tokens, V words, D model width, H heads, d = D/H.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 
 from models import ModelError
 from models.attention import CrossAttention, KVCache, SelfAttention
+from models.dropout import Dropout
 from models.grid import Regions
+
+
+BOX_WAVES = 4  # frequencies pi to 8 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,17 @@ class Memory(NamedTuple):
 
 
 class FeedForward(nn.Sequential):
-    def __init__(self, width: int, inner: int, dropout: float) -> None:
-        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, width))
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(config.width, config.heads, 0.0)
-        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.attention = SelfAttention(config.width, config.heads)
+        self.feedforward = FeedForward(config.width, config.feedforward)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.dropout(self.attention(self.norms[0](x), mask))
@@ -76,11 +81,11 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(config.width, config.heads, 0.0)
-        self.cross = CrossAttention(config.width, config.heads, 0.0)
-        self.feedforward = FeedForward(config.width, config.feedforward, config.dropout)
+        self.attention = SelfAttention(config.width, config.heads)
+        self.cross = CrossAttention(config.width, config.heads)
+        self.feedforward = FeedForward(config.width, config.feedforward)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Memory, layer: int, cache: KVCache | None) -> Tensor:
         """x [B,K,T,D] to [B,K,T,D]; with a cache, x holds only the new tokens."""
@@ -94,6 +99,15 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
 
+def box_waves(boxes: Tensor) -> Tensor:
+    """Where boxes [B,R,4] in 0..1 lie, as sines and cosines of growing frequency (Tancik et al. 2020), [B,R,8*BOX_WAVES].
+
+    Plain coordinates drown beside C channels: with them left and right stay a guess for many epochs.
+    """
+    angles = boxes[..., None] * (math.pi * 2.0 ** torch.arange(BOX_WAVES, device=boxes.device))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+
+
 class Captioner(nn.Module):
     """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]."""
 
@@ -103,14 +117,14 @@ class Captioner(nn.Module):
         width = config.width
         self.region_norm = nn.LayerNorm(config.channels)
         self.region = nn.Linear(config.channels, width)
-        self.box = nn.Linear(4, width)
+        self.box = nn.Linear(8 * BOX_WAVES, width)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.memory_norm = nn.LayerNorm(width)
         self.word = nn.Embedding(config.words, width)
         self.position = nn.Embedding(config.max_length + 1, width)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.output_bias = nn.Parameter(torch.zeros(config.words))
         for embedding in (self.word, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -125,8 +139,7 @@ class Captioner(nn.Module):
         places = torch.arange(features.shape[1], device=features.device)
         mask = (places < counts[:, None])[:, None, None, :]
         mask = None if features.device.type == "cpu" and bool(mask.all()) else mask  # no such look at a GPU: it waits
-        x = self.region(self.region_norm(features.float())) + self.box(boxes * 2 - 1)
-        x = self.dropout(x)
+        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_waves(boxes)))
         for layer in self.encoder:
             x = layer(x, mask)
         x = self.memory_norm(x)

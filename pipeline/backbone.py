@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,6 +53,8 @@ def scenes_weights() -> Path:
 
 def open_backbone(name: str, weights: str, arguments: Mapping[str, Any], seed: int = 0) -> Backbone:
     """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's own) or a file."""
+    if weights == "pretrained":
+        _do_not_wait_for_an_absent_hub()
     backbone = create_backbone(name, arguments, pretrained=weights == "pretrained", seed=seed)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
@@ -56,6 +62,18 @@ def open_backbone(name: str, weights: str, arguments: Mapping[str, Any], seed: i
         if left_out:
             say(f"left out of {path.name}, the classifier: {', '.join(left_out)}")
     return backbone
+
+
+def _do_not_wait_for_an_absent_hub() -> None:
+    """Where the hub's host does not answer, use its local cache or fail at once: its client retries for a minute."""
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return  # a proxy answers for the hub
+    try:
+        port = host.port or (443 if host.scheme == "https" else 80)
+        socket.create_connection((host.hostname, port), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +103,8 @@ def keep_backbone(backbone: Backbone, folder: Path) -> None:
 def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     """The backbone that made a cache: its kept weights, else the hub's, checked against the identity's digest."""
     kept = folder / "backbone.safetensors"
+    if not kept.exists():
+        _do_not_wait_for_an_absent_hub()
     backbone = create_backbone(identity["backbone"], identity["arguments"], pretrained=not kept.exists())
     if kept.exists():
         backbone.load(load_tensors(kept)[0], str(kept))

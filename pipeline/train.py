@@ -35,7 +35,8 @@ from pipeline.runtime import DEVICES, PRECISIONS, Machine, human_bytes, open_mac
 from pipeline.scoring import References
 
 PRESETS = {
-    "tiny": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.2},
+    "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1},
+    "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.2},
     "base": {"width": 512, "heads": 8, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 2048, "dropout": 0.1},
     "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1},
 }
@@ -63,7 +64,7 @@ class TrainConfig:
     dropout: float | None = setting(None, "dropout  [by preset]")
     max_length: int = setting(20, "words of a caption; longer ones are cut")
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60]")
+    epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60; sample: 8]")
     batch: int = setting(50, "images a step, each with all its captions")
     lr: float | None = setting(None, "peak learning rate  [0.0005; base and large 0.0003]")
     warmup: float = setting(0.05, "share of all steps before the peak; then a cosine to zero")
@@ -162,7 +163,7 @@ def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
         **PRESETS[preset],
         "preset": preset,
         "min_count": 5 if captions >= 10_000 else 1,
-        "epochs": min(60, max(15, round(400_000 / captions))),
+        "epochs": 8 if config.dataset == "sample" else min(60, max(15, round(400_000 / captions))),
         "lr": 5e-4 if preset == "tiny" else 3e-4,
     }
     return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from models import ModelError
+from models.attention import attend
 from models.captioner import Captioner, CaptionerConfig
+from models.dropout import Dropout
 from models.grid import Regions, grid_boxes, grid_regions
 from models.losses import caption_loss
 
@@ -158,3 +160,30 @@ def test_a_regions_features_are_the_cell_its_box_names():
 def test_impossible_sizes_are_refused(changes):
     with pytest.raises(ModelError):
         tiny(**changes)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    layer, x = Dropout(p), torch.ones(200_000)
+    dropped = layer(x)
+    assert abs((dropped == 0).float().mean().item() - round(256 * p) / 256) < 0.005
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01) and len(dropped.unique()) == 2
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_dropout_follows_torchs_generator():
+    layer, x = Dropout(0.3), torch.ones(7, 9)
+    state = torch.get_rng_state()
+    first, second = layer(x), layer(x)
+    torch.set_rng_state(state)
+    assert torch.equal(layer(x), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_while_training_equals_the_fused_one(masked, causal):
+    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+    mask = (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None, :] if masked and not causal else None
+    with torch.no_grad():
+        fused = attend(q, k, v, mask, causal)
+    assert close(attend(q, k, v, mask, causal), fused)

@@ -1,0 +1,188 @@
+"""Backbones: layout, channels and preprocessing found right, weights loaded strictly, and a hub stand-in."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from models import ModelError
+from models.backbones import create_backbone
+from pipeline.backbone import look, open_backbone, read_weights, restore_backbone
+from pipeline.cli import UserError
+from pipeline.runtime import open_machine
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "grid"),
+    [
+        ("test_resnet", 96, (5, 5)),
+        ("mobilenetv2_100", 1280, (7, 7)),  # feature_info says 320
+        ("resnet18", 512, (7, 7)),
+        ("test_vit", 64, (10, 10)),  # tokens
+        ("swin_tiny_patch4_window7_224", 768, (7, 7)),  # channels last
+        ("torchvision/squeezenet1_1", 512, (13, 13)),
+        ("torchvision/resnet18", 512, (7, 7)),
+        ("torchvision/mobilenet_v3_small", 576, (7, 7)),
+    ],
+)
+def test_a_backbones_map_is_measured_not_believed(name, channels, grid):
+    backbone = create_backbone(name)
+    regions = backbone(torch.zeros(2, 3, *backbone.size, dtype=torch.uint8))
+    assert (backbone.channels, backbone.grid) == (channels, grid)
+    assert regions.features.shape == (2, grid[0] * grid[1], channels) and regions.counts.tolist() == [grid[0] * grid[1]] * 2
+
+
+def test_the_recommended_clip_resnet_builds_and_gives_its_map():
+    backbone = create_backbone("resnet50x4_clip.openai")
+    assert (backbone.size, backbone.channels, backbone.grid) == ((288, 288), 2560, (9, 9))
+    assert backbone.mean[0] == pytest.approx(0.48145466)
+
+
+def test_regions_are_the_models_own_features_of_normalised_pixels():
+    backbone = create_backbone("test_resnet", seed=3)
+    pixels = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    mean, std = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1)
+    plain = backbone.network.forward_features((pixels / 255 - mean) / std)
+    assert torch.allclose(backbone(pixels).features, plain.flatten(2).transpose(1, 2), atol=1e-4)
+
+
+def test_one_seed_draws_the_same_random_weights_and_another_others():
+    digests = [create_backbone("test_resnet", seed=seed).digest() for seed in (1, 1, 2)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("name", ["resnet5O", "torchvision/resnet5O"])
+def test_an_unknown_backbone_is_answered_with_the_nearest(name):
+    with pytest.raises(ModelError, match=r"did you mean .*resnet50"):
+        create_backbone(name)
+
+
+def test_an_argument_the_model_does_not_take_is_named():
+    with pytest.raises(ModelError, match=r"--backbone-arg: resnet18 does not take .*colour"):
+        create_backbone("resnet18", {"colour": 1})
+
+
+def test_a_model_without_a_spatial_map_is_refused():
+    with pytest.raises(ModelError, match="feature map"):
+        create_backbone("torchvision/vit_b_16")
+
+
+def test_classifier_tensors_are_left_out_with_one_line_and_anything_else_is_an_error(tmp_path, capsys):
+    weights = timm.create_model("test_resnet", num_classes=7).state_dict()
+    torch.save(weights, tmp_path / "w.pth")
+    save_file(weights, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        backbone = open_backbone("test_resnet", str(tmp_path / name), {})
+        assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+        assert capsys.readouterr().err == f"left out of {name}, the classifier: fc.bias, fc.weight\n"
+    for wrong in ({**weights, "extra": torch.ones(1)}, {k: v for k, v in weights.items() if k != "conv1.0.weight"},
+                  {**weights, "conv1.0.weight": torch.ones(2)}):  # fmt: skip
+        save_file(wrong, tmp_path / "w.safetensors")
+        with pytest.raises(ModelError, match=r"w.safetensors does not fit backbone test_resnet: .*(extra|conv1.0.weight)"):
+            open_backbone("test_resnet", str(tmp_path / "w.safetensors"), {})
+
+
+def test_a_weights_file_with_code_in_it_runs_none(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"conv": Hostile()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="neither safetensors nor a state dict"):
+        read_weights(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("text"), lambda path: path.touch()])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
+    make(tmp_path / f"w{suffix}")
+    with pytest.raises(UserError, match=rf"--weights .*w{suffix}"):
+        read_weights(tmp_path / f"w{suffix}")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
+    code = "from pipeline.backbone import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "ModelError: the pretrained weights of test_resnet could not be fetched from the hub" in done.stderr
+    assert "--weights FILE" in done.stderr
+
+
+def test_pretrained_weights_come_from_the_hub(tmp_path):
+    """The real loading path against a local server that answers as the hub does for one repository."""
+    weights = timm.create_model("test_resnet").state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    body = (tmp_path / "model.safetensors").read_bytes()
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self, send: bool):
+            known = self.path.endswith("/model.safetensors")
+            self.send_response(200 if known else 404)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"planted"')
+            self.send_header("Content-Length", str(len(body) if known else 0))
+            self.end_headers()
+            if send and known:
+                self.wfile.write(body)
+
+        def do_GET(self):  # noqa: N802
+            self.answer(True)
+
+        def do_HEAD(self):  # noqa: N802
+            self.answer(False)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "from pipeline.backbone import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"),
+                   "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    backbone = create_backbone("test_resnet")
+    backbone.load(weights, "planted")
+    assert done.stdout.strip() == backbone.digest(), done.stderr[-500:]
+
+
+def test_a_restored_backbone_with_other_weights_is_refused(tmp_path):
+    identity = {"backbone": "test_resnet", "arguments": {}, "weights": "0123"}
+    save_file(create_backbone("test_resnet").network.state_dict(), tmp_path / "backbone.safetensors")
+    with pytest.raises(UserError, match="0123"):
+        restore_backbone(tmp_path, identity)
+
+
+def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_its_weights(real):
+    weights = read_weights(real / "weights" / "squeezenet1_1.pth")
+    backbone = open_backbone("torchvision/squeezenet1_1", str(real / "weights" / "squeezenet1_1.pth"), {})
+    for number in range(2):
+        folder = real / "weights" / "reference_io" / "squeezenet1.1_nchw"
+        image = torch.from_numpy(np.load(folder / f"input_{number}.npy")).float().view(1, 3, 224, 224)
+        with torch.no_grad():
+            features = backbone._map(image)
+            logits = torch.conv2d(features, weights["classifier.1.weight"], weights["classifier.1.bias"]).relu()
+        wanted = torch.from_numpy(np.load(folder / f"output_{number}.npy")).flatten()
+        assert torch.allclose(logits.mean((2, 3)).flatten(), wanted, atol=1e-2, rtol=1e-3)
+
+
+def test_bf16_features_stay_near_fp32(real):
+    photos = sorted((real / "flickr8k" / "images").iterdir())[:8]
+    weights = str(real / "weights" / "mobilenetv2_100_onnx7_features.pth")
+    from data.images import read_image
+
+    backbone = open_backbone("mobilenetv2_100", weights, {})
+    pixels = torch.from_numpy(np.stack([read_image(p, backbone.size, backbone.interpolation)[0] for p in photos]))
+    rows = [look(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
+    cosine = torch.cosine_similarity(rows[0].flatten(1), rows[1].flatten(1))
+    assert cosine.min() > 0.99

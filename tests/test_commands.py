@@ -1,0 +1,409 @@
+"""Each stage through its `main`, on a small drawn sample: the path of the README, and every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import h5py
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import load_file
+
+from data.features import FeatureCache
+from data.sample import draw_sample
+from data.sources import image_id
+from pipeline import caption, evaluate, extract, train
+from pipeline.decoding import load_captioner
+
+SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
+QUICK = [*SMALL, "--epochs", "2", "--batch", "20", "--min-count", "1", "--beam", "2"]
+
+
+def run(stage: click.Command, *arguments: object) -> Result:
+    result = CliRunner().invoke(stage, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def works(stage: click.Command, *arguments: object) -> str:
+    result = run(stage, *arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(stage: click.Command, *arguments: object) -> str:
+    """The one message of a user's mistake: exit 2, no traceback."""
+    result = run(stage, *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    assert result.stderr.count("Error:") == 1
+    return result.stderr[result.stderr.index("Error:") :]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A drawn sample of 60 scenes, its cache and a run over it, made by the stages."""
+    world = tmp_path_factory.mktemp("world")
+    draw_sample(world / "sample", count=60, seed=3)
+    at = ["--dataset", "karpathy", "--root", world / "sample"]
+    works(extract.main, *at, "--backbone", "test_resnet", "--weights", "scenes", "--out", world / "cache")
+    works(train.main, *at, "--features", world / "cache", "--out", world / "run", *QUICK)
+    return world
+
+
+def at(world: Path) -> list:
+    return ["--dataset", "karpathy", "--root", world / "sample"]
+
+
+def photos(world: Path, count: int = 5) -> list[Path]:
+    return sorted((world / "sample").rglob("*.jpg"))[:count]
+
+
+# ------------------------------------------------------------------------------------------------ the path
+
+
+def test_a_cache_holds_each_photograph_under_its_own_id_name_and_size(world):
+    truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
+    with h5py.File(world / "cache" / "features.h5") as file:
+        names = dict(zip(file["image_ids"][:].tolist(), file["names"].asstr()[:], strict=True))
+        assert names == {image["cocoid"]: f"{image['filepath']}/{image['filename']}" for image in truth}
+        assert {tuple(size) for size in file["sizes"][:]} == {Image.open(photos(world)[0]).size[::-1]}
+    assert (world / "cache" / "unreadable.jsonl").read_text() == ""
+
+
+def test_extraction_again_does_nothing_and_another_batch_size_gives_near_rows(world, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (world / "cache").glob("shard*")}
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", world / "cache")
+    assert before == {path: path.stat().st_mtime_ns for path in (world / "cache").glob("shard*")}
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c",
+          "--batch", 7, "--workers", 0)  # fmt: skip
+    one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "c")
+    rows = [torch.from_numpy(cache.rows(one.ids).features).float().flatten(1) for cache in (one, two)]
+    assert torch.cosine_similarity(*rows).min() > 0.999
+
+
+def test_extraction_needs_no_captions(world, tmp_path):
+    folder = tmp_path / "photos" / "inner"
+    folder.mkdir(parents=True)
+    shutil.copy(photos(world)[0], folder / "my photo é.jpg")
+    works(extract.main, "--dataset", "folder", "--root", tmp_path / "photos", "--backbone", "test_resnet", "--weights",
+          "scenes", "--out", tmp_path / "cache")  # fmt: skip
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.ids.tolist() == [image_id("inner/my photo é.jpg")]
+
+
+def test_extraction_of_half_the_ranks_leaves_the_other_half_to_the_next(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.features.SHARD_IMAGES", 20)
+    options = [*at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache"]
+    for rank in (1, 0):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        works(extract.main, *options)
+        assert (tmp_path / "cache" / "features.h5").exists() == (rank == 0)
+    ids = FeatureCache(world / "cache").ids
+    assert np.array_equal(FeatureCache(tmp_path / "cache").rows(ids).features.shape[0], len(ids))
+
+
+def test_a_run_folder_holds_all_that_the_documents_name(world):
+    names = {path.name for path in (world / "run").iterdir()}
+    assert {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "last.safetensors",
+            "metrics.jsonl", "tensorboard"} == names  # fmt: skip
+    lines = [json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["dev"]["loss"] < lines[0]["dev"]["loss"]
+    assert {"CIDEr", "Bleu_4", "ROUGE_L"} <= lines[0]["dev"].keys()
+
+
+def test_training_learns_to_fit_a_few_captions(world, tmp_path):
+    works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "run", "--limit", 8, "--epochs", 60,
+          "--patience", 60, "--batch", 4, "--min-count", 1, "--dropout", 0, "--lr", 0.003, *SMALL)  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train"]["loss"] < 0.5 * lines[0]["train"]["loss"]
+
+
+def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkeypatch):
+    options = [*at(world), "--features", world / "cache", *QUICK[:-6], "--epochs", 3, "--batch", 20, "--min-count", 1,
+               "--dropout", 0.1]  # fmt: skip
+    works(train.main, *options, "--out", tmp_path / "through")
+    whole = train.validate
+
+    def stop_after_the_second(run, epoch, trained):
+        whole(run, epoch, trained)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "validate", stop_after_the_second)
+    assert run(train.main, *options, "--out", tmp_path / "halted").exit_code == 1
+    monkeypatch.setattr(train, "validate", whole)
+    assert "after epoch 2" in works(train.main, *options, "--out", tmp_path / "halted", "--resume")
+    for name in ("model.safetensors", "last.safetensors"):
+        one, two = (load_file(tmp_path / folder / name) for folder in ("through", "halted"))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_evaluate_writes_scores_and_captions_in_coco_results_format(world, tmp_path):
+    output = works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", world / "cache",
+                   "--split", "val", "--out", tmp_path / "scores-val.json")  # fmt: skip
+    record = json.loads((tmp_path / "scores-val.json").read_text())
+    captions = json.loads((tmp_path / "captions-val.json").read_text())
+    truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
+    assert {line["image_id"] for line in captions} == {i["cocoid"] for i in truth if i["split"] == "val"}
+    assert all(line.keys() == {"image_id", "caption"} for line in captions)
+    assert list(record["scores"]) == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
+    assert str(tmp_path / "captions-val.json") in output
+
+
+def test_evaluate_reports_test_by_default(world):
+    works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", world / "cache")
+    assert json.loads((world / "run" / "scores-test.json").read_text())["split"] == "test"
+
+
+def test_a_photograph_is_captioned_as_its_cached_features_are(world, tmp_path):
+    """One photograph at a time against a split in batches: the same captions, in fp32, where rounding hides nothing."""
+    out = tmp_path / "cache"
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", out, "--precision", "fp32")
+    works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", out, "--split", "all", "--precision",
+          "fp32", "--out", tmp_path / "scores-all.json")  # fmt: skip
+    cached = {line["image_id"]: line["caption"] for line in json.loads((tmp_path / "captions-all.json").read_text())}
+    paths = photos(world, 60)
+    captions = load_captioner(world / "run", precision="fp32").caption(paths, batch=1)
+    found = {int(path.stem[-12:]): text for path, text in zip(paths, captions, strict=True)}
+    assert sum(found[key] == cached[key] for key in found) >= 59  # two sums in another order may tie apart
+
+
+def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for path in photos(world):
+        shutil.copy(path, mine)
+    before = works(caption.main, mine, "--checkpoint", world / "run", "--out", tmp_path / "before.json")
+    shutil.copytree(world / "run", tmp_path / "moved")
+    hidden = [world / name for name in ("sample", "cache", "run")]
+    for path in hidden:
+        path.rename(path.with_name(f"{path.name}-away"))
+    try:
+        after = works(caption.main, mine, "--checkpoint", tmp_path / "moved", "--out", tmp_path / "after.json")
+    finally:
+        for path in hidden:
+            path.with_name(f"{path.name}-away").rename(path)
+    records = json.loads((tmp_path / "before.json").read_text())
+    assert records == json.loads((tmp_path / "after.json").read_text())
+    assert before.replace("before", "after") == after
+    assert [r["file_name"] for r in records] == [path.name for path in photos(world)]
+    assert all(r["image_id"] == image_id(r["file_name"]) and r["caption"] for r in records)
+
+
+def test_caption_prints_one_line_a_photograph_and_needs_no_out(world):
+    result = run(caption.main, *photos(world, 3), "--checkpoint", world / "run")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and [line.split(":")[0] for line in lines] == [p.name for p in photos(world, 3)]
+
+
+def test_bare_commands_run_on_the_embedded_sample_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_sample(Path("datasets/sample"))
+    output = works(extract.main, "--limit", 40)
+    assert "embedded sample" in output and "test_resnet" in output
+    shutil.rmtree("cache")
+    works(extract.main)
+    output = works(train.main, *SMALL, "--epochs", 1, "--beam", 1)
+    assert "embedded sample" in output and Path("runs/sample/model.safetensors").exists()
+
+
+# --------------------------------------------------------------------------------------------- unspoiled by bad photos
+
+
+def spoil(world: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A copy of the sample in which two train photographs are corrupt."""
+    shutil.copytree(world / "sample", tmp_path / "sample")
+    bad = sorted((tmp_path / "sample" / "train2014").iterdir())[:2]
+    bad[0].write_bytes(bad[0].read_bytes()[:900])
+    bad[1].write_text("not a photograph")
+    return tmp_path / "sample", bad
+
+
+def test_a_corrupt_photograph_is_listed_and_the_rest_goes_on(world, tmp_path):
+    root, bad = spoil(world, tmp_path)
+    options = ["--dataset", "karpathy", "--root", root]
+    output = works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c")
+    assert "2 photographs have no row" in output and bad[0].name in output
+    listed = [json.loads(line) for line in (tmp_path / "c" / "unreadable.jsonl").read_text().splitlines()]
+    assert {Path(line["file_name"]).name for line in listed} == {path.name for path in bad}
+    output = works(train.main, *options, "--features", tmp_path / "c", "--out", tmp_path / "r", *QUICK)
+    assert "2 photographs are left out" in output
+    output = works(evaluate.main, *options, "--checkpoint", tmp_path / "r", "--features", tmp_path / "c", "--split", "all")
+    assert "58 images, 2 left out" in output
+    output = works(caption.main, bad[0], *photos(world, 1), "--checkpoint", tmp_path / "r")
+    assert f"left out: {bad[0]}" in output
+
+
+def test_a_photograph_the_disk_lacks_ends_before_the_first_image_unless_allowed(world, tmp_path):
+    root, bad = spoil(world, tmp_path)
+    for path in bad:
+        path.unlink()
+    options = ["--dataset", "karpathy", "--root", root, "--backbone", "test_resnet", "--weights", "scenes",
+               "--out", tmp_path / "c"]  # fmt: skip
+    message = refused(extract.main, *options)
+    assert "2 of 60 photographs are not under" in message and bad[0].name in message and "--allow-missing" in message
+    assert not (tmp_path / "c").exists()
+    works(extract.main, *options, "--allow-missing")
+    assert (tmp_path / "c" / "unreadable.jsonl").read_text().count('"reason": "missing"') == 2
+
+
+def test_captioning_only_corrupt_photographs_is_an_error(world, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    message = refused(caption.main, tmp_path / "bad.jpg", "--checkpoint", world / "run", "--out", tmp_path / "c.json")
+    assert "bad.jpg" in message and not (tmp_path / "c.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def coco_file(tmp_path: Path, world: Path, **changes) -> list:
+    """A COCO captions file over two of the sample's photographs, with `changes` to its content."""
+    names = [path.name for path in photos(world, 2)]
+    content = {
+        "images": [{"id": i + 1, "file_name": name, "width": 9, "height": 9} for i, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": i % 2 + 1, "caption": "a small red circle"} for i in range(4)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps({**content, **changes}))
+    return ["--dataset", "coco", "--annotations", tmp_path / "captions.json", "--images", photos(world)[0].parent]
+
+
+@pytest.mark.parametrize("stage", [extract.main, train.main, evaluate.main])
+def test_a_missing_root_is_named(stage, world, tmp_path):
+    rest = {extract.main: ["--weights", "random", "--out", tmp_path / "out"],
+            train.main: ["--features", world / "cache", "--out", tmp_path / "out"],
+            evaluate.main: ["--features", world / "cache", "--checkpoint", world / "run"]}[stage]  # fmt: skip
+    message = refused(stage, "--dataset", "karpathy", "--root", tmp_path / "absent", *rest)
+    assert "absent" in message and "--root" in message and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_dataset_is_answered_with_the_nearest(tmp_path):
+    assert "Did you mean 'coco2017'?" in refused(extract.main, "--dataset", "coco2071", "--root", tmp_path)
+
+
+def test_an_unknown_backbone_is_answered_with_the_nearest(world, tmp_path):
+    message = refused(extract.main, *at(world), "--backbone", "resnet5", "--weights", "random", "--out", tmp_path / "c")
+    assert "did you mean" in message and "resnet50" in message and not (tmp_path / "c").exists()
+
+
+def test_an_image_without_captions_is_an_error_in_train_and_evaluate_only(world, tmp_path):
+    options = coco_file(tmp_path, world, annotations=[{"id": 0, "image_id": 1, "caption": "a circle"}])
+    out = tmp_path / "c"
+    works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", out)
+    message = refused(evaluate.main, *options, "--checkpoint", world / "run", "--features", out, "--split", "all")
+    assert "image 2 " in message and "no caption" in message
+    message = refused(train.main, *options, "--features", out, "--out", tmp_path / "r")
+    assert "no caption" in message and not (tmp_path / "r").exists()
+
+
+def test_captions_without_their_image_are_named(world, tmp_path):
+    options = coco_file(tmp_path, world, annotations=[{"id": 70, "image_id": 99, "caption": "a circle"}])
+    message = refused(extract.main, *options, "--weights", "random", "--out", tmp_path / "c")
+    assert "99" in message and "70" in message and "captions.json" in message
+
+
+def test_an_empty_split_is_named_with_those_there_are(world, tmp_path):
+    options = coco_file(tmp_path, world)
+    message = refused(extract.main, *options, "--split", "test", "--weights", "random", "--out", tmp_path / "c")
+    assert "'test'" in message and "all" in message
+
+
+def test_a_cache_made_by_another_backbone_is_refused_field_by_field(world, tmp_path):
+    before = sorted(path.name for path in (world / "cache").iterdir())
+    message = refused(extract.main, *at(world), "--backbone", "resnet18", "--weights", "random", "--out", world / "cache")
+    assert "backbone: test_resnet, not resnet18" in message and "--out" in message
+    message = refused(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "random", "--out", world / "cache")
+    assert "weights: " in message and "backbone:" not in message
+    assert before == sorted(path.name for path in (world / "cache").iterdir())
+
+
+def test_a_checkpoint_of_another_cache_is_refused(world, tmp_path):
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "random", "--out", tmp_path / "c")
+    message = refused(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c")
+    assert "was trained on test_resnet grid 5x5" in message and "--features" in message
+
+
+def test_a_vocabulary_of_no_words_is_refused(world, tmp_path):
+    message = refused(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "r", "--min-count", 9999)
+    assert "vocabulary has no words" in message and "--min-count" in message and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("stage", [extract.main, caption.main])
+def test_a_folder_without_images_is_named(stage, world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = {extract.main: ["--dataset", "folder", "--root", tmp_path / "empty", "--weights", "random"],
+               caption.main: [tmp_path / "empty", "--checkpoint", world / "run"]}[stage]  # fmt: skip
+    assert "empty" in refused(stage, *options)
+
+
+def test_a_cache_and_captions_that_name_an_id_differently_are_refused(world, tmp_path):
+    options = coco_file(tmp_path, world)
+    works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c")
+    content = json.loads((tmp_path / "captions.json").read_text())
+    names = [image["file_name"] for image in content["images"]]
+    for image, name in zip(content["images"], reversed(names), strict=True):
+        image["file_name"] = name
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    message = refused(train.main, *options, "--features", tmp_path / "c", "--out", tmp_path / "r")
+    assert names[0] in message and names[1] in message and not (tmp_path / "r").exists()
+
+
+def test_an_id_absent_from_the_cache_is_an_error(world, tmp_path):
+    options = [*at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c", "--limit", 5]
+    works(extract.main, *options)
+    message = refused(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c")
+    assert "is not in" in message and "(5 images)" in message and "pipeline.extract" in message
+
+
+def test_two_photographs_with_one_id_are_an_error(world, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(photos(world)[0], tmp_path / name / "x.jpg")
+    message = refused(caption.main, tmp_path / "a" / "x.jpg", tmp_path / "b", "--checkpoint", world / "run")
+    assert str(tmp_path / "a" / "x.jpg") in message and str(tmp_path / "b" / "x.jpg") in message
+
+
+def test_a_run_is_never_overwritten_or_resumed_with_other_settings(world):
+    options = [*at(world), "--features", world / "cache", "--out", world / "run"]
+    assert "--resume" in refused(train.main, *options, *QUICK)
+    message = refused(train.main, *options, *QUICK, "--resume", "--lr", 0.1)
+    assert "lr: 0.0005, now 0.1" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocab.json"])
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_a_spoiled_checkpoint_is_named(world, tmp_path, name, how):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    if how == "broken":
+        (tmp_path / "run" / name).write_text("{")
+    assert name in refused(caption.main, *photos(world, 1), "--checkpoint", tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_the_command_that_makes_it(world, tmp_path):
+    message = refused(caption.main, *photos(world, 1), "--checkpoint", tmp_path / "absent")
+    assert "absent" in message and "python -m pipeline.train" in message
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_images(world, tmp_path):
+    message = refused(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "r", *QUICK, "--lr", 1e30,
+                      "--clip", 1e30)  # fmt: skip
+    assert "loss is nan" in message and "step" in message and "images" in message
+
+
+def test_a_foreign_config_setting_is_answered_with_the_nearest(world, tmp_path):
+    (tmp_path / "c.toml").write_text("epoch = 3")
+    assert "did you mean 'epochs'?" in refused(train.main, "--config", tmp_path / "c.toml")
+
+
+def test_a_runs_own_config_trains_the_same_again(world, tmp_path):
+    works(train.main, "--config", world / "run" / "config.json", "--out", tmp_path / "again")
+    one, two = load_file(world / "run" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
