@@ -20,7 +20,7 @@ from models.dropout import Dropout
 from models.grid import Regions
 
 
-BOX_WAVES = 4  # frequencies pi to 8 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
+BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,25 @@ class FeedForward(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
+    """A region attends to regions by what they are and by where they lie from it: each head learns a bias by place.
+
+    Without the bias, "left of" stays a guess for tens of epochs on drawn scenes; with it, regions know their neighbours.
+    """
+
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
+        self.place = nn.Linear(4 * BOX_WAVES, config.heads)
         self.attention = SelfAttention(config.width, config.heads)
         self.feedforward = FeedForward(config.width, config.feedforward)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norms[0](x), mask))
+    def forward(self, x: Tensor, apart: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B,R,D], apart [B,R,R,4*BOX_WAVES] where each region lies from each, mask [B,1,1,R]; returns [B,R,D]."""
+        bias = self.place(apart).permute(0, 3, 1, 2)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        x = x + self.dropout(self.attention(self.norms[0](x), bias))
         return x + self.dropout(self.feedforward(self.norms[1](x)))
 
 
@@ -99,13 +109,10 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
 
-def box_waves(boxes: Tensor) -> Tensor:
-    """Where boxes [B,R,4] in 0..1 lie, as sines and cosines of growing frequency (Tancik et al. 2020), [B,R,8*BOX_WAVES].
-
-    Plain coordinates drown beside C channels: with them left and right stay a guess for many epochs.
-    """
-    angles = boxes[..., None] * (math.pi * 2.0 ** torch.arange(BOX_WAVES, device=boxes.device))
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+def waves(places: Tensor) -> Tensor:
+    """Coordinates [...,n] in -1..1 as sines and cosines of growing frequency (Tancik et al. 2020), [...,2*n*BOX_WAVES]."""
+    angles = places[..., None] * (math.pi / 2 * 2.0 ** torch.arange(BOX_WAVES, device=places.device))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 class Captioner(nn.Module):
@@ -132,6 +139,10 @@ class Captioner(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for layers, sublayers in ((self.encoder, 2), (self.decoder, 3)):
+            for name, weight in layers.named_parameters():  # what is added to the stream begins small (GPT-2's rule)
+                if name.endswith(("attention.out.weight", "cross.out.weight", "feedforward.2.weight")):
+                    weight.data.mul_((sublayers * len(layers)) ** -0.5)
 
     def encode(self, regions: Regions) -> Memory:
         """Encode each image once; regions past `counts` are never attended to."""
@@ -139,9 +150,11 @@ class Captioner(nn.Module):
         places = torch.arange(features.shape[1], device=features.device)
         mask = (places < counts[:, None])[:, None, None, :]
         mask = None if features.device.type == "cpu" and bool(mask.all()) else mask  # no such look at a GPU: it waits
-        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_waves(boxes)))
+        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(waves(boxes)))
+        centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+        apart = waves(centres[:, None] - centres[:, :, None])
         for layer in self.encoder:
-            x = layer(x, mask)
+            x = layer(x, apart, mask)
         x = self.memory_norm(x)
         keys, values = zip(*(layer.cross.project(x) for layer in self.decoder), strict=True)
         return Memory(keys, values, mask)
