@@ -19,7 +19,6 @@ from models.attention import CrossAttention, KVCache, SelfAttention
 from models.dropout import Dropout
 from models.grid import Regions
 
-
 BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 
 

@@ -55,7 +55,7 @@ class TrainConfig:
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
     out: Path | None = setting(None, "folder of the run  [runs/DATASET]")
     resume: bool = setting(False, "go on with the run in --out")
-    preset: str | None = setting(None, "model size  [tiny below 100,000 captions, else base]", choices=tuple(PRESETS))
+    preset: str | None = setting(None, "model size  [tiny below 15,000 captions, small below 100,000, else base]", choices=tuple(PRESETS))
     width: int | None = setting(None, "model width D  [by preset]")
     heads: int | None = setting(None, "attention heads  [by preset]")
     encoder_layers: int | None = setting(None, "layers over the regions  [by preset]")
@@ -66,7 +66,7 @@ class TrainConfig:
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
     epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60; sample: 8]")
     batch: int = setting(50, "images a step, each with all its captions")
-    lr: float | None = setting(None, "peak learning rate  [0.0005; base and large 0.0003]")
+    lr: float | None = setting(None, "peak learning rate  [tiny 0.001, small 0.0005, else 0.0003]")
     warmup: float = setting(0.05, "share of all steps before the peak; then a cosine to zero")
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
     label_smoothing: float = setting(0.1, "mass given to all words alike")
@@ -158,13 +158,13 @@ def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tup
 def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
     """Choose what the options leave open from the number of captions."""
     captions = train.captions
-    preset = config.preset or ("tiny" if captions < 100_000 else "base")
+    preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
     chosen = {
         **PRESETS[preset],
         "preset": preset,
         "min_count": 5 if captions >= 10_000 else 1,
         "epochs": 8 if config.dataset == "sample" else min(60, max(15, round(400_000 / captions))),
-        "lr": 5e-4 if preset == "tiny" else 3e-4,
+        "lr": {"tiny": 1e-3, "small": 5e-4}.get(preset, 3e-4),
     }
     return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products; two threads fighting a busy neighbour take 10x as long
 
-import pytest  # noqa: E402
+import pytest
 
 REAL = Path(os.environ.get("ONCEOVER_REAL") or Path(__file__).resolve().parents[1].parent / "shared" / "real")
 ABSENT = "real data absent: set ONCEOVER_REAL to its folder"

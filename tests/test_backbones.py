@@ -135,10 +135,10 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
             if send and known:
                 self.wfile.write(body)
 
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.answer(True)
 
-        def do_HEAD(self):  # noqa: N802
+        def do_HEAD(self):
             self.answer(False)
 
         def log_message(self, *_):

@@ -30,7 +30,7 @@ def test_decoding_ends_at_the_end_and_gives_the_words_back():
 
 @pytest.mark.parametrize(("captions", "min_count"), [(CAPTIONS, 9), ([], 1), ([[]], 1)])
 def test_a_vocabulary_of_no_words_is_an_error(captions, min_count):
-    with pytest.raises(DataError, match="no words.*--min-count"):
+    with pytest.raises(DataError, match=r"no words.*--min-count"):
         Vocabulary.build(captions, min_count)
 
 
