@@ -55,7 +55,7 @@ class TrainConfig:
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
     out: Path | None = setting(None, "folder of the run  [runs/DATASET]")
     resume: bool = setting(False, "go on with the run in --out")
-    preset: str | None = setting(None, "model size  [tiny: below 15,000 captions; small: 100,000; base]", choices=tuple(PRESETS))
+    preset: str | None = setting(None, "model size  [tiny, small or base by captions]", choices=tuple(PRESETS))
     width: int | None = setting(None, "model width D  [by preset]")
     heads: int | None = setting(None, "attention heads  [by preset]")
     encoder_layers: int | None = setting(None, "layers over the regions  [by preset]")
