@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from data import DataError
 
-FORMAT = 1
+FORMAT = 2
 WIDTH, HEIGHT = 256, 192
 NEAREST = 0.28 * WIDTH  # between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
 TRUE_BY = 10  # pixels by which centres must differ for a relation to be true
@@ -86,18 +86,17 @@ _NOUN_PHRASES = (  # the commonest wording twice
     "{size} {shape} in {colour}",
     "{colour} {shape} of {size} size",
 )
-_SENTENCES = (  # {a} stands in {relation} to {b}
-    "{a} is {relation} {b}",
-    "{a} {relation} {b}",
-    "{a} sits {relation} {b}",
-    "{a} can be seen {relation} {b}",
-    "there is {a} {relation} {b}",
-    "a picture of {a} {relation} {b}",
+# {a} stands in {relation} to {b}. Drawn captions say where before what: within minutes a decoder learns to name what
+# stands somewhere, but not yet to say where a thing that it has named stands (docs/log.md).
+_SENTENCES = (
     "{relation} {b} is {a}",
     "{relation} {b}, there is {a}",
-    "{b} has {a} {relation} it",
-    "{b} with {a} {relation} it",
+    "{relation} {b} sits {a}",
+    "{relation} {b} one can see {a}",
+    "in this picture, {relation} {b} is {a}",
+    "looking {relation} {b}, one sees {a}",
 )
+_UNDERSTOOD = (*_SENTENCES, "{a} is {relation} {b}", "{a} {relation} {b}", "{b} with {a} {relation} it")
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ _THREE = " (?:and |in |of )?".join([_either(_MEANING)] * 3) + "(?: size)?"
 _GRAMMAR = [
     re.compile(sentence.format(a=f"(?:a|an|the) (?P<a>{_THREE})", b=f"(?:a|an|the) (?P<b>{_THREE})",
                                relation=f"(?P<relation>{_either(_RELATION_OF)})").replace(",", ""))
-    for sentence in dict.fromkeys(_SENTENCES)
+    for sentence in _UNDERSTOOD
 ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class TrainConfig:
     dropout: float | None = setting(None, "dropout  [by preset]")
     max_length: int = setting(20, "words of a caption; longer ones are cut")
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60; sample: 8]")
+    epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60; sample: 18]")
     batch: int = setting(50, "images a step, each with all its captions")
     lr: float | None = setting(None, "peak learning rate  [tiny 0.001, small 0.0005, else 0.0003]")
     warmup: float = setting(0.05, "share of all steps before the peak; then a cosine to zero")
@@ -163,7 +163,7 @@ def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
         **PRESETS[preset],
         "preset": preset,
         "min_count": 5 if captions >= 10_000 else 1,
-        "epochs": 8 if config.dataset == "sample" else min(60, max(15, round(400_000 / captions))),
+        "epochs": 18 if config.dataset == "sample" else min(60, max(15, round(400_000 / captions))),
         "lr": {"tiny": 1e-3, "small": 5e-4}.get(preset, 3e-4),
     }
     return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
