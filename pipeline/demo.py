@@ -39,8 +39,7 @@ def main(work: Path) -> None:
     test = open_source("sample", sample).select("test")
     shown = [str(image.path) for image in test[:SHOWN]]
     stage(caption.main, *shown, "--checkpoint", str(run), "--out", str(work / "captions.json"))
-    report(sample, cache, run, work / "captions.json")
-    click.echo(f"all in {time.monotonic() - start:.0f} s")
+    report(sample, cache, run, work / "captions.json", start)
 
 
 def stage(command: click.Command, *arguments: str) -> None:
@@ -49,13 +48,13 @@ def stage(command: click.Command, *arguments: str) -> None:
     command.main(list(arguments), standalone_mode=False)
 
 
-def report(sample: Path, cache: Path, run: Path, captions: Path) -> None:
-    """The table of scores, the paths of what was made, and the two shares of scene-true captions."""
+def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -> None:
+    """The table of scores, the paths of what was made, the time since `start`, and the two shares of scene-true captions."""
     scores = json.loads((run / "scores-test.json").read_text())
     written = {line["image_id"]: line["caption"] for line in json.loads((run / "captions-test.json").read_text())}
     true = scene_true(sample, written)
     shuffled = scene_true(sample, caption_shuffled(cache, run, list(written)))
-    click.echo(f"\nheld-out scenes: {len(written)}")
+    click.echo(f"\nheld-out scenes: {len(written)}; all in {time.monotonic() - start:.0f} s")
     for name, value in scores["scores"].items():
         click.echo(f"  {name:<8} {value:.4f}")
     for what, path in (("photographs", sample), ("features", cache), ("checkpoint", run), ("captions", captions)):

@@ -407,3 +407,37 @@ def test_a_runs_own_config_trains_the_same_again(world, tmp_path):
     works(train.main, "--config", world / "run" / "config.json", "--out", tmp_path / "again")
     one, two = load_file(world / "run" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# --------------------------------------------------------------------------------------------------- real photographs
+
+
+def test_the_four_commands_caption_real_photographs_from_the_checkpoint_alone(real, tmp_path):
+    """Flickr8k's first 120 train and 30 val photographs with ImageNet weights; then COCO photographs, all else away."""
+    root = tmp_path / "flickr8k"
+    root.mkdir()
+    (root / "images").symlink_to(real / "flickr8k/images")
+    whole = json.loads((real / "flickr8k/dataset_flickr8k.json").read_text())
+    of_split = {name: [i for i in whole["images"] if i["split"] == name] for name in ("train", "val")}
+    chosen = of_split["train"][:120] + of_split["val"][:30]
+    (root / "dataset_flickr8k.json").write_text(json.dumps({**whole, "images": chosen}))
+    weights = shutil.copy(real / "weights/mobilenetv2_100_onnx7_features.pth", tmp_path / "weights.pth")
+    source = ["--dataset", "karpathy", "--root", root]
+    cache, folder = tmp_path / "cache", tmp_path / "run"
+    works(extract.main, *source, "--backbone", "mobilenetv2_100", "--weights", weights, "--out", cache)
+    assert FeatureCache(cache).shape == (49, 1280) and len(FeatureCache(cache)) == 150
+    works(train.main, *source, "--features", cache, "--out", folder, "--epochs", 10, "--batch", 15)
+    works(evaluate.main, *source, "--checkpoint", folder, "--features", cache, "--split", "val", "--out", folder / "s.json")
+    scores = json.loads((folder / "s.json").read_text())["scores"]
+    assert scores["Bleu_1"] > 0.1 and scores["CIDEr"] > 0
+    written = json.loads((folder / "captions-val.json").read_text())
+    assert [line["image_id"] for line in written] == [image["imgid"] for image in chosen[120:]]
+    shutil.move(folder, tmp_path / "moved")
+    shutil.rmtree(cache)
+    shutil.rmtree(root)
+    Path(weights).unlink()
+    photographs = sorted((real / "coco/images").iterdir())[:5]
+    works(caption.main, *photographs, "--checkpoint", tmp_path / "moved", "--out", tmp_path / "captions.json")
+    records = json.loads((tmp_path / "captions.json").read_text())
+    assert [line["file_name"] for line in records] == [path.name for path in photographs]
+    assert all(line["caption"] for line in records)
