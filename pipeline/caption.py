@@ -70,8 +70,8 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
     """Photographs by name and id as a cache of the same folder has them; UserError for an id that comes twice."""
     photos: dict[int, Photo] = {}
     for place in places:
-        if not place.exists():
-            raise UserError(f"{place} is not there; pass photographs or folders of them")
+        if not (place.is_file() or place.is_dir()):
+            raise UserError(f"{place} is neither a file nor a folder; pass photographs or folders of them")
         names = photographs_under(place) if place.is_dir() else [place.name]
         folder = place if place.is_dir() else place.parent
         if not names:

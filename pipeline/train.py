@@ -36,7 +36,7 @@ from pipeline.scoring import References
 
 PRESETS = {
     "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1},
-    "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.2},
+    "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.3},
     "base": {"width": 512, "heads": 8, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 2048, "dropout": 0.1},
     "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1},
 }
@@ -64,9 +64,9 @@ class TrainConfig:
     dropout: float | None = setting(None, "dropout  [by preset]")
     max_length: int = setting(20, "words of a caption; longer ones are cut")
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over the train images  [400,000 captions in all, 15 to 60; sample: 18]")
-    batch: int = setting(50, "images a step, each with all its captions")
-    lr: float | None = setting(None, "peak learning rate  [tiny 0.001, small 0.0005, else 0.0003]")
+    epochs: int | None = setting(None, "passes over the train images  [300,000 captions in all, 12 to 60; sample: 18]")
+    batch: int | None = setting(None, "images a step, each with all its captions  [small 20, else 50]")
+    lr: float | None = setting(None, "peak learning rate  [tiny 0.001, small 0.0004, else 0.0003]")
     warmup: float = setting(0.05, "share of all steps before the peak; then a cosine to zero")
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
     label_smoothing: float = setting(0.1, "mass given to all words alike")
@@ -163,8 +163,9 @@ def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
         **PRESETS[preset],
         "preset": preset,
         "min_count": 5 if captions >= 10_000 else 1,
-        "epochs": 18 if config.dataset == "sample" else min(60, max(15, round(400_000 / captions))),
-        "lr": {"tiny": 1e-3, "small": 5e-4}.get(preset, 3e-4),
+        "epochs": 18 if config.dataset == "sample" else min(60, max(12, round(300_000 / captions))),
+        "batch": 20 if preset == "small" else 50,
+        "lr": {"tiny": 1e-3, "small": 4e-4}.get(preset, 3e-4),
     }
     return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -253,6 +254,12 @@ def test_a_photograph_the_disk_lacks_ends_before_the_first_image_unless_allowed(
     assert not (tmp_path / "c").exists()
     works(extract.main, *options, "--allow-missing")
     assert (tmp_path / "c" / "unreadable.jsonl").read_text().count('"reason": "missing"') == 2
+
+
+def test_a_path_that_is_neither_file_nor_folder_is_named_and_never_waited_for(world, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path / "absent.jpg"):
+        assert f"{path} is neither a file nor a folder" in refused(caption.main, path, "--checkpoint", world / "run")
 
 
 def test_captioning_only_corrupt_photographs_is_an_error(world, tmp_path):
