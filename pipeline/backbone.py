@@ -21,8 +21,9 @@ from torch import Tensor
 from models.backbones import Backbone, create_backbone
 from models.grid import Regions
 from pipeline.cli import UserError
-from pipeline.runtime import Machine, say
+from pipeline.runtime import Machine
 from pipeline.tensors import load_tensors, save_tensors
+from pipeline.terminal import say
 
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from data.features import iterate, write_whole
 from data.folder import photographs_under
 from data.sources import image_id
-from pipeline.cli import UserError, command, setting
+from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import load_captioner
-from pipeline.runtime import DEVICES, PRECISIONS, progress, say
+from pipeline.terminal import progress, say
 
 
 @dataclass(frozen=True)

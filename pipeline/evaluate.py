@@ -1,25 +1,32 @@
-"""Caption a split over cached features by beam search, and score the captions."""
+"""Score captions: those of a checkpoint, made over cached features by beam search, or anybody's from a file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data.captions import CaptionedImages
+from data import DataError
 from data.features import FeatureCache, differences, write_whole
-from data.sources import DATASETS, Source, open_source
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.cli import UserError, command, setting
-from pipeline.decoding import caption_rows
-from pipeline.runtime import DEVICES, PRECISIONS, Machine, open_machine, progress, say
-from pipeline.scoring import score
+from data.results import choose, read_ids, read_references, read_results, write_results, write_server
+from data.sources import DATASETS, Image, Source, open_source
+from data.tokens import tokenize_all
+from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
+from pipeline.java import Meteor, NotComputed
+from pipeline.references import References, keep, prepared_path
+from pipeline.scorecard import FORMATS, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
+from pipeline.terminal import progress, say
+
+if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
+    from pipeline.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which checkpoint, over which cache, on which captions."""
+    """Which checkpoint, over which cache, on which captions; or which file of captions."""
 
     checkpoint: Path | None = setting(None, "folder that pipeline.train wrote  [runs/DATASET]")
     features: Path | None = setting(None, "the cache  [cache/DATASET]")
@@ -28,28 +35,174 @@ class EvaluateConfig:
     annotations: Path | None = setting(None, "caption file, where the layout does not name it")
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
     split: str | None = setting(None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all"))
-    out: Path | None = setting(None, "scores; the captions go beside them  [CHECKPOINT/scores-SPLIT.json]")
+    captions: tuple[Path, ...] = setting((), "score this file in COCO results format, no checkpoint; may be repeated")
+    references: Path | None = setting(None, "what --captions are scored against: a COCO captions file, or Karpathy's")
+    ids: Path | None = setting(None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list")
+    against: Path | None = setting(None, "another results file over the same images: is the difference real?")
+    df: Path | None = setting(None, "captions whose document frequencies CIDEr takes  [the references]")
+    train_captions: Path | None = setting(None, "training captions, for the share of novel ones  [the checkpoint's own]")
+    meteor: bool = setting(False, "METEOR too (Java)")
+    spice: bool = setting(False, "SPICE too (Java)")
+    bootstrap: int = setting(1000, "resamples for intervals and --against; 0: no intervals")
+    examples: int = setting(0, "print the N worst and the N best captions by CIDEr")
+    format: str = setting("table", "of what is printed", choices=FORMATS)
+    server: str | None = setting(None, "write COCO's server files for a method of this name")
+    out: Path | None = setting(None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]")
     beam: int | None = setting(None, "beams  [the run's]")
     length_penalty: float | None = setting(None, "exponent of the length  [the run's]")
     batch: int = setting(50, "images decoded together")
     limit: int | None = setting(None, "score only the first N images")
     device: str = setting("auto", "where to decode", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "unused by beam search; every stage takes it")
+    seed: int = setting(0, "of the resamples")
 
     def __post_init__(self) -> None:
-        for name in ("beam", "batch", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
+        for name, least in (("beam", 1), ("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
+        if self.captions and not self.references:
+            raise UserError("--captions needs --references: a COCO captions file to score them against")
+        if self.captions and self.checkpoint:
+            raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
+        if self.references and not self.captions:
+            raise UserError("--references goes with --captions; a checkpoint is scored against its --dataset")
+        if self.against and (len(self.captions) > 1 or not self.bootstrap):
+            raise UserError("--against compares with one results file, by resampling: one --captions, and --bootstrap above 0")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Captions with what they are scored against; `scorer` is None where the images have no references."""
+
+    name: str
+    captions: dict[int, str]
+    images: Sequence[Image]  # for the server: all that should have a caption; empty where not needed
+    scorer: Scorer | None
+    out: Path | None
+    about: dict[str, Any] = field(default_factory=dict)  # further entries of scores.json
 
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    """Caption a split over cached features, write the captions in COCO results format, and score them.
+    """Caption a split over cached features and score the captions; or score a file of captions.
 
     Without options: the embedded sample, with the run and the cache that bare commands made of it.
+    A file: --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
     """
-    machine = open_machine(config.device, config.seed, config.precision)
+    jobs = list(jobs_of_files(config)) if config.captions else [job_of_checkpoint(config)]
+    if config.server:
+        send_to_server(config, jobs)
+    with open_meteor(config.meteor) as meteor:
+        cards = [make_card(job.name, job.captions, job.scorer, meteor, config.spice) for job in jobs if job.scorer]
+        if config.against and cards:
+            cards[0].record["against"] = compare(cards[0], other_card(config, jobs[0], meteor))
+    scored = [(job, card) for job, card in zip([job for job in jobs if job.scorer], cards, strict=True)]
+    for job, card in scored:
+        write_card(job, card)
+    print_cards(cards, config.format)
+    for job, card in scored:
+        print_examples(card, job.captions, config.examples)
+    refuse_silence(cards)
+
+
+# ------------------------------------------------------------------------------------------------------------ from files
+
+
+def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
+    """Each file of captions with the references of its images."""
+    if config.out and len(config.captions) > 1 and (config.out.suffix or config.out.is_file()):
+        raise UserError(f"--out {config.out} with several --captions must be a folder: each gets its own NAME.json there")
+    train = train_tokens(config)
+    opened: dict[tuple[int, ...], References] = {}
+    for file in config.captions:
+        captions = dict(list(read_results(file).items())[: config.limit])
+        images: Sequence[Image] = ()
+        if config.server:
+            images = read_references(config.references, config.split)
+        scorer = None
+        if not images or any(image.captions for image in images):
+            captions, references = match(config, file, captions, opened)
+            scorer = make_scorer(config, references, config.references.name, train)
+        else:
+            say(f"{config.references} has no captions: nothing is scored")
+        several = len(config.captions) > 1
+        out = config.out / f"{file.stem}.json" if config.out and several else config.out
+        yield Job(file.name, captions, images, scorer, out)
+
+
+def match(
+    config: EvaluateConfig, file: Path, captions: dict[int, str], opened: dict[tuple[int, ...], References]
+) -> tuple[dict[int, str], References]:
+    """The captions to score and their references, one set for files that caption the same images; the rest is counted."""
+    if () not in opened:
+        opened[()] = open_references(config)
+    references = opened[()]
+    if unknown := [image_id for image_id in captions if image_id not in references.rows]:
+        if not config.ids:
+            raise DataError(f"image {unknown[0]} of {file} has no references in {config.references} ({len(unknown):,} such)")
+        say(f"{file}: {len(unknown):,} captions are left out: {config.ids} does not have their images")
+    if missing := [image_id for image_id in references.rows if image_id not in captions]:
+        if config.ids:
+            raise DataError(f"image {missing[0]} of {config.ids} has no caption in {file} ({len(missing):,} such)")
+        say(f"{file} captions {len(references) - len(missing):,} of {len(references):,} images of {config.references}; "
+            "the others are left out (with --ids they would be an error)")  # fmt: skip
+        key = tuple(image_id for image_id in references.rows if image_id in captions)
+        if not key:
+            raise DataError(f"no image of {file} is in {config.references}")
+        if key not in opened:
+            opened[key] = References(references_by_image(config, set(key)), frequencies=frequencies(config))
+        references = opened[key]
+    return {image_id: captions[image_id] for image_id in references.rows}, references
+
+
+def open_references(config: EvaluateConfig) -> References:
+    """The counted references of the whole file, or of --ids: read where they are kept, else counted and kept."""
+    parts = [str(config.split).encode(), *(file.read_bytes() if file else b"" for file in (config.ids, config.df))]
+    path = prepared_path(config.references, *parts)
+    with contextlib.suppress(DataError, OSError):  # one that is not there or not whole is made again
+        return References.load(path)
+    references = References(references_by_image(config), frequencies=frequencies(config))
+    keep(references, path)
+    return references
+
+
+def references_by_image(config: EvaluateConfig, only: set[int] | None = None) -> dict[int, Sequence[str]]:
+    images = read_references(config.references, config.split)
+    if config.ids:
+        images = choose(images, read_ids(config.ids), config.references, config.ids)
+    found = {image.id: image.captions for image in images if image.captions or config.ids}
+    if not found:
+        raise DataError(f"{config.references} has images but no captions to score against")
+    return found if only is None else {image_id: found[image_id] for image_id in found if image_id in only}
+
+
+def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
+    if config.df is None:
+        return None
+    return {image.id: image.captions for image in read_references(config.df, "train") if image.captions}
+
+
+def train_tokens(config: EvaluateConfig, images: Iterable[Image] = ()) -> frozenset[tuple[str, ...]] | None:
+    if config.train_captions:
+        images = read_references(config.train_captions, "train")
+    captions = [caption for image in images for caption in image.captions]
+    return frozenset(map(tuple, tokenize_all(captions))) if captions else None
+
+
+def make_scorer(
+    config: EvaluateConfig, references: References, name: str, train: frozenset[tuple[str, ...]] | None
+) -> Scorer:
+    source = config.df.name if config.df else "references"
+    return Scorer(references, name, source, train, config.bootstrap, config.seed)
+
+
+# ------------------------------------------------------------------------------------------------------ from a checkpoint
+
+
+def job_of_checkpoint(config: EvaluateConfig) -> Job:
+    """Caption the split over the cache; the captions are written at once, before any score."""
+    from pipeline.checkpoint import load_checkpoint
+
     folder = config.checkpoint or Path("runs") / config.dataset
     checkpoint = load_checkpoint(folder)
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
@@ -57,13 +210,27 @@ def main(config: EvaluateConfig) -> None:
     root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
     source = open_source(config.dataset, root, config.annotations, config.images)
     split = config.split or choose_split(source, checkpoint)
-    images = CaptionedImages(source.select(split)[: config.limit], cache, split)
+    wanted = source.select(split)
+    if config.ids:
+        wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
+    images, left_out = cache.select(wanted[: config.limit])
+    if not images:
+        raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
+    scored = not config.server or any(image.captions for image in images)
+    if scored:
+        refuse_uncaptioned(images, split)
+    say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {left_out} left out")
+    captions, decoding = decode(config, checkpoint, cache, [image.id for image in images])
     out = config.out or folder / f"scores-{split}.json"
-    say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {images.left_out} left out")
-    captions = decode(config, checkpoint, cache, images, machine)
-    scores = score(captions, {image.id: image.captions for image in images.images}).values
-    write_results(out, split, captions, scores, config, checkpoint, images)
-    print_scores(scores, out, split)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_results(out.with_name(f"captions-{split}.json"), captions)
+    scorer = None
+    if scored:
+        references = References({image.id: image.captions for image in images}, frequencies=frequencies(config))
+        train = train_tokens(config, [image for image in source.images if image.split == "train"])
+        scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
+    about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
+    return Job(folder.name, captions, wanted, scorer, out, about)
 
 
 def refuse_other_features(folder: Path, checkpoint: Checkpoint, cache: FeatureCache) -> None:
@@ -88,52 +255,91 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
 
 
 def decode(
-    config: EvaluateConfig, checkpoint: Checkpoint, cache: FeatureCache, images: CaptionedImages, machine: Machine
-) -> dict[int, str]:
-    ids: Sequence[int] = [image.id for image in images.images]
-    beam = checkpoint.decoding["beam"] if config.beam is None else config.beam
-    penalty = checkpoint.decoding["length_penalty"] if config.length_penalty is None else config.length_penalty
+    config: EvaluateConfig, checkpoint: Checkpoint, cache: FeatureCache, ids: Sequence[int]
+) -> tuple[dict[int, str], dict[str, Any]]:
+    """Captions by image id, and the beam and length penalty they were found with."""
+    from pipeline.decoding import caption_rows
+    from pipeline.runtime import open_machine
+
+    machine = open_machine(config.device, config.seed, config.precision)
+    given = {"beam": config.beam, "length_penalty": config.length_penalty}
+    decoding = {name: checkpoint.decoding[name] if value is None else value for name, value in given.items()}
     captioner = checkpoint.captioner.to(machine.device)
-    with progress(len(ids), "images", f"beam {beam}") as bar:
+    with progress(len(ids), "images", f"beam {decoding['beam']}") as bar:
         captions = caption_rows(
-            captioner, checkpoint.vocabulary, cache, ids, machine, beam, penalty, config.batch, bar.step
+            captioner, checkpoint.vocabulary, cache, ids, machine, **decoding, batch=config.batch, done=bar.step
         )
-    say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, beam {beam}, on {machine}")
-    return captions
+    say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, beam {decoding['beam']}, on {machine}")
+    return captions, decoding
 
 
-def write_results(
-    out: Path,
-    split: str,
-    captions: dict[int, str],
-    scores: dict[str, float],
-    config: EvaluateConfig,
-    checkpoint: Checkpoint,
-    images: CaptionedImages,
-) -> None:
-    """scores at `out`, captions (COCO results format) beside it as captions-SPLIT.json."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
-    write_whole(out.with_name(f"captions-{split}.json"), json.dumps(results, ensure_ascii=False))
-    record = {
-        "scores": scores,
-        "split": split,
-        "images": len(captions),
-        "left_out_unreadable": images.left_out,
-        "decoding": {
-            "beam": config.beam or checkpoint.decoding["beam"],
-            "length_penalty": checkpoint.decoding["length_penalty"]
-            if config.length_penalty is None
-            else config.length_penalty,
-        },
+# --------------------------------------------------------------------------------------------------------- both, onwards
+
+
+@contextlib.contextmanager
+def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
+    """METEOR's program, for all captions of this command; or why it cannot run."""
+    if not wanted:
+        yield None
+        return
+    try:
+        meteor = Meteor()
+    except NotComputed as error:
+        yield error
+        return
+    with meteor:
+        yield meteor
+
+
+def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
+    """The card of --against, over exactly the images of `job`."""
+    captions = read_results(config.against)
+    missing = [image_id for image_id in job.captions if image_id not in captions]
+    if missing:
+        raise DataError(f"image {missing[0]} has no caption in {config.against} ({len(missing):,} such); "
+                        "two captioners are compared over the same images")  # fmt: skip
+    captions = {image_id: captions[image_id] for image_id in job.captions}
+    return make_card(config.against.name, captions, job.scorer, meteor, config.spice)
+
+
+def write_card(job: Job, card: Card) -> None:
+    """scores.json, and beside it the scores of each image; nothing where no --out is given for a file of captions."""
+    if job.out is None:
+        return
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(job.out, json.dumps(card.record | job.about, indent=2) + "\n")
+    images = job.out.with_name(f"{job.out.stem}-images.jsonl")
+    write_whole(images, image_lines(card, job.captions))
+    say(f"scores: {job.out}\neach image's: {images}")
+    if "split" in job.about:
+        say(f"captions: {job.out.with_name('captions-' + job.about['split'] + '.json')}")
+
+
+def send_to_server(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
+    if len(jobs) > 1:
+        raise UserError("--server takes one file of captions: its files are named after the method")
+    job = jobs[0]
+    folder = job.out.parent if job.out else Path()
+    for path in write_server(folder, config.server, job.captions, job.images):
+        say(f"for the server: {path}")
+
+
+def refuse_uncaptioned(images: Iterable[Image], split: str) -> None:
+    for image in images:
+        if not image.captions:
+            raise DataError(
+                f"image {image.id} ({image.name}) has no caption in split {split!r}; "
+                "leave it out of the caption file's images, or give it one"
+            )
+
+
+def refuse_silence(cards: Iterable[Card]) -> None:
+    """A score that was asked for and is not there ends in an error, after all others are written."""
+    found: Mapping[str, str] = {
+        name: why for card in cards for name, why in card.not_computed.items() if name in card.values
     }
-    write_whole(out, json.dumps(record, indent=2) + "\n")
-
-
-def print_scores(scores: dict[str, float], out: Path, split: str) -> None:
-    print("  ".join(f"{name:>7}" for name in scores))
-    print("  ".join(f"{value:7.4f}" for value in scores.values()))
-    print(f"scores: {out}\ncaptions: {out.with_name(f'captions-{split}.json')}")
+    if found:
+        raise UserError("; ".join(found.values()))
 
 
 if __name__ == "__main__":

@@ -29,18 +29,9 @@ from data.images import DECODE_PATH, Photographs
 from data.sources import DATASETS, Image, Source, open_source
 from models.backbones import Backbone
 from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, look, open_backbone, place_backbone
-from pipeline.cli import UserError, command, setting
-from pipeline.runtime import (
-    DEVICES,
-    PRECISIONS,
-    Machine,
-    Progress,
-    human_bytes,
-    open_machine,
-    progress,
-    refuse_what_cannot_fit,
-    say,
-)
+from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
+from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
+from pipeline.terminal import Progress, human_bytes, progress, say
 
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
 

@@ -1,4 +1,4 @@
-"""What every stage asks of the machine: device, precision, threads, rank, free disk, and a progress bar.
+"""What every stage asks of the machine: device, precision, threads, rank and free disk.
 
 Precision is chosen by the hardware and said: bf16 on a GPU that has it and on CPUs with avx512_bf16 or AMX, else fp32.
 """
@@ -11,20 +11,14 @@ import os
 import random
 import shutil
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.cli import UserError
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "bf16", "fp32")
+from pipeline.terminal import human_bytes
 
 
 @dataclass(frozen=True)
@@ -93,12 +87,6 @@ def _keep_freed_memory() -> None:
                 libc.mallopt(option, value)
 
 
-def say(text: str) -> None:
-    """One line for the person at the terminal, by rank 0, on stderr: stdout is for results."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(text, err=True)
-
-
 def refuse_what_cannot_fit(path: Path, need: int) -> str:
     """Compare `need` bytes with the free space where `path` will be; returns both as text, UserError if it lacks."""
     place = path
@@ -108,54 +96,3 @@ def refuse_what_cannot_fit(path: Path, need: int) -> str:
     if need > free:
         raise UserError(f"{path} needs {human_bytes(need)}, {place} has {human_bytes(free)} free; choose another --out")
     return f"{human_bytes(need)}, {human_bytes(free)} free"
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-class Progress:
-    """A bar with rate and time left on a terminal; a plain line every ten seconds where stderr is a file or a pipe."""
-
-    def __init__(self, total: int, unit: str, what: str, enabled: bool = True) -> None:
-        self.total, self.unit, self.what, self.done, self.note = total, unit, what, 0, ""
-        self.start = self.last_line = time.monotonic()
-        self.enabled = enabled
-        tty = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False) if tty else None
-
-    def step(self, count: int, note: str = "") -> None:
-        self.done, self.note = self.done + count, note
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(count)
-        elif self.enabled and time.monotonic() - self.last_line > 10:
-            self.last_line = time.monotonic()
-            left = (self.total - self.done) / max(self.rate, 1e-9)
-            text = f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f}/s, {left:.0f} s left"
-            click.echo(f"{text}{'  ' + note if note else ''}", err=True)
-
-    @property
-    def rate(self) -> float:
-        return self.done / max(time.monotonic() - self.start, 1e-9)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-@contextlib.contextmanager
-def progress(total: int, unit: str, what: str, enabled: bool = True) -> Iterator[Progress]:
-    bar = Progress(total, unit, what, enabled)
-    try:
-        yield bar
-    finally:
-        bar.close()

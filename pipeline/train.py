@@ -29,10 +29,12 @@ from pipeline.checkpoint import (
     save_training_state,
     save_weights,
 )
-from pipeline.cli import UserError, command, setting
+from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import caption_rows
-from pipeline.runtime import DEVICES, PRECISIONS, Machine, human_bytes, open_machine, progress, say
-from pipeline.scoring import References
+from pipeline.references import References
+from pipeline.runtime import Machine, open_machine
+from pipeline.scoring import score
+from pipeline.terminal import human_bytes, progress, say
 
 PRESETS = {
     "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1},
@@ -296,7 +298,7 @@ def validate(run: Run, epoch: int, trained: dict[str, float]) -> None:
             run.captioner, checkpoint.vocabulary, run.dev.cache, ids, run.machine, config.beam, config.length_penalty,
             done=bar.step,
         )  # fmt: skip
-    scores = run.references.score(captions).values
+    scores = score(captions, run.references).values
     best = max((line["dev"]["CIDEr"] for line in run.metrics), default=-1.0)
     line = {
         "epoch": epoch + 1,

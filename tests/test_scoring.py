@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import pytest
 
 from data import DataError
 from data.tokens import tokenize, tokenize_all
-from pipeline.scoring import References, score
+from pipeline.references import References
+from pipeline.scoring import cider, score
 
 OUTPUTS = {
     "coco_karpathy_test": [
@@ -156,7 +156,7 @@ def test_prepared_references_score_again_and_again():
     references = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits"]}
     prepared = References(references)
     for candidates in ({4: "a dog", 9: "a cat"}, {4: "one new word", 9: "a red cat"}, {4: "a dog", 9: "a cat"}):
-        assert prepared.score(candidates).values == score(candidates, references).values
+        assert score(candidates, prepared).values == score(candidates, references).values
 
 
 def test_cider_of_many_samples_an_image_is_that_of_each_alone():
@@ -169,23 +169,10 @@ def test_cider_of_many_samples_an_image_is_that_of_each_alone():
     prepared = References(references)
     owners = [rng.randrange(30) for _ in range(200)]
     samples = [rng.choices("abcdefghxyz", k=rng.randint(0, 9)) for _ in owners]
-    together = prepared.cider(owners, samples)
+    together = cider(prepared, owners, samples)
     for owner, words, value in zip(owners, samples, together, strict=True):
-        alone = prepared.score({i: " ".join(words) if i == owner else "" for i in references})
+        alone = score({i: " ".join(words) if i == owner else "" for i in references}, prepared)
         assert value == pytest.approx(alone.per_image["CIDEr"][owner], abs=1e-12)
-
-
-def test_cider_of_250_samples_takes_milliseconds(real: Path):
-    _, references = read_pair(real / "results" / "flickr30k_karpathy_test", "magic_result.json")
-    prepared = References(references)
-    owners = [image_id for image_id in list(references)[:50] for _ in range(5)]
-    samples = [prepared.tokens[place // 5][place % 5] for place in range(250)]
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        prepared.cider(owners, samples)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.03
 
 
 # ---------------------------------------------------------------- bad input
@@ -210,6 +197,6 @@ def test_bad_input_is_an_error_that_names_the_image(candidates: dict, references
 
 def test_cider_of_an_unknown_image_is_an_error_that_names_it():
     with pytest.raises(DataError, match="image 5 has a candidate"):
-        References({1: ["a"]}).cider([1, 5], [["a"], ["b"]])
+        cider(References({1: ["a"]}), [1, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="1 captions for 2 image ids"):
-        References({1: ["a"]}).cider([1, 1], [["a"]])
+        cider(References({1: ["a"]}), [1, 1], [["a"]])

@@ -1,0 +1,351 @@
+"""References counted once: the integer n-gram tables that BLEU and CIDEr of any number of captions are read from.
+
+Words are numbered, W of them, and a word's number is its name. A longer n-gram's name goes on from there: W + its place in
+a sorted table of (name of its first n-1 words, last word). So names are exact for a vocabulary of any size, and sorted by n.
+
+Letters: I images, K references an image (missing ones are empty), S captions to compare, N = 4 n-gram lengths, G n-grams
+of two words or more, E entries: the different n-grams of each image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import DataError
+from data.tokens import tokenize
+
+ORDERS = 4
+MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
+FORMAT = 1  # of the file that `save` writes
+TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
+
+
+class Words(NamedTuple):
+    """All words of some captions in one row, M of them; and their tokens, T, some of which are two words ("1\xa01/2")."""
+
+    numbers: np.ndarray  # [M] int64
+    owner: np.ndarray  # [M] the caption each stands in
+    left: np.ndarray  # [M] words from here to the caption's end, itself included
+    lengths: np.ndarray  # [S] words
+    tokens: np.ndarray  # [T] int64
+    counts: np.ndarray  # [S] tokens
+
+
+class Numbers(dict):
+    """Words' numbers; a word that has none yet gets the next. `pieces` has the words of tokens that are not just one."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__((word, number) for number, word in enumerate(words))
+        self.pieces = {number: word.split() for number, word in enumerate(words) if word.split() != [word]}
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        if (words := word.split()) != [word]:
+            self.pieces[number] = words
+        return number
+
+
+class HashTable:
+    """Places of different int64 keys, -1 for others: cuckoo hashing (Pagh and Rodler 2001), all questions at once.
+
+    A key stands in one of two slots, so a question takes two looks where a binary search takes twenty.
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys = np.append(keys, MISSING)  # which place -1 leads to
+        self.bits = max(4, (2 * len(keys)).bit_length())
+        while not self._fill():
+            self.bits += 1
+
+    def _fill(self) -> bool:
+        self.places = np.full((2, 1 << self.bits), -1, np.int32)
+        homeless = np.arange(len(self.keys) - 1)
+        for turn in range(200):  # in a few turns all have one of their two slots, but for rare bad luck
+            slots, places = self._slots(self.keys[homeless])[turn % 2], self.places[turn % 2]
+            evicted = np.unique(places[slots])
+            places[slots] = homeless  # of several that want one slot, one gets it
+            lost = homeless[places[slots] != homeless]
+            homeless = np.concatenate([evicted[evicted >= 0], lost])
+            if not len(homeless):
+                return True
+        return False
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """The place of each key, -1 where it is not there."""
+        first, second = (places[slots] for places, slots in zip(self.places, self._slots(wanted), strict=True))
+        second = np.where(self.keys[second] == wanted, second, -1)
+        return np.where(self.keys[first] == wanted, first, second)
+
+    def _slots(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mixed = keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # multiplicative: Knuth, TAOCP 3, 6.4
+        mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
+        return (mixed >> np.uint64(64 - self.bits)).view(np.int64), (mixed & np.uint64((1 << self.bits) - 1)).view(np.int64)
+
+
+class Matches(NamedTuple):
+    """S captions held against the references of one image each."""
+
+    cosine: np.ndarray  # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
+    correct: np.ndarray  # [S,N] n-grams found, each at most as often as in the reference that has it most
+    lengths: np.ndarray  # [S] words
+
+
+class References:
+    """The references of a set of images, counted.
+
+    references: captions by image id, each a string, tokenised here, or a sequence of tokens.
+    vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as they come.
+    frequencies: captions by image id whose document frequencies (images that have an n-gram, and the number of images)
+        are used in place of the references' own, as where a small set is scored with those of a large one.
+    """
+
+    def __init__(
+        self,
+        references: Mapping[int, Sequence[str | Sequence[str]]],
+        vocabulary: Sequence[str] = (),
+        frequencies: Mapping[int, Sequence[str | Sequence[str]]] | None = None,
+    ) -> None:
+        if not references:
+            raise DataError("no references to score against")
+        self.rows = {image_id: row for row, image_id in enumerate(references)}
+        self.vocabulary = Numbers(vocabulary)
+        self._count(tokens_by_image(references), tokens_by_image(frequencies or {}))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row_of(self, image_id: int) -> int:
+        """The row of an image in all tables [I, ...]; DataError where it has no references."""
+        try:
+            return self.rows[image_id]
+        except KeyError:
+            raise DataError(f"image {image_id} has a candidate but no references") from None
+
+    def numbered(self, captions: Sequence[Sequence[str]]) -> Words:
+        """Number the words of all captions."""
+        tokens = np.array([self.vocabulary[word] for word in chain.from_iterable(captions)], np.int64)
+        counts = np.array([len(caption) for caption in captions], np.int64)
+        numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
+        if pieces := self.vocabulary.pieces:  # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
+            times = np.array([len(pieces.get(token, " ")) for token in tokens.tolist()], np.int64)
+            parts = [[self.vocabulary[w] for w in pieces[token]] if token in pieces else [token] for token in tokens.tolist()]
+            numbers, owner = np.array([*chain.from_iterable(parts)], np.int64), np.repeat(owner, times)
+        lengths = np.bincount(owner, minlength=len(counts))
+        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(numbers))
+        return Words(numbers, owner, left, lengths, tokens, counts)
+
+    def compare(self, rows: np.ndarray, words: Words) -> Matches:
+        """Hold caption s of `words` against the references of image rows[s]."""
+        count, width = len(rows), self.lengths.shape[1]
+        grams, tf = _count_equal(self._name(words))
+        group, name = grams >> 32, grams & MASK  # group: n * S + caption
+        idf = self.idf.take(name, mode="clip")
+        weight = tf * idf
+        norm = np.bincount(group, weight * weight, ORDERS * count).reshape(ORDERS, count) ** 0.5
+        found, place = self._entries_of(rows, group % count, name)
+        group, tf, idf, weight = group[found], tf[found], idf[found, None], weight[found, None]
+        correct = np.bincount(group, np.minimum(tf, self.most[place]), ORDERS * count).reshape(ORDERS, count)
+        theirs = self.entry_counts.take(place, axis=0) * idf
+        dot = np.minimum(weight, theirs) * theirs
+        where = group[:, None] * width + np.arange(width)
+        dot = np.bincount(where.ravel(), dot.ravel(), ORDERS * count * width).reshape(ORDERS, count, width)
+        norm = norm.T[..., None] * self.norms.take(rows, axis=0)
+        return Matches(dot.transpose(1, 0, 2) / np.where(norm > 0, norm, 1), correct.T, words.lengths)
+
+    def _name(self, words: Words) -> np.ndarray:
+        """The n-grams of all captions, (n * S + caption) << 32 | name; those of no reference get names after all others."""
+        names, unseen, count = words.numbers.copy(), len(self.idf), len(words.lengths)
+        if len(self.vocabulary) > self.words:
+            names[names >= self.words] += unseen
+            unseen += len(self.vocabulary)
+        found, start = [words.owner << 32 | names], np.arange(len(names))
+        for n in range(1, ORDERS):
+            start = start[words.left[start] > n]
+            before = names[start]
+            key = before << 32 | words.numbers[start + n]
+            known = (before < len(self.idf)).nonzero()[0]  # an n-gram of an unseen beginning is unseen
+            named = np.full(len(start), -1, np.int64)
+            named[known] = self.table.find(key[known])
+            strange = (named < 0).nonzero()[0]
+            different, place = np.unique(key[strange], return_inverse=True)
+            named += self.words
+            named[strange] = unseen + place
+            unseen += len(different)
+            names[start] = named
+            found.append(words.owner[start] + n * count << 32 | named)
+        return np.concatenate(found)
+
+    def _entries_of(self, rows: np.ndarray, caption: np.ndarray, name: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these n-grams, `name` of `caption`, the caption's image has, and where they stand among the entries."""
+        new = np.append(True, rows[1:] != rows[:-1])  # captions of one image mostly stand together
+        turn, images = np.cumsum(new) - 1, rows[new]
+        begin, size = self.ends[images], self.ends[images + 1] - self.ends[images]
+        at = np.arange(size.sum()) + np.repeat(begin - (np.cumsum(size) - size), size)
+        # A small table in the order of the captions: it stays in the processor's cache, and questions come nearly sorted.
+        table = np.append(np.repeat(np.arange(len(images)) << 32, size) | self.entries[at] & MASK, MISSING)
+        known = (name < len(self.idf) - 1).nonzero()[0]
+        wanted = (turn << 32)[caption[known]] | name[known]
+        near = table.searchsorted(wanted)
+        found = (table[near] == wanted).nonzero()[0]
+        return known[found], at[near[found]]
+
+    def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
+        """Fill the tables: of the captions
+
+        k [I], lengths [I,K] in words, tokens and counts as in `Words`;
+
+        and of their n-grams
+
+        keys      [G] int64     name of the first n-1 words << 32 | last word
+        idf       [W+G+1]       log documents - log document frequency, by name; the last is that of unseen n-grams
+        entries   [E] int64     image << 32 | name; those of image i are entries[ends[i]:ends[i+1]]
+        entry_counts [E,K]      how often it stands in each reference of that image; `most`: in the one that has it most
+        norms     [I,N,K]       length of each reference's tf-idf vector
+        """
+        images, width = len(own), max(len(captions) for captions in own)
+        k = np.array([len(captions) for captions in chain(own, frequencies)])
+        words = self.numbered([caption for captions in chain(own, frequencies) for caption in captions])
+        image = np.repeat(np.arange(len(k)), k)
+        column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
+        mine = image < images
+        self.k, self.words, documents = k[:images], len(self.vocabulary), len(frequencies) or images
+        self.lengths = np.zeros((images, width), np.int64)
+        self.lengths[image[mine], column[mine]] = words.lengths[mine]
+        self.counts = words.counts[mine]
+        self.tokens = words.tokens[: self.counts.sum()]
+        names, keys, first = words.numbers.copy(), [], [0, self.words]
+        owners, named = [words.owner], [names.copy()]
+        for n in range(1, ORDERS):
+            start = np.flatnonzero(words.left > n)
+            found, place = np.unique(names[start] << 32 | words.numbers[start + n], return_inverse=True)
+            names[start] = first[-1] + place
+            keys.append(found)
+            owners.append(words.owner[start])
+            named.append(names[start])
+            first.append(first[-1] + len(found))
+        owner, name = np.concatenate(owners), np.concatenate(named)
+        entries, place = np.unique(image[owner] << 32 | name, return_inverse=True)
+        counted = entries[entries >> 32 >= images] if frequencies else entries
+        self.keys = np.concatenate(keys)
+        self.idf = np.log(documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
+        entries = entries[: np.searchsorted(entries, images << 32)]
+        where = (place * width + column[owner])[mine[owner]]
+        counts = np.bincount(where, minlength=len(entries) * width).reshape(-1, width)
+        squares = (counts * self.idf[entries & MASK, None]) ** 2
+        group = (entries >> 32) * ORDERS + np.searchsorted(first[1:], entries & MASK, side="right")
+        norms = np.stack([np.bincount(group, of, images * ORDERS) for of in squares.T], axis=1) ** 0.5
+        self.norms = norms.reshape(images, ORDERS, width)
+        self.entries, self.ends = entries, np.searchsorted(entries, np.arange(images + 1) << 32)
+        self.entry_counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))  # one byte in practice
+
+    @cached_property
+    def most(self) -> np.ndarray:
+        return self.entry_counts.max(axis=1)
+
+    @cached_property
+    def table(self) -> HashTable:
+        return HashTable(self.keys)
+
+    def grouped(self) -> list[list[list[int]]]:
+        """The references' tokens, numbered, by image and reference."""
+        tokens = cut(self.tokens, self.counts)
+        return [[next(tokens) for _ in range(k)] for k in self.k.tolist()]
+
+    def save(self, path: Path) -> None:
+        """Keep the tables in one .npz file, written whole or not at all."""
+        arrays = {name: getattr(self, name) for name in TABLES} | {"format": np.array(FORMAT), "words": np.array(self.words)}
+        arrays["image_ids"] = np.array(list(self.rows), np.int64)
+        arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> References:
+        """The tables that `save` kept; DataError where the file is not whole or of another format."""
+        found = cls.__new__(cls)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if file["format"] != FORMAT:
+                    raise DataError(f"{path} has format {file['format']}, this program reads {FORMAT}; delete it")
+                found.rows = {image_id: row for row, image_id in enumerate(file["image_ids"].tolist())}
+                found.vocabulary, found.words = Numbers(json.loads(file["vocabulary"].tobytes())), int(file["words"])
+                for name in TABLES:
+                    setattr(found, name, file[name])
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is not whole ({error}); delete it, it is made again") from error
+        return found
+
+
+def tokens_by_image(references: Mapping[int, Sequence[str | Sequence[str]]]) -> list[list[list[str]]]:
+    """The words of each caption by image; DataError for an image without captions and for what is no caption."""
+    found = []
+    for image_id, captions in references.items():
+        if isinstance(captions, str):
+            raise DataError(f"image {image_id}: the references are one string; pass a list of captions")
+        if not len(captions):
+            raise DataError(f"image {image_id} has no references")
+        found.append([words_of(image_id, caption) for caption in captions])
+    return found
+
+
+def words_of(image_id: int, caption: str | Sequence[str]) -> list[str]:
+    if isinstance(caption, str):
+        return tokenize(caption)
+    if isinstance(caption, list | tuple) and all(isinstance(word, str) for word in caption):
+        return list(caption)
+    raise DataError(f"image {image_id}: a caption is {type(caption).__name__} {caption!r}, not a string")
+
+
+def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
+    """The lists of `counts` numbers each that stand in one row."""
+    numbers, ends = flat.tolist(), np.cumsum(counts)
+    return (numbers[start:end] for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True))
+
+
+def prepared_path(file: Path, *others: bytes) -> Path:
+    """Where the counted references of a caption file are kept: beside it, else in the user's cache folder.
+
+    The name carries a digest of the file's content and of `others`, so a changed file is never read by its old counts.
+    """
+    digest = hashlib.sha256(str(FORMAT).encode())
+    for part in (file.read_bytes(), *others):
+        digest.update(hashlib.sha256(part).digest())
+    name = f"{file.stem}.{digest.hexdigest()[:12]}.references.npz"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onceover"
+    beside = file.parent / name
+    writable = os.access(file.parent, os.W_OK) and file.parent.stat().st_mode & 0o222  # root may, but was asked not to
+    return beside if beside.exists() or writable else home / name
+
+
+def keep(references: References, path: Path) -> None:
+    """Save where that can be; a full or read-only disk costs only the next run's second."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        references.save(path)
+
+
+def _count_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """np.unique with counts, several times as fast on values that are nearly sorted."""
+    values = np.sort(values, kind="stable")
+    first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    first = first.nonzero()[0]
+    return values[first], np.append(first[1:], len(values)) - first

@@ -1,0 +1,239 @@
+"""All that is reported of some captions: scores, how sure they are, what the captions are like, and how all was computed.
+
+A card is what scores.json holds; `print_cards` shows cards as a table, as JSON or as rows of a LaTeX table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import click
+import numpy as np
+
+from data.tokens import tokenize_all
+from pipeline.java import Meteor, NotComputed, spice
+from pipeline.references import References
+from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
+from pipeline.scoring import BLEU, Scores, bleu, score
+
+NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
+JAVA = ("METEOR", "SPICE")
+FORMATS = ("table", "json", "latex")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What captions are held against, and how; METEOR's program, once started, serves all of them."""
+
+    references: References
+    name: str  # of the references
+    frequencies: str = "references"  # what document frequencies are taken from
+    train: frozenset[tuple[str, ...]] | None = None  # tokens of the training captions
+    resamples: int = 1000
+    seed: int = 0
+
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        """The references' words joined, by image, for the Java programs."""
+        words = list(self.references.vocabulary)
+        return [[" ".join(words[n] for n in caption) for caption in group] for group in self.references.grouped()]
+
+    def signature(self) -> str:
+        k = self.references.k
+        few, many = int(k.min()), int(k.max())
+        parts = {
+            "n": len(self.references),
+            "refs": self.name,
+            "nrefs": few if few == many else f"{few}-{many}",
+            "case": "lower",
+            "tok": "ptb",
+            "df": self.frequencies,
+            "eos": "no",
+            "bootstrap": f"{self.resamples}.seed{self.seed}" if self.resamples else "no",
+            "version": _version(),
+        }
+        return "|".join(f"{name}:{value}" for name, value in parts.items())
+
+
+@dataclass
+class Card:
+    """One captioner's scores: corpus values (None: not computed, `not_computed` says why), and what they come from."""
+
+    name: str
+    values: dict[str, float | None]
+    not_computed: dict[str, str]
+    per_image: dict[str, np.ndarray]
+    image_ids: np.ndarray
+    statistics: list[Statistic]
+    record: dict[str, Any]  # what scores.json holds
+    scorer: Scorer
+
+
+def make_card(
+    name: str, captions: Mapping[int, str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool
+) -> Card:
+    """Score one caption for each image of the references with everything that is asked for."""
+    scores = score(captions, scorer.references)
+    tokens = tokenize_all(captions[image_id] for image_id in scorer.references.rows)
+    card = Card(name, dict(scores.values), {}, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, scorer)
+    _add_java(card, [" ".join(words) for words in tokens], scorer, meteor, want_spice)
+    resampled = resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
+    card.record = {
+        "scores": {name: card.values[name] for name in NAMES if name in card.values},
+        "intervals": {name: interval(resampled[name]) for name in NAMES if name in resampled},
+        "not_computed": card.not_computed,
+        "signature": scorer.signature(),
+        "images": len(tokens),
+        "statistics": describe(tokens, scorer),
+    }
+    return card
+
+
+def _statistics(scores: Scores) -> list[Statistic]:
+    means = [mean_of(name, scores.per_image[name]) for name in ("ROUGE_L", "CIDEr")]
+    return [Statistic(BLEU, scores.bleu_sums, bleu), *means]
+
+
+def _add_java(card: Card, texts: list[str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool) -> None:
+    for name, wanted in (("METEOR", meteor is not None), ("SPICE", want_spice)):
+        if not wanted:
+            card.not_computed[name] = f"not asked for; pass --{name.lower()}"
+            continue
+        card.values[name] = None
+        try:
+            if isinstance(meteor, NotComputed) and name == "METEOR":
+                raise meteor
+            found, per_image = _meteor(meteor, texts, scorer) if name == "METEOR" else _spice(texts, scorer)
+        except NotComputed as error:
+            card.not_computed[name] = str(error)
+            continue
+        card.statistics.append(found)
+        card.per_image[name] = per_image
+        card.values[name] = float(found.scores(found.sums.sum(0, keepdims=True))[0, 0])
+
+
+def _meteor(meteor: Meteor, texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
+    sums = meteor.statistics(texts, scorer.texts)
+    return Statistic(("METEOR",), sums, lambda added: meteor.score(added)[:, None]), meteor.score(sums)
+
+
+def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
+    per_image = spice(texts, scorer.texts)
+    return mean_of("SPICE", per_image), per_image
+
+
+def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
+    """Length in words, vocabulary, share of captions written once and of captions that no training caption is."""
+    captions = [tuple(words) for words in tokens]
+    lengths = np.array([len(words) for words in captions])
+    novel = None if scorer.train is None else float(np.mean([words not in scorer.train for words in captions]))
+    return {
+        "words": {"mean": float(lengths.mean()), "min": int(lengths.min()), "median": float(np.median(lengths)),
+                  "max": int(lengths.max())},
+        "empty": int((lengths == 0).sum()),
+        "vocabulary": len({word for words in captions for word in words}),
+        "distinct": len(set(captions)) / len(captions),
+        "novel": novel,
+        "references": {"words": {"mean": float(scorer.references.counts.mean())},
+                       "vocabulary": len(np.unique(scorer.references.tokens))},
+    }  # fmt: skip
+
+
+def compare(card: Card, other: Card) -> dict[str, Any]:
+    """The paired bootstrap of two captioners over the same images: difference, its interval and p, by score."""
+    scorer = card.scorer
+    mine, theirs = (resample(each.statistics, scorer.resamples, scorer.seed) for each in (card, other))
+    found: dict[str, Any] = {"name": other.name, "scores": other.record["scores"], "differences": {}}
+    for name in NAMES:
+        if name in mine and name in theirs:
+            difference, differences = card.values[name] - other.values[name], mine[name] - theirs[name]
+            found["differences"][name] = {
+                "value": difference, "interval": interval(differences), "p": p_value(difference, differences)
+            }  # fmt: skip
+    return found
+
+
+def image_lines(card: Card, captions: Mapping[int, str]) -> str:
+    """Each image's caption and scores, as JSON lines in the order of the references."""
+    lines = []
+    for row, image_id in enumerate(card.image_ids.tolist()):
+        scores = {name: float(card.per_image[name][row]) for name in NAMES if name in card.per_image}
+        scores = {name: None if np.isnan(value) else value for name, value in scores.items()}
+        line = {"image_id": image_id, "caption": captions[image_id], "scores": scores}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def print_cards(cards: Sequence[Card], form: str) -> None:
+    """Cards on stdout, as FORMATS has it."""
+    if form == "json":
+        found = [{"name": card.name, **card.record} for card in cards]
+        click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+    elif form == "latex":
+        click.echo("% " + " & ".join(["", *NAMES]) + r" \\")
+        for card in cards:
+            cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in NAMES]
+            click.echo(" & ".join([card.name.replace("_", r"\_"), *cells]) + r" \\")
+    else:
+        for line in _table(cards):
+            click.echo(line)
+
+
+def _table(cards: Sequence[Card]) -> list[str]:
+    names = [name for name in NAMES if any(name in card.values for card in cards)]
+    rows: list[tuple[str, list[str]]] = []
+    for card in cards:
+        intervals = card.record["intervals"]
+        rows.append((card.name, [_digits(card.values.get(name)) for name in names]))
+        for end, word in enumerate(("from", "to")):
+            if intervals:
+                rows.append((f"  95 % {word}", [_digits(intervals.get(name, (None, None))[end]) for name in names]))
+        if against := card.record.get("against"):
+            found = against["differences"]
+            rows.append((f"against {against['name']}", [_digits(against["scores"].get(name)) for name in names]))
+            rows.append(("  difference", [f"{found[name]['value']:+.4f}" if name in found else "-" for name in names]))
+            rows.append(("  p, paired", [_digits(found[name]["p"] if name in found else None) for name in names]))
+    first = max(len(label) for label, _ in rows)
+    widths = [max(len(name), 7) for name in names]
+    lines = [f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+             for label, cells in [("", names), *rows]]  # fmt: skip
+    for card in cards:
+        about = card.record["statistics"]
+        parts = [
+            f"{card.record['images']:,} captions of {about['words']['mean']:.1f} words",
+            f"{about['vocabulary']:,} different words",
+            f"{about['distinct']:.1%} distinct",
+            *([] if about["novel"] is None else [f"{about['novel']:.1%} novel"]),
+            *([f"{about['empty']} empty"] if about["empty"] else []),
+        ]
+        lines.append(f"{card.name}: {', '.join(parts)}")
+        lines += [f"{name} not computed: {why}" for name, why in card.not_computed.items() if name in card.values]
+        lines.append(f"signature {card.record['signature']}")
+    return lines
+
+
+def print_examples(card: Card, captions: Mapping[int, str], count: int) -> None:
+    """The `count` captions with the lowest and the highest CIDEr, each with its references."""
+    order = np.argsort(card.per_image["CIDEr"], kind="stable")
+    ids, texts = card.image_ids.tolist(), card.scorer.texts
+    for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
+        for row in rows.tolist():
+            click.echo(f"{what}  image {ids[row]}  CIDEr {card.per_image['CIDEr'][row]:.3f}  {captions[ids[row]]}")
+            for text in texts[row]:
+                click.echo(f"         {text}")
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("onceover")
+    except metadata.PackageNotFoundError:
+        return "unknown"
