@@ -100,7 +100,7 @@ def write_server(folder: Path, name: str, captions: Mapping[int, str], images: S
     """
     if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
         raise DataError(f"--server {name!r}: a name of letters, digits, dots and hyphens; it becomes part of file names")
-    split = _server_split(images)
+    split = server_split(images)
     missing = [image.id for image in images if image.id not in captions]
     if missing:
         raise DataError(f"the server wants a caption for each image of {split}2014; {len(missing):,} lack one, as {missing[0]}")
@@ -115,16 +115,20 @@ def write_server(folder: Path, name: str, captions: Mapping[int, str], images: S
         return [written]
     archive = folder / f"{name}_results.zip"
     temporary = archive.with_suffix(".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
-        for file in both:
-            opened.write(file, file.name)
-    if temporary.stat().st_size > SERVER_ZIP_BYTES:
-        raise DataError(f"{temporary} has {temporary.stat().st_size:,} bytes, the server takes {SERVER_ZIP_BYTES:,}")
-    temporary.replace(archive)
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
+            for file in both:
+                opened.write(file, file.name)
+        if (size := temporary.stat().st_size) > SERVER_ZIP_BYTES:
+            raise DataError(f"{archive} would have {size:,} bytes, the server takes {SERVER_ZIP_BYTES:,}")
+        temporary.replace(archive)
+    finally:
+        temporary.unlink(missing_ok=True)
     return [written, archive]
 
 
-def _server_split(images: Sequence[Image]) -> str:
+def server_split(images: Sequence[Image]) -> str:
+    """Which split the images are all of, val or test; DataError where they are neither."""
     names = [re.match(r"COCO_(val|test)2014_", image.name.rpartition("/")[2]) for image in images]
     found = {match[1] if match else "" for match in names}
     split = found.pop() if len(found) == 1 else ""

@@ -97,11 +97,12 @@ KEEPS_DOT = re.compile(rf"{ENDING}|{TITLE}|{CAPITAL}|[a-z]", re.VERBOSE)
 
 def tokenize(caption: str) -> list[str]:
     """Give the words of one caption."""
-    plain = PLAIN.fullmatch(caption) or NEARLY.fullmatch(caption)
-    if plain:
+    if plain := PLAIN.fullmatch(caption):
+        words = plain[1].lower().replace(",", " ").split()
+    elif plain := NEARLY.fullmatch(caption):
         words = plain[1].lower().replace(",", " ").replace("'s", " 's").split()
-        if words and SPLIT.isdisjoint(words) and not (plain[2] and KEEPS_DOT.fullmatch(words[-1])):
-            return words
+    if plain and words and SPLIT.isdisjoint(words) and not (plain[2] and KEEPS_DOT.fullmatch(words[-1])):
+        return words
     return _tokenize_any(caption)
 
 

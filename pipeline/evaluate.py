@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data import DataError
 from data.features import FeatureCache, differences, write_whole
-from data.results import choose, read_ids, read_references, read_results, write_results, write_server
+from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
 from data.sources import DATASETS, Image, Source, open_source
 from data.tokens import tokenize_all
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -66,6 +66,8 @@ class EvaluateConfig:
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
         if self.references and not self.captions:
             raise UserError("--references goes with --captions; a checkpoint is scored against its --dataset")
+        if self.server and (self.limit or len(self.captions) > 1):
+            raise UserError("--server takes one method's captions of all images: no --limit, at most one --captions")
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
             raise UserError("--against compares with one results file, by resampling: one --captions, and --bootstrap above 0")
 
@@ -91,7 +93,7 @@ def main(config: EvaluateConfig) -> None:
     """
     jobs = list(jobs_of_files(config)) if config.captions else [job_of_checkpoint(config)]
     if config.server:
-        send_to_server(config, jobs)
+        send_to_server(config, jobs[0])
     with open_meteor(config.meteor) as meteor:
         cards = [make_card(job.name, job.captions, job.scorer, meteor, config.spice) for job in jobs if job.scorer]
         if config.against and cards:
@@ -99,7 +101,8 @@ def main(config: EvaluateConfig) -> None:
     scored = [(job, card) for job, card in zip([job for job in jobs if job.scorer], cards, strict=True)]
     for job, card in scored:
         write_card(job, card)
-    print_cards(cards, config.format)
+    if cards:
+        print_cards(cards, config.format)
     for job, card in scored:
         print_examples(card, job.captions, config.examples)
     refuse_silence(cards)
@@ -213,6 +216,8 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     wanted = source.select(split)
     if config.ids:
         wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
+    if config.server:
+        server_split(wanted)  # refused before hours of decoding, not after
     images, left_out = cache.select(wanted[: config.limit])
     if not images:
         raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
@@ -315,10 +320,7 @@ def write_card(job: Job, card: Card) -> None:
         say(f"captions: {job.out.with_name('captions-' + job.about['split'] + '.json')}")
 
 
-def send_to_server(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
-    if len(jobs) > 1:
-        raise UserError("--server takes one file of captions: its files are named after the method")
-    job = jobs[0]
+def send_to_server(config: EvaluateConfig, job: Job) -> None:
     folder = job.out.parent if job.out else Path()
     for path in write_server(folder, config.server, job.captions, job.images):
         say(f"for the server: {path}")

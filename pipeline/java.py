@@ -8,6 +8,7 @@ Both take the words that BLEU, ROUGE-L and CIDEr are computed on. What cannot ru
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -49,7 +50,8 @@ class Meteor:
     def __exit__(self, *_: object) -> None:
         self.java.kill()
         self.java.wait()
-        self.java.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was not read yet
+            self.java.stdin.close()
         self.java.stdout.close()
         self.errors.close()
 

@@ -15,7 +15,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -134,8 +134,8 @@ class References:
 
     def numbered(self, captions: Sequence[Sequence[str]]) -> Words:
         """Number the words of all captions."""
-        tokens = np.array([self.vocabulary[word] for word in chain.from_iterable(captions)], np.int64)
-        counts = np.array([len(caption) for caption in captions], np.int64)
+        tokens = np.fromiter(map(self.vocabulary.__getitem__, chain.from_iterable(captions)), np.int64)
+        counts = np.fromiter(map(len, captions), np.int64)
         numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
         if pieces := self.vocabulary.pieces:  # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
             times = np.array([len(pieces.get(token, " ")) for token in tokens.tolist()], np.int64)
@@ -235,23 +235,28 @@ class References:
             named.append(names[start])
             first.append(first[-1] + len(found))
         owner, name = np.concatenate(owners), np.concatenate(named)
-        entries, place = np.unique(image[owner] << 32 | name, return_inverse=True)
+        most = int(k.max())
+        packed, times = _count_equal((image[owner] << 32 | name) * most + column[owner])
+        entry, column = np.divmod(packed, most)
+        new = np.diff(entry, prepend=-1) > 0
+        entries, place = entry[new], np.cumsum(new) - 1
         counted = entries[entries >> 32 >= images] if frequencies else entries
         self.keys = np.concatenate(keys)
         self.idf = np.log(documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
-        entries = entries[: np.searchsorted(entries, images << 32)]
-        where = (place * width + column[owner])[mine[owner]]
-        counts = np.bincount(where, minlength=len(entries) * width).reshape(-1, width)
+        mine = entry < images << 32
+        counts = np.zeros((np.count_nonzero(entries < images << 32), width), np.min_scalar_type(times.max(initial=0)))
+        counts[place[mine], column[mine]] = times[mine]  # one byte each, in practice
+        entries = entries[: len(counts)]
         squares = (counts * self.idf[entries & MASK, None]) ** 2
         group = (entries >> 32) * ORDERS + np.searchsorted(first[1:], entries & MASK, side="right")
         norms = np.stack([np.bincount(group, of, images * ORDERS) for of in squares.T], axis=1) ** 0.5
         self.norms = norms.reshape(images, ORDERS, width)
         self.entries, self.ends = entries, np.searchsorted(entries, np.arange(images + 1) << 32)
-        self.entry_counts = counts.astype(np.min_scalar_type(counts.max(initial=0)))  # one byte in practice
+        self.entry_counts = counts
 
     @cached_property
     def most(self) -> np.ndarray:
-        return self.entry_counts.max(axis=1)
+        return reduce(np.maximum, self.entry_counts.T)
 
     @cached_property
     def table(self) -> HashTable:

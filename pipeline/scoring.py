@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import DataError
-from pipeline.references import MASK, MISSING, ORDERS, Matches, References, cut, words_of
+from pipeline.references import MASK, MISSING, ORDERS, Matches, References, Words, cut, words_of
 
 SIGMA = 6.0
 BETA = 1.2
@@ -49,11 +49,11 @@ def score(candidates: Mapping[int, str], references: References | Mapping[int, S
     if missing:
         raise DataError(f"image {missing[0]} has references but no candidate ({len(missing)} such images)")
     words = references.numbered([words_of(image_id, candidates[image_id]) for image_id in references.rows])
-    matches = references.compare(np.arange(len(references)), words)
+    rows = np.arange(len(references))
+    matches = references.compare(rows, words)
     sums = _bleu_sums(matches, references)
-    rouge = [_rouge(*pair) for pair in zip(cut(words.tokens, words.counts), references.grouped(), strict=True)]
     per_image = dict(zip(BLEU, bleu(sums).T, strict=True))
-    per_image |= {"ROUGE_L": np.array(rouge), "CIDEr": cider_of_matches(np.arange(len(references)), matches, references)}
+    per_image |= {"ROUGE_L": _rouge(words, references), "CIDEr": cider_of_matches(rows, matches, references)}
     values = dict(zip(BLEU, bleu(sums.sum(0)).tolist(), strict=True))
     values |= {name: float(per_image[name].mean()) for name in ("ROUGE_L", "CIDEr")}
     return Scores(values, per_image, np.array(list(references.rows)), sums)
@@ -85,24 +85,55 @@ def _bleu_sums(matches: Matches, references: References) -> np.ndarray:
 
 
 def cider_of_matches(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
+    """CIDEr [S] of captions compared with the references of image rows[s]."""
     # pycocoevalcap's length is the number of word pairs
     apart = np.maximum(matches.lengths - 1, 0)[:, None] - np.maximum(references.lengths[rows] - 1, 0)
     similar = matches.cosine.sum(axis=1) / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2))
     return similar.sum(axis=1) / references.k[rows] * 10
 
 
-def _rouge(candidate: list[int], references: list[list[int]]) -> float:
-    """ROUGE-L of one caption's tokens against its references'."""
-    candidate = candidate or [-1]  # pycocoevalcap splits at each blank, so nothing is one empty word
-    precision = recall = 0.0
-    for reference in references:
-        common = _common(candidate, reference or [-1])
-        precision, recall = max(precision, common / len(candidate)), max(recall, common / max(len(reference), 1))
-    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if precision else 0.0
+def _rouge(words: Words, references: References) -> np.ndarray:
+    """ROUGE-L [I] of one caption's tokens an image against its references'."""
+    image = np.repeat(np.arange(len(references)), references.k)
+    # pycocoevalcap splits at each blank, so a caption without tokens is one empty word, which another such caption shares.
+    mine, theirs = np.maximum(words.counts[image], 1), np.maximum(references.counts, 1)
+    common = _common(words.tokens, words.counts, image, references.tokens, references.counts)
+    common[(words.counts[image] == 0) & (references.counts == 0)] = 1
+    first = np.cumsum(references.k) - references.k
+    precision, recall = (np.maximum.reduceat(common / length, first) for length in (mine, theirs))
+    return (1 + BETA**2) * precision * recall / np.where(precision > 0, recall + BETA**2 * precision, 1)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common subsequence, one whole row of the table a step (Hyyro 2004: bits of an integer)."""
+def _common(a: np.ndarray, a_counts: np.ndarray, of: np.ndarray, b: np.ndarray, b_counts: np.ndarray) -> np.ndarray:
+    """Length of the longest common subsequence of caption of[p] in `a` and caption p in `b`, for all p.
+
+    One whole row of each table a step, as the bits of an integer (Hyyro 2004): of 64 bits, where both captions are so
+    short, for all p together.
+    """
+    common = np.zeros(len(of), np.int64)
+    short = (a_counts[of] <= 64) & (b_counts <= 64)
+    if not short.all():
+        ours, all_theirs = list(cut(a, a_counts)), list(cut(b, b_counts))
+        common[~short] = [_common_of_two(ours[of[p]], all_theirs[p]) for p in np.flatnonzero(~short)]
+    pairs = np.flatnonzero(short & (b_counts > 0))
+    if not len(pairs):
+        return common
+    b, counts = b[np.repeat(short, b_counts)], b_counts[pairs]
+    begin = np.cumsum(counts) - counts
+    bit = np.uint64(1) << (np.arange(len(b)) - np.repeat(begin, counts)).astype(np.uint64)
+    row = np.full(len(pairs), np.uint64(2**64 - 1))
+    start, length = (np.cumsum(a_counts) - a_counts)[of[pairs]], a_counts[of[pairs]]
+    for step in range(length.max()):
+        word = np.where(step < length, np.append(a, -1)[np.minimum(start + step, len(a))], -1)
+        met = row & np.add.reduceat(bit * (np.repeat(word, counts) == b), begin)
+        row = row + met | row - met
+    full = np.uint64(2**64 - 1) >> (64 - counts).astype(np.uint64)
+    common[pairs] = np.unpackbits((~row & full).view(np.uint8)).reshape(len(pairs), 64).sum(1)
+    return common
+
+
+def _common_of_two(a: Sequence[int], b: Sequence[int]) -> int:
+    """The same for two captions of any length."""
     where: dict[int, int] = {}
     for place, word in enumerate(b):
         where[word] = where.get(word, 0) | 1 << place

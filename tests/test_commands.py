@@ -164,6 +164,25 @@ def test_evaluate_reports_test_by_default(world):
     assert json.loads((world / "run" / "scores-test.json").read_text())["split"] == "test"
 
 
+def test_evaluate_scores_the_images_of_an_id_list_and_says_how_many_captions_are_new(world, tmp_path):
+    truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
+    ids = [image["cocoid"] for image in truth if image["split"] == "test"][:3]
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", world / "cache", "--ids",
+          tmp_path / "ids.json", "--out", tmp_path / "scores.json")  # fmt: skip
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert [line["image_id"] for line in json.loads((tmp_path / "captions-test.json").read_text())] == ids
+    assert record["images"] == 3 and 0 <= record["statistics"]["novel"] <= 1
+    assert "refs:karpathy-test" in record["signature"]
+
+
+def test_a_server_s_files_are_refused_before_decoding_where_the_split_is_not_whole(world, tmp_path):
+    options = ["--checkpoint", world / "run", "--features", world / "cache", "--out", tmp_path / "scores.json"]
+    assert "the server takes all 40,504" in refused(evaluate.main, *at(world), *options, "--server", "ours")
+    assert "no --limit" in refused(evaluate.main, *at(world), *options, "--server", "ours", "--limit", 3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_photograph_is_captioned_as_its_cached_features_are(world, tmp_path):
     """One photograph at a time against a split in batches: the same captions, in fp32, where rounding hides nothing."""
     out = tmp_path / "cache"

@@ -12,7 +12,7 @@ import pytest
 from data import DataError
 from data.tokens import tokenize, tokenize_all
 from pipeline.references import References
-from pipeline.scoring import cider, score
+from pipeline.scoring import _common, cider, score
 
 OUTPUTS = {
     "coco_karpathy_test": [
@@ -200,3 +200,21 @@ def test_cider_of_an_unknown_image_is_an_error_that_names_it():
         cider(References({1: ["a"]}), [1, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="1 captions for 2 image ids"):
         cider(References({1: ["a"]}), [1, 1], [["a"]])
+
+
+@pytest.mark.parametrize("most", [3, 40, 64, 65, 150])
+def test_the_longest_common_subsequence_is_that_of_the_whole_table(most: int):
+    def table(a: list[int], b: list[int]) -> int:
+        rows = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                rows[i + 1][j + 1] = rows[i][j] + 1 if x == y else max(rows[i][j + 1], rows[i + 1][j])
+        return rows[-1][-1]
+
+    rng = random.Random(most)
+    ours, theirs = ([rng.choices(range(6), k=rng.choice([0, 1, most // 2, most])) for _ in range(12)] for _ in range(2))
+    of = [rng.randrange(12) for _ in theirs]
+    flat = [np.array([word for words in captions for word in words], np.int64) for captions in (ours, theirs)]
+    counts = [np.array([len(words) for words in captions]) for captions in (ours, theirs)]
+    found = _common(flat[0], counts[0], np.array(of), flat[1], counts[1])
+    assert found.tolist() == [table(ours[i], words) for i, words in zip(of, theirs, strict=True)]

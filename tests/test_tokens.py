@@ -208,7 +208,7 @@ def test_java_gives_our_words_for_every_real_caption(real: Path, tmp_path: Path)
 @pytest.mark.java
 def test_java_gives_our_words_for_nearly_every_perturbed_caption(real: Path, tmp_path: Path):
     captions = sorted({caption for name in FILES for caption in captions_of(real / name)})
-    rng = random.Random(2715564551)  # chosen after the rules were frozen
+    rng = random.Random(3409393642)  # drawn after the last change of data.tokens; one of these captions differs
     perturbed = [perturb(rng.choice(captions).replace("\n", " "), rng) for _ in range(100_000)]
     left = differing(perturbed, tokenize_with_java(perturbed, tmp_path))
     assert len(left) <= 500, left
@@ -260,8 +260,11 @@ def perturb(caption: str, rng: random.Random) -> str:
 def test_the_short_way_gives_the_words_of_the_long_one():
     rng = random.Random(0)
     parts = ["a", "I", "dog", "St", "st", "jan", "Ill", "ill", "U", "cats", "Cannot", "more", "no", *SPLIT, ",", ""]
-    for _ in range(4000):
+    parts += ["n", "o", "ol", "s", "d", "ma", "rock", "let", "it", "do", "nt", "cause", "till", "em", "y", "all"]
+    for _ in range(6000):
         words = rng.choices(parts, k=rng.randint(0, 6))
+        for place, word in enumerate(words):
+            words[place] = rng.choice([word, word, f"{word}'s", "-".join([word, *rng.choices(parts, k=rng.randint(1, 2))])])
         caption = rng.choice([" ", "  ", " , ", ", "]).join(words) + rng.choice(["", ".", " .", ". ", " ", ".\n"])
         assert tokenize(caption) == _tokenize_any(caption), repr(caption)
 
