@@ -3,7 +3,8 @@
     python -m benchmarks.scoring [--json FILE]
 
 Published captions of COCO's Karpathy test split ($ONCEOVER_REAL/results/coco_karpathy_test). pycocoevalcap runs its Java
-tokenizer, BLEU, ROUGE-L and CIDEr, as users do. Both start from captions in memory; each figure is the median of its runs.
+tokenizer, BLEU, ROUGE-L and CIDEr, as users do. Both start from captions in memory. Figures are medians of their runs, but
+for `prepare` and pycocoevalcap's CIDEr of one training step, which run once.
 """
 
 from __future__ import annotations

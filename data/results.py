@@ -17,7 +17,7 @@ from data import DataError
 from data.coco import read as read_coco
 from data.features import write_whole
 from data.karpathy import read as read_karpathy
-from data.sources import Image, check_id, read_text
+from data.sources import Image, check_caption, check_id, parse_json, read_text
 
 SERVER_IMAGES = {"val": 40_504, "test": 40_775}  # of COCO 2014
 SERVER_ZIP_BYTES = 100_000_000  # far above 81,279 captions, which are some 2 MB, and below what any server took
@@ -25,10 +25,7 @@ SERVER_ZIP_BYTES = 100_000_000  # far above 81,279 captions, which are some 2 MB
 
 def read_results(file: Path) -> dict[int, str]:
     """The captions of a file in COCO results format, by image id, in its order."""
-    try:
-        entries = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not whole JSON: {error}; write it again") from error
+    entries = parse_json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f'{file} is not in COCO results format: a list of {{"image_id": 1, "caption": "a dog"}}')
     if not entries:
@@ -37,9 +34,8 @@ def read_results(file: Path) -> dict[int, str]:
     for number, entry in enumerate(entries):
         if "image_id" not in entry or "caption" not in entry:
             raise DataError(f"{file}: entry {number} has no image_id or no caption: {str(entry)[:80]}")
-        image_id, caption = check_id(entry["image_id"], f"{file}, entry {number}"), entry["caption"]
-        if not isinstance(caption, str):
-            raise DataError(f"{file}: the caption of image {image_id} is {json.dumps(caption)[:80]}, not a string")
+        image_id = check_id(entry["image_id"], f"{file}, entry {number}")
+        caption = check_caption(entry["caption"], f"{file}, image {image_id}")
         if image_id in captions:
             raise DataError(f"{file}: image {image_id} has two captions, {captions[image_id][:60]!r} and {caption[:60]!r}")
         captions[image_id] = caption
@@ -58,10 +54,9 @@ def read_references(file: Path, split: str | None = None) -> list[Image]:
     split: train (restval is part of it), val or test; None: test, else val. The photographs need not be there.
     """
     try:
-        with file.open("rb") as opened:
-            karpathy = b'"sentences"' in opened.read(1 << 16)
+        karpathy = b'"sentences"' in file.read_bytes()  # no caption has it so: there its quotes are escaped
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; it should hold the references, in COCO captions format") from error
+        raise DataError(f"{file}: {error.strerror}; it should be a captions file, COCO's or Karpathy's") from error
     read = read_karpathy if karpathy else read_coco
     source = read("karpathy" if karpathy else "coco", file.parent, file, None)
     if split == "train":  # whole, without the tenth that pipeline.train keeps for dev
@@ -74,7 +69,7 @@ def read_ids(file: Path) -> list[int]:
     text = read_text(file).strip()
     try:
         found = json.loads(text) if text.startswith("[") else [int(line) for line in text.split()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is neither one image id a line nor a JSON list of them: {error}") from error
     if not found:
         raise DataError(f"{file} holds no image id")

@@ -194,12 +194,17 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
+def parse_json(file: Path) -> object:
+    """What a JSON file holds; else DataError naming it."""
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, lists in lists in lists
+        raise DataError(f"{file} is not whole JSON: {error}; download or write it again") from error
+
+
 def read_json(file: Path) -> dict:
     """A caption file's JSON object, known to have a list of objects as `images`; else DataError naming the file."""
-    try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not whole JSON: {error}; download or write it again") from error
+    content = parse_json(file)
     check_entries(content, "images", file)
     return content
 
@@ -241,5 +246,7 @@ def check_split(value: object, where: str) -> str:
 
 def check_caption(caption: object, where: str) -> str:
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the caption {caption!r} is not text")
+        raise DataError(f"{where}: the caption is {json.dumps(caption)[:80]}, not a string")
+    if any("\ud800" <= sign <= "\udfff" for sign in caption):
+        raise DataError(f"{where}: the caption {ascii(caption)[:80]} has half a character (a lone surrogate); write it again")
     return caption

@@ -27,7 +27,7 @@ SIGNS = {
     "£": "#", "€": "$", "¤": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
     **dict.fromkeys(["---", "----", "‒", "–", "—", "―"], "--"),
 }  # fmt: skip
-CLEAN = str.maketrans({"\n": " ", TAKEN: " ", "\u200b": " ", "\xad": None})
+CLEAN = str.maketrans({"\n": " ", "\r": " ", TAKEN: " ", "\u200b": " ", "\xad": None})
 QUOTES = str.maketrans({"‘": "`", "’": "'", "“": "``", "”": "''", "«": "``", "»": "''", "‹": "`", "›": "'"})
 
 # Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next letter), those that
@@ -90,7 +90,7 @@ SCAN = re.compile(rf"(?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", re.VERBOSE
 # of two letters or more may also be joined by hyphens, or own something (`man's`). Treebank's contractions and a last
 # word that keeps its dot go the long way.
 PLAIN = re.compile(r"([A-Za-z,\s]*)(\.?)\s*")
-NEARLY = re.compile(r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|[,\s])*)(\.?)\s*")
+NEARLY = re.compile(r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|,(?!\S)|\s)*)(\.?)\s*")
 SPLIT = frozenset(["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
 KEEPS_DOT = re.compile(rf"{ENDING}|{TITLE}|{CAPITAL}|[a-z]", re.VERBOSE)
 

@@ -25,7 +25,7 @@ class Vocabulary:
         """Words seen at least `min_count` times in tokenised captions, most frequent first, ties by alphabet."""
         counts = Counter(word for tokens in captions for word in tokens)
         words = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
-        words = [word for word in words if word not in SPECIALS]
+        words = [word for word in words if word not in SPECIALS and word.split() == [word]]  # to CIDEr "1\xa01/2" is two
         if not words:
             seen = f"{len(counts)} different words, none {min_count} times" if counts else "no words at all"
             raise DataError(f"the vocabulary has no words: the train captions hold {seen}; lower --min-count")

@@ -40,7 +40,7 @@ class TokenCider:
             {image_id: [(*words, *end) for words in captions] for image_id, captions in (given or {}).items()}
             for given in (references, frequencies)
         ]
-        self.references = References(groups[0], vocabulary.words, groups[1])
+        self.references = References(groups[0], vocabulary.words, groups[1] if frequencies is not None else None)
         self.eos, self.device = eos, torch.device(device)
         self.tables = None if self.device.type == "cpu" else DeviceTables(self.references, self.device)
 
@@ -78,7 +78,7 @@ class DeviceTables:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         ends, counts = references.ends, references.entry_counts
-        most = int(np.diff(ends).max())  # E, of the image that has most
+        most = max(1, int(np.diff(ends).max()))  # E, of the image that has most
         self.words, self.last = references.words, len(references.idf) - 1
         # `most` more, so that as many from any image on are there
         self.names = put(np.append(references.entries & MASK, np.full(most, self.last)))

@@ -39,7 +39,7 @@ class EvaluateConfig:
     references: Path | None = setting(None, "what --captions are scored against: a COCO captions file, or Karpathy's")
     ids: Path | None = setting(None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list")
     against: Path | None = setting(None, "another results file over the same images: is the difference real?")
-    df: Path | None = setting(None, "captions whose document frequencies CIDEr takes  [the references]")
+    df: Path | None = setting(None, "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]")
     train_captions: Path | None = setting(None, "training captions, for the share of novel ones  [the checkpoint's own]")
     meteor: bool = setting(False, "METEOR too (Java)")
     spice: bool = setting(False, "SPICE too (Java)")
@@ -57,9 +57,16 @@ class EvaluateConfig:
     seed: int = setting(0, "of the resamples")
 
     def __post_init__(self) -> None:
-        for name, least in (("beam", 1), ("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0)):
+        for name, least in (("beam", 1), ("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
+        if self.bootstrap > 1_000_000:
+            raise UserError(f"--bootstrap is {self.bootstrap:,}; more than a million resamples tell nothing new")
+        read = [*self.captions, *(getattr(self, name) for name in ("references", "ids", "against", "df", "train_captions"))]
+        if self.out and any(file and file.resolve() == self.out.resolve() for file in read):
+            raise UserError(f"--out {self.out} would overwrite a file that is read; name another")
+        if self.out and self.out.is_dir() and len(self.captions) < 2:
+            raise UserError(f"--out {self.out} is a folder; name the file, as {self.out / 'scores.json'}")
         if self.captions and not self.references:
             raise UserError("--captions needs --references: a COCO captions file to score them against")
         if self.captions and self.checkpoint:
@@ -104,7 +111,7 @@ def main(config: EvaluateConfig) -> None:
     if cards:
         print_cards(cards, config.format)
     for job, card in scored:
-        print_examples(card, job.captions, config.examples)
+        print_examples(card, job.captions, config.examples, aside=config.format != "table")
     refuse_silence(cards)
 
 
@@ -115,6 +122,9 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
     """Each file of captions with the references of its images."""
     if config.out and len(config.captions) > 1 and (config.out.suffix or config.out.is_file()):
         raise UserError(f"--out {config.out} with several --captions must be a folder: each gets its own NAME.json there")
+    stems = [file.stem for file in config.captions]
+    if config.out and len(set(stems)) < len(stems):
+        raise UserError(f"several --captions are called {max(stems, key=stems.count)}.json, and so would be their scores")
     train = train_tokens(config)
     opened: dict[tuple[int, ...], References] = {}
     for file in config.captions:
@@ -145,7 +155,7 @@ def match(
             raise DataError(f"image {unknown[0]} of {file} has no references in {config.references} ({len(unknown):,} such)")
         say(f"{file}: {len(unknown):,} captions are left out: {config.ids} does not have their images")
     if missing := [image_id for image_id in references.rows if image_id not in captions]:
-        if config.ids:
+        if config.ids and not config.limit:
             raise DataError(f"image {missing[0]} of {config.ids} has no caption in {file} ({len(missing):,} such)")
         say(f"{file} captions {len(references) - len(missing):,} of {len(references):,} images of {config.references}; "
             "the others are left out (with --ids they would be an error)")  # fmt: skip
@@ -160,7 +170,8 @@ def match(
 
 def open_references(config: EvaluateConfig) -> References:
     """The counted references of the whole file, or of --ids: read where they are kept, else counted and kept."""
-    parts = [str(config.split).encode(), *(file.read_bytes() if file else b"" for file in (config.ids, config.df))]
+    ids = read_ids(config.ids) if config.ids else None
+    parts = [json.dumps([config.split, ids, bool(config.df)]).encode(), config.df.read_bytes() if config.df else b""]
     path = prepared_path(config.references, *parts)
     with contextlib.suppress(DataError, OSError):  # one that is not there or not whole is made again
         return References.load(path)
@@ -182,13 +193,18 @@ def references_by_image(config: EvaluateConfig, only: set[int] | None = None) ->
 def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
     if config.df is None:
         return None
-    return {image.id: image.captions for image in read_references(config.df, "train") if image.captions}
+    found = {image.id: image.captions for image in read_references(config.df, "train") if image.captions}
+    if not found:
+        raise DataError(f"--df {config.df} has no captions of a train split to take document frequencies from")
+    return found
 
 
 def train_tokens(config: EvaluateConfig, images: Iterable[Image] = ()) -> frozenset[tuple[str, ...]] | None:
     if config.train_captions:
         images = read_references(config.train_captions, "train")
     captions = [caption for image in images for caption in image.captions]
+    if config.train_captions and not captions:
+        raise DataError(f"--train-captions {config.train_captions} has no captions of a train split")
     return frozenset(map(tuple, tokenize_all(captions))) if captions else None
 
 

@@ -57,7 +57,11 @@ class Meteor:
 
     def statistics(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """[I,23] float64: what `score` computes METEOR from, of an image or of the sum over images."""
-        lines = [" ||| ".join(["SCORE", *group, caption]) for caption, group in zip(captions, references, strict=True)]
+        # `|||` parts captions here; pycocoevalcap takes it out of the one scored so
+        lines = [
+            " ||| ".join(["SCORE", *group, caption.replace("|||", "").replace("  ", " ")])
+            for caption, group in zip(captions, references, strict=True)
+        ]
         with progress(len(lines), "captions", "METEOR") as bar:
             found = np.array([[float(x) for x in line.split()] for line in self._ask(lines, 1, bar.step)])
         whole = (found[:, CHUNKS] == 1) & (found[:, TEST_MATCHES] == found[:, 0]) & (found[:, REFERENCE_MATCHES] == found[:, 1])
@@ -73,12 +77,10 @@ class Meteor:
         """`answers` lines for each line; a thread asks, so that the program never waits for the next question."""
 
         def ask() -> None:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # told below, where its answer is missing
                 for line in lines:
                     self.java.stdin.write(line + "\n")
                 self.java.stdin.flush()
-            except (BrokenPipeError, ValueError):  # told below, where its answer is missing
-                pass
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError
+from data import DataError, tokens
 from data.tokens import tokenize
 
 ORDERS = 4
@@ -32,7 +32,11 @@ TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", 
 
 
 class Words(NamedTuple):
-    """All words of some captions in one row, M of them; and their tokens, T, some of which are two words ("1\xa01/2")."""
+    """All words of some captions in one row, M of them, and their tokens, T.
+
+    They are the same but for tokens with a blank inside: "1\xa01/2 cups" is three words to BLEU and CIDEr, two tokens to
+    ROUGE-L.
+    """
 
     numbers: np.ndarray  # [M] int64
     owner: np.ndarray  # [M] the caption each stands in
@@ -120,6 +124,8 @@ class References:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
         self.vocabulary = Numbers(vocabulary)
+        if frequencies is not None and not frequencies:
+            raise DataError("no captions to take document frequencies from")
         self._count(tokens_by_image(references), tokens_by_image(frequencies or {}))
 
     def __len__(self) -> int:
@@ -133,7 +139,7 @@ class References:
             raise DataError(f"image {image_id} has a candidate but no references") from None
 
     def numbered(self, captions: Sequence[Sequence[str]]) -> Words:
-        """Number the words of all captions."""
+        """Number the words of all captions; new ones are remembered, which changes no score."""
         tokens = np.fromiter(map(self.vocabulary.__getitem__, chain.from_iterable(captions)), np.int64)
         counts = np.fromiter(map(len, captions), np.int64)
         numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
@@ -328,10 +334,11 @@ def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
 def prepared_path(file: Path, *others: bytes) -> Path:
     """Where the counted references of a caption file are kept: beside it, else in the user's cache folder.
 
-    The name carries a digest of the file's content and of `others`, so a changed file is never read by its old counts.
+    The name carries a digest of the file's content, of `others` and of the tokenizer, so that what has changed is counted
+    again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    for part in (file.read_bytes(), *others):
+    for part in (file.read_bytes(), Path(tokens.__file__).read_bytes(), *others):
         digest.update(hashlib.sha256(part).digest())
     name = f"{file.stem}.{digest.hexdigest()[:12]}.references.npz"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onceover"

@@ -24,10 +24,10 @@ class Statistic:
 
 
 def mean_of(name: str, per_image: np.ndarray) -> Statistic:
-    """The statistic of a score that is a mean over images; an image with NaN counts as an image, not in the mean."""
+    """The statistic of a score that is a mean over images; one whose score is NaN is left out of it."""
     there = ~np.isnan(per_image)
     sums = np.stack([np.where(there, per_image, 0), there], axis=1)
-    return Statistic((name,), sums, lambda added: (added[:, 0] / np.maximum(added[:, 1], 1))[:, None])
+    return Statistic((name,), sums, lambda added: (added[:, 0] / np.where(added[:, 1] > 0, added[:, 1], np.nan))[:, None])
 
 
 def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str, np.ndarray]:

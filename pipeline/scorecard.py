@@ -6,6 +6,7 @@ A card is what scores.json holds; `print_cards` shows cards as a table, as JSON 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,7 +115,12 @@ def _add_java(card: Card, texts: list[str], scorer: Scorer, meteor: Meteor | Not
             continue
         card.statistics.append(found)
         card.per_image[name] = per_image
-        card.values[name] = float(found.scores(found.sums.sum(0, keepdims=True))[0, 0])
+        value = float(found.scores(found.sums.sum(0, keepdims=True))[0, 0])
+        if np.isnan(value):
+            card.statistics.pop()
+            card.not_computed[name] = f"{name} gave no image a score"
+        else:
+            card.values[name] = value
 
 
 def _meteor(meteor: Meteor, texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
@@ -178,7 +184,8 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
         click.echo("% " + " & ".join(["", *NAMES]) + r" \\")
         for card in cards:
             cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in NAMES]
-            click.echo(" & ".join([card.name.replace("_", r"\_"), *cells]) + r" \\")
+            name = re.sub(r"([&%$#_{}])", r"\\\1", card.name)
+            click.echo(" & ".join([name, *cells]) + r" \\")
     else:
         for line in _table(cards):
             click.echo(line)
@@ -217,15 +224,16 @@ def _table(cards: Sequence[Card]) -> list[str]:
     return lines
 
 
-def print_examples(card: Card, captions: Mapping[int, str], count: int) -> None:
-    """The `count` captions with the lowest and the highest CIDEr, each with its references."""
+def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: bool) -> None:
+    """The `count` captions with the lowest and the highest CIDEr, each with its references; `aside`: on stderr."""
     order = np.argsort(card.per_image["CIDEr"], kind="stable")
     ids, texts = card.image_ids.tolist(), card.scorer.texts
     for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
         for row in rows.tolist():
-            click.echo(f"{what}  image {ids[row]}  CIDEr {card.per_image['CIDEr'][row]:.3f}  {captions[ids[row]]}")
+            cider = card.per_image["CIDEr"][row]
+            click.echo(f"{what}  image {ids[row]}  CIDEr {cider:.3f}  {captions[ids[row]]}", err=aside)
             for text in texts[row]:
-                click.echo(f"         {text}")
+                click.echo(f"         {text}", err=aside)
 
 
 def _digits(value: float | None) -> str:

@@ -121,10 +121,10 @@ def _common(a: np.ndarray, a_counts: np.ndarray, of: np.ndarray, b: np.ndarray, 
     b, counts = b[np.repeat(short, b_counts)], b_counts[pairs]
     begin = np.cumsum(counts) - counts
     bit = np.uint64(1) << (np.arange(len(b)) - np.repeat(begin, counts)).astype(np.uint64)
-    row = np.full(len(pairs), np.uint64(2**64 - 1))
+    row, padded = np.full(len(pairs), np.uint64(2**64 - 1)), np.append(a, -1)
     start, length = (np.cumsum(a_counts) - a_counts)[of[pairs]], a_counts[of[pairs]]
     for step in range(length.max()):
-        word = np.where(step < length, np.append(a, -1)[np.minimum(start + step, len(a))], -1)
+        word = np.where(step < length, padded[np.minimum(start + step, len(a))], -1)
         met = row & np.add.reduceat(bit * (np.repeat(word, counts) == b), begin)
         row = row + met | row - met
     full = np.uint64(2**64 - 1) >> (64 - counts).astype(np.uint64)

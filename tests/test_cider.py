@@ -141,6 +141,12 @@ def test_document_frequencies_may_come_from_other_captions():
     assert torch.allclose(fixed_shapes(alone)(alone.rows(own), tokens), wanted, atol=1e-6)
 
 
+def test_references_without_words_score_nothing():
+    vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "a"))
+    for cider in (TokenCider({1: [[]]}, vocabulary), fixed_shapes(TokenCider({1: [[]]}, vocabulary))):
+        assert cider(cider.rows([1]), torch.tensor([[[4, EOS], [EOS, PAD]]])).tolist() == [[0, 0]]
+
+
 def test_an_unknown_image_is_an_error_that_names_it():
     vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", "a"))
     with pytest.raises(DataError, match="image 7 "):

@@ -14,7 +14,7 @@ from data.coco import read
 from pipeline import evaluate, references
 from pipeline.java import NotComputed
 from pipeline.scorecard import NAMES
-from tests.test_commands import refused, works
+from tests.test_commands import refused, run, works
 
 COCO = {
     "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(1, 6)],
@@ -116,6 +116,11 @@ def test_two_captioners_are_compared_over_the_same_images(at):
     assert all(found["p"] == 1 and found["interval"] == [0, 0] for found in record(at)["against"]["differences"].values())
 
 
+def test_examples_do_not_stand_in_the_json(at):
+    result = run(evaluate.main, *files(at), "--format", "json", "--examples", 1)
+    assert json.loads(result.stdout)["images"] == 4 and "worst  image 2" in result.stderr
+
+
 def test_output_is_a_table_json_or_rows_of_latex(at):
     put(at / "my_other.json", dict.fromkeys(CAPTIONS, "a dog"))
     several = [*files(at), "--captions", at / "my_other.json"]
@@ -188,7 +193,7 @@ def test_a_caption_of_100_000_words_is_scored(at):
     [
         (CAPTIONS | {77: "a dog"}, "image 77 of {at}/res.json has no references in {at}/refs.json (1 such)"),
         (CAPTIONS | {5: "a dog"}, "image 5 of {at}/res.json has no references in {at}/refs.json"),
-        (CAPTIONS | {2: 7}, "{at}/res.json: the caption of image 2 is 7, not a string"),
+        (CAPTIONS | {2: 7}, "{at}/res.json, image 2: the caption is 7, not a string"),
         ({}, "{at}/res.json holds no captions"),
     ],
 )
@@ -196,6 +201,35 @@ def test_captions_that_cannot_be_scored_are_refused_by_file_and_image(at, captio
     put(at / "res.json", captions)
     assert message.format(at=at) in refused(evaluate.main, *files(at), "--out", at / "out.json")
     assert not (at / "out.json").exists()
+
+
+def test_no_file_that_is_read_is_overwritten(at):
+    before = (at / "res.json").read_text()
+    for name in ("res.json", "refs.json"):
+        assert "would overwrite" in refused(evaluate.main, *files(at), "--out", at / name)
+    assert (at / "res.json").read_text() == before
+    (at / "sub").mkdir()
+    put(at / "sub" / "res.json", CAPTIONS)
+    message = refused(evaluate.main, *files(at), "--captions", at / "sub" / "res.json", "--out", at / "scores")
+    assert "several --captions are called res.json" in message
+    assert f"--out {at}/sub is a folder" in refused(evaluate.main, *files(at), "--out", at / "sub")
+
+
+def test_an_option_that_names_an_empty_file_is_refused_whatever_is_kept(at):
+    works(evaluate.main, *files(at))
+    (at / "empty").write_text("")
+    assert "holds no image id" in refused(evaluate.main, *files(at), "--ids", at / "empty")
+    (at / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
+    for option in ("--df", "--train-captions"):
+        assert "has no captions of a train split" in refused(evaluate.main, *files(at), option, at / "none.json")
+
+
+def test_limit_takes_the_first_captions_of_the_file(at):
+    (at / "ids.txt").write_text("3\n1\n2\n")
+    for options in ([], ["--ids", at / "ids.txt"]):
+        works(evaluate.main, *files(at), "--limit", 2, "--out", at / "out.json", *options)
+        assert record(at)["images"] == 2
+        assert {json.loads(line)["image_id"] for line in (at / "out-images.jsonl").open()} == {1, 2}
 
 
 def test_broken_and_missing_files_are_refused_by_name(at):

@@ -119,8 +119,10 @@ def test_meteor_of_val2017_is_the_golden_figure_and_of_each_image_pycocoevalcap_
         # 0.2420785 with Java's tokens, whose look-ahead lets three of the captions hang on the next one; 0.2420790 with ours
         assert meteor.score(sums.sum(0, keepdims=True))[0] == pytest.approx(0.242078, abs=1.1e-6)
         few = meteor.score(sums[:300].sum(0, keepdims=True))[0]
-        empty = meteor.score(meteor.statistics([""], [["a dog"]]))
-    assert empty.tolist() == [0]
+        odd = ["", "a ||| dog", "<b title='|||'> dog", "a  dog"]
+        found = meteor.score(meteor.statistics(odd, [["a dog"]] * len(odd)))
+    _, each = other.Meteor().compute_score({i: ["a dog"] for i in range(len(odd))}, {i: [c] for i, c in enumerate(odd)})
+    np.testing.assert_allclose(found, each, atol=1e-9)
     wanted, each = other.Meteor().compute_score(dict(enumerate(rest[:300])), {i: [c] for i, c in enumerate(first[:300])})
     assert few == pytest.approx(wanted, abs=1e-9)
     np.testing.assert_allclose(per_image[:300], each, atol=1e-9)

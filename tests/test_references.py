@@ -105,6 +105,11 @@ def test_document_frequencies_of_other_captions_are_those_of_the_larger_set():
     assert found.values["Bleu_4"] == alone.values["Bleu_4"] and found.values["ROUGE_L"] == alone.values["ROUGE_L"]
 
 
+def test_no_documents_to_take_frequencies_from_is_an_error():
+    with pytest.raises(DataError, match="no captions to take document frequencies from"):
+        References(REFERENCES, frequencies={})
+
+
 def test_words_of_a_given_vocabulary_have_its_numbers():
     references = References({1: ["a dog"]}, vocabulary=["dog", "1\xa01/2", "a", "cat"])
     assert [references.vocabulary[word] for word in ("dog", "1\xa01/2", "a", "cat")] == [0, 1, 2, 3]

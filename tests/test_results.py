@@ -40,8 +40,11 @@ def test_results_are_read_as_they_are_written(tmp_path):
         ([{"image_id": 1}], "entry 0 has no image_id or no caption"),
         ([{"image_id": "1", "caption": "a"}], "entry 0: the image id '1' is not a whole number"),
         ([{"image_id": 1.0, "caption": "a"}], "the image id 1.0 is not a whole number"),
-        ([{"image_id": 7, "caption": ["a"]}], r'the caption of image 7 is \["a"\], not a string'),
-        ([{"image_id": 7, "caption": None}], "the caption of image 7 is null, not a string"),
+        ([{"image_id": 7, "caption": ["a"]}], r'image 7: the caption is \["a"\], not a string'),
+        ([{"image_id": 7, "caption": "a \ud800 dog"}], "image 7: the caption .* has half a character"),
+        ("[" * 100_000, "is not whole JSON"),
+        ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not whole JSON"),
+        ([{"image_id": 7, "caption": None}], "image 7: the caption is null, not a string"),
         ([{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}], "image 7 has two captions, 'a' and 'b'"),
     ],
 )
@@ -62,6 +65,8 @@ def test_references_are_read_from_coco_s_and_from_karpathy_s_files(tmp_path):
     file = put(tmp_path / "k.json", karpathy)
     for split, ids in ((None, [3]), ("test", [3]), ("val", [2]), ("train", [0, 1, 4])):
         assert [image.id for image in read_references(file, split)] == ids
+    (tmp_path / "k.json").write_text(json.dumps({"info": "x" * 100_000, **karpathy}))
+    assert [image.id for image in read_references(file, "val")] == [2]
     with pytest.raises(DataError, match=r"no\.json"):
         read_references(tmp_path / "no.json")
 

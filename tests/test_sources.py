@@ -269,7 +269,7 @@ def test_karpathy_wants_one_dataset_file_or_its_name(tmp_path):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"sentences": [{"raw": 5}]}, "caption 5 is not text"),
+        ({"sentences": [{"raw": 5}]}, "the caption is 5, not a string"),
         ({"sentences": [{}]}, '"raw" text or "tokens"'),
         ({"sentences": 7}, '"raw" text or "tokens"'),
         ({"split": "trian"}, "no split 'trian'"),
@@ -321,7 +321,7 @@ def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
         ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "annotation 7 "),
         ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "image 99"),
         ({"annotations": [{"id": 7, "image_id": 1, "caption": ["x"]}]}, "annotation 7 "),
-        ({"annotations": [{"id": 7, "image_id": 1}]}, "caption None is not text"),
+        ({"annotations": [{"id": 7, "image_id": 1}]}, "the caption is null, not a string"),
         ({"annotations": [{"image_id": 1, "caption": "x"}]}, "an annotation has no id"),
         ({"annotations": {}}, 'no list of objects "annotations"'),
         ({"images": None}, 'no list of objects "images"'),
@@ -460,7 +460,7 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
         ("metadata.jsonl", '{"file_name": "a.jpg"}\n{"file_name": \n', "line 2: not JSON"),
         ("metadata.jsonl", '\n["a.jpg"]', "line 2: not an object"),
         ("metadata.jsonl", '{"caption": "x"}', "line 1: None is not a file name"),
-        ("metadata.jsonl", '{"file_name": "a.jpg", "captions": ["x", 3]}', "line 1: the caption 3 is not text"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "captions": ["x", 3]}', "line 1: the caption is 3, not a string"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
         ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "split": "val"}\n{"file_name": "a.jpg", "split": "test"}', "line 2"),

@@ -265,8 +265,12 @@ def test_the_short_way_gives_the_words_of_the_long_one():
         words = rng.choices(parts, k=rng.randint(0, 6))
         for place, word in enumerate(words):
             words[place] = rng.choice([word, word, f"{word}'s", "-".join([word, *rng.choices(parts, k=rng.randint(1, 2))])])
-        caption = rng.choice([" ", "  ", " , ", ", "]).join(words) + rng.choice(["", ".", " .", ". ", " ", ".\n"])
+        caption = rng.choice([" ", "  ", " , ", ", ", ","]).join(words) + rng.choice(["", ".", " .", ". ", " ", ".\n"])
         assert tokenize(caption) == _tokenize_any(caption), repr(caption)
+
+
+def test_a_comma_that_joins_to_a_hyphen_goes_the_long_way():
+    assert tokenize("I,co-op and a,dog") == _tokenize_any("I,co-op and a,dog") == ["i,co-op", "and", "a", "dog"]
 
 
 def test_the_short_way_gives_the_words_of_the_long_one_for_real_captions(real: Path):
@@ -288,6 +292,7 @@ def test_a_caption_without_words_has_none():
 
 
 def test_line_ends_are_blanks():
+    assert tokenize("<!a\rb> dog") == tokenize("<!a b> dog")
     assert tokenize("A dog\nruns.\n") == tokenize("a dog runs") == ["a", "dog", "runs"]
     assert tokenize("1\n1/2 cups") == tokenize("1 1/2 cups") == ["1\xa01/2", "cups"]
 

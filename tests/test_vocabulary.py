@@ -17,6 +17,10 @@ from tests.test_features import some_images, write_plan
 CAPTIONS = [["a", "dog", "runs"], ["a", "dog"], ["a", "cat"]]
 
 
+def test_a_token_of_two_words_is_none_of_the_vocabulary():
+    assert "1\xa01/2" not in Vocabulary.build([["1\xa01/2", "cups", "of", "1\xa01/2"]], 1).words
+
+
 def test_words_are_ordered_by_count_then_alphabet_and_rare_ones_are_unknown():
     assert Vocabulary.build(CAPTIONS, 1).words == (*SPECIALS, "a", "dog", "cat", "runs")
     two = Vocabulary.build(CAPTIONS, 2)
