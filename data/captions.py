@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,23 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts, self.tokens)]
         return Batch(*moved, self.image_ids)
+
+
+class CachedImages(torch.utils.data.Dataset):
+    """The images of `captions` over a cache, one an item, as `FeatureCache.dataset` says; workers open the cache anew."""
+
+    def __init__(self, cache: FeatureCache, captions: Mapping[int, Sequence[str]]) -> None:
+        self.cache, self.captions, self.ids = cache, dict(captions), list(captions)
+        for image_id in self.ids:
+            cache.require(image_id)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int, list[str]]:
+        image_id = self.ids[index]
+        features, boxes, count = self.cache[image_id]
+        return torch.from_numpy(features), torch.from_numpy(boxes), int(count), image_id, list(self.captions[image_id])
 
 
 class CaptionedImages:

@@ -10,21 +10,17 @@ exists is complete. Rows are contiguous and uncompressed, so a reader maps them 
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
-    attrs     format, identity, provenance, plan, unreadable (the last four JSON)
+    attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but `features`)
 
 `features.h5` joins all shards for any h5py user (HDF5 virtual datasets); `unreadable.jsonl` lists the photographs that
-have no row and why.
+have no row and why. `data.shards` writes all of this; here it is read.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +31,6 @@ from data import DataError
 from data.sources import Image, same_photograph
 
 FORMAT = 1
-SHARD_IMAGES = 1000
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
 
 
@@ -48,124 +43,13 @@ class Rows(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A photograph without a row, as a line of unreadable.jsonl."""
+    """A photograph without a row, as a line of unreadable.jsonl; `size` and `mtime_ns` of the file then, -1 without one."""
 
     image_id: int
     file_name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One planned file of a cache and the images that it will hold; `plan` is its record in the file."""
-
-    path: Path
-    plan: Mapping[str, Any]
-    images: tuple[Image, ...]
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
-    """Cut `images` into the shards of a cache, finished ones included (`shard.path.exists()`).
-
-    The groups follow from the list of images alone, so every process, however late it starts, makes the same ones.
-    Images that a shard of another plan holds (another split, a smaller folder) are left out of their group.
-    """
-    digest = hashlib.sha256(json.dumps([image.id for image in images]).encode()).hexdigest()[:16]
-    total = -(-len(images) // SHARD_IMAGES)
-    first, after, foreign = None, 0, set()
-    for path in shard_paths(cache):
-        with open_shard(path) as file:
-            plan = json.loads(file.attrs["plan"])
-            if plan["digest"] == digest:
-                first = plan["first"]
-            else:
-                after = max(after, plan["first"] + plan["shards"])
-                foreign.update(file["image_ids"][:].tolist())
-    first = after if first is None else first
-    shards = []
-    for group in range(total):
-        path = cache / f"shard-{first + group:05d}.h5"
-        members = images[group * SHARD_IMAGES : (group + 1) * SHARD_IMAGES]
-        members = tuple(image for image in members if image.id not in foreign)
-        if members:
-            shards.append(Shard(path, {"digest": digest, "first": first, "shards": total}, members))
-    return shards
-
-
-def write_shard(
-    shard: Shard,
-    kept: Sequence[Image],
-    features: np.ndarray,
-    boxes: np.ndarray,
-    counts: np.ndarray,
-    sizes: np.ndarray,
-    unreadable: Sequence[Unreadable],
-    identity: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-) -> None:
-    """Write one shard whole or not at all; the arrays are one row for each of `kept`, as the module's head says.
-
-    Raises DataError naming the photograph whose features are not finite in float16.
-    """
-    features = features.astype(np.float16, copy=False)
-    finite = np.isfinite(features).all(axis=(1, 2)) if len(features) else np.ones(0, bool)
-    if not finite.all():
-        photo = kept[int(np.argmin(finite))]
-        raise DataError(
-            f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
-            "try --precision fp32, or other --weights: nothing was written for its shard"
-        )
-    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["identity"] = json.dumps(identity)
-            file.attrs["provenance"] = json.dumps(provenance)
-            file.attrs["plan"] = json.dumps(shard.plan)
-            file.attrs["unreadable"] = json.dumps(unreadable)
-            file["features"] = features
-            file["boxes"] = boxes.astype(np.float32, copy=False)
-            file["counts"] = counts.astype(np.int16)
-            file["image_ids"] = np.array([image.id for image in kept], np.int64)
-            file.create_dataset("names", data=[image.name for image in kept], shape=len(kept), dtype=h5py.string_dtype())
-            file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
-            file["crc32"] = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, shard.path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_index(cache: Path) -> list[Unreadable]:
-    """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
-    opened = FeatureCache(cache)
-    temporary = cache / f".features.h5.{os.getpid()}.tmp"
-    try:
-        with contextlib.ExitStack() as stack, h5py.File(temporary, "w", libver=("v110", "v110")) as index:
-            shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
-            for key in ("format", "identity", "provenance"):
-                index.attrs[key] = shards[0][1].attrs[key]
-            for name in PER_IMAGE:
-                pieces = [(path.name, file[name]) for path, file in shards if len(file[name])]
-                if not pieces:
-                    continue
-                total = sum(len(data) for _, data in pieces)
-                layout = h5py.VirtualLayout((total, *pieces[0][1].shape[1:]), pieces[0][1].dtype)
-                start = 0
-                for file_name, data in pieces:  # relative names: the folder can be moved
-                    layout[start : start + len(data)] = h5py.VirtualSource(file_name, name, data.shape, data.dtype)
-                    start += len(data)
-                index.create_virtual_dataset(name, layout)
-        os.replace(temporary, cache / "features.h5")
-    finally:
-        temporary.unlink(missing_ok=True)
-    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in opened.unreadable.values()]
-    write_whole(cache / "unreadable.jsonl", "".join(lines))
-    return list(opened.unreadable.values())
+    size: int = -1
+    mtime_ns: int = -1
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -176,9 +60,6 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -213,8 +94,14 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Ite
     return [f"{key}: {found.get(key)}, not {wanted.get(key)}" for key in keys if wanted.get(key) != found.get(key)]
 
 
+def packed_backbone(file: Path) -> bytes | None:
+    """The backbone's weights that a packed cache carries, as the bytes of a safetensors file."""
+    with open_shard(file) as opened:
+        return opened["backbone"][:].tobytes() if "backbone" in opened else None
+
+
 class FeatureCache:
-    """Random access by image id to the rows of a cache; safe to share with forked or spawned workers.
+    """Random access by image id to the rows of a cache, or of one packed file; safe to share with forked or spawned workers.
 
     `identity` (equal to be used together), `provenance` (recorded), `ids` int64 [N] in the cache's order,
     `unreadable` {image id: Unreadable}, `shape` (R, C). Raises DataError where the folder is no cache.
@@ -222,10 +109,13 @@ class FeatureCache:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        paths = shard_paths(self.path)
+        if self.path.name == "features.h5" and shard_paths(self.path.parent):
+            self.path = self.path.parent
+        self.paths = paths = [self.path] if self.path.is_file() else shard_paths(self.path)
         if not paths:
             what = "holds no shard-*.h5" if self.path.is_dir() else "is not there"
             raise DataError(f"cache {self.path} {what}; make it with: python -m pipeline.extract ... --out {self.path}")
+        self._files: list[Path] = []
         self._maps: list[tuple[np.memmap, np.memmap, np.ndarray]] = []
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
@@ -240,7 +130,7 @@ class FeatureCache:
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, json.loads(file.attrs["identity"])))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
-                self._add(file)
+                self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
@@ -248,15 +138,35 @@ class FeatureCache:
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
         self.shape = (self.identity["grid"][0] * self.identity["grid"][1], self.identity["channels"])
 
-    def _add(self, file: h5py.File) -> None:
+    def _add(self, path: Path, file: h5py.File) -> None:
         ids = file["image_ids"][:].tolist()
         if not ids:
             return
         number = len(self._maps)
+        self._files.append(path)
         self._maps.append((_map(file["features"]), _map(file["boxes"]), file["counts"][:]))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (number, row)
             self._names[image_id] = name
+
+    def where(self, image_id: int) -> tuple[Path, int]:
+        """The file and the row that hold an image."""
+        number, row = self._where[image_id]
+        return self._files[number], row
+
+    def name_of(self, image_id: int) -> str:
+        """The photograph's path relative to the root it was extracted from."""
+        return self._names[image_id]
+
+    def dataset(self, captions: Mapping[int, Sequence[str]]) -> Any:
+        """A torch Dataset of the images of `captions` (texts by image id), for a DataLoader with any number of workers.
+
+        Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions); DataError here for an image
+        without a row.
+        """
+        from data.captions import CachedImages  # here, since reading a cache needs no torch
+
+        return CachedImages(self, captions)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -304,6 +214,11 @@ class FeatureCache:
                 )
             kept.append(image)
         return kept, left_out
+
+    def require(self, image_id: int) -> None:
+        """DataError where the cache has no row of an image."""
+        if image_id not in self._where:
+            raise DataError(self._absent(image_id))
 
     def _absent(self, image_id: int) -> str:
         return (

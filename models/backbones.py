@@ -26,9 +26,18 @@ class Backbone(nn.Module):
 
     Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1; `interpolation` of the resize;
     `grid` (h, w) and `channels` of the feature map.
+
+    grid: pool the map to so many cells (adaptive average pooling); None: as it comes.
     """
 
-    def __init__(self, name: str, network: nn.Module, config: Mapping[str, Any], classifier: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        config: Mapping[str, Any],
+        classifier: tuple[str, ...],
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.network = network
@@ -40,11 +49,22 @@ class Backbone(nn.Module):
         self.register_buffer("shift", (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.layout = "NCHW"
-        self.layout, self.channels, self.grid = self._measure()
+        self.layout, self.channels, natural = self._measure()
+        self.grid = grid or natural
+        if any(cells > most for cells, most in zip(self.grid, natural, strict=True)):
+            wanted, most = ("x".join(map(str, cells)) for cells in (self.grid, natural))
+            raise ModelError(f"--grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, or a larger --size")
+        self.pooled = self.grid != natural
 
-    def forward(self, pixels: Tensor) -> Regions:
-        """Regions of uint8 `pixels` [B,3,H,W], RGB, already resized to `size`; features are float32."""
-        regions = grid_regions(self._map(pixels * self.scale - self.shift))
+    def forward(self, pixels: Tensor, frames: Tensor | None = None) -> Regions:
+        """Regions of uint8 `pixels` [B,3,H,W], RGB, already resized to `size`; features are float32.
+
+        frames: the part of the photograph that each shows, as `grid_regions` takes it.
+        """
+        feature_map = self._map(pixels * self.scale - self.shift)
+        if self.pooled:
+            feature_map = nn.functional.adaptive_avg_pool2d(feature_map.float(), self.grid)
+        regions = grid_regions(feature_map, frames)
         return regions._replace(features=regions.features.float())
 
     @torch.no_grad()
@@ -99,7 +119,8 @@ class Backbone(nn.Module):
                 self.layout = "tokens"
                 out = self._map(torch.zeros(1, 3, *self.size))
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}") from error
+            mend = "; a transformer's size goes with --backbone-arg img_size=N" if "size" in str(error).lower() else ""
+            raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}{mend}") from error
         if not isinstance(out, Tensor) or out.ndim != 4:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ModelError(f"backbone {self.name} gives {shape}, not a feature map [B,C,h,w]; choose a CNN")
@@ -110,21 +131,33 @@ class Backbone(nn.Module):
 
 
 def create_backbone(
-    name: str, arguments: Mapping[str, Any] | None = None, pretrained: bool = False, seed: int = 0
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Backbone:
     """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the hub's weights.
 
     Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the nearest one), an
     argument that the model does not take, or a hub that cannot be reached.
+
+    size: (H, W) of the input in place of the weights' own.
+    grid: cells (h, w) that the feature map is pooled to; None: as it comes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith("torchvision/"):
-            return _torchvision_backbone(name, dict(arguments or {}), pretrained)
-        return _timm_backbone(name, dict(arguments or {}), pretrained)
+            network, config, classifier = _torchvision_network(name, dict(arguments or {}), pretrained)
+        else:
+            network, config, classifier = _timm_network(name, dict(arguments or {}), pretrained)
+        if size is not None:
+            config = {**config, "input_size": (3, *size)}
+        return Backbone(name, network, config, classifier, grid)
 
 
-def _timm_backbone(name: str, arguments: dict[str, Any], pretrained: bool) -> Backbone:
+def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
     if not timm.is_model(name.removeprefix("hf_hub:")) and not name.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
         raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{_nearest(name, timm.list_models())}")
     try:
@@ -137,10 +170,10 @@ def _timm_backbone(name: str, arguments: dict[str, Any], pretrained: bool) -> Ba
         raise ModelError(_no_hub(name, error)) from error
     config = timm.data.resolve_model_data_config(network)
     classifier = network.pretrained_cfg.get("classifier") or ()
-    return Backbone(name, network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+    return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
-def _torchvision_backbone(name: str, arguments: dict[str, Any], pretrained: bool) -> Backbone:
+def _torchvision_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
     short = name.removeprefix("torchvision/")
     known = torchvision.models.list_models(module=torchvision.models)
     if short not in known:
@@ -159,7 +192,7 @@ def _torchvision_backbone(name: str, arguments: dict[str, Any], pretrained: bool
     size = transforms.crop_size[0]
     config = {"input_size": (3, size, size), "mean": transforms.mean, "std": transforms.std,
               "interpolation": transforms.interpolation.value}  # fmt: skip
-    return Backbone(name, parts, config, classifier)
+    return parts, config, classifier
 
 
 def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.images import Framing
 from models.backbones import Backbone, create_backbone
 from models.grid import Regions
 from pipeline.cli import UserError
@@ -52,11 +53,21 @@ def scenes_weights() -> Path:
     return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
 
 
-def open_backbone(name: str, weights: str, arguments: Mapping[str, Any], seed: int = 0) -> Backbone:
-    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's own) or a file."""
+def open_backbone(
+    name: str,
+    weights: str,
+    arguments: Mapping[str, Any],
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Backbone:
+    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's own) or a file.
+
+    size, grid: as `create_backbone` takes them.
+    """
     if weights == "pretrained":
         _do_not_wait_for_an_absent_hub()
-    backbone = create_backbone(name, arguments, pretrained=weights == "pretrained", seed=seed)
+    backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
         left_out = backbone.load(read_weights(path), f"--weights {path}")
@@ -77,14 +88,20 @@ def _do_not_wait_for_an_absent_hub() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def framing_of(backbone: Backbone, resize: str) -> Framing:
+    """How photographs become this backbone's input; what is filled around them has its weights' mean colour."""
+    red, green, blue = (round(255 * mean) for mean in backbone.mean)
+    return Framing(backbone.size, backbone.interpolation, resize, (red, green, blue))
+
+
+def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any], resize: str = "stretch") -> dict[str, Any]:
     """What must be equal for rows to be used together."""
     return {
         "backbone": backbone.name,
         "arguments": dict(arguments),
         "weights": backbone.digest(),
         "size": list(backbone.size),
-        "resize": "stretch",
+        "resize": resize,
         "interpolation": backbone.interpolation,
         "mean": list(backbone.mean),
         "std": list(backbone.std),
@@ -106,7 +123,8 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     kept = folder / "backbone.safetensors"
     if not kept.exists():
         _do_not_wait_for_an_absent_hub()
-    backbone = create_backbone(identity["backbone"], identity["arguments"], pretrained=not kept.exists())
+    size, grid = tuple(identity["size"]), tuple(identity["grid"])
+    backbone = create_backbone(identity["backbone"], identity["arguments"], not kept.exists(), 0, size, grid)
     if kept.exists():
         backbone.load(load_tensors(kept)[0], str(kept))
     if backbone.digest() != identity["weights"]:
@@ -123,9 +141,14 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
     return backbone.to(machine.device, memory_format=torch.channels_last)
 
 
-def look(backbone: Backbone, pixels: Tensor, machine: Machine) -> Regions:
-    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device."""
+def look(backbone: Backbone, pixels: Tensor, machine: Machine, frames: Tensor | None = None) -> Regions:
+    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device.
+
+    frames: [B,4] the part of the photograph that each shows; None: all of it.
+    """
     with torch.inference_mode(), machine.autocast():
         images = pixels.to(machine.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-        regions = backbone(images)
+        if frames is not None:
+            frames = frames.to(machine.device, non_blocking=True)
+        regions = backbone(images, frames)
     return regions._replace(features=regions.features.half())

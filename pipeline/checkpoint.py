@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data.features import write_whole
+from data.features import packed_backbone, write_whole
 from data.vocabulary import Vocabulary
 from models.captioner import Captioner, CaptionerConfig
 from pipeline.cli import UserError
@@ -93,10 +92,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def copy_backbone(cache: Path, folder: Path) -> None:
     """Take the cache's kept backbone weights, where it has them, into a checkpoint folder."""
     kept, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
-    if kept.exists() and not target.exists():
+    weights = packed_backbone(cache) if cache.is_file() else kept.read_bytes() if kept.exists() else None
+    if weights is not None and not target.exists():
         temporary = folder / f".backbone.safetensors.{os.getpid()}.tmp"
         try:
-            shutil.copyfile(kept, temporary)
+            temporary.write_bytes(weights)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data.features import FeatureCache, iterate
-from data.images import Photographs, UnreadableImage
+from data.images import Photographs, UnreadableImage, stack
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from models.backbones import Backbone
 from models.captioner import Captioner
 from models.grid import Regions
 from models.search import beam_search
-from pipeline.backbone import look, place_backbone, restore_backbone
+from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.runtime import Machine, open_machine
 
@@ -86,11 +85,12 @@ class PhotoCaptioner:
     ) -> list[tuple[str, str]]:
         """(caption, "") for each photograph of one batch, ("", reason) for an unreadable one."""
         decoding = self.checkpoint.decoding
-        read = [*Photographs(photos, self.backbone.size, self.backbone.interpolation)]
-        good = [i for i, (_, _, reason) in enumerate(read) if not reason]
+        read = [*Photographs(photos, framing_of(self.backbone, self.checkpoint.identity["resize"]))]
+        good = [i for i, (photo, _) in enumerate(read) if photo is not None]
         captions: list[str] = []
         if good:
-            regions = look(self.backbone, torch.from_numpy(np.stack([read[i][0] for i in good])), self.machine)
+            pixels, frames = stack([read[i][0] for i in good])
+            regions = look(self.backbone, pixels, self.machine, frames)
             captions = decode_regions(
                 self.captioner,
                 self.checkpoint.vocabulary,
@@ -100,7 +100,7 @@ class PhotoCaptioner:
                 decoding["length_penalty"] if length_penalty is None else length_penalty,
             )
         found = dict(zip(good, captions, strict=True))
-        return [(found.get(i, ""), read[i][2]) for i in range(len(read))]
+        return [(found.get(i, ""), reason) for i, (_, reason) in enumerate(read)]
 
 
 def load_captioner(path: Path | str, device: str = "auto", precision: str = "auto") -> PhotoCaptioner:

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import ast
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torchvision
-from torch.utils.data import DataLoader
 
-from data.features import (
-    Shard,
-    Unreadable,
-    cache_header,
-    differences,
-    plan_shards,
-    write_index,
-    write_shard,
-)
-from data.images import DECODE_PATH, Photographs
+from data.features import cache_header, differences
+from data.images import DECODE_PATH, RESIZES
+from data.shards import Claims, Shard, plan_retry, plan_shards, write_index
 from data.sources import DATASETS, Image, Source, open_source
-from models.backbones import Backbone
-from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, look, open_backbone, place_backbone
+from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
+from pipeline.keeping import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
+from pipeline.stream import Recipe, decoding_workers, extract_shards
 from pipeline.terminal import Progress, human_bytes, progress, say
 
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
@@ -49,9 +40,18 @@ class ExtractConfig:
     backbone_arg: tuple[str, ...] = setting((), "KEY=VALUE for timm's create_model, any number of times")
     weights: str | None = setting(None, "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]")
     out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]")
+    size: str | None = setting(None, "of the backbone's input: N or HxW  [the weights' own]")
+    resize: str = setting("stretch", "whole photograph squeezed, its middle, or whole with filling", choices=RESIZES)
+    grid: str | None = setting(None, "pool the feature map to HxW cells  [as it comes]")
     allow_missing: bool = setting(False, "list photographs that the disk lacks as unreadable, and go on")
+    strict: bool = setting(False, "end at the first photograph that cannot be read")
+    retry_unreadable: bool = setting(False, "try unreadable photographs again, changed or not")
+    repair: bool = setting(False, "check every row first, and make bad shards again")
+    verify: Path | None = setting(None, "only check every row of this cache: exit 0, or 1 naming what is bad")
+    inspect: Path | None = setting(None, "only show what this cache holds")
+    pack: Path | None = setting(None, "only write the cache --out into one HDF5 file of this name")
     batch: int = setting(32, "photographs a forward pass")
-    workers: int = setting(1, "decoding processes; 0 decodes between forward passes")
+    workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]")
     limit: int | None = setting(None, "take only the first N photographs")
     device: str = setting("auto", "where the backbone runs", choices=DEVICES)
     precision: str = setting("auto", "of the forward pass", choices=PRECISIONS)
@@ -61,6 +61,11 @@ class ExtractConfig:
         for name in ("batch", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
+
+        for name in ("size", "grid"):
+            cells(name, getattr(self, name))
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers is {self.workers}, it must be at least 0")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -83,25 +88,45 @@ def main(config: ExtractConfig) -> None:
 
     Without options: draws the embedded sample of simple scenes and extracts it with the package's own small backbone.
     """
+    cache = config.out or Path("cache") / config.dataset
+    if config.verify or config.inspect or config.pack:
+        return look_after(config, cache)
     machine = open_machine(config.device, config.seed, config.precision)
     source = open_photographs(config)
     images = source.select(config.split)[: config.limit]
     missing = missing_photographs(source, images, config.allow_missing)
-    backbone, weights = choose_backbone(config)
-    identity = backbone_identity(backbone, config.arguments)
-    provenance = describe_versions(machine)
-    cache = config.out or Path("cache") / config.dataset
-    refuse_other_identity(cache, identity, provenance)
+    recipe = choose_recipe(config, machine, missing)
+    refuse_other_identity(cache, recipe)
+    if config.repair and machine.rank == 0:
+        repair_cache(cache)
     shards = plan_shards(images, cache)
-    todo = [shard for shard in shards[machine.rank :: machine.world] if not shard.path.exists()]
-    announce(cache, source, images, shards, todo, identity, machine)
-    cache.mkdir(parents=True, exist_ok=True)
-    if weights != "pretrained" and machine.rank == 0:
-        keep_backbone(backbone, cache)
-    with progress(sum(len(shard.images) for shard in todo), "images", "extract") as bar:
-        for shard in todo:
-            extract_shard(shard, missing, place_backbone(backbone, machine), machine, config, identity, provenance, bar)
+    again = plan_retry(images, cache, config.retry_unreadable) if machine.rank == 0 else []
+    announce(cache, source, images, shards, again, recipe)
+    prepare_folder(cache, config, recipe)
+    with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
+        mine = shards[machine.rank :: machine.world]  # then the others': whoever is done early helps
+        extract_shards([*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar)
     finish(cache, shards, bar)
+
+
+def look_after(config: ExtractConfig, cache: Path) -> None:
+    """What is done to a cache that is there, without photographs."""
+    if config.verify:
+        verify_cache(config.verify)
+    if config.inspect:
+        inspect_cache(config.inspect)
+    if config.pack:
+        pack_cache(cache, config.pack)
+
+
+def cells(option: str, text: str | None) -> tuple[int, int] | None:
+    """(height, width) of `N` or `HxW`; UserError for anything else."""
+    if text is None:
+        return None
+    parts = str(text).lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts):
+        raise UserError(f"--{option} {text!r} is neither N nor HxW, as 224 or 7x7")
+    return int(parts[0]), int(parts[-1])
 
 
 def open_photographs(config: ExtractConfig) -> Source:
@@ -126,12 +151,28 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
     return {image.id for image in missing}
 
 
-def choose_backbone(config: ExtractConfig) -> tuple[Backbone, str]:
-    """The backbone and where its weights come from; the sample's defaults are the package's own."""
+def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
+    """How rows will be made, by the options; the sample's defaults are the package's own backbone and weights."""
     sample = config.dataset == "sample" and config.backbone is None
     name = config.backbone or (SCENES_BACKBONE if sample else "resnet50")
-    weights = config.weights or ("scenes" if sample else "pretrained")
-    return open_backbone(name, weights, config.arguments, config.seed), weights
+    weights = weights_of(config)
+    size, grid = cells("size", config.size), cells("grid", config.grid)
+    backbone = open_backbone(name, weights, config.arguments, config.seed, size, grid)
+    identity = backbone_identity(backbone, config.arguments, config.resize)
+    workers = decoding_workers(config.workers)
+    return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, describe_versions(machine),
+                  config.batch, workers, config.strict, frozenset(missing))  # fmt: skip
+
+
+def weights_of(config: ExtractConfig) -> str:
+    return config.weights or ("scenes" if config.dataset == "sample" and config.backbone is None else "pretrained")
+
+
+def prepare_folder(cache: Path, config: ExtractConfig, recipe: Recipe) -> None:
+    """Make the cache's folder, with the backbone's weights unless they are the hub's by name."""
+    cache.mkdir(parents=True, exist_ok=True)
+    if weights_of(config) != "pretrained" and recipe.machine.rank == 0:
+        keep_backbone(recipe.backbone, cache)
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
@@ -147,13 +188,14 @@ def describe_versions(machine: Machine) -> dict[str, Any]:
     }
 
 
-def refuse_other_identity(cache: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     """An existing cache takes only rows of its own identity, precision and decode path."""
     if cache.exists() and not cache.is_dir():
         raise UserError(f"--out {cache} is a file; a cache is a folder")
     header = cache_header(cache)
     if header is None:
         return
+    identity, provenance = recipe.identity, recipe.provenance
     found = differences(identity, header[0]) + differences(provenance, header[1], ("precision", "decode"))
     if found:
         raise UserError(f"{cache} was made otherwise ({'; '.join(found)}); pass another --out, or the same options")
@@ -161,83 +203,31 @@ def refuse_other_identity(cache: Path, identity: Mapping[str, Any], provenance: 
         say(f"warning: {cache} was begun with {'; '.join(other)}")
 
 
+def to_do(shards: Sequence[Shard], machine: Machine) -> int:
+    """About how many images this process will see, others sharing the rest."""
+    return -(-sum(len(shard.images) for shard in shards if not shard.path.exists()) // machine.world)
+
+
 def announce(
-    cache: Path,
-    source: Source,
-    images: Sequence[Image],
-    shards: Sequence[Shard],
-    todo: Sequence[Shard],
-    identity: Mapping[str, Any],
-    machine: Machine,
+    cache: Path, source: Source, images: Sequence[Image], shards: Sequence[Shard], again: Sequence[Shard], recipe: Recipe
 ) -> None:
     """Say what is about to be done, and refuse what cannot fit."""
-    rows = sum(len(shard.images) for shard in todo)
-    regions, channels = identity["grid"][0] * identity["grid"][1], identity["channels"]
+    rows = sum(len(shard.images) for shard in [*shards, *again] if not shard.path.exists())
+    regions, channels = recipe.identity["grid"][0] * recipe.identity["grid"][1], recipe.identity["channels"]
     space = refuse_what_cannot_fit(cache, rows * (regions * (channels * 2 + 16) + 400))
     done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
-    say(f"{identity['backbone']} ({identity['weights']}), {regions} regions x {channels}, on {machine}")
+    name, weights = recipe.identity["backbone"], recipe.identity["weights"]
+    say(f"{name} ({weights}), {regions} regions x {channels}, on {recipe.machine}, {recipe.workers} decoding")
     say(f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows to {cache}, {space}")
-
-
-def extract_shard(
-    shard: Shard,
-    missing: set[int],
-    backbone: Backbone,
-    machine: Machine,
-    config: ExtractConfig,
-    identity: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    bar: Progress,
-) -> None:
-    """Decode, look and write one shard; photographs that cannot be read are listed in it, never replaced."""
-    unreadable = [Unreadable(image.id, image.name, "missing") for image in shard.images if image.id in missing]
-    images = [image for image in shard.images if image.id not in missing]
-    regions, channels = identity["grid"][0] * identity["grid"][1], identity["channels"]
-    features = np.empty((len(images), regions, channels), np.float16)
-    boxes = np.zeros((len(images), regions, 4), np.float32)
-    kept: list[Image] = []
-    sizes: list[tuple[int, int]] = []
-    rest = iter(images)
-    for pixels, originals, reasons in decoded_batches(images, backbone, config, machine):
-        batch = list(islice(rest, len(reasons)))
-        good = [i for i, reason in enumerate(reasons) if not reason]
-        unreadable += [Unreadable(image.id, image.name, why) for image, why in zip(batch, reasons, strict=True) if why]
-        if good:
-            found = look(backbone, pixels[good], machine)
-            rows = slice(len(kept), len(kept) + len(good))
-            features[rows] = found.features.cpu().numpy()
-            boxes[rows] = found.boxes.cpu().numpy()
-        kept += [batch[i] for i in good]
-        sizes += [originals[i] for i in good]
-        bar.step(len(batch), f"{len(unreadable)} unreadable" if unreadable else "")
-    counts = np.full(len(kept), regions)
-    rows = features[: len(kept)], boxes[: len(kept)], counts, np.array(sizes)
-    write_shard(shard, kept, *rows, unreadable, identity, provenance)
-
-
-def decoded_batches(
-    images: Sequence[Image], backbone: Backbone, config: ExtractConfig, machine: Machine
-) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]], list[str]]]:
-    """Batches of pixels uint8 [B,3,H,W], (height, width) of the originals, and a reason where one cannot be read."""
-    photographs = Photographs([image.path for image in images], backbone.size, backbone.interpolation)
-    yield from DataLoader(
-        photographs,
-        batch_size=config.batch,
-        num_workers=config.workers,
-        collate_fn=_collate,
-        pin_memory=machine.device.type == "cuda",
-    )
-
-
-def _collate(items: Sequence[tuple]) -> tuple[torch.Tensor, list[tuple[int, int]], list[str]]:
-    pixels, originals, reasons = zip(*items, strict=True)
-    return torch.from_numpy(np.stack(pixels)), list(originals), list(reasons)
+    if again:
+        say(f"{sum(len(shard.images) for shard in again):,} photographs that could not be read are tried again")
 
 
 def finish(cache: Path, shards: Sequence[Shard], bar: Progress) -> None:
     """Whoever finishes last joins the shards into features.h5; then say what there is and what comes next."""
     if not all(shard.path.exists() for shard in shards):
-        say(f"this process's part of {cache} is done; the last process to finish joins the shards")
+        say(f"this process's part of {cache} is done; the last process to finish joins the shards "
+            "(one that was killed leaves its shard to the next run)")  # fmt: skip
         return
     unreadable = write_index(cache)
     size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))

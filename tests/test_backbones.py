@@ -157,7 +157,7 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
 
 def test_a_restored_backbone_with_other_weights_is_refused(tmp_path):
-    identity = {"backbone": "test_resnet", "arguments": {}, "weights": "0123"}
+    identity = {"backbone": "test_resnet", "arguments": {}, "weights": "0123", "size": [160, 160], "grid": [5, 5]}
     save_file(create_backbone("test_resnet").network.state_dict(), tmp_path / "backbone.safetensors")
     with pytest.raises(UserError, match="0123"):
         restore_backbone(tmp_path, identity)
@@ -179,10 +179,10 @@ def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_it
 def test_bf16_features_stay_near_fp32(real):
     photos = sorted((real / "flickr8k" / "images").iterdir())[:8]
     weights = str(real / "weights" / "mobilenetv2_100_onnx7_features.pth")
-    from data.images import read_image
+    from data.images import Framing, read_image
 
     backbone = open_backbone("mobilenetv2_100", weights, {})
-    pixels = torch.from_numpy(np.stack([read_image(p, backbone.size, backbone.interpolation)[0] for p in photos]))
+    pixels = torch.from_numpy(np.stack([read_image(p, Framing(backbone.size, backbone.interpolation)).pixels for p in photos]))
     rows = [look(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
     cosine = torch.cosine_similarity(rows[0].flatten(1), rows[1].flatten(1))
     assert cosine.min() > 0.99

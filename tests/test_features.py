@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import pytest
 
-from data import DataError, features
-from data.features import FeatureCache, Unreadable, plan_shards, write_index, write_shard
+from data import DataError, features, shards
+from data.features import FeatureCache, Unreadable
+from data.shards import plan_shards, write_index, write_shard
 from data.sources import Image
 
 IDENTITY = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3, "regions": "grid"}
@@ -37,7 +38,7 @@ def write_plan(cache: Path, images: list[Image], unreadable: tuple[int, ...] = (
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(features, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 10)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_unreadable_photographs_are_listed_and_left_out_and_counted(tmp_path, sm
     write_plan(cache, images, unreadable=(3, 11))
     assert [record.image_id for record in write_index(cache)] == [3, 11]
     lines = [json.loads(line) for line in (cache / "unreadable.jsonl").read_text().splitlines()]
-    assert lines[0] == {"image_id": 3, "file_name": "photos/3.jpg", "reason": "broken"}
+    assert lines[0] == {"image_id": 3, "file_name": "photos/3.jpg", "reason": "broken", "size": -1, "mtime_ns": -1}
     kept, left_out = FeatureCache(cache).select(images)
     assert ([image.id for image in kept], left_out) == ([i for i in range(12) if i not in (3, 11)], 2)
 

@@ -1,0 +1,380 @@
+"""Writing a feature cache: which shard holds which images, who writes it, how it is written, checked and joined.
+
+A shard is claimed by a file that only one process can create (`.shard-00000.claim`: host, pid, start), which its owner
+touches every TOUCH seconds. A claim whose process is dead (on this host), or that nobody touched for SILENCE seconds by the
+file system's own clock (on another), is taken over. Should two processes write one shard all the same, both write the same
+rows, and the last rename wins. The shard itself is written under a temporary name, fsynced and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data import DataError
+from data.features import FORMAT, PER_IMAGE, FeatureCache, Unreadable, open_shard, shard_paths, write_whole
+from data.sources import Image
+
+SHARD_IMAGES = 1000
+TOUCH, SILENCE = 10, 120  # seconds
+TABLES = ("boxes", "counts", "image_ids", "names", "sizes")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned file of a cache and the images that it will hold; `plan` is its record in the file."""
+
+    path: Path
+    plan: Mapping[str, Any]
+    images: tuple[Image, ...]
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
+    """Cut `images` into the shards of a cache, finished ones included (`shard.path.exists()`).
+
+    The groups follow from the list of images alone, so every process, however late it starts, makes the same ones.
+    Images that a shard of another plan holds (another split, a smaller folder) are left out of their group.
+    """
+    digest = _digest(images)
+    total = -(-len(images) // SHARD_IMAGES)
+    first, after, foreign = None, 0, set()
+    for path in shard_paths(cache):
+        with open_shard(path) as file:
+            plan = json.loads(file.attrs["plan"])
+            if plan["digest"] == digest:
+                first = plan["first"]
+            else:
+                after = max(after, plan["first"] + plan["shards"])
+                foreign.update(file["image_ids"][:].tolist())
+    first = after if first is None else first
+    shards = []
+    for group in range(total):
+        path = cache / f"shard-{first + group:05d}.h5"
+        members = images[group * SHARD_IMAGES : (group + 1) * SHARD_IMAGES]
+        members = tuple(image for image in members if image.id not in foreign)
+        if members:
+            shards.append(Shard(path, {"digest": digest, "first": first, "shards": total}, members))
+    return shards
+
+
+def plan_retry(images: Sequence[Image], cache: Path, every: bool) -> list[Shard]:
+    """One more shard for photographs that could not be read and have changed on disk since (`every`: all such)."""
+    paths = shard_paths(cache)
+    if not paths:
+        return []
+    unreadable = FeatureCache(cache).unreadable
+    again = [i for i in images if i.id in unreadable and (every or stamp(i.path) != tuple(unreadable[i.id][3:5]))]
+    if not again:
+        return []
+    numbers = []
+    for path in paths:
+        with open_shard(path) as file:
+            plan = json.loads(file.attrs["plan"])
+            numbers.append(plan["first"] + plan["shards"])
+    first = max(numbers)
+    return [Shard(cache / f"shard-{first:05d}.h5", {"digest": f"retry {first}", "first": first, "shards": 1}, tuple(again))]
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change (ns) of a file, by which a later run sees that it is another; -1, -1 without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _digest(images: Sequence[Image]) -> str:
+    return hashlib.sha256(json.dumps([image.id for image in images]).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------- claiming
+
+
+class Claims:
+    """The shards that this process is writing. A context manager: leaving it gives all of them back."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache, self.held = cache, set()
+        self.stop = threading.Event()
+        self.me = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
+
+    def __enter__(self) -> Claims:
+        threading.Thread(target=self._touch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for shard in list(self.held):
+            self.release(shard)
+
+    def take(self, shard: Shard) -> bool:
+        """Whether this process is to write `shard`: it is not there, and nobody else alive is at it."""
+        path = _claim_path(shard.path)
+        for _ in range(2):
+            if shard.path.exists():
+                return False
+            try:
+                with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w") as file:
+                    json.dump(self.me, file)
+            except FileExistsError:
+                if not self._abandoned(path):
+                    return False
+                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+                with contextlib.suppress(FileNotFoundError):  # another was quicker to take it over
+                    path.rename(aside)
+                    aside.unlink()
+                continue
+            self.held.add(shard.path)
+            if shard.path.exists():  # finished and given back since
+                self.release(shard.path)
+                return False
+            for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            return True
+        return False
+
+    def release(self, shard: Path) -> None:
+        self.held.discard(shard)
+        _claim_path(shard).unlink(missing_ok=True)
+
+    def _abandoned(self, path: Path) -> bool:
+        try:
+            owner = json.loads(path.read_text())
+        except FileNotFoundError:
+            return True
+        except ValueError:  # created this moment, or by a process that was killed at it
+            owner = {}
+        if owner.get("host") == self.me["host"]:
+            return not _alive(owner["pid"], owner["start"])
+        clock = self.cache / f".clock.{uuid.uuid4().hex}"
+        try:
+            clock.touch()
+            return clock.stat().st_mtime - path.stat().st_mtime > SILENCE
+        except FileNotFoundError:
+            return True
+        finally:
+            clock.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        while not self.stop.wait(TOUCH):
+            for shard in list(self.held):
+                with contextlib.suppress(OSError):
+                    os.utime(_claim_path(shard))
+
+
+def _claim_path(shard: Path) -> Path:
+    return shard.with_name(f".{shard.stem}.claim")
+
+
+def _host() -> str:
+    """This machine since its last start, and the process numbers that count here (containers have their own)."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _started(pid: int) -> str:
+    """When a process began, so that a later one with its number is told apart; empty where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(pid: int, start: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _started(pid) == start
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_shard(
+    shard: Shard,
+    kept: Sequence[Image],
+    features: np.ndarray,
+    boxes: np.ndarray,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    unreadable: Sequence[Unreadable],
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write one shard whole or not at all; the arrays are one row for each of `kept`, as `data.features` says.
+
+    Raises DataError naming the photograph whose features are not finite in float16, OSError for a disk that is full.
+    """
+    features = features.astype(np.float16, copy=False)
+    crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
+    for photo, row in zip(kept, features, strict=True):
+        if not np.isfinite(row).all():
+            raise DataError(
+                f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
+                "try --precision fp32, or other --weights: nothing was written for its shard"
+            )
+    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
+    try:
+        with _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["identity"] = json.dumps(identity)
+            file.attrs["provenance"] = json.dumps(provenance)
+            file.attrs["plan"] = json.dumps(shard.plan)
+            file.attrs["unreadable"] = json.dumps(unreadable)
+            file["features"] = features
+            file["boxes"] = boxes.astype(np.float32, copy=False)
+            file["counts"] = counts.astype(np.int16)
+            file["image_ids"] = np.array([image.id for image in kept], np.int64)
+            file.create_dataset("names", data=[image.name for image in kept], shape=len(kept), dtype=h5py.string_dtype())
+            file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
+            file["crc32"] = crc32
+            file.attrs["crc32"] = _tables_crc32(file)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, shard.path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _plain_os_errors(path: Path) -> Iterator[None]:
+    """HDF5's errors while writing, with the system's number and the file's name where there is one."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = next((number for number in (28, 27, 122, 5) if f"errno = {number}" in str(error)), None)
+        number = getattr(error, "errno", None) or found
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _tables_crc32(file: h5py.File) -> int:
+    """Over all that a shard holds besides features: tables and attributes."""
+    crc = 0
+    for name in TABLES:
+        values = file[name][:]
+        data = "\0".join(value.decode() for value in values).encode() if name == "names" else values.tobytes()
+        crc = zlib.crc32(data, crc)
+    for name in ("identity", "provenance", "plan", "unreadable"):
+        crc = zlib.crc32(file.attrs[name].encode(), crc)
+    return crc
+
+
+def write_index(cache: Path) -> list[Unreadable]:
+    """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
+    opened = FeatureCache(cache)
+    temporary = cache / f".features.h5.{os.getpid()}.tmp"
+    try:
+        with contextlib.ExitStack() as stack, h5py.File(temporary, "w", libver=("v110", "v110")) as index:
+            shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
+            for key in ("format", "identity", "provenance"):
+                index.attrs[key] = shards[0][1].attrs[key]
+            for name in PER_IMAGE:
+                pieces = [(path.name, file[name]) for path, file in shards if len(file[name])]
+                if not pieces:
+                    continue
+                total = sum(len(data) for _, data in pieces)
+                layout = h5py.VirtualLayout((total, *pieces[0][1].shape[1:]), pieces[0][1].dtype)
+                start = 0
+                for file_name, data in pieces:  # relative names: the folder can be moved
+                    layout[start : start + len(data)] = h5py.VirtualSource(file_name, name, data.shape, data.dtype)
+                    start += len(data)
+                index.create_virtual_dataset(name, layout)
+        os.replace(temporary, cache / "features.h5")
+    finally:
+        temporary.unlink(missing_ok=True)
+    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in opened.unreadable.values()]
+    write_whole(cache / "unreadable.jsonl", "".join(lines))
+    return list(opened.unreadable.values())
+
+
+def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
+    """Write all rows of a cache into one plain HDF5 file, with the backbone's weights: whole or not at all."""
+    if target.exists():
+        raise DataError(f"{target} is there already; --pack writes a new file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    total = len(cache)
+    try:
+        with _plain_os_errors(temporary), h5py.File(temporary, "w") as packed:
+            for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
+                packed.attrs[name] = json.dumps(value)
+            packed.attrs["format"] = FORMAT
+            packed.attrs["unreadable"] = json.dumps(list(cache.unreadable.values()))
+            start = 0
+            for path in cache.paths:
+                with open_shard(path) as file:
+                    ids = file["image_ids"][:].tolist()
+                    rows = np.flatnonzero([cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)])
+                    for name in PER_IMAGE if len(rows) else ():
+                        data = file[name]
+                        if name not in packed:
+                            packed.create_dataset(name, (total, *data.shape[1:]), data.dtype)
+                        for at in range(0, len(rows), 100):
+                            some = rows[at : at + 100]
+                            packed[name][start + at : start + at + len(some)] = data[some]
+                    start += len(rows)
+                    done(len(rows))
+            weights = cache.path / "backbone.safetensors"
+            if weights.exists():
+                packed["backbone"] = np.fromfile(weights, np.uint8)
+            packed.attrs["crc32"] = _tables_crc32(packed)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with a shard (or a packed file), a line each: nothing where every row is as it was written."""
+    try:
+        file = open_shard(path)
+    except DataError as error:
+        return [str(error)]
+    with file:
+        try:
+            rows = len(file["image_ids"])
+            wrong = [name for name in PER_IMAGE if len(file[name]) != rows]
+            if wrong:
+                return [f"{path}: {', '.join(wrong)} have not {rows} rows"]
+            problems = []
+            if "crc32" in file.attrs and _tables_crc32(file) != file.attrs["crc32"]:
+                problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
+            if identity is not None and json.loads(file.attrs["identity"]) != identity:
+                problems.append(f"{path}: it belongs to another cache")
+            for row in range(rows):
+                if zlib.crc32(np.ascontiguousarray(file["features"][row])) != file["crc32"][row]:
+                    name = file["names"].asstr()[row]
+                    problems.append(f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not as it was written")
+            return problems
+        except (OSError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+            return [f"{path} cannot be read as a shard: {error}"]

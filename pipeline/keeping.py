@@ -1,0 +1,90 @@
+"""Looking after a cache that is there: check it, mend it, show it, pack it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+
+from data.features import FeatureCache, cache_header, shard_paths
+from data.shards import pack, verify_shard
+from pipeline.cli import UserError
+from pipeline.runtime import refuse_what_cannot_fit
+from pipeline.terminal import human_bytes, progress, say
+
+SHOWN, LOOKED_AT = 3, 500  # sample rows that are shown, rows that the statistics are of
+
+
+def check(path: Path) -> dict[Path, list[str]]:
+    """What is wrong with each shard of a cache (or with a packed file), by file; every row is read."""
+    files = [path] if path.is_file() else shard_paths(path)
+    if not files:
+        raise UserError(f"{path} holds no shard-*.h5; nothing to check")
+    problems = {}
+    with progress(len(files), "shards", "verify") as bar:
+        for file in files:
+            if found := verify_shard(file):
+                problems[file] = found
+            bar.step(1, f"{len(problems)} bad" if problems else "")
+    return problems
+
+
+def verify_cache(path: Path) -> None:
+    """Read every row; exit with 1, naming shards and rows, where one is not as it was written."""
+    problems = check(path)
+    for found in problems.values():
+        for line in found:
+            click.echo(line)
+    if problems:
+        say(f"{path}: {len(problems)} bad; mend with the options of its extraction and --repair")
+        sys.exit(1)
+    say(f"{path}: {len(FeatureCache(path)):,} rows, all as they were written")
+
+
+def repair_cache(path: Path) -> None:
+    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them again."""
+    if not shard_paths(path):
+        return
+    for file, found in check(path).items():
+        aside = file.with_name(f"{file.name}.bad")
+        file.replace(aside)
+        say(f"{found[0]}; put aside as {aside.name} and made again")
+
+
+def inspect_cache(path: Path) -> None:
+    """Identity, provenance, rows, size, statistics and three sample rows of a cache."""
+    cache = FeatureCache(path)
+    size = sum(file.stat().st_size for file in cache.paths)
+    regions, channels = cache.shape
+    click.echo(f"{path}: {len(cache):,} rows of {regions} regions x {channels} float16, {human_bytes(size)} in "
+               f"{len(cache.paths)} files; {len(cache.unreadable)} unreadable")  # fmt: skip
+    for what, record in (("identity", cache.identity), ("provenance", cache.provenance)):
+        click.echo(f"{what}:")
+        for key, value in record.items():
+            click.echo(f"  {key}: {json.dumps(value)}")
+    if not len(cache):
+        return
+    chosen = cache.ids[np.unique(np.linspace(0, len(cache) - 1, min(LOOKED_AT, len(cache))).astype(int))]
+    rows = cache.rows(chosen.tolist())
+    values = rows.features[np.arange(regions) < rows.counts[:, None]].astype(np.float32)
+    click.echo(f"of {len(chosen):,} rows: mean {values.mean():.4f}, deviation {values.std():.4f}, "
+               f"zeros {(values == 0).mean():.1%}, largest {values.max():.2f}")  # fmt: skip
+    for at in np.linspace(0, len(chosen) - 1, SHOWN).astype(int):
+        image_id, first = int(chosen[at]), rows.features[at, 0, :5]
+        shown = " ".join(f"{value:.3f}" for value in first)
+        click.echo(f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[at]} regions  {shown} ...")
+
+
+def pack_cache(cache: Path, target: Path) -> None:
+    """One plain HDF5 file of a whole cache."""
+    if cache_header(cache) is None:
+        raise UserError(f"--pack writes the cache that --out names, and {cache} is none; pass --out CACHE")
+    opened = FeatureCache(cache)
+    size = sum(file.stat().st_size for file in opened.paths)
+    say(f"{cache}: {len(opened):,} rows to {target}, {refuse_what_cannot_fit(target.parent, size)}")
+    with progress(len(opened), "rows", "pack") as bar:
+        pack(opened, target, bar.step)
+    say(f"{target}: {len(opened):,} rows, {human_bytes(target.stat().st_size)}; pass it as --features")

@@ -1,0 +1,253 @@
+"""Photographs to finished shards, with everything overlapped that can be.
+
+    claimed shards -> batches of paths -> decoded pixels -> regions -> rows of a shard -> written by a thread
+
+On a CPU threads decode some batches, then all cores run the backbone: both are bound by the same cores, so side by side they
+would only wait for each other. On a GPU processes decode ahead into pinned memory while the device works, rows come back
+behind the next batch, and are written behind that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.features import Unreadable, iterate
+from data.images import Framing, Photo, Photographs, UnreadableImage, read_image, stack
+from data.shards import Claims, Shard, stamp, write_shard
+from data.sources import Image
+from models.backbones import Backbone
+from pipeline.backbone import framing_of, look
+from pipeline.cli import UserError
+from pipeline.runtime import Machine
+from pipeline.terminal import Progress
+
+AHEAD = 4  # batches that threads decode before the backbone runs: few waits for the slowest photograph
+BEHIND = 2  # batches whose rows may still be on their way back from a GPU
+WRITING = 1  # finished shards that may wait for the disk: memory does not grow with the number of images
+
+
+class Work(NamedTuple):
+    """One batch of a shard's images, and whether it is the shard's last."""
+
+    shard: Shard
+    images: tuple[Image, ...]
+    last: bool
+
+
+class Decoded(NamedTuple):
+    """A batch of photographs: pixels uint8 [n,3,H,W] and frames [n,4] of the n readable ones, (height, width) of their
+    originals, and for all of the batch the reason, empty where readable."""
+
+    pixels: Tensor
+    frames: Tensor
+    originals: list[tuple[int, int]]
+    reasons: list[str]
+
+
+@dataclass
+class Recipe:
+    """How rows are made, and what is recorded of it."""
+
+    backbone: Backbone
+    machine: Machine
+    resize: str
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    batch: int
+    workers: int
+    strict: bool = False
+    missing: frozenset[int] = frozenset()  # ids of photographs that the disk lacks, and may
+
+
+class Rows:
+    """A shard's rows as they come: the first `len(kept)` of each array."""
+
+    def __init__(self, shard: Shard, identity: Mapping[str, Any]) -> None:
+        images, cells = len(shard.images), identity["grid"][0] * identity["grid"][1]
+        self.shard = shard
+        self.features = np.empty((images, cells, identity["channels"]), np.float16)
+        self.boxes = np.empty((images, cells, 4), np.float32)
+        self.counts = np.empty(images, np.int16)
+        self.kept: list[Image] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.unreadable: list[Unreadable] = []
+
+    def add(self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool) -> None:
+        for image, reason in zip(images, batch.reasons, strict=True):
+            if reason and strict:
+                raise UserError(f"--strict: {image.path} cannot be read: {reason}")
+            if reason:
+                self.unreadable.append(Unreadable(image.id, image.name, reason, *stamp(image.path)))
+        readable = [image for image, reason in zip(images, batch.reasons, strict=True) if not reason]
+        at = slice(len(self.kept), len(self.kept) + len(readable))
+        for target, part in zip((self.features, self.boxes, self.counts), found, strict=True):
+            target[at] = part
+        self.kept += readable
+        self.sizes += batch.originals
+
+    def write(self, recipe: Recipe) -> None:
+        n = len(self.kept)
+        rows = self.features[:n], self.boxes[:n], self.counts[:n], np.array(self.sizes, np.int32)
+        write_shard(self.shard, self.kept, *rows, self.unreadable, recipe.identity, recipe.provenance)
+
+
+def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress) -> list[Path]:
+    """Make every shard that is not there and that nobody else is making; the paths of those made."""
+    framing = framing_of(recipe.backbone, recipe.resize)
+    work = _batches(shards, claims, recipe)
+    decoded = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
+    rows, made, unreadable = None, [], 0
+    with ThreadPoolExecutor(1) as disk:
+        writing: deque[Future] = deque()
+        for (shard, images, last), batch, found in _seen(decoded(work, framing, recipe), recipe):
+            rows = rows or Rows(shard, recipe.identity)
+            rows.add(images, batch, found, recipe.strict)
+            unreadable += sum(map(bool, batch.reasons))
+            bar.step(len(images), f"{unreadable} unreadable" if unreadable else "")
+            if last:
+                while len(writing) >= WRITING:
+                    writing.popleft().result()
+                writing.append(disk.submit(_write, rows, claims, recipe))
+                rows = None
+                made.append(shard.path)
+        for future in writing:
+            future.result()
+    return made
+
+
+def _batches(shards: Iterable[Shard], claims: Claims, recipe: Recipe) -> Iterator[Work]:
+    """Batches never cross shards, so they are the same after a resume, and so are the rows."""
+    for shard in shards:
+        if claims.take(shard):
+            pieces = list(iterate(shard.images, recipe.batch))
+            for number, piece in enumerate(pieces):
+                yield Work(shard, tuple(piece), number + 1 == len(pieces))
+
+
+def _write(rows: Rows, claims: Claims, recipe: Recipe) -> None:
+    rows.write(recipe)
+    claims.release(rows.shard.path)
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def _read_in_threads(work: Iterator[Work], framing: Framing, recipe: Recipe) -> Iterator[tuple[Work, Decoded]]:
+    def read(image: Image) -> tuple[Photo | None, str]:
+        if image.id in recipe.missing:
+            return None, "missing"
+        try:
+            return read_image(image.path, framing), ""
+        except UnreadableImage as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor(max(1, recipe.workers)) as pool:
+        while some := list(islice(work, AHEAD)):
+            photos = pool.map(read, [image for each in some for image in each.images])
+            batches = [_collate(list(islice(photos, len(each.images))), framing) for each in some]
+            yield from zip(some, batches, strict=True)
+
+
+def _read_in_processes(work: Iterator[Work], framing: Framing, recipe: Recipe) -> Iterator[tuple[Work, Decoded]]:
+    asked: deque[Work] = deque()
+
+    def paths() -> Iterator[list[str]]:
+        for each in work:
+            asked.append(each)
+            yield ["" if image.id in recipe.missing else str(image.path) for image in each.images]
+
+    loader = DataLoader(
+        _ByPath(framing),
+        batch_sampler=paths(),
+        num_workers=recipe.workers,
+        collate_fn=_Collate(framing),
+        pin_memory=recipe.machine.device.type == "cuda",
+        prefetch_factor=4 if recipe.workers else None,
+    )
+    for decoded in loader:
+        yield asked.popleft(), Decoded(*decoded)
+
+
+class _ByPath(Photographs):
+    """Photographs by path in place of a number: what is to be read is decided while reading."""
+
+    def __init__(self, framing: Framing) -> None:
+        super().__init__([], framing)
+
+    def __getitem__(self, path: str) -> tuple[Photo | None, str]:
+        if not path:
+            return None, "missing"
+        try:
+            return read_image(Path(path), self.framing), ""
+        except UnreadableImage as error:
+            return None, str(error)
+
+
+@dataclass
+class _Collate:
+    framing: Framing
+
+    def __call__(self, photos: Sequence[tuple[Photo | None, str]]) -> Decoded:
+        return _collate(photos, self.framing)
+
+
+def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
+    good = [photo for photo, _ in photos if photo is not None]
+    pixels, frames = stack(good) if good else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
+    return Decoded(pixels, frames, [photo.original for photo in good], [reason for _, reason in photos])
+
+
+# -------------------------------------------------------------------------------------------------------------- looking
+
+
+def _seen(
+    decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
+) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
+    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n], on the host."""
+    gpu = recipe.machine.device.type == "cuda"
+    coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
+    for work, batch in decoded:
+        parts: list[Tensor] = []
+        if len(batch.pixels):
+            frames = None if recipe.resize == "stretch" else batch.frames
+            regions = look(recipe.backbone, batch.pixels, recipe.machine, frames)
+            parts = list(regions)
+        else:
+            cells, channels = int(np.prod(recipe.identity["grid"])), recipe.identity["channels"]
+            parts = [torch.empty(0, cells, channels, dtype=torch.float16), torch.empty(0, cells, 4), torch.empty(0)]
+        copied = None
+        if gpu:
+            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            parts = [target.copy_(part, non_blocking=True) for target, part in zip(pinned, parts, strict=True)]
+            copied = torch.cuda.Event()
+            copied.record()
+        coming.append((work, batch, parts, copied))
+        while len(coming) > (BEHIND if gpu else 0):
+            yield _arrived(*coming.popleft())
+    while coming:
+        yield _arrived(*coming.popleft())
+
+
+def _arrived(work: Work, batch: Decoded, parts: list[Tensor], copied: Any) -> tuple[Work, Decoded, tuple[np.ndarray, ...]]:
+    if copied is not None:
+        copied.synchronize()
+    return work, batch, tuple(part.numpy() for part in parts)
+
+
+def decoding_workers(asked: int | None) -> int:
+    """Threads or processes that decode: as asked, else one a core that this process may use."""
+    if asked is not None:
+        return asked
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
