@@ -68,6 +68,7 @@ class CaptionedImages:
         if not self.images:
             raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
         self.cache = cache
+        self.on_device: tuple[Tensor, dict[int, int]] | None = None
         words = iter(tokenize_all([caption for image in self.images for caption in image.captions]))
         self.tokens = [[tokens for _ in image.captions if (tokens := next(words))] for image in self.images]
         for image, tokens in zip(self.images, self.tokens, strict=True):
@@ -88,19 +89,32 @@ class CaptionedImages:
             for captions in self.tokens
         ]
 
+    def keep_on(self, device: torch.device) -> None:
+        """Keep the features of all images [I,R,C] on a device, so that a batch is a look-up there."""
+        ids = [image.id for image in self.images]
+        kept = torch.empty(len(ids), *self.cache.shape, dtype=torch.float16, device=device)
+        for start in range(0, len(ids), 1000):
+            some = ids[start : start + 1000]
+            kept[start : start + len(some)] = torch.from_numpy(self.cache.rows(some).features)
+        self.on_device = kept, {image_id: row for row, image_id in enumerate(ids)}
+
+    def features(self, image_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """features [B,R,C] float16 where they are kept, boxes [B,R,4], counts [B] int64."""
+        if self.on_device is None:
+            rows = self.cache.rows(image_ids)
+            features = torch.from_numpy(rows.features)
+        else:
+            kept, row_of = self.on_device
+            rows = self.cache.rows(image_ids, tables_only=True)
+            features = kept[torch.tensor([row_of[image_id] for image_id in image_ids]).to(kept.device)]
+        return features, torch.from_numpy(rows.boxes), torch.from_numpy(rows.counts.astype(np.int64))
+
     def batches(self, ids: list[list[list[int]]], size: int, generator: np.random.Generator | None) -> Iterator[Batch]:
         """All images once in batches of `size` images, shuffled by `generator` (None: in order)."""
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         for chosen in iterate(order.tolist(), size):
             image_ids = [self.images[i].id for i in chosen]
-            rows = self.cache.rows(image_ids)
-            yield Batch(
-                torch.from_numpy(rows.features),
-                torch.from_numpy(rows.boxes),
-                torch.from_numpy(rows.counts.astype(np.int64)),
-                pad([ids[i] for i in chosen]),
-                image_ids,
-            )
+            yield Batch(*self.features(image_ids), pad([ids[i] for i in chosen]), image_ids)
 
 
 def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:

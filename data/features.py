@@ -116,7 +116,7 @@ class FeatureCache:
             what = "holds no shard-*.h5" if self.path.is_dir() else "is not there"
             raise DataError(f"cache {self.path} {what}; make it with: python -m pipeline.extract ... --out {self.path}")
         self._files: list[Path] = []
-        self._maps: list[tuple[np.memmap, np.memmap, np.ndarray]] = []
+        self._maps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}
@@ -133,6 +133,9 @@ class FeatureCache:
                 self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
+        # The cells of whole photographs are the same for each: no need to read them row by row.
+        whole = (self.identity["regions"], self.identity.get("resize")) == ("grid", "stretch")
+        self._cells = self._maps[0][1][0].copy() if whole and self._maps else None
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
@@ -178,22 +181,39 @@ class FeatureCache:
         """One image's features [R,C], boxes [R,4] and count."""
         return Rows(*(part[0] for part in self.rows([image_id])))
 
-    def rows(self, image_ids: Sequence[int]) -> Rows:
-        """Copies of the rows of `image_ids`, in that order; DataError for an id that the cache has not."""
-        regions, channels = self.shape
-        rows = Rows(
-            np.empty((len(image_ids), regions, channels), np.float16),
-            np.empty((len(image_ids), regions, 4), np.float32),
-            np.empty(len(image_ids), np.int16),
-        )
-        for at, image_id in enumerate(image_ids):
-            try:
-                number, row = self._where[int(image_id)]
-            except KeyError:
-                raise DataError(self._absent(int(image_id))) from None
-            for target, origin in zip(rows, self._maps[number], strict=True):
-                target[at] = origin[row]
+    def rows(self, image_ids: Sequence[int], out: Rows | None = None, tables_only: bool = False) -> Rows:
+        """Copies of the rows of `image_ids`, in that order; DataError for an id that the cache has not.
+
+        out: arrays of the right shapes to copy into, as `empty_rows` gives; fresh memory costs more than the copy.
+        tables_only: leave the features as they are in memory, read only boxes and counts.
+        """
+        rows = self.empty_rows(len(image_ids)) if out is None else out
+        try:
+            places = [self._where[image_id] for image_id in image_ids]
+        except KeyError as error:
+            raise DataError(self._absent(error.args[0])) from None
+        if not tables_only:
+            for target, (number, row) in zip(rows.features, places, strict=True):
+                target[...] = self._maps[number][0][row]
+        if self._cells is not None:
+            rows.boxes[:], rows.counts[:] = self._cells, len(self._cells)
+            return rows
+        for at, (number, row) in enumerate(places):
+            rows.boxes[at], rows.counts[at] = self._maps[number][1][row], self._maps[number][2][row]
         return rows
+
+    def keep_in_memory(self) -> None:
+        """Copy all features from the disk into this process's memory, where reading them takes less time still."""
+        self._maps = [(np.array(features), boxes, counts) for features, boxes, counts in self._maps]
+
+    def empty_rows(self, count: int) -> Rows:
+        """Arrays for `count` rows."""
+        regions, channels = self.shape
+        return Rows(
+            np.empty((count, regions, channels), np.float16),
+            np.empty((count, regions, 4), np.float32),
+            np.empty(count, np.int16),
+        )
 
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
         """The images that have rows, and how many are left out because unreadable.jsonl lists them.
@@ -233,8 +253,9 @@ class FeatureCache:
         self.__init__(state["path"])
 
 
-def _map(data: h5py.Dataset) -> np.memmap:
-    return np.memmap(data.file.filename, data.dtype, "r", data.id.get_offset(), data.shape)
+def _map(data: h5py.Dataset) -> np.ndarray:
+    """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs microseconds."""
+    return np.asarray(np.memmap(data.file.filename, data.dtype, "r", data.id.get_offset(), data.shape))
 
 
 def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -367,9 +367,14 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
             if wrong:
                 return [f"{path}: {', '.join(wrong)} have not {rows} rows"]
             problems = []
+            found = json.loads(file.attrs["identity"])
+            whole = (found.get("regions"), found.get("resize")) == ("grid", "stretch")
+            cells = file["features"].shape[1]
+            if whole and rows and ((file["boxes"][:] != file["boxes"][0]).any() or (file["counts"][:] != cells).any()):
+                problems.append(f"{path}: the cells of its photographs are not the same for each")
             if "crc32" in file.attrs and _tables_crc32(file) != file.attrs["crc32"]:
                 problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
-            if identity is not None and json.loads(file.attrs["identity"]) != identity:
+            if identity is not None and found != identity:
                 problems.append(f"{path}: it belongs to another cache")
             for row in range(rows):
                 if zlib.crc32(np.ascontiguousarray(file["features"][row])) != file["crc32"][row]:

@@ -96,3 +96,11 @@ def refuse_what_cannot_fit(path: Path, need: int) -> str:
     if need > free:
         raise UserError(f"{path} needs {human_bytes(need)}, {place} has {human_bytes(free)} free; choose another --out")
     return f"{human_bytes(need)}, {human_bytes(free)} free"
+
+
+def free_memory() -> int:
+    """Bytes of RAM that can be had without swapping; all of it where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

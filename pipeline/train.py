@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.checkpoint import (
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import caption_rows
 from pipeline.references import References
-from pipeline.runtime import Machine, open_machine
+from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
 from pipeline.terminal import human_bytes, progress, say
 
@@ -43,7 +43,8 @@ PRESETS = {
     "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1},
 }
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
-MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device"}  # between a run and its resumption
+# between a run and its resumption
+MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
     label_smoothing: float = setting(0.1, "mass given to all words alike")
     clip: float = setting(1.0, "largest gradient norm")
+    cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
     patience: int = setting(5, "epochs without a better CIDEr on dev before the early stop")
     beam: int = setting(5, "beams on dev, and the run's default")
     length_penalty: float = setting(1.0, "exponent of the length that scores are divided by, and the run's default")
@@ -124,6 +126,7 @@ def main(config: TrainConfig) -> None:
         raise UserError("pipeline.train runs as one process; start it without torchrun")
     source, cache, folder = open_inputs(config)
     train, dev = open_splits(config, source, cache)
+    keep_features(config.cache_in, cache, [train, dev], machine)
     config = settle(config, train)
     run = open_run(config, folder, machine, source, cache, train, dev)
     announce(run, cache)
@@ -155,6 +158,27 @@ def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tup
     if left_out := found[0].left_out + found[1].left_out:
         say(f"{left_out} photographs are left out: {cache.path / 'unreadable.jsonl'} lists them")
     return found
+
+
+def keep_features(where: str, cache: FeatureCache, parts: Sequence[CaptionedImages], machine: Machine) -> None:
+    """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of its free memory, else in
+    RAM where they fit half of what is free, else on the disk; without a GPU on the disk, whose cache is RAM as well."""
+    gpu = machine.device.type == "cuda"
+    size = sum(len(part) for part in parts) * cache.shape[0] * cache.shape[1] * 2
+    chosen = where
+    if where == "auto":
+        chosen = "disk"
+        if gpu and size < torch.cuda.mem_get_info(machine.device)[0] / 2:
+            chosen = "device"
+        elif gpu and len(cache) * cache.shape[0] * cache.shape[1] * 2 < free_memory() / 2:
+            chosen = "ram"
+    if chosen == "ram":
+        cache.keep_in_memory()
+    elif chosen == "device":
+        for part in parts:
+            part.keep_on(machine.device)
+    places = {"disk": "on the disk", "ram": "in RAM", "device": f"on {machine.device}"}
+    say(f"features stay {places[chosen]} while training ({human_bytes(size)}; --cache-in {where})")
 
 
 def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:

@@ -1,0 +1,241 @@
+"""Caches that nothing can spoil: kills, full disks, flipped bytes, two writers; and how they are checked, mended and packed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from data import DataError, shards
+from data.features import FeatureCache, packed_backbone, shard_paths
+from data.shards import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
+from tests.test_features import IDENTITY, cache, small_shards, some_images, write_plan  # noqa: F401  fixtures
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+def kill(photographs: Path, work: Path, *options: object) -> str:
+    command = [sys.executable, "-m", "tests.kill_extraction", photographs, work, *options]
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kills_at_random_moments_leave_whole_shards_and_the_same_cache(tmp_path, real):
+    told = kill(real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 300, "--shard-images", 40)
+    assert "killed 5 times" in told and "two runs at once into one folder: the same cache" in told
+
+
+@pytest.mark.slow
+def test_fifty_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
+    assert "killed 50 times" in kill(real / "flickr8k" / "images", tmp_path, "--kills", 50, "--limit", 1500)
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+
+@pytest.fixture
+def shard(tmp_path, small_shards):  # noqa: F811
+    return plan_shards(some_images(3), tmp_path)[0]
+
+
+def claim_of(shard) -> Path:
+    return shard.path.with_name(f".{shard.path.stem}.claim")
+
+
+def test_one_of_two_processes_gets_a_shard_and_gives_it_back(shard):
+    with Claims(shard.path.parent) as one, Claims(shard.path.parent) as two:
+        assert one.take(shard) and not two.take(shard)
+        one.release(shard.path)
+        assert two.take(shard)
+    assert not claim_of(shard).exists()
+
+
+def test_a_finished_shard_is_taken_by_nobody(shard):
+    shard.path.write_text("")
+    with Claims(shard.path.parent) as claims:
+        assert not claims.take(shard) and not claim_of(shard).exists()
+
+
+def test_the_claim_of_a_dead_process_is_taken_over_and_its_scraps_removed(shard):
+    run = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    with Claims(shard.path.parent) as claims:
+        record = {**claims.me, "pid": int(run.stdout)}
+        for left in (record, {**claims.me, "start": "1"}):  # dead; and its number given to another process since
+            claim_of(shard).write_text(json.dumps(left))
+            scrap = shard.path.with_name(f".{shard.path.name}.{run.stdout.strip()}.tmp")
+            scrap.write_text("half")
+            assert claims.take(shard) and not scrap.exists()
+            claims.release(shard.path)
+        claim_of(shard).write_text(json.dumps(claims.me))
+        assert not claims.take(shard)  # alive
+
+
+@pytest.mark.parametrize("content", [json.dumps({"host": "elsewhere", "pid": 1, "start": "1"}), ""])
+def test_a_claim_from_elsewhere_is_taken_over_after_two_minutes_of_silence(shard, content):
+    claim_of(shard).write_text(content)
+    with Claims(shard.path.parent) as claims:
+        assert not claims.take(shard)
+        then = time.time() - 119
+        os.utime(claim_of(shard), (then, then))
+        assert not claims.take(shard)
+        os.utime(claim_of(shard), (then - 3, then - 3))
+        assert claims.take(shard)
+    assert socket.gethostname() in claims.me["host"]
+    assert not list(shard.path.parent.glob(".*"))
+
+
+def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
+    monkeypatch.setattr(shards, "TOUCH", 0.05)
+    with Claims(shard.path.parent) as claims:
+        assert claims.take(shard)
+        os.utime(claim_of(shard), (1, 1))
+        deadline = time.monotonic() + 5
+        while claim_of(shard).stat().st_mtime == 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert time.time() - claim_of(shard).stat().st_mtime < 10
+
+
+# ----------------------------------------------------------------------------------------------------------- full disks
+
+
+def whole_rows(shard) -> tuple:
+    n = len(shard.images)
+    features = np.ones((n, 4, 3), np.float16)
+    return features, np.zeros((n, 4, 4), np.float32), np.full(n, 4), np.ones((n, 2)), [], IDENTITY, {}
+
+
+def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_shards):  # noqa: F811
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (it takes root)")
+    try:
+        one, two = plan_shards(some_images(20), folder)
+        write_shard(one, one.images, *whole_rows(one))
+        before = one.path.read_bytes()
+        (folder / "filler").write_bytes(b"x" * (260_000 - len(before)))
+        large = np.ones((10, 4, 3000), np.float16)
+        with pytest.raises(OSError) as error:
+            write_shard(two, two.images, large, *whole_rows(two)[1:])
+        assert error.value.errno == errno.ENOSPC and "shard-00001.h5" in error.value.filename
+        assert one.path.read_bytes() == before and not two.path.exists() and not list(folder.glob(".*tmp"))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+# ------------------------------------------------------------------------------------------------- checked and mended
+
+
+def test_a_cache_as_written_has_nothing_wrong(cache):  # noqa: F811
+    assert [verify_shard(path) for path in shard_paths(cache)] == [[]] * 4
+
+
+def test_a_flipped_byte_of_a_row_is_named_by_shard_row_and_image(cache):  # noqa: F811
+    path = cache / "shard-00001.h5"
+    with h5py.File(path) as file:
+        at = file["features"].id.get_offset() + 3 * 4 * 3 * 2 + 5
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify_shard(path)
+    assert "shard-00001.h5: row 3, image 13 (photos/13.jpg), is not as it was written" in problem
+
+
+@pytest.mark.parametrize("name", ["boxes", "counts", "image_ids", "sizes", "names", "provenance", "unreadable"])
+def test_a_change_in_any_table_or_attribute_is_found(cache, name):  # noqa: F811
+    path = cache / "shard-00002.h5"
+    with h5py.File(path, "r+") as file:
+        if name in file.attrs:
+            file.attrs[name] = file.attrs[name].replace("2", "3") if name == "provenance" else "[1]"
+        else:
+            file[name][1] = "photos/x.jpg" if name == "names" else file[name][1] + 1
+    assert any("not as they were written" in line for line in verify_shard(path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "older format", "foreign HDF5"])
+def test_what_is_no_whole_shard_is_told_not_raised(cache, damage):  # noqa: F811
+    path = cache / "shard-00001.h5"
+    if damage == "foreign HDF5":
+        path.unlink()
+        with h5py.File(path, "w") as file:
+            file.attrs["format"] = 1
+    elif damage == "older format":
+        with h5py.File(path, "r+") as file:
+            file.attrs["format"] = 0
+    else:
+        path.write_bytes({"truncated": path.read_bytes()[:-20], "empty": b"", "text": b"not HDF5"}[damage])
+    (problem, *_) = verify_shard(path)
+    assert "shard-00001.h5" in problem
+
+
+# ----------------------------------------------------------------------------------------------------- unreadable again
+
+
+def test_only_unreadable_photographs_that_changed_are_tried_again(tmp_path, small_shards):  # noqa: F811
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    images = [image.__class__(image.id, image.name, photos / f"{image.id}.jpg", "train", ()) for image in some_images(12)]
+    for image in images:
+        image.path.write_text("broken")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for shard in plan_shards(images, folder):
+        lost = [shards.Unreadable(i.id, i.name, "broken", *stamp(i.path)) for i in shard.images if i.id in (3, 11)]
+        kept = [image for image in shard.images if image.id not in (3, 11)]
+        rows = whole_rows(shards.Shard(shard.path, shard.plan, tuple(kept)))
+        write_shard(shard, kept, *rows[:4], lost, IDENTITY, {})
+    assert plan_retry(images, folder, every=False) == []
+    assert [[i.id for i in shard.images] for shard in plan_retry(images, folder, every=True)] == [[3, 11]]
+    images[11].path.write_text("mended")
+    (again,) = plan_retry(images, folder, every=False)
+    assert [i.id for i in again.images] == [11] and again.path.name == "shard-00002.h5"
+    write_shard(again, again.images, *whole_rows(again))
+    assert list(FeatureCache(folder).unreadable) == [3] and 11 in FeatureCache(folder)
+    assert plan_retry(images, folder, every=False) == []
+    assert len(plan_shards(images, folder)) == 2  # the first plan stands
+
+
+# -------------------------------------------------------------------------------------------------------------- packed
+
+
+def test_a_packed_file_reads_as_its_cache_and_in_plain_h5py(cache, tmp_path):  # noqa: F811
+    (cache / "backbone.safetensors").write_bytes(b"weights")
+    shards.pack(FeatureCache(cache), tmp_path / "out" / "packed.h5")
+    packed = FeatureCache(tmp_path / "out" / "packed.h5")
+    assert packed.ids.tolist() == list(range(35)) and packed.identity == IDENTITY
+    for one, two in zip(packed.rows(range(35)), FeatureCache(cache).rows(range(35)), strict=True):
+        assert np.array_equal(one, two)
+    assert packed_backbone(tmp_path / "out" / "packed.h5") == b"weights"
+    assert verify_shard(tmp_path / "out" / "packed.h5") == []
+    with h5py.File(tmp_path / "out" / "packed.h5") as file:
+        assert file["features"].chunks is None and file["names"].asstr()[34] == "photos/34.jpg"
+    with pytest.raises(DataError, match="is there already"):
+        shards.pack(FeatureCache(cache), tmp_path / "out" / "packed.h5")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["packed.h5"]
+
+
+def test_features_h5_stands_for_the_cache_that_it_lies_in(cache):  # noqa: F811
+    assert FeatureCache(cache / "features.h5").rows([3, 30]).features.shape == (2, 4, 3)
+
+
+def test_an_image_in_two_shards_is_packed_once(tmp_path, small_shards):  # noqa: F811
+    folder = tmp_path / "cache"
+    write_plan(folder, some_images(10))
+    shutil.copy(folder / "shard-00000.h5", folder / "shard-00001.h5")
+    shards.pack(FeatureCache(folder), tmp_path / "packed.h5")
+    assert FeatureCache(tmp_path / "packed.h5").ids.tolist() == list(range(10))
