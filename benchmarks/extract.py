@@ -26,6 +26,7 @@ from PIL import Image as PillowImage
 
 from benchmarks.photographs import make_photographs
 from benchmarks.scoring import _processor
+from data import images as decoding
 from data.shards import Claims, plan_shards
 from data.sources import Image
 from pipeline.backbone import backbone_identity, framing_of, look, open_backbone, place_backbone
@@ -53,6 +54,8 @@ def main(real: Path, work: Path, count: int, names: tuple[str, ...], device: str
               "torch": torch.__version__}  # fmt: skip
     click.echo(json.dumps(header))
     figures = [measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()]
+    large, what = make_photographs(work / "large-64", 64, real, 2560, 1920)
+    figures += [reduced_scale(name, what, large, real, machine) for name in names]
     if out:
         out.write_text(json.dumps({**header, "figures": figures}, indent=2) + "\n")
 
@@ -85,6 +88,28 @@ def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machin
     found["plain loop"] = plain_rate(name, backbone.size, paths[: 60 if not gpu else 500], machine)
     found["times the plain loop"] = found["stage"] / found["plain loop"]
     found["cosine of bf16 and fp32 rows, least"] = cosine(recipe, paths[:64])
+    for key, value in found.items():
+        click.echo(f"  {key:<38} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
+    return found
+
+
+def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: Machine) -> dict:
+    """What decoding large JPEGs at a reduced scale gains, and what it costs in the features."""
+    weights = real / "weights" / "mobilenetv2_100_onnx7_features.pth"
+    known = name == "mobilenetv2_100" and weights.exists()
+    backbone = place_backbone(open_backbone(name, str(weights) if known else "random", {}), machine)
+    recipe = Recipe(backbone, machine, "stretch", backbone_identity(backbone, {}), {}, 32, decoding_workers(None))
+    found: dict = {"backbone": name, "photographs": what, "weights": "trained" if known else "random"}
+    rows, gap = [], decoding.GAP
+    images_of = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
+    for label, decoding.GAP in (("decode, reduced scale", gap), ("decode, full scale", 10**6)):
+        found[label] = rate(recipe, list(images_of))
+        framing = framing_of(backbone, "stretch")
+        (_, batch), *_ = _read_in_threads(iter([Work(None, images_of, True)]), framing, recipe)
+        rows.append(look(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1)).features.float().flatten(1))
+    decoding.GAP = gap
+    found["cosine of rows, least"] = float(torch.nn.functional.cosine_similarity(*rows).min())
+    found["cosine of rows, mean"] = float(torch.nn.functional.cosine_similarity(*rows).mean())
     for key, value in found.items():
         click.echo(f"  {key:<38} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
     return found

@@ -1,4 +1,4 @@
-"""Photographs of COCO's size for benchmarks: 640x480 JPEGs of about 150 KB, from real ones with detail added, or drawn."""
+"""Photographs for benchmarks: JPEGs of COCO's size, 640x480 and about 150 KB, from real ones with detail added, or drawn."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-BYTES = 150_000
+BYTES_A_PIXEL = 150_000 / (640 * 480)
 
 
-def make_photographs(folder: Path, count: int, real: Path | None) -> tuple[list[Path], str]:
+def make_photographs(
+    folder: Path, count: int, real: Path | None, width: int = 640, height: int = 480
+) -> tuple[list[Path], str]:
     """`count` JPEGs 000000.jpg, ... in `folder`, made once; and a line that says what they are made of."""
     origins = sorted((real / "flickr8k" / "images").glob("*.jpg"))[:count] if real and (real / "flickr8k").is_dir() else []
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.jpg" for number in range(count)]
+
+    wanted = BYTES_A_PIXEL * width * height
 
     def make(number: int) -> None:
         if paths[number].exists():
@@ -23,15 +27,15 @@ def make_photographs(folder: Path, count: int, real: Path | None) -> tuple[list[
         rng = np.random.default_rng(number)
         if origins:
             with Image.open(origins[number % len(origins)]) as photo:
-                photo = photo.convert("RGB").resize((640, 480), Image.Resampling.BICUBIC)
+                photo = photo.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         else:  # soft blotches of colour
             blotches = rng.integers(0, 256, (12, 16, 3), np.uint8)
-            photo = Image.fromarray(blotches).resize((640, 480), Image.Resampling.BICUBIC)
+            photo = Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(photo, np.float32)
         contrast = 4 + 0.1 * np.abs(pixels - pixels.mean((0, 1))).mean()  # fine grain, the detail that enlarging lost
         grain = rng.normal(0, contrast, pixels.shape[:2])[..., None]
         photo = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
-        quality = min(range(60, 97, 3), key=lambda quality: abs(_size(photo, quality, paths[number]) - BYTES))
+        quality = min(range(60, 97, 3), key=lambda quality: abs(_size(photo, quality, paths[number]) - wanted))
         temporary = paths[number].with_suffix(".tmp")
         photo.save(temporary, "JPEG", quality=quality)
         temporary.replace(paths[number])
@@ -39,7 +43,7 @@ def make_photographs(folder: Path, count: int, real: Path | None) -> tuple[list[
     with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(count)))
     size = sum(path.stat().st_size for path in paths) / count
-    return paths, f"{count} JPEGs of 640x480, {size / 1e3:.0f} KB, {'real ones enlarged, grain added' if origins else 'drawn'}"
+    return paths, f"{count} JPEGs of {width}x{height}, {size / 1e3:.0f} KB, {'real ones enlarged, grain added' if origins else 'drawn'}"
 
 
 def _size(photo: Image.Image, quality: int, path: Path) -> int:

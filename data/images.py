@@ -8,6 +8,7 @@ interpreter. The decode path recorded in a cache is `DECODE_PATH`: rows made by 
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Photo(NamedTuple):
 def read_image(path: Path, framing: Framing) -> Photo:
     """Decode, turn upright (EXIF) and frame one photograph. Raises UnreadableImage."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise UnreadableImage("not a regular file")
         for _ in range(3):
             with open(path, "rb") as file:
                 before = os.fstat(file.fileno())
@@ -70,6 +73,8 @@ def read_image(path: Path, framing: Framing) -> Photo:
                 after = os.stat(path)
             if (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns):
                 return _frame(photo, original, framing)
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image that Pillow reads") from error
     except PillowImage.DecompressionBombError as error:

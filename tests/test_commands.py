@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -145,6 +147,31 @@ def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkey
     for name in ("model.safetensors", "last.safetensors"):
         one, two = (load_file(tmp_path / folder / name) for folder in ("through", "halted"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_training_is_the_same_wherever_the_features_are_kept(world, tmp_path):
+    lines = []
+    for where in ("disk", "ram", "device"):
+        told = works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / where, *QUICK,
+                     "--cache-in", where)  # fmt: skip
+        assert f"--cache-in {where}" in told
+        metrics = [json.loads(line) for line in (tmp_path / where / "metrics.jsonl").read_text().splitlines()]
+        lines.append([(line["train"]["loss"], line["dev"]) for line in metrics])
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_the_worked_example_of_the_documents_runs(world, tmp_path):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
+    example = text.split("```python\n")[3].split("```")[0]
+    assert "cache.dataset(captions)" in example and example.count("\n") <= 20
+    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "datasets").mkdir()
+    os.symlink(world / "cache", tmp_path / "cache" / "sample")
+    os.symlink(world / "sample", tmp_path / "datasets" / "sample")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch.Size([8, 25, 96])" in done.stdout, done.stdout + done.stderr
 
 
 def test_evaluate_writes_scores_and_captions_in_coco_results_format(world, tmp_path):

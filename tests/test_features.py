@@ -11,9 +11,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from data import DataError, features, shards
-from data.features import FeatureCache, Unreadable
+from data import DataError, shards
+from data.features import FeatureCache, Unreadable, shard_paths
 from data.shards import plan_shards, write_index, write_shard
 from data.sources import Image
 
@@ -91,6 +93,29 @@ def test_workers_read_the_right_rows_of_a_shared_cache(cache, method):
     assert [planted(rows.features) for rows in found] == [[i, 34 - i] for i in range(12)]
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dataset_gives_each_image_with_its_captions_in_any_worker(cache, method):
+    captions = {i: [f"a {i}", f"the {i}"] for i in (34, 0, 17, 9)}
+    dataset = FeatureCache(cache).dataset(captions)
+    assert isinstance(dataset, torch.utils.data.Dataset) and len(dataset) == 4
+    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context=method)
+    items = [item for batch in loader for item in batch]
+    for (features, boxes, count, image_id, texts), wanted in zip(items, captions, strict=True):
+        assert image_id == wanted and planted(features[None].numpy()) == [wanted]
+        assert features.dtype == torch.float16 and boxes.shape == (4, 4) and count == 4
+        assert texts == captions[wanted]
+    with pytest.raises(DataError, match="image 99 is not in"):
+        FeatureCache(cache).dataset({99: ["a"]})
+
+
+def test_rows_are_copied_into_given_arrays_and_from_memory_alike(cache):
+    opened = FeatureCache(cache)
+    out = opened.empty_rows(3)
+    assert opened.rows([4, 30, 4], out) is out and planted(out.features) == [4, 30, 4]
+    opened.keep_in_memory()
+    assert planted(opened.rows([12, 34]).features) == [12, 34]
+
+
 def test_an_interrupted_plan_goes_on_with_the_same_shards(tmp_path, small_shards):
     cache, images = tmp_path / "cache", some_images(35)
     write_plan(cache, images, only=(2,))
@@ -109,7 +134,7 @@ def test_another_split_adds_shards_and_never_repeats_an_image(tmp_path, small_sh
     opened = FeatureCache(cache)
     assert sorted(opened.ids.tolist()) == list(range(35)) and len(opened) == 35
     assert planted(opened.rows(range(35)).features) == list(range(35))
-    stored = [i for path in features.shard_paths(cache) for i in h5py.File(path)["image_ids"][:]]
+    stored = [i for path in shard_paths(cache) for i in h5py.File(path)["image_ids"][:]]
     assert sorted(stored) == list(range(35))
 
 

@@ -1,0 +1,254 @@
+"""The extraction stage's options, on photographs of every kind and caches in every state."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+
+from data.features import FeatureCache
+from data.images import Framing
+from data.sources import Image, image_id
+from models.backbones import create_backbone
+from pipeline import evaluate, extract, train
+from pipeline.backbone import backbone_identity
+from pipeline.decoding import load_captioner
+from pipeline.runtime import open_machine
+from pipeline.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
+from tests.test_commands import QUICK, at, photos, refused, run, works, world  # noqa: F401  a fixture
+from tests.test_images import RED, halves
+
+SMALL = ["--backbone", "test_resnet", "--weights", "scenes"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def folder(root: Path, *options: object) -> list[object]:
+    return ["--dataset", "folder", "--root", root, *SMALL, *options]
+
+
+# --------------------------------------------------------------------------------------------------- every kind of file
+
+
+def test_every_odd_photograph_has_its_row_or_stands_in_the_list_with_its_reason(tmp_path):
+    root = tmp_path / "photos"
+    root.mkdir()
+    photo = halves(200, 120)
+    good = {
+        "grey.jpg": photo.convert("L"), "cmyk.jpg": photo.convert("CMYK"), "rgba.png": photo.convert("RGBA"),
+        "palette.png": photo.convert("P"), "sixteen.png": PillowImage.fromarray(np.full((40, 50), 30_000, np.uint16)),
+        "one.png": PillowImage.new("RGB", (1, 1), RED), "with space.jpg": photo, "quo'te\".jpg": photo, "é 日本.jpg": photo,
+    }  # fmt: skip
+    for name, image in good.items():
+        image.save(root / name)
+    photo.save(root / "progressive.jpg", progressive=True)
+    photo.convert("P").save(root / "animated.gif", save_all=True, append_images=[PillowImage.new("P", (200, 120))])
+    exif = PillowImage.Exif()
+    exif[0x0112] = 6
+    photo.transpose(PillowImage.Transpose.ROTATE_90).save(root / "turned.jpg", exif=exif)
+    good |= dict.fromkeys(["progressive.jpg", "animated.gif", "turned.jpg"])
+    PillowImage.new("1", (20_000, 20_000)).save(root / "huge.png")
+    (root / "empty.jpg").touch()
+    photo.save(root / "cut.jpg")
+    (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:900])
+    (root / "text.jpg").write_text("not a photograph")
+    os.symlink("loop.jpg", root / "loop.jpg")
+    os.mkfifo(root / "pipe.jpg")
+    told = works(extract.main, *folder(root, "--out", tmp_path / "cache", "--allow-missing"))
+    cache = FeatureCache(tmp_path / "cache")
+    assert sorted(cache.ids.tolist()) == sorted(map(image_id, good))
+    reasons = {record.file_name: record.reason for record in cache.unreadable.values()}
+    assert "more than 89,478,485 pixels" in reasons["huge.png"] and "not an image" in reasons["text.jpg"]
+    assert reasons["empty.jpg"] and reasons["cut.jpg"] and f"{len(reasons)} photographs have no row" in told
+    assert set(reasons) <= {"huge.png", "empty.jpg", "cut.jpg", "text.jpg", "loop.jpg", "pipe.jpg"} and len(reasons) >= 4
+    with h5py.File(tmp_path / "cache" / "features.h5") as file:
+        sizes = dict(zip(file["names"].asstr()[:], file["sizes"][:].tolist(), strict=True))
+    assert sizes["turned.jpg"] == [120, 200] and sizes["one.png"] == [1, 1]
+    row = {name: cache[image_id(name)].features.astype(np.float32).ravel() for name in good}
+    for name in ("turned.jpg", "progressive.jpg", "with space.jpg", "rgba.png", "cmyk.jpg", "animated.gif"):
+        one, two = row[name], row["quo'te\".jpg"]
+        alike = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+        assert alike > (0.9 if name == "animated.gif" else 0.99), name  # of 216 colours; its second frame is black
+
+
+def test_strict_ends_at_the_first_unreadable_photograph(tmp_path):
+    halves().save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_text("no photograph")
+    message = refused(extract.main, *folder(tmp_path, "--strict", "--out", tmp_path / "cache"))
+    assert f"{tmp_path}/b.jpg cannot be read" in message and not list((tmp_path / "cache").glob("*shard*"))
+
+
+def test_a_photograph_mended_since_gets_its_row_and_others_are_tried_when_asked(tmp_path):
+    root, out = tmp_path / "photos", tmp_path / "cache"
+    root.mkdir()
+    halves().save(root / "a.png")
+    for name in ("b.png", "c.png"):
+        (root / name).write_text("broken")
+    works(extract.main, *folder(root, "--out", out))
+    before = {path.name: path.read_bytes() for path in out.glob("shard*")}
+    assert "tried again" not in works(extract.main, *folder(root, "--out", out))
+    halves().save(root / "b.png")
+    assert "1 photographs that could not be read are tried again" in works(extract.main, *folder(root, "--out", out))
+    cache = FeatureCache(out)
+    assert image_id("b.png") in cache and list(cache.unreadable) == [image_id("c.png")]
+    assert np.array_equal(cache[image_id("b.png")].features, cache[image_id("a.png")].features)
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    assert (out / "unreadable.jsonl").read_text().count("\n") == 1
+    assert "1 photographs that could not" in works(extract.main, *folder(root, "--out", out, "--retry-unreadable"))
+
+
+# ------------------------------------------------------------------------------------------------- checked, shown, packed
+
+
+def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_again(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("data.shards.SHARD_IMAGES", 20)
+    options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
+    works(extract.main, *options)
+    assert "60 rows, all as they were written" in works(extract.main, "--verify", tmp_path / "cache")
+    whole = FeatureCache(tmp_path / "cache")
+    rows = whole.rows(whole.ids.tolist()).features
+    path = tmp_path / "cache" / "shard-00001.h5"
+    with h5py.File(path, "r+") as file:
+        at_byte = file["features"].id.get_offset() + 1000
+    content = bytearray(path.read_bytes())
+    content[at_byte] ^= 255
+    path.write_bytes(content)
+    (tmp_path / "cache" / "shard-00002.h5").write_bytes(b"cut")
+    result = run(extract.main, "--verify", tmp_path / "cache")
+    assert result.exit_code == 1 and "shard-00001.h5: row 0, image" in result.stdout and "shard-00002.h5" in result.stdout
+    assert "remove it and re-run" in refused(extract.main, *options)
+    before = (tmp_path / "cache" / "shard-00000.h5").stat().st_mtime_ns
+    works(extract.main, *options, "--repair")
+    assert (tmp_path / "cache" / "shard-00000.h5").stat().st_mtime_ns == before
+    assert np.array_equal(FeatureCache(tmp_path / "cache").rows(whole.ids.tolist()).features, rows)
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*.bad")) == ["shard-00001.h5.bad", "shard-00002.h5.bad"]
+    works(extract.main, "--verify", tmp_path / "cache")
+    assert "nothing to check" in refused(extract.main, "--verify", tmp_path)
+
+
+def test_inspect_shows_identity_rows_statistics_and_three_samples(world):  # noqa: F811
+    told = works(extract.main, "--inspect", world / "cache")
+    assert "60 rows of 25 regions" in told and 'backbone: "test_resnet"' in told and "deviation" in told
+    assert told.count("image ") == 3 and "precision:" in told
+
+
+def test_every_later_stage_takes_a_packed_cache(world, tmp_path):  # noqa: F811
+    works(extract.main, "--out", world / "cache", "--pack", tmp_path / "packed.h5")
+    works(train.main, *at(world), "--features", tmp_path / "packed.h5", "--out", tmp_path / "run", *QUICK)
+    works(evaluate.main, *at(world), "--features", tmp_path / "packed.h5", "--checkpoint", tmp_path / "run")
+    works(evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run")
+    assert load_captioner(tmp_path / "run").caption(photos(world, 1))
+    assert "--pack writes the cache that --out names" in refused(extract.main, "--out", tmp_path, "--pack", tmp_path / "q")
+
+
+def test_another_precision_is_refused_and_another_version_only_told(world, tmp_path, monkeypatch):  # noqa: F811
+    options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
+    works(extract.main, *options, "--precision", "fp32", "--split", "val")
+    message = refused(extract.main, *options, "--precision", "bf16")
+    assert "precision: fp32, not bf16" in message
+    monkeypatch.setattr("timm.__version__", "9.9")
+    told = works(extract.main, *options, "--precision", "fp32")
+    assert told.count("warning") == 1 and "timm" in told
+
+
+# --------------------------------------------------------------------------------------------------- size, grid, resize
+
+
+@pytest.mark.parametrize("resize", ["crop", "letterbox"])
+def test_boxes_are_true_for_every_way_to_resize_and_captions_see_what_the_cache_saw(world, tmp_path, resize):  # noqa: F811
+    """A photograph three times as wide as high: what its boxes cover, and the same rows when it is captioned."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number in range(3):
+        halves(300, 100).save(root / f"{number}.png")
+        (root / "metadata.jsonl").open("a").write(json.dumps({"file_name": f"{number}.png", "text": "a red wall"}) + "\n")
+    options = folder(root, "--out", tmp_path / "cache", "--resize", resize, "--size", "128x96", "--grid", "4x3",
+                     "--precision", "fp32")  # fmt: skip
+    works(extract.main, *options)
+    cache = FeatureCache(tmp_path / "cache")
+    assert (cache.identity["size"], cache.identity["grid"], cache.identity["resize"]) == ([128, 96], [4, 3], resize)
+    features, boxes, count = cache[cache.ids[0]]
+    there = boxes[:count]
+    assert (there[:, 2:] > there[:, :2]).all() and there.min() >= 0 and there.max() <= 1
+    if resize == "crop":
+        assert count == 12 and np.allclose(there[:, [0, 2]].min(), 0.375, atol=0.01) and there[:, 1].min() == 0
+    else:  # a third of 96 is 32 rows of 128, in the middle: cells two and three of four see it, half of each
+        assert count == 6 and there[:, 1].tolist() == [0] * 3 + [0.5] * 3 and np.allclose(there[:, 3].max(), 1)
+        assert not features[count:].any() and not boxes[count:].any()
+    works(train.main, "--dataset", "folder", "--root", root, "--features", tmp_path / "cache", "--out", tmp_path / "run",
+          *QUICK, "--precision", "fp32")  # fmt: skip
+    works(evaluate.main, "--dataset", "folder", "--root", root, "--features", tmp_path / "cache", "--checkpoint",
+          tmp_path / "run", "--split", "all", "--precision", "fp32", "--out", tmp_path / "s.json")  # fmt: skip
+    cached = {line["caption"] for line in json.loads((tmp_path / "captions-all.json").read_text())}
+    assert set(load_captioner(tmp_path / "run", precision="fp32").caption([root / "0.png"])) == cached
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grid", "9x9"], "--grid 9x9: test_resnet gives 5x5 cells"),
+        (["--grid", "axb"], "--grid 'axb' is neither N nor HxW"),
+        (["--size", "0"], "--size '0' is neither N nor HxW"),
+        (["--workers", "-1"], "--workers is -1"),
+    ],
+)
+def test_a_size_or_grid_that_cannot_be_is_refused(world, tmp_path, options, message):  # noqa: F811
+    assert message in refused(extract.main, *at(world), *SMALL, "--out", tmp_path / "c", *options)
+
+
+def test_pooled_cells_are_the_means_of_those_they_cover():
+    whole, pooled = (create_backbone("test_resnet", seed=1, size=(128, 128), grid=grid) for grid in (None, (2, 2)))
+    pixels = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    fine = whole(pixels).features.view(2, 2, 2, 2, 2, -1)
+    assert torch.allclose(pooled(pixels).features.view(2, 2, 2, -1), fine.mean((2, 4)), atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- decoding
+
+
+def test_processes_decode_as_threads_do(tmp_path):
+    paths = []
+    for number in range(7):
+        halves(60 + number, 40).save(tmp_path / f"{number}.png")
+        paths.append(tmp_path / f"{number}.png")
+    paths[3].write_text("broken")
+    images = [Image(number, path.name, path, "train", ()) for number, path in enumerate(paths)]
+    work = [Work(None, tuple(images[:3]), False), Work(None, tuple(images[3:4]), False), Work(None, tuple(images[4:]), True)]
+    backbone = create_backbone("test_resnet")
+    identity = backbone_identity(backbone, {})
+    recipe = Recipe(backbone, open_machine("cpu"), "stretch", identity, {}, 3, 2, missing=frozenset([5]))
+    framing = Framing((32, 32))
+    ways = [list(read(iter(work), framing, recipe)) for read in (_read_in_threads, _read_in_processes)]
+    for (one, a), (two, b) in zip(*ways, strict=True):
+        assert one is two and torch.equal(a.pixels, b.pixels) and torch.equal(a.frames, b.frames)
+        assert (a.originals, a.reasons) == (b.originals, b.reasons)
+    assert ways[0][1][1].reasons != [""] and ways[0][2][1].reasons == ["", "missing", ""]
+    assert decoding_workers(None) >= 1 and decoding_workers(3) == 3
+
+
+@pytest.mark.slow
+def test_ten_times_the_photographs_take_at_most_a_tenth_more_memory(tmp_path, real):
+    def peak(limit: int) -> int:
+        code = (
+            "import resource; from pipeline import extract; extract.main.main("
+            f"{[str(part) for part in folder(real / 'flickr8k' / 'images', '--limit', limit, '--out', tmp_path / str(limit))]},"
+            "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert peak(6400) <= 1.1 * peak(640)
+
+
+def test_one_photograph_captions_alike_through_any_copy_of_the_cache(world, tmp_path):  # noqa: F811
+    shutil.copytree(world / "cache", tmp_path / "copy")
+    one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "copy")
+    assert np.array_equal(one.rows(one.ids.tolist()).features, two.rows(one.ids.tolist()).features)
