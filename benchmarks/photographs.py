@@ -43,7 +43,8 @@ def make_photographs(
     with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(count)))
     size = sum(path.stat().st_size for path in paths) / count
-    return paths, f"{count} JPEGs of {width}x{height}, {size / 1e3:.0f} KB, {'real ones enlarged, grain added' if origins else 'drawn'}"
+    made_of = "real ones enlarged, grain added" if origins else "drawn"
+    return paths, f"{count} JPEGs of {width}x{height}, {size / 1e3:.0f} KB, {made_of}"
 
 
 def _size(photo: Image.Image, quality: int, path: Path) -> int:

@@ -8,8 +8,9 @@ dummy image: `feature_info` lies for some models (320 instead of 1280 channels f
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -19,6 +20,11 @@ from torch import Tensor, nn
 
 from models import ModelError
 from models.grid import Regions, grid_regions
+
+# The first convolutions run in fp32 whatever the rest does: they take differences of neighbours that are nearly equal, for
+# which bf16 has too few bits. For mobilenetv2_100 the least cosine of a row with fp32's rises from 0.990 to 0.999.
+EDGES = 2
+BF16 = f"bf16, first {EDGES} convolutions fp32"  # what is recorded of it
 
 
 class Backbone(nn.Module):
@@ -49,7 +55,14 @@ class Backbone(nn.Module):
         self.register_buffer("shift", (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.layout = "NCHW"
+        called: list[nn.Module] = []
+        hooks = [conv.register_forward_pre_hook(lambda module, _: called.append(module))
+                 for conv in network.modules() if isinstance(conv, nn.Conv2d)]  # fmt: skip
         self.layout, self.channels, natural = self._measure()
+        for hook in hooks:
+            hook.remove()
+        for conv in list(dict.fromkeys(called))[:EDGES]:
+            conv.forward = functools.partial(_in_fp32, conv.forward)
         self.grid = grid or natural
         if any(cells > most for cells, most in zip(self.grid, natural, strict=True)):
             wanted, most = ("x".join(map(str, cells)) for cells in (self.grid, natural))
@@ -128,6 +141,11 @@ class Backbone(nn.Module):
         if self.layout == "NCHW" and channels_last:
             self.layout, out = "NHWC", out.permute(0, 3, 1, 2)
         return self.layout, out.shape[1], (out.shape[2], out.shape[3])
+
+
+def _in_fp32(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.autocast(images.device.type, enabled=False):
+        return forward(images.float())
 
 
 def create_backbone(

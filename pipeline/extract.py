@@ -17,6 +17,7 @@ from data.features import cache_header, differences
 from data.images import DECODE_PATH, RESIZES
 from data.shards import Claims, Shard, plan_retry, plan_shards, write_index
 from data.sources import DATASETS, Image, Source, open_source
+from models.backbones import BF16
 from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.keeping import inspect_cache, pack_cache, repair_cache, verify_cache
@@ -178,7 +179,7 @@ def prepare_folder(cache: Path, config: ExtractConfig, recipe: Recipe) -> None:
 def describe_versions(machine: Machine) -> dict[str, Any]:
     """What is recorded beside the identity: a difference in it changes a row's last digits at most."""
     return {
-        "precision": machine.precision,
+        "precision": BF16 if machine.precision == "bf16" else machine.precision,
         "decode": DECODE_PATH,
         "device": machine.device.type,
         "torch": torch.__version__,

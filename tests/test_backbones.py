@@ -177,7 +177,7 @@ def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_it
 
 
 def test_bf16_features_stay_near_fp32(real):
-    photos = sorted((real / "flickr8k" / "images").iterdir())[:8]
+    photos = sorted((real / "flickr8k" / "images").iterdir())[::120]
     weights = str(real / "weights" / "mobilenetv2_100_onnx7_features.pth")
     from data.images import Framing, read_image
 
@@ -185,4 +185,4 @@ def test_bf16_features_stay_near_fp32(real):
     pixels = torch.from_numpy(np.stack([read_image(p, Framing(backbone.size, backbone.interpolation)).pixels for p in photos]))
     rows = [look(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
     cosine = torch.cosine_similarity(rows[0].flatten(1), rows[1].flatten(1))
-    assert cosine.min() > 0.99
+    assert cosine.min() > 0.998  # 0.994 with every convolution in bf16

@@ -153,7 +153,10 @@ def test_another_precision_is_refused_and_another_version_only_told(world, tmp_p
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options, "--precision", "fp32", "--split", "val")
     message = refused(extract.main, *options, "--precision", "bf16")
-    assert "precision: fp32, not bf16" in message
+    assert "precision: fp32, not bf16, first 2 convolutions fp32" in message
+    monkeypatch.setattr("pipeline.extract.DECODE_PATH", "another")
+    assert "decode: pillow" in refused(extract.main, *options, "--precision", "fp32")
+    monkeypatch.undo()
     monkeypatch.setattr("timm.__version__", "9.9")
     told = works(extract.main, *options, "--precision", "fp32")
     assert told.count("warning") == 1 and "timm" in told
