@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ class Unreadable(NamedTuple):
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small text file under a temporary name and rename it, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -68,7 +69,9 @@ def shard_paths(cache: Path) -> list[Path]:
 
 def open_shard(path: Path) -> h5py.File:
     """Open a shard to read; DataError where it is not one of ours or its format is another."""
-    mend = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
+    mend = "it is no cache of ours"
+    if path.match("shard-*.h5"):
+        mend = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -203,7 +206,7 @@ class FeatureCache:
         return rows
 
     def keep_in_memory(self) -> None:
-        """Copy all features from the disk into this process's memory, where reading them takes less time still."""
+        """Copy all features from the disk into this process's memory (a pickled cache opens its files again)."""
         self._maps = [(np.array(features), boxes, counts) for features, boxes, counts in self._maps]
 
     def empty_rows(self, count: int) -> Rows:
@@ -241,6 +244,9 @@ class FeatureCache:
             raise DataError(self._absent(image_id))
 
     def _absent(self, image_id: int) -> str:
+        if image_id in self.unreadable:
+            record = self.unreadable[image_id]
+            return f"image {image_id} ({record.file_name}) could not be read: {record.reason}"
         return (
             f"image {image_id} is not in {self.path} ({len(self)} images); "
             "re-run pipeline.extract over the split that has it, with the same --out"
@@ -255,6 +261,8 @@ class FeatureCache:
 
 def _map(data: h5py.Dataset) -> np.ndarray:
     """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs microseconds."""
+    if data.is_virtual:
+        raise DataError(f"{data.file.filename} only points to shards that are not beside it; copy the whole folder, or pack it")
     return np.asarray(np.memmap(data.file.filename, data.dtype, "r", data.id.get_offset(), data.shape))
 
 

@@ -27,10 +27,11 @@ from data import DataError
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
 GAP = 2  # a JPEG is decoded at a reduced scale that is still so many times the size needed
-FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "bicubic"}
+FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # lanczos is Pillow's
 
 # Told as UnreadableImage instead; the filter is set here since one set around each photograph is not safe in threads.
 warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken tags in files that are read all the same
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
 
 
@@ -79,7 +80,7 @@ def read_image(path: Path, framing: Framing) -> Photo:
         raise UnreadableImage("not an image that Pillow reads") from error
     except PillowImage.DecompressionBombError as error:
         raise UnreadableImage(f"more than {PillowImage.MAX_IMAGE_PIXELS:,} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, OverflowError) as error:
+    except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImage(reason or type(error).__name__) from error
     raise UnreadableImage("it changed while it was read")
@@ -132,11 +133,22 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.n
     """Pixels uint8 [h,w,3] resized to `size`, with antialiasing; [H,W,3], contiguous."""
     if pixels.shape[:2] == size:
         return np.ascontiguousarray(pixels)
+    if framing.interpolation == "lanczos":
+        photo = PillowImage.fromarray(pixels).resize(size[::-1], PillowImage.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.asarray(photo))
     mode = FILTERS[framing.interpolation]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     smooth = {"antialias": True} if mode in ("bilinear", "bicubic") else {}
     found = torch.nn.functional.interpolate(image, size, mode=mode, **smooth)[0]
     return np.ascontiguousarray(found.permute(1, 2, 0).numpy())
+
+
+def try_image(path: Path, framing: Framing) -> tuple[Photo | None, str]:
+    """(photo, "") of a photograph, or (None, reason) for one that cannot be read."""
+    try:
+        return read_image(path, framing), ""
+    except UnreadableImage as error:
+        return None, str(error)
 
 
 class Photographs(Dataset):
@@ -149,10 +161,7 @@ class Photographs(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Photo | None, str]:
-        try:
-            return read_image(self.paths[index], self.framing), ""
-        except UnreadableImage as error:
-            return None, str(error)
+        return try_image(self.paths[index], self.framing)
 
 
 def stack(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,36 +50,50 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     """Cut `images` into the shards of a cache, finished ones included (`shard.path.exists()`).
 
     The groups follow from the list of images alone, so every process, however late it starts, makes the same ones.
-    Images that a shard of another plan holds (another split, a smaller folder) are left out of their group.
+    Images that a shard of another plan holds (another split, a smaller folder) are left out of their group. Where such a
+    shard is gone since, or another plan took a group's file name first, its images get shards of their own at the end.
     """
     digest = _digest(images)
     total = -(-len(images) // SHARD_IMAGES)
-    first, after, foreign = None, 0, set()
+    first, after, foreign, held = None, 0, set(), set()
     for path in shard_paths(cache):
         with open_shard(path) as file:
-            plan = json.loads(file.attrs["plan"])
+            plan, ids = json.loads(file.attrs["plan"]), file["image_ids"][:].tolist()
+            held.update(ids, (record[0] for record in json.loads(file.attrs["unreadable"])))
+            after = max(after, plan["first"] + plan["shards"])
             if plan["digest"] == digest:
                 first = plan["first"]
             else:
-                after = max(after, plan["first"] + plan["shards"])
-                foreign.update(file["image_ids"][:].tolist())
+                foreign.update(ids)
     first = after if first is None else first
-    shards = []
+    shards, orphans = [], []
     for group in range(total):
         path = cache / f"shard-{first + group:05d}.h5"
         members = images[group * SHARD_IMAGES : (group + 1) * SHARD_IMAGES]
+        if path.exists():
+            orphans += [image for image in members if image.id not in held]
         members = tuple(image for image in members if image.id not in foreign)
         if members:
             shards.append(Shard(path, {"digest": digest, "first": first, "shards": total}, members))
+    if orphans and len(orphans) < len(images):
+        return shards + plan_shards(orphans, cache)
+    if orphans:  # none of the files that are there is of this plan
+        first, total = after, -(-len(orphans) // SHARD_IMAGES)
+        plan = {"digest": _digest(orphans), "first": first, "shards": total}
+        groups = [orphans[at : at + SHARD_IMAGES] for at in range(0, len(orphans), SHARD_IMAGES)]
+        return [Shard(cache / f"shard-{first + n:05d}.h5", plan, tuple(group)) for n, group in enumerate(groups)]
     return shards
 
 
-def plan_retry(images: Sequence[Image], cache: Path, every: bool) -> list[Shard]:
-    """One more shard for photographs that could not be read and have changed on disk since (`every`: all such)."""
+def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()) -> list[Shard]:
+    """One more shard for photographs that could not be read and have changed on disk since (`every`: all such), but for
+    those that unfinished shards of `planned` will try anyway."""
     paths = shard_paths(cache)
     if not paths:
         return []
     unreadable = FeatureCache(cache).unreadable
+    tried = {image.id for shard in planned if not shard.path.exists() for image in shard.images}
+    images = [image for image in images if image.id not in tried]
     again = [i for i in images if i.id in unreadable and (every or stamp(i.path) != tuple(unreadable[i.id][3:5]))]
     if not again:
         return []
@@ -136,10 +151,7 @@ class Claims:
             except FileExistsError:
                 if not self._abandoned(path):
                     return False
-                aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-                with contextlib.suppress(FileNotFoundError):  # another was quicker to take it over
-                    path.rename(aside)
-                    aside.unlink()
+                self._put_aside(path)
                 continue
             self.held.add(shard.path)
             if shard.path.exists():  # finished and given back since
@@ -152,15 +164,25 @@ class Claims:
 
     def release(self, shard: Path) -> None:
         self.held.discard(shard)
-        _claim_path(shard).unlink(missing_ok=True)
+        if _owner(_claim_path(shard)) == self.me:  # another's, where this one was silent for too long
+            _claim_path(shard).unlink(missing_ok=True)
+
+    def _put_aside(self, path: Path) -> None:
+        """Take an abandoned claim away; one that another process has taken over this moment is put back."""
+        owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # another was quicker
+            return
+        if _owner(aside) != owner:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
 
     def _abandoned(self, path: Path) -> bool:
-        try:
-            owner = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not path.exists():
             return True
-        except ValueError:  # created this moment, or by a process that was killed at it
-            owner = {}
+        owner = _owner(path)
         if owner.get("host") == self.me["host"]:
             return not _alive(owner["pid"], owner["start"])
         clock = self.cache / f".clock.{uuid.uuid4().hex}"
@@ -177,6 +199,15 @@ class Claims:
             for shard in list(self.held):
                 with contextlib.suppress(OSError):
                     os.utime(_claim_path(shard))
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """What a claim says; nothing where it was created this moment, or by a process that was killed at it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= {"host", "pid", "start"} else {}
 
 
 def _claim_path(shard: Path) -> Path:
@@ -237,7 +268,7 @@ def write_shard(
                 f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
                 "try --precision fp32, or other --weights: nothing was written for its shard"
             )
-    temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(shard.path)
     try:
         with _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
             file.attrs["format"] = FORMAT
@@ -256,8 +287,15 @@ def write_shard(
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, shard.path)
+    except FileNotFoundError:
+        if not shard.path.exists():  # else another took it over, wrote it, and removed what was left of this one
+            raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 @contextlib.contextmanager
@@ -288,22 +326,22 @@ def _tables_crc32(file: h5py.File) -> int:
 def write_index(cache: Path) -> list[Unreadable]:
     """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
     opened = FeatureCache(cache)
-    temporary = cache / f".features.h5.{os.getpid()}.tmp"
+    temporary = _temporary(cache / "features.h5")
     try:
         with contextlib.ExitStack() as stack, h5py.File(temporary, "w", libver=("v110", "v110")) as index:
             shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
             for key in ("format", "identity", "provenance"):
                 index.attrs[key] = shards[0][1].attrs[key]
             for name in PER_IMAGE:
-                pieces = [(path.name, file[name]) for path, file in shards if len(file[name])]
-                if not pieces:
+                if not len(opened):
                     continue
-                total = sum(len(data) for _, data in pieces)
-                layout = h5py.VirtualLayout((total, *pieces[0][1].shape[1:]), pieces[0][1].dtype)
-                start = 0
-                for file_name, data in pieces:  # relative names: the folder can be moved
-                    layout[start : start + len(data)] = h5py.VirtualSource(file_name, name, data.shape, data.dtype)
-                    start += len(data)
+                shape, kind = shards[0][1][name].shape[1:], shards[0][1][name].dtype
+                layout, start = h5py.VirtualLayout((len(opened), *shape), kind), 0
+                for path, file in shards:  # relative names: the folder can be moved
+                    source = h5py.VirtualSource(path.name, name, file[name].shape, kind)
+                    for begin, end in _runs(opened, path, file):
+                        layout[start : start + end - begin] = source[begin:end]
+                        start += end - begin
                 index.create_virtual_dataset(name, layout)
         os.replace(temporary, cache / "features.h5")
     finally:
@@ -313,12 +351,35 @@ def write_index(cache: Path) -> list[Unreadable]:
     return list(opened.unreadable.values())
 
 
+def _runs(cache: FeatureCache, path: Path, file: h5py.File) -> list[tuple[int, int]]:
+    """The rows of a shard that the cache reads, as (begin, end) of consecutive ones: not those that a later shard has too."""
+    ids = file["image_ids"][:].tolist()
+    read = np.array([0, *(cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)), 0], np.int8)
+    edges = np.flatnonzero(np.diff(read)).reshape(-1, 2)
+    return [(int(begin), int(end)) for begin, end in edges]
+
+
+def sweep(cache: Path) -> None:
+    """Remove what killed processes left beside finished work: claims of shards that are there, old temporary files."""
+    for claim in cache.glob(".shard-*.claim"):
+        if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
+            claim.unlink(missing_ok=True)
+    for left in cache.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 10 * SILENCE:
+                left.unlink()
+
+
 def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
     """Write all rows of a cache into one plain HDF5 file, with the backbone's weights: whole or not at all."""
     if target.exists():
         raise DataError(f"{target} is there already; --pack writes a new file")
+    if target.name == "features.h5" or target.match("shard-*.h5"):
+        raise DataError(f"{target}: caches have files of that name; give the packed file another")
+    if not len(cache):
+        raise DataError(f"{cache.path} holds no row to pack")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     total = len(cache)
     try:
         with _plain_os_errors(temporary), h5py.File(temporary, "w") as packed:
@@ -329,17 +390,15 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
             start = 0
             for path in cache.paths:
                 with open_shard(path) as file:
-                    ids = file["image_ids"][:].tolist()
-                    rows = np.flatnonzero([cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)])
-                    for name in PER_IMAGE if len(rows) else ():
-                        data = file[name]
-                        if name not in packed:
-                            packed.create_dataset(name, (total, *data.shape[1:]), data.dtype)
-                        for at in range(0, len(rows), 100):
-                            some = rows[at : at + 100]
-                            packed[name][start + at : start + at + len(some)] = data[some]
-                    start += len(rows)
-                    done(len(rows))
+                    for begin, end in _runs(cache, path, file):
+                        for name in PER_IMAGE:
+                            if name not in packed:
+                                packed.create_dataset(name, (total, *file[name].shape[1:]), file[name].dtype)
+                            for at in range(begin, end, 100):
+                                upto = min(at + 100, end)
+                                packed[name][start + at - begin : start + upto - begin] = file[name][at:upto]
+                        start += end - begin
+                        done(end - begin)
             weights = cache.path / "backbone.safetensors"
             if weights.exists():
                 packed["backbone"] = np.fromfile(weights, np.uint8)
@@ -362,6 +421,8 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
         return [str(error)]
     with file:
         try:
+            if file["features"].is_virtual:
+                return [f"{path} only points to shards; check the cache's folder"]
             rows = len(file["image_ids"])
             wrong = [name for name in PER_IMAGE if len(file[name]) != rows]
             if wrong:

@@ -183,9 +183,10 @@ def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
     except TypeError as error:
         raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
     except Exception as error:
-        if not pretrained:
+        if not pretrained and not arguments:
             raise
-        raise ModelError(_no_hub(name, error)) from error
+        told = _no_hub(name, error) if pretrained else f"--backbone-arg: {name} cannot be built with {arguments}: {error!r}"
+        raise ModelError(told) from error
     config = timm.data.resolve_model_data_config(network)
     classifier = network.pretrained_cfg.get("classifier") or ()
     return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -40,7 +40,7 @@ def grid_regions(feature_map: Tensor, frames: Tensor | None = None) -> Regions:
         return Regions(features, boxes, counts)
     start, size = frames[:, None, :2], frames[:, None, 2:] - frames[:, None, :2]
     boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(0, 1)
-    there = (boxes[..., 2:] > boxes[..., :2]).all(2)
+    there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # less is rounding, no photograph
     order = (~there).int().argsort(dim=1, stable=True)
     there = there.gather(1, order)[..., None]
     features, boxes = (part.gather(1, order[..., None].expand_as(part)) * there for part in (features, boxes))

@@ -13,9 +13,9 @@ import timm
 import torch
 import torchvision
 
-from data.features import cache_header, differences
+from data.features import FeatureCache, cache_header, differences, shard_paths
 from data.images import DECODE_PATH, RESIZES
-from data.shards import Claims, Shard, plan_retry, plan_shards, write_index
+from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import DATASETS, Image, Source, open_source
 from models.backbones import BF16
 from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
@@ -97,17 +97,34 @@ def main(config: ExtractConfig) -> None:
     images = source.select(config.split)[: config.limit]
     missing = missing_photographs(source, images, config.allow_missing)
     recipe = choose_recipe(config, machine, missing)
+    if config.repair:
+        repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
-    if config.repair and machine.rank == 0:
-        repair_cache(cache)
     shards = plan_shards(images, cache)
-    again = plan_retry(images, cache, config.retry_unreadable) if machine.rank == 0 else []
+    again = plan_retry(images, cache, config.retry_unreadable, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, config, recipe)
     with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
         mine = shards[machine.rank :: machine.world]  # then the others': whoever is done early helps
-        extract_shards([*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar)
-    finish(cache, shards, bar)
+        made = extract_shards([*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar)
+        make_the_rest(made, images, cache, claims, recipe, bar)
+    finish(cache, images, bar)
+
+
+def make_the_rest(
+    made: list[Path], images: Sequence[Image], cache: Path, claims: Claims, recipe: Recipe, bar: Progress
+) -> None:
+    """Plan again while that leads to anything: another plan may have taken a file name of this one at the same time."""
+    while made and absent(images, cache):
+        made = extract_shards(plan_shards(images, cache), claims, recipe, bar)
+
+
+def absent(images: Sequence[Image], cache: Path) -> list[Image]:
+    """Images that have neither a row nor a reason for having none."""
+    if not shard_paths(cache):
+        return list(images)
+    found = FeatureCache(cache)
+    return [image for image in images if image.id not in found and image.id not in found.unreadable]
 
 
 def look_after(config: ExtractConfig, cache: Path) -> None:
@@ -224,13 +241,14 @@ def announce(
         say(f"{sum(len(shard.images) for shard in again):,} photographs that could not be read are tried again")
 
 
-def finish(cache: Path, shards: Sequence[Shard], bar: Progress) -> None:
+def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
     """Whoever finishes last joins the shards into features.h5; then say what there is and what comes next."""
-    if not all(shard.path.exists() for shard in shards):
-        say(f"this process's part of {cache} is done; the last process to finish joins the shards "
-            "(one that was killed leaves its shard to the next run)")  # fmt: skip
+    if left := absent(images, cache):
+        say(f"this process's part of {cache} is done; {len(left):,} images are still with others, and the last to finish joins "
+            "the shards (one that was killed leaves its shard to the next run)")  # fmt: skip
         return
     unreadable = write_index(cache)
+    sweep(cache)
     size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))
     say(f"{cache}: complete, {human_bytes(size)}; {bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s")
     if unreadable:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
 
-from data.features import FeatureCache, cache_header, shard_paths
+from data import DataError
+from data.features import FeatureCache, cache_header, open_shard, shard_paths
 from data.shards import pack, verify_shard
 from pipeline.cli import UserError
-from pipeline.runtime import refuse_what_cannot_fit
+from pipeline.runtime import Machine, refuse_what_cannot_fit
 from pipeline.terminal import human_bytes, progress, say
 
 SHOWN, LOOKED_AT = 3, 500  # sample rows that are shown, rows that the statistics are of
@@ -23,13 +27,22 @@ def check(path: Path) -> dict[Path, list[str]]:
     files = [path] if path.is_file() else shard_paths(path)
     if not files:
         raise UserError(f"{path} holds no shard-*.h5; nothing to check")
-    problems = {}
+    problems, identity = {}, most_common_identity(files)
     with progress(len(files), "shards", "verify") as bar:
         for file in files:
-            if found := verify_shard(file):
+            if found := verify_shard(file, identity):
                 problems[file] = found
             bar.step(1, f"{len(problems)} bad" if problems else "")
     return problems
+
+
+def most_common_identity(files: Sequence[Path]) -> dict | None:
+    """The identity that most files of a cache have: a file of another is foreign there."""
+    found: Counter[str] = Counter()
+    for file in files:
+        with contextlib.suppress(DataError, KeyError), open_shard(file) as opened:
+            found[opened.attrs["identity"]] += 1
+    return json.loads(found.most_common(1)[0][0]) if found else None
 
 
 def verify_cache(path: Path) -> None:
@@ -44,11 +57,16 @@ def verify_cache(path: Path) -> None:
     say(f"{path}: {len(FeatureCache(path)):,} rows, all as they were written")
 
 
-def repair_cache(path: Path) -> None:
+def repair_cache(path: Path, machine: Machine) -> None:
     """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them again."""
+    if machine.world > 1:
+        raise UserError("--repair runs as one process; start it without torchrun, and go on with torchrun after it")
     if not shard_paths(path):
         return
-    for file, found in check(path).items():
+    problems = check(path)
+    if problems:
+        (path / "features.h5").unlink(missing_ok=True)  # of rows that are gone it would read zeros; it is made again
+    for file, found in problems.items():
         aside = file.with_name(f"{file.name}.bad")
         file.replace(aside)
         say(f"{found[0]}; put aside as {aside.name} and made again")

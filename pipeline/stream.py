@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.features import Unreadable, iterate
-from data.images import Framing, Photo, Photographs, UnreadableImage, read_image, stack
+from data.images import Framing, Photo, Photographs, stack, try_image
 from data.shards import Claims, Shard, stamp, write_shard
 from data.sources import Image
 from models.backbones import Backbone
@@ -71,7 +71,7 @@ class Recipe:
     missing: frozenset[int] = frozenset()  # ids of photographs that the disk lacks, and may
 
 
-class Rows:
+class ShardRows:
     """A shard's rows as they come: the first `len(kept)` of each array."""
 
     def __init__(self, shard: Shard, identity: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar:
     with ThreadPoolExecutor(1) as disk:
         writing: deque[Future] = deque()
         for (shard, images, last), batch, found in _seen(decoded(work, framing, recipe), recipe):
-            rows = rows or Rows(shard, recipe.identity)
+            rows = rows or ShardRows(shard, recipe.identity)
             rows.add(images, batch, found, recipe.strict)
             unreadable += sum(map(bool, batch.reasons))
             bar.step(len(images), f"{unreadable} unreadable" if unreadable else "")
@@ -136,7 +136,7 @@ def _batches(shards: Iterable[Shard], claims: Claims, recipe: Recipe) -> Iterato
                 yield Work(shard, tuple(piece), number + 1 == len(pieces))
 
 
-def _write(rows: Rows, claims: Claims, recipe: Recipe) -> None:
+def _write(rows: ShardRows, claims: Claims, recipe: Recipe) -> None:
     rows.write(recipe)
     claims.release(rows.shard.path)
 
@@ -146,12 +146,7 @@ def _write(rows: Rows, claims: Claims, recipe: Recipe) -> None:
 
 def _read_in_threads(work: Iterator[Work], framing: Framing, recipe: Recipe) -> Iterator[tuple[Work, Decoded]]:
     def read(image: Image) -> tuple[Photo | None, str]:
-        if image.id in recipe.missing:
-            return None, "missing"
-        try:
-            return read_image(image.path, framing), ""
-        except UnreadableImage as error:
-            return None, str(error)
+        return (None, "missing") if image.id in recipe.missing else try_image(image.path, framing)
 
     with ThreadPoolExecutor(max(1, recipe.workers)) as pool:
         while some := list(islice(work, AHEAD)):
@@ -187,12 +182,7 @@ class _ByPath(Photographs):
         super().__init__([], framing)
 
     def __getitem__(self, path: str) -> tuple[Photo | None, str]:
-        if not path:
-            return None, "missing"
-        try:
-            return read_image(Path(path), self.framing), ""
-        except UnreadableImage as error:
-            return None, str(error)
+        return try_image(Path(path), self.framing) if path else (None, "missing")
 
 
 @dataclass

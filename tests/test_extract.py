@@ -19,6 +19,7 @@ from data.features import FeatureCache
 from data.images import Framing
 from data.sources import Image, image_id
 from models.backbones import create_backbone
+from models.grid import grid_regions
 from pipeline import evaluate, extract, train
 from pipeline.backbone import backbone_identity
 from pipeline.decoding import load_captioner
@@ -194,9 +195,39 @@ def test_boxes_are_true_for_every_way_to_resize_and_captions_see_what_the_cache_
     assert set(load_captioner(tmp_path / "run", precision="fp32").caption([root / "0.png"])) == cached
 
 
+def test_repair_begins_with_a_broken_first_shard_and_ends_with_every_image(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("data.shards.SHARD_IMAGES", 20)
+    options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
+    works(extract.main, *options, "--limit", 25)
+    works(extract.main, *options)
+    for name in ("shard-00000.h5", "shard-00001.h5"):
+        path = tmp_path / "cache" / name
+        path.write_bytes(path.read_bytes()[:5000])
+        works(extract.main, *options, "--repair")
+        cache = FeatureCache(tmp_path / "cache")
+        assert sorted(cache.ids.tolist()) == sorted(FeatureCache(world / "cache").ids.tolist()), name
+    with h5py.File(tmp_path / "cache" / "features.h5") as file:
+        assert len(set(file["image_ids"][:].tolist())) == len(file["image_ids"]) == 60
+
+
+def test_a_cell_that_sees_the_photograph_by_rounding_alone_is_no_region():
+    x = torch.arange(49.0).view(1, 1, 7, 7)
+    for width, height in ((700, 300), (68, 480), (677, 480)):
+        scale = 224 / max(width, height)
+        inner = round(height * scale), round(width * scale)
+        y, left = (224 - inner[0]) // 2, (224 - inner[1]) // 2
+        frame = torch.tensor([[-left / inner[1], -y / inner[0], (224 - left) / inner[1], (224 - y) / inner[0]]])
+        regions = grid_regions(x, frame)
+        rows, columns = -(-(y + inner[0]) // 32) - y // 32, -(-(left + inner[1]) // 32) - left // 32
+        assert regions.counts.item() == rows * columns
+        boxes = regions.boxes[0, : regions.counts]
+        assert (boxes[:, 2:] - boxes[:, :2]).min() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--backbone-arg", "output_stride=3"], "--backbone-arg: test_resnet cannot be built"),
         (["--grid", "9x9"], "--grid 9x9: test_resnet gives 5x5 cells"),
         (["--grid", "axb"], "--grid 'axb' is neither N nor HxW"),
         (["--size", "0"], "--size '0' is neither N nor HxW"),

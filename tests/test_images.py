@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -167,3 +168,15 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatc
     changes = 9
     with pytest.raises(UnreadableImage, match="changed while it was read"):
         read_image(path, Framing((8, 8)))
+
+
+def test_a_broken_tag_or_a_decoder_s_own_error_is_a_reason_and_never_ends_the_run(tmp_path, monkeypatch):
+    halves().save(tmp_path / "a.jpg")
+    for error in (struct.error("required argument is not an integer"), RuntimeError("decoder"), MemoryError()):
+        def fails(photo, error=error):
+            raise error
+
+        monkeypatch.setattr(images.ImageOps, "exif_transpose", fails)
+        with pytest.raises(UnreadableImage) as told:
+            read_image(tmp_path / "a.jpg", Framing((8, 8)))
+        assert str(told.value)

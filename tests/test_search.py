@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.grid import Regions
-from models.search import beam_search
+from models.search import beam_search, sample
 from tests.test_captioner import WORDS, some_regions, tiny
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -41,6 +41,7 @@ def brute_force(captioner, regions, words, max_length, penalty):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_wide_beam_finds_what_brute_force_finds(penalty, seed):
     captioner, regions, words, limit = tiny(), some_regions(1, seed=seed), (4, 5, 6), 4
+    captioner.output_bias.data[EOS] = -3 * (seed > 1)  # also where the best are long
     never = [w for w in range(WORDS) if w not in (*words, EOS)]
     tokens, score = search(captioner, regions, len(words) ** limit, limit, never, penalty)
     best, best_score = brute_force(captioner, regions, words, limit, penalty)
@@ -89,9 +90,11 @@ def test_padded_regions_give_the_same_captions():
 @pytest.mark.parametrize("beams", [2, 5])
 def test_the_reported_score_is_the_captions_own(beams):
     """A lost cache reorder or a shifted position would make the words' score another one."""
-    captioner, regions = tiny(), some_regions(5)
+    captioner, regions = tiny(), some_regions(12)
+    captioner.output_bias.data[EOS] = -3  # long captions: a beam's past matters more, the more there is of it
     tokens, scores = search(captioner, regions, beams, penalty=0.7)
-    for b in range(5):
+    assert (tokens != EOS).sum(1).float().mean() > 4
+    for b in range(12):
         words = tokens[b].tolist()
         words = words[: words.index(EOS) + 1] if EOS in words else words
         memory = captioner.encode(Regions(*(part[b : b + 1] for part in regions)))
@@ -110,3 +113,96 @@ def test_what_must_never_be_generated_never_is():
 def test_more_beams_than_words_are_no_mistake():
     tokens, scores = search(tiny(), some_regions(2), 50, max_length=3)
     assert tokens.shape == (2, 3) and torch.isfinite(scores).all()
+
+
+def test_a_finished_caption_is_never_lost_to_a_longer_one_that_scores_less():
+    """The best score by any limit is the best over all shorter limits' captions that end."""
+    captioner, regions = tiny(), some_regions(12)
+    for penalty in (0.0, 1.0):
+        ended = torch.full((12,), float("-inf"))
+        for limit in range(1, 8):
+            tokens, scores = search(captioner, regions, 8, limit, penalty=penalty)
+            assert (scores >= ended - 1e-5).all()
+            whole = (tokens == EOS).any(1)
+            ended = torch.where(whole, torch.maximum(ended, scores), ended)
+
+
+def test_ties_break_the_same_on_every_run():
+    captioner = tiny()
+    torch.nn.init.zeros_(captioner.word.weight)
+    torch.nn.init.zeros_(captioner.output_bias)  # all words alike, always
+    found = [search(captioner, some_regions(3), 4)[0] for _ in range(3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0][0], found[0][1])
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def draw(captioner, regions, captions, max_length=3, never=(PAD, BOS, UNK, 7, 8, 9, 10), seed=0, **options):
+    with torch.no_grad():
+        memory = captioner.encode(regions)
+        generator = torch.Generator().manual_seed(seed)
+        return sample(captioner, memory, captions, max_length, BOS, EOS, never, generator=generator, **options)
+
+
+def probabilities(captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temperature=1.0) -> dict[tuple, float]:
+    """The probability of every caption over `words`, by the chain rule."""
+    memory = captioner.encode(regions)
+    found = {}
+
+    def go_on(caption, so_far):
+        if len(caption) == max_length or EOS in caption:
+            found[(*caption, *[EOS] * (max_length - len(caption)))] = so_far
+            return
+        logits = captioner.decode(torch.tensor([[[BOS, *caption]]]), memory)[0, 0, -1].detach() / temperature
+        for word, p in zip(words, logits[list(words)].softmax(0).tolist(), strict=True):
+            go_on([*caption, word], so_far * p)
+
+    go_on([], 1.0)
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_sampling_frequencies_are_the_softmax_s(temperature):
+    """Chi-square over all captions of a three-word vocabulary, at 1 in 1,000."""
+    captioner, regions, count = tiny(), some_regions(1), 20_000
+    tokens, scores = draw(captioner, regions, count, temperature=temperature)
+    wanted = probabilities(captioner, regions, temperature=temperature)
+    drawn: dict[tuple, int] = {}
+    for caption, score in zip(map(tuple, tokens[0].tolist()), scores[0].tolist(), strict=True):
+        drawn[caption] = drawn.get(caption, 0) + 1
+        assert score == pytest.approx(torch.tensor(wanted[caption]).log().item(), abs=1e-3)
+    likely = [caption for caption in wanted if wanted[caption] * count >= 5]
+    rest = count - sum(drawn.get(caption, 0) for caption in likely), count * (1 - sum(wanted[c] for c in likely))
+    chi = sum((drawn.get(c, 0) - wanted[c] * count) ** 2 / (wanted[c] * count) for c in likely)
+    chi += (rest[0] - rest[1]) ** 2 / rest[1] if rest[1] >= 5 else 0
+    freedom = len(likely)
+    assert chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 6  # a normal bound above chi-square's 99.9th per cent point
+
+
+def test_the_likeliest_words_alone_are_drawn_from():
+    captioner, regions = tiny(), some_regions(2)
+    with torch.no_grad():
+        memory = captioner.encode(regions)
+        first = captioner.decode(torch.full((2, 1, 1), BOS), memory)[:, 0, -1]
+    first[:, [PAD, BOS, UNK]] = float("-inf")
+    order = first.argsort(1, descending=True)
+    for options, wanted in (({"top_k": 2}, 2), ({"top_p": 1e-6}, 1)):
+        tokens, _ = draw(captioner, regions, 300, never=(PAD, BOS, UNK), **options)
+        for image in range(2):
+            assert set(tokens[image, :, 0].tolist()) == set(order[image, :wanted].tolist())
+    p = first.softmax(1).sort(1, descending=True).values.cumsum(1)
+    tokens, _ = draw(captioner, regions, 3000, never=(PAD, BOS, UNK), top_p=0.8)
+    for image in range(2):
+        kept = int((p[image] < 0.8).sum()) + 1  # the fewest that reach it
+        assert set(tokens[image, :, 0].tolist()) <= set(order[image, :kept].tolist())
+
+
+def test_one_seed_draws_the_same_captions_and_an_ended_one_stays_ended():
+    captioner, regions = tiny(), some_regions(3)
+    one, two, other = (draw(captioner, regions, 20, 7, (PAD, BOS, UNK), seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    after = (one == EOS).cumsum(2) > 0
+    assert (one[after] == EOS).all() and not set(one.flatten().tolist()) & {PAD, BOS, UNK}

@@ -239,3 +239,86 @@ def test_an_image_in_two_shards_is_packed_once(tmp_path, small_shards):  # noqa:
     shutil.copy(folder / "shard-00000.h5", folder / "shard-00001.h5")
     shards.pack(FeatureCache(folder), tmp_path / "packed.h5")
     assert FeatureCache(tmp_path / "packed.h5").ids.tolist() == list(range(10))
+
+
+# -------------------------------------------------------------------------------------------------------- several plans
+
+
+def test_images_of_a_smaller_plan_whose_shard_is_gone_get_one_of_their_own(tmp_path, small_shards):  # noqa: F811
+    folder, images = tmp_path / "cache", some_images(35)
+    write_plan(folder, images[:15])
+    write_plan(folder, images)
+    assert sorted(FeatureCache(folder).ids.tolist()) == list(range(35))
+    (folder / "shard-00000.h5").unlink()  # of the smaller plan, as --repair puts it aside
+    write_plan(folder, images)
+    assert sorted(FeatureCache(folder).ids.tolist()) == list(range(35))
+    before = {path.name for path in shard_paths(folder)}
+    write_plan(folder, images)
+    assert {path.name for path in shard_paths(folder)} == before
+
+
+def test_two_plans_that_begin_at_once_end_with_all_images(tmp_path, small_shards):  # noqa: F811
+    """Both plan shard-00000 while the folder is empty; one is first with some, the other with the rest."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    plans = [plan_shards(some_images(25), folder), plan_shards(some_images(25, start=100), folder)]
+
+    def write(shard) -> None:
+        if not shard.path.exists():
+            rows = np.ones((len(shard.images), 4, 3)) * np.array([i.id for i in shard.images])[:, None, None]
+            write_shard(shard, shard.images, rows, *whole_rows(shard)[1:4], [], IDENTITY, {})
+
+    for one, two in zip(*plans, strict=True):
+        for shard in (one, two) if one.path.name != "shard-00001.h5" else (two, one):
+            write(shard)
+    for images in (some_images(25), some_images(25, start=100)):
+        for _ in range(3):
+            for shard in plan_shards(images, folder):
+                write(shard)
+    found = FeatureCache(folder)
+    assert sorted(found.ids.tolist()) == [*range(25), *range(100, 125)]
+    assert [int(row.flat[0]) for row in found.rows(found.ids.tolist()).features] == found.ids.tolist()
+
+
+def test_a_row_that_two_shards_have_stands_once_in_features_h5(tmp_path, small_shards):  # noqa: F811
+    folder = tmp_path / "cache"
+    write_plan(folder, some_images(20))
+    shutil.copy(folder / "shard-00000.h5", folder / "shard-00002.h5")
+    shards.write_index(folder)
+    with h5py.File(folder / "features.h5") as file:
+        assert sorted(file["image_ids"][:].tolist()) == list(range(20))
+        assert [int(row.flat[0]) for row in file["features"][:]] == file["image_ids"][:].tolist()
+
+
+def test_an_index_without_its_shards_is_refused_not_read_as_zeros(cache, tmp_path):  # noqa: F811
+    shutil.copy(cache / "features.h5", tmp_path / "alone.h5")
+    with pytest.raises(DataError, match="only points to shards"):
+        FeatureCache(tmp_path / "alone.h5")
+    assert "only points to shards" in verify_shard(tmp_path / "alone.h5")[0]
+
+
+def test_what_killed_processes_left_beside_finished_work_is_swept(cache):  # noqa: F811
+    (cache / ".shard-00001.claim").write_text("7")
+    (cache / ".shard-00009.claim").write_text("7")
+    (cache / ".old.tmp").write_text("")
+    (cache / ".new.tmp").write_text("")
+    os.utime(cache / ".old.tmp", (1, 1))
+    shards.sweep(cache)
+    assert sorted(path.name for path in cache.glob(".*")) == [".new.tmp", ".shard-00009.claim"]
+
+
+def test_a_packed_file_takes_no_name_of_a_shard_and_no_empty_cache(cache, tmp_path, small_shards):  # noqa: F811
+    for name in ("shard-00099.h5", "features.h5"):
+        with pytest.raises(DataError, match="another"):
+            shards.pack(FeatureCache(cache), tmp_path / name)
+    write_plan(tmp_path / "none", some_images(2), unreadable=(0, 1))
+    with pytest.raises(DataError, match="no row to pack"):
+        shards.pack(FeatureCache(tmp_path / "none"), tmp_path / "p.h5")
+
+
+def test_a_claim_is_given_back_only_by_its_owner(shard):
+    with Claims(shard.path.parent) as claims:
+        assert claims.take(shard)
+        claim_of(shard).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1"}))
+        claims.release(shard.path)
+        assert claim_of(shard).exists()
