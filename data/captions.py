@@ -62,7 +62,7 @@ class CaptionedImages:
             if not image.captions:
                 raise DataError(
                     f"image {image.id} ({image.name}) has no caption in split {split!r}; "
-                    "leave it out of the caption file's images, or give it one"
+                    "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
                 )
         self.images, self.left_out = cache.select(images)
         if not self.images:

@@ -249,7 +249,7 @@ class FeatureCache:
             return f"image {image_id} ({record.file_name}) could not be read: {record.reason}"
         return (
             f"image {image_id} is not in {self.path} ({len(self)} images); "
-            "re-run pipeline.extract over the split that has it, with the same --out"
+            "re-run pipeline.extract over the split that has it (without --limit), with the same --out"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ shape, and a relation between them, all true. With features shuffled between ima
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +30,10 @@ def main(work: Path) -> None:
     """Draw the embedded sample, extract, train, evaluate, and caption a few held-out scenes."""
     start = time.monotonic()
     sample, cache, run = work / "datasets/sample", work / "cache/sample", work / "runs/sample"
-    shutil.rmtree(run, ignore_errors=True)  # a demo trains anew; sample and cache are taken up where they stand
+    if run.exists():  # a demo trains anew; sample and cache are taken up where they stand
+        aside = run.with_name(f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.rename(aside)
+        click.echo(f"{run} was there: kept as {aside}")
     at = ["--dataset", "sample", "--root", str(sample)]
     stage(extract.main, *at, "--out", str(cache))
     stage(train.main, *at, "--features", str(cache), "--out", str(run))
@@ -60,6 +62,7 @@ def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -
     for what, path in (("photographs", sample), ("features", cache), ("checkpoint", run), ("captions", captions)):
         click.echo(f"  {what}: {path}")
     click.echo(f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %"))
+    click.echo("(scene-true: two things, their sizes, colours and shapes, and where they stand to each other, all as drawn)")
     click.echo(f"scene-true captions: {true:.1%}".replace("%", " %"))
 
 

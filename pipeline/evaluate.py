@@ -347,7 +347,7 @@ def refuse_uncaptioned(images: Iterable[Image], split: str) -> None:
         if not image.captions:
             raise DataError(
                 f"image {image.id} ({image.name}) has no caption in split {split!r}; "
-                "leave it out of the caption file's images, or give it one"
+                "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
             )
 
 

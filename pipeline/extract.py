@@ -250,9 +250,11 @@ def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
     unreadable = write_index(cache)
     sweep(cache)
     size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))
-    say(f"{cache}: complete, {human_bytes(size)}; {bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s")
+    speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s" if bar.done else "nothing was left to do"
+    say(f"{cache}: complete, {human_bytes(size)}; {speed}")
     if unreadable:
-        say(f"{len(unreadable)} photographs have no row, listed with reasons in {cache / 'unreadable.jsonl'}:")
+        have = "photograph has" if len(unreadable) == 1 else "photographs have"
+        say(f"{len(unreadable)} {have} no row, listed with reasons in {cache / 'unreadable.jsonl'}:")
         for record in unreadable[:5]:
             say(f"  {record.file_name}: {record.reason}")
     say(f"next: python -m pipeline.train --features {cache} ...")

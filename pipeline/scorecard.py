@@ -181,9 +181,10 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
         found = [{"name": card.name, **card.record} for card in cards]
         click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
     elif form == "latex":
-        click.echo("% " + " & ".join(["", *NAMES]) + r" \\")
+        names = _names(cards)
+        click.echo("% " + " & ".join(["captions", *names]) + r" \\")
         for card in cards:
-            cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in NAMES]
+            cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in names]
             name = re.sub(r"([&%$#_{}])", r"\\\1", card.name)
             click.echo(" & ".join([name, *cells]) + r" \\")
     else:
@@ -191,8 +192,13 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
             click.echo(line)
 
 
+def _names(cards: Sequence[Card]) -> list[str]:
+    """The scores that were asked for."""
+    return [name for name in NAMES if any(name in card.values for card in cards)]
+
+
 def _table(cards: Sequence[Card]) -> list[str]:
-    names = [name for name in NAMES if any(name in card.values for card in cards)]
+    names = _names(cards)
     rows: list[tuple[str, list[str]]] = []
     for card in cards:
         intervals = card.record["intervals"]
@@ -204,7 +210,10 @@ def _table(cards: Sequence[Card]) -> list[str]:
             found = against["differences"]
             rows.append((f"against {against['name']}", [_digits(against["scores"].get(name)) for name in names]))
             rows.append(("  difference", [f"{found[name]['value']:+.4f}" if name in found else "-" for name in names]))
-            rows.append(("  p, paired", [_digits(found[name]["p"] if name in found else None) for name in names]))
+            for end, word in enumerate(("from", "to")):
+                ends = [f"{found[name]['interval'][end]:+.4f}" if name in found else "-" for name in names]
+                rows.append((f"  95 % {word}", ends))
+            rows.append(("  p, paired", [_chance(found[name]["p"], card) if name in found else "-" for name in names]))
     first = max(len(label) for label, _ in rows)
     widths = [max(len(name), 7) for name in names]
     lines = [f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -234,6 +243,12 @@ def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: b
             click.echo(f"{what}  image {ids[row]}  CIDEr {cider:.3f}  {captions[ids[row]]}", err=aside)
             for text in texts[row]:
                 click.echo(f"         {text}", err=aside)
+
+
+def _chance(p: float, card: Card) -> str:
+    """p, as a bound where no resample came near: it is never below 1 / (resamples + 1)."""
+    least = 1 / (card.scorer.resamples + 1)
+    return f"<{max(p, 1e-4):.4f}" if p <= least else f"{p:.4f}"
 
 
 def _digits(value: float | None) -> str:
