@@ -61,8 +61,8 @@ def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -
         click.echo(f"  {name:<8} {value:.4f}")
     for what, path in (("photographs", sample), ("features", cache), ("checkpoint", run), ("captions", captions)):
         click.echo(f"  {what}: {path}")
-    click.echo(f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %"))
     click.echo("(scene-true: two things, their sizes, colours and shapes, and where they stand to each other, all as drawn)")
+    click.echo(f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %"))
     click.echo(f"scene-true captions: {true:.1%}".replace("%", " %"))
 
 
