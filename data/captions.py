@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import DataError
 from data.features import FeatureCache, iterate
-from data.sources import Image
+from data.sources import Image, check_captioned
 from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -58,12 +58,7 @@ class CaptionedImages:
     """Images of one split with tokenised captions, ready to be drawn in batches from a cache."""
 
     def __init__(self, images: Sequence[Image], cache: FeatureCache, split: str) -> None:
-        for image in images:
-            if not image.captions:
-                raise DataError(
-                    f"image {image.id} ({image.name}) has no caption in split {split!r}; "
-                    "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
-                )
+        check_captioned(images, split)
         self.images, self.left_out = cache.select(images)
         if not self.images:
             raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")

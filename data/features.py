@@ -97,6 +97,11 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Ite
     return [f"{key}: {found.get(key)}, not {wanted.get(key)}" for key in keys if wanted.get(key) != found.get(key)]
 
 
+def has_same_cells(identity: Mapping[str, Any]) -> bool:
+    """Whether all rows of a cache have the same boxes and as many: cells of whole photographs."""
+    return (identity.get("regions"), identity.get("resize")) == ("grid", "stretch")
+
+
 def packed_backbone(file: Path) -> bytes | None:
     """The backbone's weights that a packed cache carries, as the bytes of a safetensors file."""
     with open_shard(file) as opened:
@@ -137,8 +142,7 @@ class FeatureCache:
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
         # The cells of whole photographs are the same for each: no need to read them row by row.
-        whole = (self.identity["regions"], self.identity.get("resize")) == ("grid", "stretch")
-        self._cells = self._maps[0][1][0].copy() if whole and self._maps else None
+        self._cells = self._maps[0][1][0].copy() if has_same_cells(self.identity) and self._maps else None
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))

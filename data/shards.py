@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from data import DataError
-from data.features import FORMAT, PER_IMAGE, FeatureCache, Unreadable, open_shard, shard_paths, write_whole
+from data.features import FORMAT, PER_IMAGE, FeatureCache, Unreadable, has_same_cells, open_shard, shard_paths, write_whole
 from data.sources import Image
 
 SHARD_IMAGES = 1000
@@ -429,10 +429,10 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
                 return [f"{path}: {', '.join(wrong)} have not {rows} rows"]
             problems = []
             found = json.loads(file.attrs["identity"])
-            whole = (found.get("regions"), found.get("resize")) == ("grid", "stretch")
             cells = file["features"].shape[1]
-            if whole and rows and ((file["boxes"][:] != file["boxes"][0]).any() or (file["counts"][:] != cells).any()):
-                problems.append(f"{path}: the cells of its photographs are not the same for each")
+            if has_same_cells(found) and rows:
+                unlike = (file["boxes"][:] != file["boxes"][0]).any() or (file["counts"][:] != cells).any()
+                problems += [f"{path}: the cells of its photographs are not the same for each"] if unlike else []
             if "crc32" in file.attrs and _tables_crc32(file) != file.attrs["crc32"]:
                 problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
             if identity is not None and found != identity:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -242,6 +243,16 @@ def check_split(value: object, where: str) -> str:
     if split is None:
         raise DataError(f"{where}: no split {value!r}; there are train, val (validation, dev), test and restval")
     return split
+
+
+def check_captioned(images: Iterable[Image], split: str) -> None:
+    """DataError naming the first of `images` that has no caption."""
+    for image in images:
+        if not image.captions:
+            raise DataError(
+                f"image {image.id} ({image.name}) has no caption in split {split!r}; "
+                "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
+            )
 
 
 def check_caption(caption: object, where: str) -> str:

@@ -144,8 +144,10 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
 def look(backbone: Backbone, pixels: Tensor, machine: Machine, frames: Tensor | None = None) -> Regions:
     """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device.
 
-    frames: [B,4] the part of the photograph that each shows; None: all of it.
+    frames: [B,4] on the host, the part of the photograph that each shows; None: all of it.
     """
+    if frames is not None and torch.equal(frames, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(frames)):
+        frames = None  # no cell is cut or filling, and none needs sorting out
     with torch.inference_mode(), machine.autocast():
         images = pixels.to(machine.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         if frames is not None:

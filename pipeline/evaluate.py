@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from data.features import FeatureCache, differences, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
-from data.sources import DATASETS, Image, Source, open_source
+from data.sources import DATASETS, Image, Source, check_captioned, open_source
 from data.tokens import tokenize_all
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
@@ -239,7 +239,7 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
         raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
     scored = not config.server or any(image.captions for image in images)
     if scored:
-        refuse_uncaptioned(images, split)
+        check_captioned(images, split)
     say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {left_out} left out")
     captions, decoding = decode(config, checkpoint, cache, [image.id for image in images])
     out = config.out or folder / f"scores-{split}.json"
@@ -340,15 +340,6 @@ def send_to_server(config: EvaluateConfig, job: Job) -> None:
     folder = job.out.parent if job.out else Path()
     for path in write_server(folder, config.server, job.captions, job.images):
         say(f"for the server: {path}")
-
-
-def refuse_uncaptioned(images: Iterable[Image], split: str) -> None:
-    for image in images:
-        if not image.captions:
-            raise DataError(
-                f"image {image.id} ({image.name}) has no caption in split {split!r}; "
-                "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
-            )
 
 
 def refuse_silence(cards: Iterable[Card]) -> None:

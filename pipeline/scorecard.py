@@ -23,7 +23,6 @@ from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
 from pipeline.scoring import BLEU, Scores, bleu, score
 
 NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
-JAVA = ("METEOR", "SPICE")
 FORMATS = ("table", "json", "latex")
 
 
@@ -71,6 +70,7 @@ class Card:
     per_image: dict[str, np.ndarray]
     image_ids: np.ndarray
     statistics: list[Statistic]
+    resampled: dict[str, np.ndarray]  # corpus values of each resample
     record: dict[str, Any]  # what scores.json holds
     scorer: Scorer
 
@@ -79,11 +79,12 @@ def make_card(
     name: str, captions: Mapping[int, str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool
 ) -> Card:
     """Score one caption for each image of the references with everything that is asked for."""
-    scores = score(captions, scorer.references)
-    tokens = tokenize_all(captions[image_id] for image_id in scorer.references.rows)
-    card = Card(name, dict(scores.values), {}, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, scorer)
+    tokenised = dict(zip(captions, tokenize_all(captions.values()), strict=True))
+    scores = score(tokenised, scorer.references)
+    tokens = [tokenised[image_id] for image_id in scorer.references.rows]
+    card = Card(name, dict(scores.values), {}, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, {}, scorer)
     _add_java(card, [" ".join(words) for words in tokens], scorer, meteor, want_spice)
-    resampled = resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
+    resampled = card.resampled = resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
     card.record = {
         "scores": {name: card.values[name] for name in NAMES if name in card.values},
         "intervals": {name: interval(resampled[name]) for name in NAMES if name in resampled},
@@ -152,8 +153,7 @@ def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
 
 def compare(card: Card, other: Card) -> dict[str, Any]:
     """The paired bootstrap of two captioners over the same images: difference, its interval and p, by score."""
-    scorer = card.scorer
-    mine, theirs = (resample(each.statistics, scorer.resamples, scorer.seed) for each in (card, other))
+    mine, theirs = card.resampled, other.resampled  # of one seed, so of the same images
     found: dict[str, Any] = {"name": other.name, "scores": other.record["scores"], "differences": {}}
     for name in NAMES:
         if name in mine and name in theirs:

@@ -39,8 +39,8 @@ class Scores:
     bleu_sums: np.ndarray
 
 
-def score(candidates: Mapping[int, str], references: References | Mapping[int, Sequence[str]]) -> Scores:
-    """Score one caption for every image of the references: captions as written, by image id."""
+def score(candidates: Mapping[int, str | Sequence[str]], references: References | Mapping[int, Sequence[str]]) -> Scores:
+    """Score one caption for every image of the references: captions as written, or their tokens, by image id."""
     if not isinstance(references, References):
         references = References(references)
     for image_id in candidates:

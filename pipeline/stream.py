@@ -9,6 +9,7 @@ behind the next batch, and are written behind that.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -167,7 +168,7 @@ def _read_in_processes(work: Iterator[Work], framing: Framing, recipe: Recipe) -
         _ByPath(framing),
         batch_sampler=paths(),
         num_workers=recipe.workers,
-        collate_fn=_Collate(framing),
+        collate_fn=functools.partial(_collate, framing=framing),
         pin_memory=recipe.machine.device.type == "cuda",
         prefetch_factor=4 if recipe.workers else None,
     )
@@ -183,14 +184,6 @@ class _ByPath(Photographs):
 
     def __getitem__(self, path: str) -> tuple[Photo | None, str]:
         return try_image(Path(path), self.framing) if path else (None, "missing")
-
-
-@dataclass
-class _Collate:
-    framing: Framing
-
-    def __call__(self, photos: Sequence[tuple[Photo | None, str]]) -> Decoded:
-        return _collate(photos, self.framing)
 
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
@@ -209,11 +202,8 @@ def _seen(
     gpu = recipe.machine.device.type == "cuda"
     coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
-        parts: list[Tensor] = []
         if len(batch.pixels):
-            frames = None if recipe.resize == "stretch" else batch.frames
-            regions = look(recipe.backbone, batch.pixels, recipe.machine, frames)
-            parts = list(regions)
+            parts = list(look(recipe.backbone, batch.pixels, recipe.machine, batch.frames))
         else:
             cells, channels = int(np.prod(recipe.identity["grid"])), recipe.identity["channels"]
             parts = [torch.empty(0, cells, channels, dtype=torch.float16), torch.empty(0, cells, 4), torch.empty(0)]
