@@ -1,23 +1,24 @@
 """The captioner: a Transformer that encodes an image's regions once and decodes its K captions over them.
 
 Pre-norm layers (Xiong et al. 2020) of Vaswani et al. 2017. B images, R regions, C channels, K captions an image,
-T tokens, V words, D model width, H heads, d = D/H.
+T tokens, N rows, V words, D model width, H heads, d = D/H.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ModelError
-from models.attention import CrossAttention, KVCache, SelfAttention
+from models.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
 from models.dropout import Dropout
 from models.grid import Regions
+from models.search import Captions, Generation, generate
 
 BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 
@@ -47,16 +48,22 @@ class CaptionerConfig:
 
 
 class Memory(NamedTuple):
-    """An encoded batch of images: keys and values [B,H,R,d] for each decoder layer, mask [B,1,1,R] or None (all true)."""
+    """An encoded batch of images: keys and values [B,H,R,d] for each decoder layer; mask [B,1,1,R] to add, or None."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask: Tensor | None
 
-    def keep(self, images: Tensor) -> Memory:
-        """Only these images, `images` [b] int64."""
+    @property
+    def images(self) -> int:
+        return self.keys[0].shape[0]
+
+    def keep(self, images: Tensor, in_place: bool = False) -> Memory:
+        """Only these images, `images` [b] int64; in_place: moved to the front of this memory, which is spent by it."""
         mask = None if self.mask is None else self.mask[images]
-        return Memory(tuple(k[images] for k in self.keys), tuple(v[images] for v in self.values), mask)
+        regions = self.keys[0].shape[2]
+        take = (lambda part: move(part, images, regions)) if in_place else (lambda part: part.index_select(0, images))
+        return Memory(tuple(map(take, self.keys)), tuple(map(take, self.values)), mask)
 
 
 class FeedForward(nn.Sequential):
@@ -72,9 +79,9 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B,R,D] to [B,R,D]; mask [B,1,1,R] True where a region is."""
-        x = x + self.dropout(self.attention(self.norms[0](x), mask))
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [B,R,D] to [B,R,D]."""
+        x = x + self.dropout(self.attention(self.norms[0](x), layout))
         return x + self.dropout(self.feedforward(self.norms[1](x)))
 
 
@@ -87,15 +94,10 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Memory, layer: int, cache: KVCache | None) -> Tensor:
-        """x [B,K,T,D] to [B,K,T,D]; with a cache, x holds only the new tokens."""
-        inner = self.norms[0](x)
-        if cache is None:
-            inner = self.attention(inner.flatten(0, 1), causal=True).view_as(inner)
-        else:
-            inner = self.attention.step(inner, cache, layer)
-        x = x + self.dropout(inner)
-        x = x + self.dropout(self.cross(self.norms[1](x), memory.keys[layer], memory.values[layer], memory.mask))
+    def forward(self, x: Tensor, layout: Layout, memory: Memory, layer: int) -> Tensor:
+        """Rows x [N,D] to [N,D]."""
+        x = x + self.dropout(self.attention(self.norms[0](x), layout, layer))
+        x = x + self.dropout(self.cross(self.norms[1](x), layout, memory.keys[layer], memory.values[layer], memory.mask))
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
 
@@ -139,25 +141,22 @@ class Captioner(nn.Module):
     def encode(self, regions: Regions) -> Memory:
         """Encode each image once; regions past `counts` are never attended to."""
         features, boxes, counts = regions
-        mask = (torch.arange(features.shape[1], device=features.device) < counts[:, None])[:, None, None, :]
-        mask = None if features.device.type == "cpu" and bool(mask.all()) else mask  # no such look at a GPU: it waits
+        there = (torch.arange(features.shape[1], device=features.device) < counts[:, None])[:, None, None, :]
+        everywhere = features.device.type == "cpu" and bool(there.all())  # no such look at a GPU: it waits
+        layout = Layout(None if everywhere else additive(there))
         places = waves(boxes)
         x = self.dropout(self.region(self.region_norm(features.float())) + self.box(places))
         for layer in self.encoder:
-            x = layer(x, mask)
+            x = layer(x, layout)
         x = self.memory_norm(x) + self.memory_box(places)
         keys, values = zip(*(layer.cross.project(x) for layer in self.decoder), strict=True)
-        return Memory(keys, values, mask)
+        return Memory(keys, values, layout.mask)
 
-    def states(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
-        """What the output layer reads after each of `tokens` [B,K,T]: states [B,K,T,D]."""
-        start = 0 if cache is None else cache.length
-        places = torch.arange(start, start + tokens.shape[2], device=tokens.device)
-        x = self.dropout(self.word(tokens) * self.config.width**0.5 + self.position(places))
+    def states(self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: Memory) -> Tensor:
+        """What the output layer reads after each of `words` [N], which stand at `positions` in their captions; [N,D]."""
+        x = self.dropout(self.word(words) * self.config.width**0.5 + self.position(positions))
         for number, layer in enumerate(self.decoder):
-            x = layer(x, memory, number, cache)
-        if cache is not None:
-            cache.length += tokens.shape[2]
+            x = layer(x, layout, memory, number)
         return self.norm(x)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -167,16 +166,37 @@ class Captioner(nn.Module):
     def decode(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """Score the next word after each of `tokens` [B,K,T]; returns logits [B,K,T,V].
 
-        With a `cache`, `tokens` are only the new ones: any number in the first call, one per caption after it.
+        With a `cache`, `tokens` are only the new ones: in the first call any number, and K may be 1, a beginning that all
+        captions share; one of each caption after it.
         """
-        return self.logits(self.states(tokens, memory, cache))
+        return self.logits(self.read(tokens, memory, cache))
 
-    def forward(self, regions: Regions, tokens: Tensor) -> Tensor:
-        """States [B,K,T,D] of whole captions: encode, then decode up to the output layer (training's entry)."""
-        return self.states(tokens, self.encode(regions))
+    def read(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+        """As `decode`, up to the output layer: states [B,K,T,D]."""
+        if cache is None:
+            text = Packed(tokens)
+            found = self.states(text.words, text.positions, text, memory)
+        else:
+            cache.begin(*tokens.shape[1:])
+            positions = torch.arange(cache.start, cache.length, device=tokens.device)
+            found = self.states(tokens.flatten(), positions.expand(tokens.shape).flatten(), cache, memory)
+        return found.view(*tokens.shape, -1)
+
+    def forward(self, regions: Regions, text: Packed) -> Tensor:
+        """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry)."""
+        return self.states(text.words, text.positions, text, self.encode(regions))
+
+    def generate(
+        self, regions: Regions, options: Generation | None = None, generator: torch.Generator | None = None, **names: Any
+    ) -> Captions:
+        """Captions of each image, as `options` say; `names` are fields of Generation, those of Hugging Face's `generate`."""
+        training = self.training
+        self.eval()
+        with torch.inference_mode():
+            found = generate(self, self.encode(regions), replace(options or Generation(), **names), generator)
+        self.train(training)
+        return found
 
     def start(self, memory: Memory, captions: int) -> KVCache:
         """An empty decoding cache for `captions` captions an image of `memory`."""
-        images, heads, _, depth = memory.keys[0].shape
-        shape = (images, captions, heads, self.config.max_length + 1, depth)
-        return KVCache(self.config.decoder_layers, shape, memory.keys[0])
+        return KVCache(self.config.decoder_layers, captions, self.config.max_length + 1, memory.keys[0])

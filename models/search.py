@@ -1,128 +1,352 @@
-"""Captions from a captioner: beam search, where a finished image leaves the batch, and sampling.
+"""Captions from a captioner: beam search, where finished images leave the batch, and sampling.
 
-A hypothesis of a beam scores sum(log p) / words**length_penalty, its <eos> counted as a word (0: the plain sum; 1: the mean).
-Of B images each has K beams; V words.
+A caption scores sum(log p) / words**length_penalty, its <eos> counted as a word (0: the plain sum; 1: the mean). Of B images
+each has K beams, in A arms: the groups of diverse beam search, or one arm for each number of forced words that are there.
+V words, L words of a caption at most, N captions asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.captioner import Captioner, Memory
+from models import ModelError
+from models.rules import NEVER, Barred, Forced
 
-NEVER = float("-inf")
+if TYPE_CHECKING:
+    from models.captioner import Captioner, Memory
+
+SHARE = 8  # finished images leave once they are one in so many
+SCORES = 640_000  # log-probabilities that exist at a time on a CPU: they stay in its cache
+TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
+BLOCK = 100  # words among which the largest score is found first
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How captions are found, by the names of Hugging Face's `generate`; lengths are in words, the <eos> not counted."""
+
+    num_beams: int = 5
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    max_length: int | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    force_words_ids: tuple[tuple[int, ...], ...] = ()
+    num_return_sequences: int = 1
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    suppress_tokens: tuple[int, ...] = (0, 1, 3)
+
+    def __post_init__(self) -> None:
+        for name in ("num_beams", "num_beam_groups", "num_return_sequences", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name in ("top_k", "diversity_penalty", "no_repeat_ngram_size", "min_length"):
+            if getattr(self, name) < 0:
+                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 0")
+        if not self.temperature > 0:
+            raise ModelError(f"temperature is {self.temperature}, it must be above 0")
+        if not 0 < self.top_p <= 1:
+            raise ModelError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
+        if self.early_stopping not in (False, True, "never"):
+            raise ModelError(f"early_stopping is {self.early_stopping!r}, it must be False, True or 'never'")
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ModelError(f"min_length {self.min_length} is above max_length {self.max_length}")
+        if self.num_beams % self.num_beam_groups:
+            raise ModelError(f"num_beams {self.num_beams} is not a multiple of num_beam_groups {self.num_beam_groups}")
+        if self.diversity_penalty and self.num_beam_groups == 1:
+            raise ModelError("diversity_penalty acts between groups: it needs num_beam_groups above 1")
+        if self.num_beam_groups > 1 and self.force_words_ids:
+            raise ModelError("num_beam_groups and force_words_ids do not go together")
+        if self.do_sample and (self.num_beam_groups > 1 or self.force_words_ids):
+            raise ModelError("do_sample draws each caption by itself: no num_beam_groups, no force_words_ids")
+        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ModelError("temperature, top_k and top_p shape what is drawn from: they need do_sample")
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise ModelError(f"num_return_sequences {self.num_return_sequences} is above num_beams {self.num_beams}")
+        if not all(self.bad_words_ids) or not all(self.force_words_ids):
+            raise ModelError("bad_words_ids and force_words_ids hold an empty phrase")
+
+    def limit(self, captioner: Captioner) -> int:
+        """The most words of a caption; ModelError where the captioner cannot write as many, or the rules need more."""
+        most = captioner.config.max_length
+        limit = self.max_length or most
+        if limit > most:
+            raise ModelError(f"max_length is {limit}; this captioner was made for captions of up to {most} words")
+        if self.min_length > limit:
+            raise ModelError(f"min_length is {self.min_length}, captions have at most {limit} words")
+        if sum(map(len, self.force_words_ids)) > limit:
+            raise ModelError(f"force_words_ids are more than the {limit} words of a caption")
+        return limit
+
+    @property
+    def barred(self) -> Barred:
+        return Barred(
+            self.eos_token_id, self.suppress_tokens, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids
+        )
+
+
+class Captions(NamedTuple):
+    """N captions of each image, best first (samples: as drawn): tokens [B,N,L] int64, <eos> after their end; scores and
+    log_p [B,N] float32, both -inf where fewer than N were found."""
+
+    tokens: Tensor
+    scores: Tensor
+    log_p: Tensor
+
+
+def generate(captioner: Captioner, memory: Memory, options: Generation, generator: torch.Generator | None = None) -> Captions:
+    """Captions of each image of `memory`; ModelError where the rules leave some image none."""
+    found = sample(captioner, memory, options, generator) if options.do_sample else beam_search(captioner, memory, options)
+    if (found.scores[:, 0] == NEVER).any():
+        raise ModelError("no caption keeps all rules: bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- beam search
 
 
 @torch.inference_mode()
-def beam_search(
-    captioner: Captioner,
-    memory: Memory,
-    beams: int,
-    max_length: int,
-    bos: int,
-    eos: int,
-    never: Sequence[int] = (),
-    length_penalty: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The best caption of each image: tokens [B,max_length] int64, <eos> after its end, and its score [B] float32.
+def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Captions:
+    """The best captions of each image that its beams come upon.
 
-    `never` are ids that are not generated. A beam that reaches `max_length` words without <eos> competes as it stands.
-    Ends for an image when no live beam can still beat its best finished caption: exact, since log p <= 0.
+    At every step each beam's <eos> makes a finished caption; the other words compete for the beams. A beam that reaches the
+    limit competes as it stands. An image is done, and its captions stay, when no live beam, as long as it is now, scores
+    more than the worst of its best K finished ones (early_stopping False, as Hugging Face); when K are finished (True); when
+    no live beam can still get there ("never": exact, since log p <= 0).
+    On a CPU finished images leave the batch; elsewhere the loop has fixed shapes and never looks at the device.
     """
-    images, device = memory.keys[0].shape[0], memory.keys[0].device
-    best_tokens = torch.full((images, max_length), eos, dtype=torch.int64, device=device)
-    best_scores = torch.full((images,), NEVER, device=device)
+    images, device, eos = memory.images, memory.keys[0].device, options.eos_token_id
+    limit, penalty, groups = options.limit(captioner), options.length_penalty, options.num_beam_groups
+    forced = Forced(options.force_words_ids, device) if options.force_words_ids else None
+    arms = forced.total + 1 if forced else groups
+    each = options.num_beams // groups  # beams of an arm
+    beams, barred = arms * each, options.barred
+    pool = Pool(images, groups, max(each, options.num_return_sequences), limit, eos, device)
     where = torch.arange(images, device=device)  # the image in each place of the shrinking batch
-    live = torch.full((images, beams), NEVER, device=device)
-    live[:, 0] = 0.0  # all beams begin alike: only one counts
-    words = torch.full((images, beams, max_length), eos, dtype=torch.int64, device=device)
-    newest = torch.full((images, beams, 1), bos, dtype=torch.int64, device=device)
+    done = torch.zeros(images, dtype=torch.bool, device=device)
+    live = torch.full((images, arms, each), NEVER, device=device)
+    live[:, : 1 if forced else groups, 0] = 0.0  # all beams begin alike: only one counts
+    words = torch.full((images, beams, limit), eos, dtype=torch.int64, device=device)
+    newest = torch.full((images, 1, 1), options.bos_token_id, dtype=torch.int64, device=device)
+    states = forced.start((images, beams)) if forced else None
     cache = captioner.start(memory, beams)
-    barred = torch.tensor(list(never), dtype=torch.int64, device=device)
 
-    for length in range(1, max_length + 1):
-        logits = captioner.decode(newest, memory, cache)[:, :, -1].float()
-        logits[:, :, barred] = NEVER
-        scores = live[:, :, None] + logits.log_softmax(dim=-1)
-        ended = scores[:, :, eos] / length**length_penalty
-        _keep_best(best_tokens, best_scores, where, ended, words)
+    for length in range(1, limit + 1):
+        scores = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1)
+        scores[:, list(options.suppress_tokens)] = NEVER
+        wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
+        found = go_on(scores, words[:, : newest.shape[1], : length - 1].flatten(0, 1), barred, wanted, options.num_beams)
+        found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
+        ended = live.flatten(1) + found.ended
+        ended = ended.masked_fill(done[:, None], NEVER).view(len(where), groups, -1)
+        if forced:
+            ended[:, :, : -each] = NEVER
+        pool.add(where, ended / length**penalty, words)
 
-        scores[:, :, eos] = NEVER
-        width = scores.shape[2]
-        live, flat = scores.flatten(1).topk(min(beams, beams * width), dim=1)
-        origin, newest = flat // width, (flat % width)[:, :, None]
-        words = words.gather(1, origin[:, :, None].expand(-1, -1, max_length))
-        words[:, :, length - 1 : length] = newest
+        top = live.view(len(where), beams, 1) + found.log_p
+        if forced:
+            live, origin, newest, states = choose_by_progress(top, found.words, states, forced, arms, limit - length)
+        else:
+            live, origin, newest = choose(top, found.words, groups, options.diversity_penalty)
+        words = words.gather(1, origin[:, :, None].expand(-1, -1, limit))
+        words[:, :, length - 1] = newest
+        newest = newest[:, :, None]
         cache.reorder(origin)
-
-        bound = live[:, 0] / (max_length if length_penalty > 0 else length) ** length_penalty
-        going = bound > best_scores[where]
-        if length == max_length:
-            _keep_best(best_tokens, best_scores, where, live / length**length_penalty, words)
-        elif not going.all():
-            kept = going.nonzero()[:, 0]
-            if not len(kept):
+        if length == limit:
+            last = live[:, -1:] if forced else live
+            last = last.masked_fill(done[:, None, None], NEVER)
+            pool.add(where, last / length**penalty, words[:, -each * groups :])
+            break
+        worst, best = pool.scores[where, :, each - 1], live.flatten(1).view(len(where), groups, -1).amax(2)
+        reach = limit if options.early_stopping == "never" and penalty > 0 else length
+        stop = worst >= best / reach**penalty if options.early_stopping is not True else worst > NEVER
+        done = done | (stop & (worst > NEVER) | (best == NEVER)).all(1)
+        if device.type == "cpu" and (left := int(done.sum())) * SHARE >= len(where):
+            if left == len(where):
                 break
-            where, live, words, newest = where[kept], live[kept], words[kept], newest[kept]
-            memory = memory.keep(kept)
+            kept = close_up(~done)
+            shrunk = len(where) < images  # before, memory is what was given, and stays whole
+            where, done, live, words, newest = where[kept], done[kept], live[kept], words[kept], newest[kept]
+            states = states[kept] if forced else None
+            memory = memory.keep(kept, in_place=shrunk)
             cache.keep(kept)
-    return best_tokens, best_scores
+    return pool.best(options.num_return_sequences, penalty)
 
 
-def _keep_best(best_tokens: Tensor, best_scores: Tensor, where: Tensor, scores: Tensor, words: Tensor) -> None:
-    """Put the best of each image's hypotheses, `scores` [b,K] and `words` [b,K,L], where it beats the best so far."""
-    top, beam = scores.max(dim=1)
-    better = top > best_scores[where]
-    found = words[torch.arange(len(where), device=where.device), beam]
-    best_tokens[where[better]] = found[better]
-    best_scores[where[better]] = top[better]
+class Candidates(NamedTuple):
+    """How N captions may go on: M words each, words [N,M] int64 and their log p [N,M] float32; ended [N], log p of the end."""
+
+    words: Tensor
+    log_p: Tensor
+    ended: Tensor
+
+
+def go_on(scores: Tensor, words: Tensor, barred: Barred, wanted: Tensor | None, count: int) -> Candidates:
+    """The `count` likeliest words that are not barred, and after them those `wanted` [N,C] (-1: none), no word twice.
+
+    scores [N,V] of the word after `words` [N,l]. Log-probabilities exist for some rows at a time, never for all.
+    """
+    found = []
+    rows = max(1, SCORES // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    for start in range(0, len(scores), rows):
+        part = slice(start, start + rows)
+        log_p = scores[part].log_softmax(dim=1, dtype=torch.float32)
+        barred(log_p, words[part])
+        ended = log_p[:, barred.eos].clone()
+        log_p[:, barred.eos] = NEVER
+        if wanted is None:
+            top, ids = likeliest(log_p, count)
+        else:
+            asked = wanted[part]
+            twice = (asked[:, :, None] == asked[:, None, :]).tril(-1).any(2)
+            of_asked = log_p.gather(1, asked.clamp(min=0)).masked_fill((asked < 0) | twice, NEVER)
+            top, ids = likeliest(log_p, count + asked.shape[1])
+            top = top.masked_fill((ids[:, :, None] == asked[:, None, :]).any(2), NEVER)
+            top, ids = torch.cat([top, of_asked], 1), torch.cat([ids, asked.clamp(min=0)], 1)
+        found.append((ids, top, ended))
+    return Candidates(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def choose(top: Tensor, words: Tensor, groups: int, diversity: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The beams to go on with, by candidates' scores top [b,K,M]: live [b,A,K/A], origin [b,K], words [b,K].
+
+    With several groups each chooses after the ones before it, a word of theirs costing it `diversity` each time; scores stay
+    log p (Vijayakumar et al. 2016).
+    """
+    images, beams, count = top.shape
+    each = beams // groups
+    words = words.expand_as(top)
+    live, origin, chosen = [], [], []
+    for group in range(groups):
+        mine = slice(group * each, (group + 1) * each)
+        scores, ids = top[:, mine].flatten(1), words[:, mine].flatten(1)
+        order = scores
+        if chosen and diversity:
+            order = scores - diversity * (ids[:, :, None] == torch.cat(chosen, 1)[:, None, :]).sum(2)
+        place = order.topk(min(each, order.shape[1]), dim=1).indices
+        live.append(scores.gather(1, place))
+        origin.append(place // count + group * each)
+        chosen.append(ids.gather(1, place))
+    return torch.stack(live, 1), torch.cat(origin, 1), torch.cat(chosen, 1)
+
+
+def choose_by_progress(
+    top: Tensor, words: Tensor, states: Tensor, forced: Forced, arms: int, left: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `choose`, the best for each number of forced words that are there (Hokamp & Liu 2017), and their states [b,K,C].
+
+    Captions that could not bring in the rest within the `left` words after this one are left behind.
+    """
+    images, beams, count = top.shape
+    each = beams // arms
+    words = words.expand_as(top)
+    after = forced.after(states[:, :, None], words)
+    progress = forced.progress(after).flatten(1)
+    live, places = [], []
+    for arm in range(arms):
+        fits = (progress == arm) if forced.total - arm <= left else torch.zeros_like(progress, dtype=torch.bool)
+        best = top.flatten(1).masked_fill(~fits, NEVER).topk(each, dim=1)
+        live.append(best.values)
+        places.append(best.indices)
+    place = torch.cat(places, 1)
+    after = after.flatten(1, 2).gather(1, place[:, :, None].expand(-1, -1, after.shape[3]))
+    return torch.stack(live, 1), place // count, words.flatten(1).gather(1, place), after
+
+
+def close_up(going: Tensor) -> Tensor:
+    """Places [b] of the images that go on: those from the end in the places of those that leave, so that few move."""
+    places = going.nonzero()[:, 0]
+    count = len(places)
+    order = torch.arange(count, device=going.device)
+    order[~going[:count]] = places[places >= count]
+    return order
+
+
+class Pool:
+    """The best finished captions of each image and group: tokens [B,G,P,L], scores [B,G,P], best first."""
+
+    def __init__(self, images: int, groups: int, size: int, limit: int, eos: int, device: torch.device) -> None:
+        self.eos = eos
+        self.tokens = torch.full((images, groups, size, limit), eos, dtype=torch.int64, device=device)
+        self.scores = torch.full((images, groups, size), NEVER, device=device)
+
+    def add(self, where: Tensor, scores: Tensor, words: Tensor) -> None:
+        """Captions of the images `where` [b]: scores [b,G,n], words [b,G*n,L]; those stay that are among the best."""
+        images, groups, count = scores.shape
+        words = words.unflatten(1, (groups, count))
+        scores = torch.cat([self.scores[where], scores], 2)
+        words = torch.cat([self.tokens[where], words], 2)
+        best = scores.topk(self.scores.shape[2], dim=2)
+        self.scores[where] = best.values
+        self.tokens[where] = words.gather(2, best.indices[..., None].expand(-1, -1, -1, words.shape[3]))
+
+    def best(self, count: int, penalty: float) -> Captions:
+        """The `count` best of all groups, no caption twice."""
+        tokens, scores = self.tokens.flatten(1, 2), self.scores.flatten(1)
+        if self.tokens.shape[1] > 1:
+            same = (tokens[:, :, None] == tokens[:, None, :]).all(3).tril(-1).any(2)
+            scores = scores.masked_fill(same, NEVER)
+        scores, order = scores.topk(count, dim=1)
+        tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
+        words = ((tokens != self.eos).sum(2) + 1).clamp(max=tokens.shape[2])
+        return Captions(tokens, scores, scores * words**penalty)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 @torch.inference_mode()
 def sample(
-    captioner: Captioner,
-    memory: Memory,
-    captions: int,
-    max_length: int,
-    bos: int,
-    eos: int,
-    never: Sequence[int] = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`captions` samples of each image: tokens [B,K,max_length] int64, <eos> after their end, and log p [B,K] float32.
+    captioner: Captioner, memory: Memory, options: Generation, generator: torch.Generator | None = None
+) -> Captions:
+    """num_return_sequences samples of each image.
 
     Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all) and then the
     likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution drawn from, the
-    <eos> included. The loop is as long as `max_length`, with no look at the device; on a CPU it ends with the last caption.
+    <eos> included. The loop is as long as the longest caption may be, with no look at the device; on a CPU it ends with the
+    last caption.
     """
-    images, device = memory.keys[0].shape[0], memory.keys[0].device
-    tokens = torch.full((images, captions, max_length), eos, dtype=torch.int64, device=device)
-    total = torch.zeros(images, captions, device=device)
-    going = torch.ones(images, captions, dtype=torch.bool, device=device)
-    newest = torch.full((images, captions, 1), bos, dtype=torch.int64, device=device)
+    device, eos = memory.keys[0].device, options.eos_token_id
+    limit, barred = options.limit(captioner), options.barred
+    parts = -(-options.num_return_sequences // TOGETHER)
+    memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts)) if parts > 1 else memory
+    images, captions = memory.images, -(-options.num_return_sequences // parts)
+    tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
+    log_p = torch.zeros(images * captions, device=device)
+    going = torch.ones(images * captions, dtype=torch.bool, device=device)
+    newest = torch.full((images, captions, 1), options.bos_token_id, dtype=torch.int64, device=device)
     cache = captioner.start(memory, captions)
-    barred = torch.tensor(list(never), dtype=torch.int64, device=device)
-    for place in range(max_length):
-        logits = captioner.decode(newest, memory, cache)[:, :, -1].float() / temperature
-        logits[:, :, barred] = NEVER
-        scores = _likeliest(logits, top_k, top_p).log_softmax(dim=-1)
-        drawn = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(images, captions, 1)
-        total += scores.gather(2, drawn)[:, :, 0].where(going, 0)
-        newest = drawn.where(going[:, :, None], eos)
-        tokens[:, :, place] = newest[:, :, 0]
-        going = going & (newest[:, :, 0] != eos)
+    for place in range(limit):
+        logits = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1).float() / options.temperature
+        barred(logits, tokens[:, :place])
+        scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
+        drawn = torch.multinomial(scores.exp(), 1, generator=generator)
+        log_p += scores.gather(1, drawn)[:, 0].where(going, 0)
+        drawn = drawn[:, 0].where(going, eos)
+        tokens[:, place] = drawn
+        newest = drawn.view_as(newest)
+        going = going & (drawn != eos)
         if device.type == "cpu" and not going.any():
             break
-    return tokens, total
+    words = ((tokens != eos).sum(1) + 1).clamp(max=limit)
+    scores = log_p / words**options.length_penalty
+    asked = slice(options.num_return_sequences)
+    return Captions(*(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p)))
 
 
-def _likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always stays."""
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -132,3 +356,26 @@ def _likeliest(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
         logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, NEVER))
     return logits
+
+
+# ------------------------------------------------------------------------------------------------- passes over all words
+
+
+def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of scores [N,V] and where they stand, as topk: [N,count] both.
+
+    The largest of each block of words come first, by a pass that is as fast as memory; the answers stand in the `count`
+    best blocks. topk itself goes through a row several times.
+    """
+    rows, words = scores.shape
+    blocks = words // BLOCK
+    if blocks <= count:
+        return scores.topk(min(count, words), dim=1)
+    even = blocks * BLOCK
+    parts = scores[:, :even].unflatten(1, (blocks, BLOCK))
+    best = parts.amax(2).topk(count, dim=1).indices
+    found = parts.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    ids = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    rest = torch.arange(even, words, device=scores.device).expand(rows, -1)
+    top, place = torch.cat([found, scores[:, even:]], 1).topk(count, dim=1)
+    return top, torch.cat([ids, rest], 1).gather(1, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_a_shifted_position_is_caught(monkeypatch):
             self.inner = inner
 
         def forward(self, places: torch.Tensor) -> torch.Tensor:
-            step = places.numel() == 1 and places.item() > 0
+            step = len(places.unique()) == 1 and places[0] > 0
             return self.inner((places + 1).clamp(max=self.inner.num_embeddings - 1) if step else places)
 
     def shifted(tiny, **changes):
@@ -62,14 +63,14 @@ def test_a_shifted_position_is_caught(monkeypatch):
 
 
 def test_a_finished_beam_that_is_lost_is_caught(monkeypatch):
-    keep, lost = search._keep_best, []
+    add, lost = search.Pool.add, []
 
-    def keep_only_the_last(best_tokens, best_scores, where, scores, words):
-        best_scores[where] = float("-inf")  # what had ended before is forgotten
+    def keep_only_the_last(pool, where, scores, words):
+        pool.scores[where] = float("-inf")  # what had ended before is forgotten
         lost.append(1)
-        keep(best_tokens, best_scores, where, scores, words)
+        add(pool, where, scores, words)
 
-    monkeypatch.setattr(search, "_keep_best", keep_only_the_last)
+    monkeypatch.setattr(search.Pool, "add", keep_only_the_last)
     cases = [(penalty, seed) for penalty in (0.0, 0.7, 1.0) for seed in (1, 2, 3)]
     assert caught(test_search.test_a_wide_beam_finds_what_brute_force_finds, *cases) and lost
 
@@ -78,7 +79,7 @@ def test_a_length_penalty_that_counts_twice_is_caught(monkeypatch):
     once = search.beam_search
 
     def twice(*arguments):
-        return once(*arguments[:-1], 2 * arguments[-1])
+        return once(*arguments[:-1], replace(arguments[-1], length_penalty=2 * arguments[-1].length_penalty))
 
     monkeypatch.setattr(test_search, "beam_search", twice)
     assert caught(test_search.test_the_reported_score_is_the_captions_own, (2,))

@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from models.grid import Regions
-from models.search import beam_search, sample
+from models.search import Generation, beam_search, sample
 from tests.test_captioner import WORDS, some_regions, tiny
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 
-def search(captioner, regions, beams, max_length=7, never=(PAD, BOS, UNK), penalty=1.0):
+def search(captioner, regions, beams, max_length=7, never=(PAD, BOS, UNK), penalty=1.0, **names):
     with torch.no_grad():
-        return beam_search(captioner, captioner.encode(regions), beams, max_length, BOS, EOS, never, penalty)
+        options = Generation(
+            num_beams=beams, max_length=max_length, suppress_tokens=tuple(never), length_penalty=penalty, **names
+        )
+        found = beam_search(captioner, captioner.encode(regions), options)
+        return found.tokens[:, 0], found.scores[:, 0]
 
 
 def brute_force(captioner, regions, words, max_length, penalty):
@@ -143,7 +147,10 @@ def draw(captioner, regions, captions, max_length=3, never=(PAD, BOS, UNK, 7, 8,
     with torch.no_grad():
         memory = captioner.encode(regions)
         generator = torch.Generator().manual_seed(seed)
-        return sample(captioner, memory, captions, max_length, BOS, EOS, never, generator=generator, **options)
+        options = Generation(
+            do_sample=True, num_return_sequences=captions, max_length=max_length, suppress_tokens=tuple(never), **options
+        )
+        return sample(captioner, memory, options, generator)[::2]
 
 
 def probabilities(captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temperature=1.0) -> dict[tuple, float]:

@@ -1,0 +1,60 @@
+"""What benchmarks share: the hardware's name, medians of works that take turns, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+
+import click
+
+
+def header() -> dict[str, object]:
+    """Hardware and date, for the report's first lines."""
+    return {"hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today())}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def seconds_of(work: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(
+    works: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after one that is not counted: all see the same busy or idle machine."""
+    for work in works.values():
+        work()
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            found[name].append(seconds_of(work, synchronize))
+    return found
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """Median over the rounds of how many times as long the one took."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def report(figures: Mapping[str, object], out: Path | None) -> None:
+    """Print the figures by name, and write them as JSON where asked."""
+    for name, value in figures.items():
+        click.echo(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
+    if out:
+        out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""A training step of our decoder against its plain twin, Hugging Face's GPT-2 and the limit of the machine's products.
+
+    python -m benchmarks.train [--json FILE]
+
+50 images of 49x2048 features with five captions of Flickr8k's lengths each, random words of 10,000; loss, gradient and AdamW.
+Ours and the twin encode the images; Hugging Face is given encoded regions, repeated for each caption, and has no encoder. All
+take turns in one process; figures are medians, ratios medians of the rounds' ratios. `of_limit` is the share of the best bf16
+product's operations a second that went into operations that training needs: padding and repeated images do not count.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.measure import header, in_turn, ratio, report
+from benchmarks.peers import (
+    WORDS,
+    decoder_operations,
+    encoder_operations,
+    flickr8k_tokens,
+    hugging_face,
+    hugging_face_loss,
+    limit,
+    median_rate,
+    our_captioner,
+    plain_loss,
+    random_regions,
+    training_step,
+)
+from data.vocabulary import PAD
+from models.grid import Regions
+from models.losses import caption_loss
+from pipeline.runtime import open_machine
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
+              default="../shared/real", help="folder of Flickr8k's captions")  # fmt: skip
+@click.option("--images", default=50, help="images a step, five captions each")
+@click.option("--rounds", default=7)
+@click.option("--device", default="auto")
+@click.option("--compile", "compiled", is_flag=True, help="ours by torch.compile")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
+def main(real: Path, images: int, rounds: int, device: str, compiled: bool, out: Path | None) -> None:
+    """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
+    machine = open_machine(device)
+    tokens = flickr8k_tokens(real, images)
+    figures = header() | {"machine": str(machine), "torch": torch.__version__, "images": images,
+                          "mean words": ((tokens != PAD).sum() / tokens[:, :, 0].numel() - 2).item(),
+                          "longest": tokens.shape[2] - 2}  # fmt: skip
+    for dropout in (0.0, 0.1):
+        found = measure(tokens, dropout, rounds, machine.device, compiled)
+        figures |= {f"{name}{' (dropout 0.1)' if dropout else ''}": value for name, value in found.items()}
+    report(figures, out)
+
+
+def measure(tokens: torch.Tensor, dropout: float, rounds: int, device: torch.device, compiled: bool) -> dict[str, object]:
+    images, captions = tokens.shape[0], tokens[:, :, 0].numel()
+    there = random_regions(images)
+    regions = Regions(*(part.to(device) for part in there))
+    encoded, on_device = torch.randn(images, 49, 512, device=device), tokens.to(device)
+    captioner, twin = (our_captioner(dropout).to(device) for _ in range(2))
+    peers = [hugging_face(dropout).to(device) for _ in range(2)]
+    ours = torch.compile(captioner, dynamic=True) if compiled else captioner
+
+    def our_loss() -> torch.Tensor:
+        loss, words = caption_loss(ours, regions, tokens, PAD)
+        return loss / words
+
+    works = {
+        "ours": training_step(captioner, our_loss, True, device),
+        "twin": training_step(twin, lambda: plain_loss(twin, regions, on_device), True, device),
+        "hf_fp32": training_step(peers[0], lambda: hugging_face_loss(peers[0], encoded, on_device), False, device),
+        "hf_bf16": training_step(peers[1], lambda: hugging_face_loss(peers[1], encoded, on_device), True, device),
+    }
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = in_turn(works, rounds, wait)
+    words = (tokens != PAD).sum().item() - captions  # rows of the decoder: all but each caption's last token
+    operations = 3 * (images * encoder_operations(captioner.config)
+                      + words * decoder_operations(captioner.config, words / captions / 2))  # fmt: skip
+    best = limit([(3000, 512, 2048), (3000, 512, WORDS), (4096, 4096, 4096)], device)
+    figures: dict[str, object] = {f"{name}, captions/s": median_rate(captions, found) for name, found in seconds.items()}
+    figures |= {f"ratio_{name}": ratio(found, seconds["ours"]) for name, found in seconds.items() if name != "ours"}
+    rate = median_rate(1, seconds["ours"]) * operations
+    return figures | {"operations a step, GFLOP": operations / 1e9, "operations a second, GFLOP/s": rate / 1e9,
+                      "limit, GFLOP/s": best / 1e9, "of_limit": rate / best}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Rules that captions keep while they are found: words that may not come next, and phrases that must come.
+
+N captions that grow side by side, L words at most, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+class Barred:
+    """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams, unwanted phrases."""
+
+    def __init__(
+        self, eos: int, always: Sequence[int] = (), min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """always: ids that never come; min_length: words before the end; ngram: n of those that come once; 0: no such rule;
+        phrases: ids in a row that never come."""
+        self.eos, self.min_length, self.ngram = eos, min_length, ngram
+        self.always = [*always, *(phrase[0] for phrase in phrases if len(phrase) == 1)]
+        self.phrases = [list(phrase) for phrase in phrases if len(phrase) > 1]
+
+    def __call__(self, scores: Tensor, words: Tensor) -> None:
+        """scores [N,V] of the word after `words` [N,l], l words that are there; in place."""
+        length = words.shape[1]
+        for word in self.always:
+            scores[:, word] = NEVER
+        if length < self.min_length:
+            scores[:, self.eos] = NEVER
+        for phrase in self.phrases:
+            begun = len(phrase) - 1
+            if length >= begun:
+                last = torch.tensor(phrase[:-1], device=words.device)
+                scores[:, phrase[-1]].masked_fill_((words[:, length - begun :] == last).all(1), NEVER)
+        if self.ngram and length >= self.ngram:
+            followers = words[:, self.ngram - 1 :]
+            repeated = torch.ones_like(followers, dtype=torch.bool)
+            for place in range(self.ngram - 1):  # words 0, 1, ... of each n-gram against those that end the caption
+                here = words[:, place : place + followers.shape[1]]
+                repeated &= here == words[:, length - self.ngram + 1 + place, None]
+            bans = torch.zeros_like(followers, dtype=scores.dtype).masked_fill_(repeated, NEVER)
+            scores.scatter_add_(1, followers, bans)
+
+
+class Forced:
+    """Phrases that each caption must hold: how far it has come with each, as one number a phrase.
+
+    A state is the number of a phrase's words that the caption ends with, and stays at the whole once it was there
+    (Knuth, Morris & Pratt 1977). `total` is the number of words of all phrases.
+    """
+
+    def __init__(self, phrases: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.lengths = [len(phrase) for phrase in phrases]
+        self.total = sum(self.lengths)
+        most = max(self.lengths)
+        self.words = torch.full((len(phrases), most + 1), -1, device=device)  # the next word in each state; whole: none
+        self.back = torch.zeros(len(phrases), most + 1, most, dtype=torch.int64, device=device)
+        for number, phrase in enumerate(phrases):
+            self.words[number, : len(phrase)] = torch.tensor(phrase)
+            for state in range(len(phrase)):
+                for place, word in enumerate(phrase):  # after a word of the phrase, the longest beginning that ends there
+                    text = [*phrase[:state], word]
+                    fits = (n for n in range(min(len(text), len(phrase)), 0, -1) if text[-n:] == list(phrase[:n]))
+                    self.back[number, state, place] = next(fits, 0)
+            self.back[number, len(phrase)] = len(phrase)
+        self.whole = torch.tensor(self.lengths, device=device)
+
+    def start(self, shape: Sequence[int]) -> Tensor:
+        """The states of captions without words: zeros [*shape,C] of C phrases."""
+        return torch.zeros(*shape, len(self.lengths), dtype=torch.int64, device=self.words.device)
+
+    def next(self, states: Tensor) -> Tensor:
+        """The word that brings each phrase on, -1 where it is whole: states [...,C] to ids [...,C]."""
+        return self.words[torch.arange(len(self.lengths), device=states.device), states]
+
+    def after(self, states: Tensor, words: Tensor) -> Tensor:
+        """states [...,1,C] and words [...,M] to the states after them [...,M,C]."""
+        phrase = torch.arange(len(self.lengths), device=states.device)
+        is_there = words[..., None, None] == self.words[:, :-1]  # [...,M,C,P]
+        found = (self.back[phrase, states] * is_there).amax(-1)
+        return torch.where(states == self.whole, states, found)
+
+    def progress(self, states: Tensor) -> Tensor:
+        """Words of whole phrases and of the longest one begun, [...]: `total` less it is what can bring in the rest."""
+        whole = states == self.whole
+        return (states * whole).sum(-1) + (states * ~whole).amax(-1)
