@@ -38,12 +38,13 @@ def in_turn(
     works: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
     """Seconds of each work in each round, after one that is not counted: all see the same busy or idle machine."""
-    for work in works.values():
-        work()
     found: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, work in works.items():
-            found[name].append(seconds_of(work, synchronize))
+            seconds = seconds_of(work, synchronize)
+            click.echo(f"round {number} of {rounds}, {name}: {seconds:.2f} s", err=True)
+            if number:
+                found[name].append(seconds)
     return found
 
 

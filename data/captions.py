@@ -33,8 +33,9 @@ class Batch:
     image_ids: list[int]
 
     def to(self, device: torch.device) -> Batch:
-        moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts, self.tokens)]
-        return Batch(*moved, self.image_ids)
+        """The regions on a device; tokens stay, since where words stand is found out without keeping a device waiting."""
+        moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)]
+        return Batch(*moved, self.tokens, self.image_ids)
 
 
 class CachedImages(torch.utils.data.Dataset):

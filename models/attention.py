@@ -1,6 +1,7 @@
 """Multi-head attention, and the layouts it runs over: regions, captions packed without padding, captions as they grow.
 
-B images, K captions an image, T tokens, R regions, N rows, Q places of queries, S places of keys, D model width, H heads, d = D/H.
+B images, K captions an image, T tokens, R regions, N rows, Q places of queries, S places of keys, D model width,
+H heads, d = D/H.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class KVCache(Layout):
 
         captions is K, or in the first call 1: a beginning that all K share.
         """
-        images, most, _ = self.origin.shape
+        images = len(self.origin)
         self.start, self.length = self.length, self.length + tokens
         own = self.captions[:captions]
         self.origin[:, :, self.start : self.length] = own[:, None]

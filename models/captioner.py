@@ -58,6 +58,9 @@ class Memory(NamedTuple):
     def images(self) -> int:
         return self.keys[0].shape[0]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.keys, *self.values) if self.mask is None else (*self.keys, *self.values, self.mask)
+
     def keep(self, images: Tensor, in_place: bool = False) -> Memory:
         """Only these images, `images` [b] int64; in_place: moved to the front of this memory, which is spent by it."""
         mask = None if self.mask is None else self.mask[images]

@@ -35,8 +35,10 @@ class Barred:
         for phrase in self.phrases:
             begun = len(phrase) - 1
             if length >= begun:
-                last = torch.tensor(phrase[:-1], device=words.device)
-                scores[:, phrase[-1]].masked_fill_((words[:, length - begun :] == last).all(1), NEVER)
+                here = torch.ones(len(words), dtype=torch.bool, device=words.device)
+                for place, word in enumerate(phrase[:-1]):
+                    here &= words[:, length - begun + place] == word
+                scores[:, phrase[-1]].masked_fill_(here, NEVER)
         if self.ngram and length >= self.ngram:
             followers = words[:, self.ngram - 1 :]
             repeated = torch.ones_like(followers, dtype=torch.bool)

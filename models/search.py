@@ -7,6 +7,7 @@ V words, L words of a caption at most, N captions asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,9 +107,18 @@ class Captions(NamedTuple):
     log_p: Tensor
 
 
-def generate(captioner: Captioner, memory: Memory, options: Generation, generator: torch.Generator | None = None) -> Captions:
-    """Captions of each image of `memory`; ModelError where the rules leave some image none."""
-    found = sample(captioner, memory, options, generator) if options.do_sample else beam_search(captioner, memory, options)
+def generate(
+    captioner: Captioner,
+    memory: Memory,
+    options: Generation,
+    generator: torch.Generator | None = None,
+    search: Callable[[Captioner, Memory, Generation], Captions] | None = None,
+) -> Captions:
+    """Captions of each image of `memory`; ModelError where the rules leave some image none. `search`: beam_search, or one
+    that does the same (models.captured)."""
+    if options.do_sample:
+        return sample(captioner, memory, options, generator)
+    found = (search or beam_search)(captioner, memory, options)
     if (found.scores[:, 0] == NEVER).any():
         raise ModelError("no caption keeps all rules: bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length")
     return found
@@ -145,7 +155,8 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
 
     for length in range(1, limit + 1):
         scores = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1)
-        scores[:, list(options.suppress_tokens)] = NEVER
+        for word in options.suppress_tokens:
+            scores[:, word] = NEVER
         wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
         found = go_on(scores, words[:, : newest.shape[1], : length - 1].flatten(0, 1), barred, wanted, options.num_beams)
         found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
@@ -225,7 +236,7 @@ def choose(top: Tensor, words: Tensor, groups: int, diversity: float) -> tuple[T
     With several groups each chooses after the ones before it, a word of theirs costing it `diversity` each time; scores stay
     log p (Vijayakumar et al. 2016).
     """
-    images, beams, count = top.shape
+    beams, count = top.shape[1:]
     each = beams // groups
     words = words.expand_as(top)
     live, origin, chosen = [], [], []
@@ -249,7 +260,7 @@ def choose_by_progress(
 
     Captions that could not bring in the rest within the `left` words after this one are left behind.
     """
-    images, beams, count = top.shape
+    beams, count = top.shape[1:]
     each = beams // arms
     words = words.expand_as(top)
     after = forced.after(states[:, :, None], words)
@@ -284,8 +295,7 @@ class Pool:
 
     def add(self, where: Tensor, scores: Tensor, words: Tensor) -> None:
         """Captions of the images `where` [b]: scores [b,G,n], words [b,G*n,L]; those stay that are among the best."""
-        images, groups, count = scores.shape
-        words = words.unflatten(1, (groups, count))
+        words = words.unflatten(1, scores.shape[1:])
         scores = torch.cat([self.scores[where], scores], 2)
         words = torch.cat([self.tokens[where], words], 2)
         best = scores.topk(self.scores.shape[2], dim=2)

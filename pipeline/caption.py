@@ -12,27 +12,27 @@ from data.features import iterate, write_whole
 from data.folder import photographs_under
 from data.sources import image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding import load_captioner
+from pipeline.decoding import Caption, load_captioner
+from pipeline.options import DecodingOptions
 from pipeline.terminal import progress, say
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(DecodingOptions):
     """Which photographs, with which checkpoint."""
 
     photographs: tuple[Path, ...] = setting((), "photographs, and folders of them", name="PHOTO_OR_FOLDER...")
     checkpoint: Path = setting(Path("runs/sample"), "folder that pipeline.train wrote")
-    out: Path | None = setting(None, "captions as JSON: file_name, image_id, caption")
-    beam: int | None = setting(None, "beams  [the run's]")
-    length_penalty: float | None = setting(None, "exponent of the length  [the run's]")
+    out: Path | None = setting(None, "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities")
     batch: int = setting(16, "photographs captioned together")
     limit: int | None = setting(None, "caption only the first N photographs")
     device: str = setting("auto", "where to run", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "unused by beam search; every stage takes it")
+    seed: int = setting(0, "of --sample")
 
     def __post_init__(self) -> None:
-        for name in ("beam", "batch", "limit"):
+        super().__post_init__()
+        for name in ("batch", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
         if not self.photographs:
@@ -54,16 +54,27 @@ def main(config: CaptionConfig) -> None:
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     records, unreadable = [], []
     with progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
-        for chosen in iterate(photos, config.batch):
-            found = captioner.try_caption([photo.path for photo in chosen], config.beam, config.length_penalty)
-            for photo, (caption, reason) in zip(chosen, found, strict=True):
+        for number, chosen in enumerate(iterate(photos, config.batch)):
+            paths = [photo.path for photo in chosen]
+            found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())
+            for photo, (captions, reason) in zip(chosen, found, strict=True):
                 if reason:
                     unreadable.append(f"{photo.path}: {reason}")
-                    continue
-                print(f"{photo.name}: {caption}", flush=True)
-                records.append({"file_name": photo.name, "image_id": photo.id, "caption": caption})
+                else:
+                    records.append(tell(photo, captions, config.nbest is not None))
             bar.step(len(chosen))
     report(config, records, unreadable)
+
+
+def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
+    """Print a photograph's caption, or its captions with their log-probabilities; its record for --out."""
+    record = {"file_name": photo.name, "image_id": photo.id, "caption": captions[0].text}
+    if not all_of_them:
+        print(f"{photo.name}: {captions[0].text}", flush=True)
+        return record
+    for caption in captions:
+        print(f"{photo.name}: {caption.text}  ({caption.log_p:.2f})", flush=True)
+    return record | {"captions": [{"caption": caption.text, "log_probability": caption.log_p} for caption in captions]}
 
 
 def find_photographs(places: Sequence[Path]) -> list[Photo]:

@@ -61,7 +61,8 @@ def command(config_class: type) -> Callable[[Callable], click.Command]:
             main(config_class(**values))
 
         types_of = typing.get_type_hints(config_class)
-        options = [_option(item, types_of[item.name]) for item in fields(config_class)]
+        own = config_class.__annotations__  # what a stage shares with another stands after its own
+        options = [_option(item, types_of[item.name]) for item in sorted(fields(config_class), key=lambda f: f.name not in own)]
         return _Command(
             name=main.__module__,
             callback=call,

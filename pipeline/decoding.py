@@ -1,106 +1,203 @@
 """Captions from regions and from photographs: what train's validation, evaluate and caption share.
 
     captioner = load_captioner("runs/f8k")
-    captioner.caption(["photo.jpg"])       # ["a dog runs through the grass"]
+    captioner.caption(["photo.jpg"])                               # ["a dog runs through the grass"]
+    captioner.generate(regions, num_beams=5, min_length=8)         # for each image its captions with their log p
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from data.features import FeatureCache, iterate
 from data.images import Photographs, UnreadableImage, stack
-from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
+from data.tokens import tokenize
+from data.vocabulary import UNK, Vocabulary
+from models import ModelError
 from models.backbones import Backbone
 from models.captioner import Captioner
+from models.captured import BeamSearch
 from models.grid import Regions
-from models.search import beam_search
+from models.search import Generation, generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.cli import UserError
+from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
 
 
-def decode_regions(
-    captioner: Captioner, vocabulary: Vocabulary, regions: Regions, machine: Machine, beam: int, length_penalty: float
-) -> list[str]:
-    """One caption for each image of `regions`, on `machine`'s device, by beam search."""
-    with torch.inference_mode(), machine.autocast():
-        memory = captioner.encode(regions)
-        tokens, _ = beam_search(
-            captioner, memory, beam, captioner.config.max_length, BOS, EOS, (PAD, BOS, UNK), length_penalty
-        )
-    return [vocabulary.decode(row) for row in tokens.tolist()]
+class Caption(NamedTuple):
+    """A caption with the log-probability of its words and its end, in nats, and that over words**length_penalty."""
+
+    text: str
+    log_p: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by `options`."""
+
+    captioner: Captioner
+    vocabulary: Vocabulary
+    machine: Machine
+    options: Generation
+    seed: int = 0  # of samples
+    search: BeamSearch = field(default_factory=BeamSearch)
+
+    def __call__(self, regions: Regions, number: int = 0) -> list[list[Caption]]:
+        """The captions of each image of a batch, best first; samples follow from the seed and the batch's `number`."""
+        device = self.machine.device
+        draws = torch.Generator(device).manual_seed(self.seed * 1_000_003 + number) if self.options.do_sample else None
+        with torch.inference_mode(), self.machine.autocast():
+            memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
+            try:
+                found = generate(self.captioner, memory, self.options, draws, self.search)
+            except ModelError as error:
+                raise UserError(by_option(str(error))) from error
+        return [
+            [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
+            for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
+        ]
 
 
 def caption_rows(
-    captioner: Captioner,
-    vocabulary: Vocabulary,
+    writer: Writer,
     cache: FeatureCache,
     image_ids: Sequence[int],
-    machine: Machine,
-    beam: int,
-    length_penalty: float,
-    batch: int = 50,
+    batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
-) -> dict[int, str]:
+) -> dict[int, list[Caption]]:
     """Captions by image id, over cached features; `done` is told of each batch's size."""
-    training = captioner.training
-    captioner.eval()
-    captions: dict[int, str] = {}
-    for chosen in iterate(image_ids, batch):
-        regions = Regions(*(torch.from_numpy(part).to(machine.device) for part in cache.rows(chosen)))
-        found = decode_regions(captioner, vocabulary, regions, machine, beam, length_penalty)
+    training = writer.captioner.training
+    writer.captioner.eval()
+    captions: dict[int, list[Caption]] = {}
+
+    def write(numbered: tuple[int, list[int]]) -> list[list[Caption]]:
+        number, chosen = numbered
+        return writer(Regions(*(torch.from_numpy(part) for part in cache.rows(chosen))), number)
+
+    batches = list(iterate(image_ids, batch))
+    for chosen, found in zip(batches, on_every_core(write, list(enumerate(batches)), writer.machine), strict=True):
         captions.update(zip(chosen, found, strict=True))
         done(len(chosen))
-    captioner.train(training)
+    writer.captioner.train(training)
     return captions
 
 
+def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:
+    """work(part) of each, in order; on a CPU by a thread for each core, each with products of its own.
+
+    The many small products of decoding shared by all cores wait for the slowest at each: a tenth faster on an idle machine,
+    and where a neighbour holds one core the other goes on.
+    """
+    threads = min(torch.get_num_threads(), len(parts)) if machine.device.type == "cpu" else 1
+    if threads < 2:
+        yield from map(work, parts)
+        return
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        try:
+            yield from pool.map(work, parts)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def lighten(captioner: nn.Module, machine: Machine) -> None:
+    """Keep the weights of linear layers as autocast would round them at every call; captions stay the same to the bit."""
+    if machine.precision == "bf16":
+        for module in captioner.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]) -> Generation:
+    """What `given` options ask for, over a run's `defaults`; UserError by the options' names for what cannot be."""
+    options = {**defaults, **given}
+    for name in ("bad_words", "force_words"):
+        if name in options:
+            options[name] = phrase_ids(options[name], vocabulary, name == "force_words")
+    try:
+        return Generation(**{NAMES.get(name, name): value for name, value in options.items()})
+    except ModelError as error:
+        raise UserError(by_option(str(error))) from error
+
+
+def by_option(message: str) -> str:
+    """A message about Generation's fields, by the names of the options."""
+    options = {name: option for option, name in NAMES.items()}
+    flags = {name: "--" + options.get(name, name).replace("_", "-") for name in Generation.__dataclass_fields__}
+    return re.sub(r"\b\w+_\w+\b|\btemperature\b", lambda found: flags.get(found[0], found[0]), message)
+
+
+def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool) -> tuple[tuple[int, ...], ...]:
+    """Ids of each phrase's words as captions have them; a phrase with an unknown word is left out, or a UserError."""
+    found = []
+    for phrase in phrases:
+        words = tokenize(phrase)
+        ids = vocabulary.encode(words)
+        if must_be_known and (UNK in ids or not ids):
+            unknown = [word for word, number in zip(words, ids, strict=True) if number == UNK]
+            raise UserError(f"--force-words {phrase!r}: {unknown or 'nothing'} is no word of this captioner's vocabulary")
+        if ids and UNK not in ids:
+            found.append(tuple(ids))
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------------------------------- photographs
+
+
 class PhotoCaptioner:
-    """A checkpoint with its backbone: photographs in, captions out."""
+    """A checkpoint with its backbone: photographs in, captions out.
+
+    `options` everywhere are fields of models.search.Generation, which are Hugging Face's names, and `bad_words` and
+    `force_words`, phrases as text.
+    """
 
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine) -> None:
         self.checkpoint, self.machine = checkpoint, machine
         self.captioner = checkpoint.captioner.to(machine.device)
+        lighten(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
 
-    def caption(
-        self, photos: Sequence[Path | str], beam: int | None = None, length_penalty: float | None = None, batch: int = 16
-    ) -> list[str]:
+    def generate(self, regions: Regions, seed: int = 0, number: int = 0, **options: Any) -> list[list[Caption]]:
+        """The captions of each image of `regions`, best first, num_return_sequences of them."""
+        checkpoint = self.checkpoint
+        how = make_generation(checkpoint.decoding, checkpoint.vocabulary, options)
+        return Writer(self.captioner, checkpoint.vocabulary, self.machine, how, seed)(regions, number)
+
+    def caption(self, photos: Sequence[Path | str], batch: int = 16, **options: Any) -> list[str]:
         """One caption a photograph; UnreadableImage, with the path in front, for the first that cannot be read."""
         captions: list[str] = []
-        for chosen in iterate(list(photos), batch):
-            found = self.try_caption([Path(photo) for photo in chosen], beam, length_penalty)
-            for photo, (caption, reason) in zip(chosen, found, strict=True):
+        for number, chosen in enumerate(iterate(list(photos), batch)):
+            found = self.try_caption([Path(photo) for photo in chosen], number=number, **options)
+            for photo, (written, reason) in zip(chosen, found, strict=True):
                 if reason:
                     raise UnreadableImage(f"{photo}: {reason}")
-                captions.append(caption)
+                captions.append(written[0].text)
         return captions
 
-    def try_caption(
-        self, photos: Sequence[Path], beam: int | None = None, length_penalty: float | None = None
-    ) -> list[tuple[str, str]]:
-        """(caption, "") for each photograph of one batch, ("", reason) for an unreadable one."""
-        decoding = self.checkpoint.decoding
+    def try_caption(self, photos: Sequence[Path], **options: Any) -> list[tuple[list[Caption], str]]:
+        """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
         read = [*Photographs(photos, framing_of(self.backbone, self.checkpoint.identity["resize"]))]
         good = [i for i, (photo, _) in enumerate(read) if photo is not None]
-        captions: list[str] = []
+        captions: list[list[Caption]] = []
         if good:
             pixels, frames = stack([read[i][0] for i in good])
-            regions = look(self.backbone, pixels, self.machine, frames)
-            captions = decode_regions(
-                self.captioner,
-                self.checkpoint.vocabulary,
-                regions,
-                self.machine,
-                decoding["beam"] if beam is None else beam,
-                decoding["length_penalty"] if length_penalty is None else length_penalty,
-            )
+            captions = self.generate(look(self.backbone, pixels, self.machine, frames), **options)
         found = dict(zip(good, captions, strict=True))
-        return [(found.get(i, ""), reason) for i, (_, reason) in enumerate(read)]
+        return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 
 
 def load_captioner(path: Path | str, device: str = "auto", precision: str = "auto") -> PhotoCaptioner:

@@ -18,7 +18,7 @@ from data.sample import is_true, load_scenes
 from data.sources import open_source
 from pipeline import caption, evaluate, extract, train
 from pipeline.checkpoint import load_checkpoint
-from pipeline.decoding import caption_rows
+from pipeline.decoding import Writer, caption_rows, make_generation
 from pipeline.runtime import open_machine
 
 SHOWN = 5
@@ -75,12 +75,10 @@ def caption_shuffled(cache_path: Path, run: Path, image_ids: list[int]) -> dict[
     """Captions by image id, each made from the features of the next image: what a decoder that looks gets wrong."""
     machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
     others = [*image_ids[1:], image_ids[0]]
-    decoding = checkpoint.decoding
     captioner = checkpoint.captioner.to(machine.device)
-    found = caption_rows(
-        captioner, checkpoint.vocabulary, cache, others, machine, decoding["beam"], decoding["length_penalty"]
-    )
-    return dict(zip(image_ids, (found[other] for other in others), strict=True))
+    how = make_generation(checkpoint.decoding, checkpoint.vocabulary, {})
+    found = caption_rows(Writer(captioner, checkpoint.vocabulary, machine, how), cache, others)
+    return dict(zip(image_ids, (found[other][0].text for other in others), strict=True))
 
 
 if __name__ == "__main__":

@@ -16,19 +16,21 @@ from data.sources import DATASETS, Image, Source, check_captioned, open_source
 from data.tokens import tokenize_all
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
+from pipeline.options import DecodingOptions
 from pipeline.references import References, keep, prepared_path
 from pipeline.scorecard import FORMATS, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
     from pipeline.checkpoint import Checkpoint
+    from pipeline.decoding import Caption
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(DecodingOptions):
     """Which checkpoint, over which cache, on which captions; or which file of captions."""
 
-    checkpoint: Path | None = setting(None, "folder that pipeline.train wrote  [runs/DATASET]")
+    checkpoint: tuple[Path, ...] = setting((), "folder that pipeline.train wrote; several: their ensemble  [runs/DATASET]")
     features: Path | None = setting(None, "the cache  [cache/DATASET]")
     dataset: str = setting("sample", "layout of the captions", choices=DATASETS)
     root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample]")
@@ -48,16 +50,15 @@ class EvaluateConfig:
     format: str = setting("table", "of what is printed", choices=FORMATS)
     server: str | None = setting(None, "write COCO's server files for a method of this name")
     out: Path | None = setting(None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]")
-    beam: int | None = setting(None, "beams  [the run's]")
-    length_penalty: float | None = setting(None, "exponent of the length  [the run's]")
-    batch: int = setting(50, "images decoded together")
+    batch: int = setting(100, "images decoded together")
     limit: int | None = setting(None, "score only the first N images")
     device: str = setting("auto", "where to decode", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "of the resamples")
+    seed: int = setting(0, "of the resamples and of --sample")
 
     def __post_init__(self) -> None:
-        for name, least in (("beam", 1), ("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
+        super().__post_init__()
+        for name, least in (("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
         if self.bootstrap > 1_000_000:
@@ -71,6 +72,8 @@ class EvaluateConfig:
             raise UserError("--captions needs --references: a COCO captions file to score them against")
         if self.captions and self.checkpoint:
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
+        if self.captions and (found := self.given()):
+            raise UserError(f"--{next(iter(found)).replace('_', '-')} is of decoding; --captions are scored as they are")
         if self.references and not self.captions:
             raise UserError("--references goes with --captions; a checkpoint is scored against its --dataset")
         if self.server and (self.limit or len(self.captions) > 1):
@@ -222,10 +225,15 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     """Caption the split over the cache; the captions are written at once, before any score."""
     from pipeline.checkpoint import load_checkpoint
 
-    folder = config.checkpoint or Path("runs") / config.dataset
-    checkpoint = load_checkpoint(folder)
+    folders = config.checkpoint or (Path("runs") / config.dataset,)
+    checkpoints = [load_checkpoint(folder) for folder in folders]
+    checkpoint = checkpoints[0]
+    folder = folders[0].parent / "+".join(folder.name for folder in folders)
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
-    refuse_other_features(folder, checkpoint, cache)
+    for place, each in zip(folders, checkpoints, strict=True):
+        refuse_other_features(place, each, cache)
+        if each.vocabulary.words != checkpoint.vocabulary.words:
+            raise UserError(f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on the same captions")
     root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
     source = open_source(config.dataset, root, config.annotations, config.images)
     split = config.split or choose_split(source, checkpoint)
@@ -241,10 +249,14 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     if scored:
         check_captioned(images, split)
     say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {left_out} left out")
-    captions, decoding = decode(config, checkpoint, cache, [image.id for image in images])
+    written, decoding = decode(config, checkpoints, cache, [image.id for image in images])
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    captions = {image_id: found[0].text for image_id, found in written.items()}
     write_results(out.with_name(f"captions-{split}.json"), captions)
+    if config.nbest is not None:
+        write_whole(out.with_name(f"nbest-{split}.json"), nbest_lines(written))
+        say(f"all captions, with log-probabilities: {out.with_name(f'nbest-{split}.json')}")
     scorer = None
     if scored:
         references = References({image.id: image.captions for image in images}, frequencies=frequencies(config))
@@ -276,22 +288,36 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
 
 
 def decode(
-    config: EvaluateConfig, checkpoint: Checkpoint, cache: FeatureCache, ids: Sequence[int]
-) -> tuple[dict[int, str], dict[str, Any]]:
-    """Captions by image id, and the beam and length penalty they were found with."""
-    from pipeline.decoding import caption_rows
+    config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache, ids: Sequence[int]
+) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
+    """Captions by image id, and the options that they were found with."""
+    from models.ensemble import Ensemble
+    from pipeline.decoding import Writer, caption_rows, lighten, make_generation
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
-    given = {"beam": config.beam, "length_penalty": config.length_penalty}
-    decoding = {name: checkpoint.decoding[name] if value is None else value for name, value in given.items()}
-    captioner = checkpoint.captioner.to(machine.device)
-    with progress(len(ids), "images", f"beam {decoding['beam']}") as bar:
-        captions = caption_rows(
-            captioner, checkpoint.vocabulary, cache, ids, machine, **decoding, batch=config.batch, done=bar.step
-        )
-    say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, beam {decoding['beam']}, on {machine}")
+    vocabulary, decoding = checkpoints[0].vocabulary, {**checkpoints[0].decoding, **config.given()}
+    captioners = [checkpoint.captioner.to(machine.device) for checkpoint in checkpoints]
+    captioner = captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
+    lighten(captioner, machine)
+    if config.sample:
+        decoding.pop("beam")
+    writer = Writer(captioner, vocabulary, machine, make_generation(decoding, vocabulary, {}), config.seed)
+    how = "samples" if config.sample else f"beam {decoding['beam']}"
+    with progress(len(ids), "images", how) as bar:
+        captions = caption_rows(writer, cache, ids, config.batch, bar.step)
+    say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
     return captions, decoding
+
+
+def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:
+    """All captions of each image as JSON, an image a line."""
+    lines = [
+        json.dumps({"image_id": image_id, "captions": [{"caption": c.text, "log_probability": c.log_p} for c in captions]},
+                   ensure_ascii=False)
+        for image_id, captions in written.items()
+    ]  # fmt: skip
+    return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
 # --------------------------------------------------------------------------------------------------------- both, onwards

@@ -29,6 +29,7 @@ class Machine:
     precision: str
     rank: int
     world: int
+    setup: str = ""  # what was set up for speed, as said
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -38,12 +39,12 @@ class Machine:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{self.device.type}, {torch.get_num_threads()} threads"
-        return f"{name}, {self.precision}"
+        return f"{name}, {self.precision}{self.setup}"
 
 
 def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -> Machine:
-    """Choose device and precision, seed every generator, and set up the allocator; UserError where it is not there."""
-    _keep_freed_memory()
+    """Choose device and precision, seed every generator, set up allocator and threads; UserError where it is not there."""
+    setup = _keep_freed_memory() + _keep_to_quota()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = torch.device(_best_device() if device == "auto" else device)
     if found.type == "cuda":
@@ -55,7 +56,7 @@ def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Machine(found, _best_precision(found) if precision == "auto" else precision, rank, world)
+    return Machine(found, _best_precision(found) if precision == "auto" else precision, rank, world, setup)
 
 
 def _best_device() -> str:
@@ -73,18 +74,34 @@ def _best_precision(device: torch.device) -> str:
     return "fp32"
 
 
-def _keep_freed_memory() -> None:
+def _keep_freed_memory() -> str:
     """Ask glibc to keep freed blocks: giving each step's tensors back and faulting them in again costs a CPU run 3-10x.
 
     The same as the variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ before the start,
-    which win where they are set. Elsewhere than on glibc it does nothing.
+    which win where they are set. Elsewhere than on glibc it does nothing. Returns what is to be said.
     """
+    done = False
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value, name in ((-3, 1 << 30, "MMAP_THRESHOLD"), (-1, (1 << 31) - 1, "TRIM_THRESHOLD"),
                                     (-2, 1 << 28, "TOP_PAD")):  # fmt: skip
             if f"MALLOC_{name}_" not in os.environ:
-                libc.mallopt(option, value)
+                done = bool(libc.mallopt(option, value)) or done
+    return ", freed memory kept" if done else ""
+
+
+def _keep_to_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
+    """No more threads than the processors that a container may use (cgroup v2): torch counts those of the machine, and
+    threads that wait for each other's turn cost up to 10x. OMP_NUM_THREADS wins. Returns what is to be said."""
+    try:
+        quota, period = group.read_text().split()
+    except (OSError, ValueError):
+        return ""
+    there = torch.get_num_threads()
+    if quota == "max" or "OMP_NUM_THREADS" in os.environ or (allowed := max(1, int(quota) // int(period))) >= there:
+        return ""
+    torch.set_num_threads(allowed)
+    return f", {allowed} of {there} threads: the container's share"
 
 
 def refuse_what_cannot_fit(path: Path, need: int) -> str:

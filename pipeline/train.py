@@ -21,6 +21,7 @@ from data.vocabulary import PAD, Vocabulary
 from models.captioner import Captioner, CaptionerConfig
 from models.grid import Regions
 from models.losses import caption_loss
+from models.search import Generation
 from pipeline.checkpoint import (
     Checkpoint,
     copy_backbone,
@@ -30,7 +31,7 @@ from pipeline.checkpoint import (
     save_weights,
 )
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding import caption_rows
+from pipeline.decoding import Writer, caption_rows
 from pipeline.references import References
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
@@ -44,7 +45,7 @@ PRESETS = {
 }
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 # between a run and its resumption
-MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in"}
+MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
     label_smoothing: float = setting(0.1, "mass given to all words alike")
     clip: float = setting(1.0, "largest gradient norm")
+    compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one")
     cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
     patience: int = setting(5, "epochs without a better CIDEr on dev before the early stop")
     beam: int = setting(5, "beams on dev, and the run's default")
@@ -105,6 +107,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     references: References
     metrics: list[dict[str, Any]]
+    forward: torch.nn.Module  # the captioner, compiled where asked for
 
     @property
     def captioner(self) -> Captioner:
@@ -216,7 +219,8 @@ def open_run(
         captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest
     )
     references = References({image.id: image.captions for image in dev.images})
-    run = Run(config, folder, machine, train, dev, checkpoint, make_optimizer(captioner, config), references, [])
+    forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
+    run = Run(config, folder, machine, train, dev, checkpoint, make_optimizer(captioner, config), references, [], forward)
     if config.resume:
         resume(run)
     else:
@@ -293,7 +297,7 @@ def train_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """One update by the mean loss over the step's words; returns the sum of losses and the number of words."""
     with run.machine.autocast():
         regions = Regions(batch.features, batch.boxes, batch.counts)
-        loss, words = caption_loss(run.captioner, regions, batch.tokens, PAD, run.config.label_smoothing)
+        loss, words = caption_loss(run.forward, regions, batch.tokens, PAD, run.config.label_smoothing)
     run.optimizer.zero_grad(set_to_none=True)
     (loss / words).backward()
     torch.nn.utils.clip_grad_norm_(run.captioner.parameters(), run.config.clip)
@@ -317,12 +321,11 @@ def validate(run: Run, epoch: int, trained: dict[str, float]) -> None:
     loss = dev_loss(run)
     checkpoint, config = run.checkpoint, run.config
     ids = [image.id for image in run.dev.images]
+    how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
+    writer = Writer(run.captioner, checkpoint.vocabulary, run.machine, how)
     with progress(len(ids), "images", "dev") as bar:
-        captions = caption_rows(
-            run.captioner, checkpoint.vocabulary, run.dev.cache, ids, run.machine, config.beam, config.length_penalty,
-            done=bar.step,
-        )  # fmt: skip
-    scores = score(captions, run.references).values
+        written = caption_rows(writer, run.dev.cache, ids, done=bar.step)
+    scores = score({image_id: captions[0].text for image_id, captions in written.items()}, run.references).values
     best = max((line["dev"]["CIDEr"] for line in run.metrics), default=-1.0)
     line = {
         "epoch": epoch + 1,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from data.features import FeatureCache
 from data.sample import draw_sample
 from data.sources import image_id
+from models.grid import Regions
 from pipeline import caption, evaluate, extract, train
 from pipeline.decoding import load_captioner
 
@@ -249,6 +250,64 @@ def test_caption_prints_one_line_a_photograph_and_needs_no_out(world):
     result = run(caption.main, *photos(world, 3), "--checkpoint", world / "run")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and [line.split(":")[0] for line in lines] == [p.name for p in photos(world, 3)]
+
+
+def test_evaluate_and_caption_take_the_same_decoding_options(world, tmp_path):
+    checkpoint, out = ["--checkpoint", world / "run"], tmp_path / "scores.json"
+    cached = [*at(world), *checkpoint, "--features", world / "cache", "--split", "all", "--bootstrap", 0, "--out", out]
+    words = json.loads((world / "run" / "vocab.json").read_text())
+    rules = ["--bad-words", "left", "--bad-words", "a large", "--force-words", "circle", "--force-words", "is right",
+             "--no-repeat-ngram", 2, "--min-length", 6, "--max-length", 12, "--beam", 3, "--nbest", 2]  # fmt: skip
+    assert {"left", "large", "circle", "is", "right"} <= set(words)
+    output = works(evaluate.main, *cached, *rules)
+    assert "nbest-all.json" in output and json.loads(out.read_text())["decoding"]["min_length"] == 6
+    told = works(caption.main, *photos(world), *checkpoint, *rules, "--out", tmp_path / "own.json")
+    own, written = json.loads((tmp_path / "own.json").read_text()), json.loads((tmp_path / "nbest-all.json").read_text())
+    assert len(written) == 60 and len(own) == 5 and len(told.strip().splitlines()) >= 10
+    for record in [*written, *own]:
+        assert len(record["captions"]) == 2 and record["captions"][0]["caption"] != record["captions"][1]["caption"]
+        for found in record["captions"]:
+            text = found["caption"].split()
+            assert 6 <= len(text) <= 12 and "left" not in text and "a large" not in found["caption"]
+            assert "circle" in text and "is right" in found["caption"] and found["log_probability"] < 0
+    cache = FeatureCache(world / "cache")
+    first = {Path(cache.name_of(record["image_id"])).name: record["captions"][0]["caption"] for record in written}
+    assert sum(record["caption"] == first[record["file_name"]] for record in own) >= 4  # bf16 in batches may tie apart
+
+
+def test_samples_are_the_same_for_one_seed_and_others_for_another(world, tmp_path):
+    cached = [*at(world), "--checkpoint", world / "run", "--features", world / "cache", "--split", "all", "--bootstrap", 0]
+    found = []
+    for number, seed in enumerate((1, 1, 2)):
+        out = tmp_path / str(number) / "scores.json"
+        draw = ["--sample", "--temperature", 1.5, "--top-k", 20, "--batch", 13, "--seed", seed]
+        works(evaluate.main, *cached, *draw, "--out", out)
+        found.append(json.loads((out.parent / "captions-all.json").read_text()))
+    assert found[0] == found[1] != found[2]
+
+
+def test_several_checkpoints_are_scored_as_one_ensemble(world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "A")
+    works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "B", *QUICK, "--seed", 1)
+    common = [*at(world), "--features", world / "cache", "--split", "all", "--bootstrap", 0]
+    output = works(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B")
+    assert "A+B" in output and (tmp_path / "A+B" / "scores-all.json").is_file()
+    works(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "A")
+    works(evaluate.main, *common, "--checkpoint", tmp_path / "A")
+    twice, once = (json.loads((tmp_path / name / "captions-all.json").read_text()) for name in ("A+A", "A"))
+    assert twice == once
+    (tmp_path / "B" / "vocab.json").write_text((tmp_path / "B" / "vocab.json").read_text().replace("circle", "ring"))
+    message = refused(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B")
+    assert "vocabular" in message and str(tmp_path / "B") in message
+
+
+def test_captioning_from_python_takes_the_names_of_hugging_face(world):
+    captioner, cache = load_captioner(world / "run", precision="fp32"), FeatureCache(world / "cache")
+    regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:3].tolist())))
+    found = captioner.generate(regions, num_beams=4, num_return_sequences=2, min_length=7, bad_words=["left"])
+    assert [len(captions) for captions in found] == [2, 2, 2]
+    assert all(len(c.text.split()) >= 7 and "left" not in c.text for captions in found for c in captions)
+    assert captioner.caption(photos(world, 2), num_beams=1, max_length=3)[0].count(" ") <= 2
 
 
 def test_bare_commands_run_on_the_embedded_sample_and_say_so(tmp_path, monkeypatch):

@@ -7,9 +7,13 @@ import itertools
 import pytest
 import torch
 
+from models import ModelError
+from models import search as searching
+from models.captured import BeamSearch
 from models.grid import Regions
-from models.search import Generation, beam_search, sample
+from models.search import Generation, beam_search, generate, sample
 from tests.test_captioner import WORDS, some_regions, tiny
+from tests.test_rules import holds, repeats
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
@@ -138,6 +142,190 @@ def test_ties_break_the_same_on_every_run():
     found = [search(captioner, some_regions(3), 4)[0] for _ in range(3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert torch.equal(found[0][0], found[0][1])
+
+
+@pytest.mark.parametrize("share", [0, 10**9])
+def test_captions_are_the_same_whether_finished_images_leave_at_once_or_stay_to_the_end(share, monkeypatch):
+    captioner, regions = tiny(), some_regions(40)
+    options = Generation(num_beams=3, max_length=7, num_return_sequences=3)
+    found = beam_search(captioner, captioner.encode(regions), options)
+    monkeypatch.setattr(searching, "SHARE", share)  # 0: fixed shapes, as on a GPU
+    other = beam_search(captioner, captioner.encode(regions), options)
+    assert torch.equal(found.tokens, other.tokens) and torch.allclose(found.scores, other.scores, atol=1e-5)
+    assert len((found.tokens[:, 0] != EOS).sum(1).unique()) > 2  # they finish at different steps
+
+
+def test_what_was_given_to_the_search_is_whole_after_it():
+    captioner = tiny()
+    memory = captioner.encode(some_regions(40))
+    before = [part.clone() for part in memory.tensors()]
+    beam_search(captioner, memory, Generation(num_beams=3, max_length=7))
+    assert all(torch.equal(part, kept) for part, kept in zip(memory.tensors(), before, strict=True))
+
+
+def test_the_exact_search_scores_at_least_as_much_as_the_early_ones():
+    captioner, regions = tiny(), some_regions(30)
+    captioner.output_bias.data[EOS] = -1
+    found = {how: search(captioner, regions, 3, early_stopping=how)[1] for how in (True, False, "never")}
+    assert (found["never"] >= found[False] - 1e-5).all() and (found[False] >= found[True] - 1e-5).all()
+    assert (found["never"] > found[True] + 1e-3).any()
+
+
+# -------------------------------------------------------------------------------------------------- several, under rules
+
+
+def all_captions(captioner, regions, words, max_length, penalty, keep=lambda body: True):
+    """Every caption over `words` whose words pass `keep`, with its score and log p, best first."""
+    memory = captioner.encode(regions)
+    found = []
+    for length in range(max_length + 1):
+        for body in itertools.product(words, repeat=length):
+            if not keep(list(body)):
+                continue
+            caption = [*body, EOS][:max_length]
+            logits = captioner.decode(torch.tensor([[[BOS, *caption[:-1]]]]), memory)[0, 0].detach()
+            logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
+            log_p = logits.log_softmax(-1)[range(len(caption)), caption].sum().item()
+            found.append((log_p / len(caption) ** penalty, log_p, list(body)))
+    return sorted(found, reverse=True)
+
+
+RULES = {
+    "n best": ({}, lambda body: True),
+    "no bigram twice": ({"no_repeat_ngram_size": 2}, lambda body: not repeats(body, 2)),
+    "no word twice": ({"no_repeat_ngram_size": 1}, lambda body: not repeats(body, 1)),
+    "at least 3 words": ({"min_length": 3}, lambda body: len(body) >= 3),
+    "bad word and phrase": ({"bad_words_ids": ((5,), (4, 6))}, lambda body: 5 not in body and not holds(body, (4, 6))),
+    "a forced word": ({"force_words_ids": ((5,),)}, lambda body: 5 in body),
+    "forced phrases": ({"force_words_ids": ((5, 6), (4,))}, lambda body: holds(body, (5, 6)) and 4 in body),
+    "all together": (
+        {"force_words_ids": ((6,),), "bad_words_ids": ((4, 4),), "min_length": 2, "no_repeat_ngram_size": 2},
+        lambda body: 6 in body and not holds(body, (4, 4)) and len(body) >= 2 and not repeats(body, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_wide_beam_finds_the_best_captions_that_keep_the_rules(name, penalty):
+    names, keep = RULES[name]
+    words, limit, count = (4, 5, 6), 4, 7
+    for seed in (1, 2):
+        captioner, regions = tiny(), some_regions(1, seed=seed)
+        captioner.output_bias.data[EOS] = -2 * (seed > 1)
+        options = Generation(
+            num_beams=3**limit, max_length=limit, length_penalty=penalty, num_return_sequences=count,
+            suppress_tokens=tuple(w for w in range(WORDS) if w not in (*words, EOS)), **names,
+        )  # fmt: skip
+        found = beam_search(captioner, captioner.encode(regions), options)
+        wanted = all_captions(captioner, regions, words, limit, penalty, keep)[:count]
+        for n, (score, log_p, body) in enumerate(wanted):
+            assert found.tokens[0, n].tolist() == [*body, *[EOS] * (limit - len(body))]
+            assert found.scores[0, n].item() == pytest.approx(score, abs=1e-4)
+            assert found.log_p[0, n].item() == pytest.approx(log_p, abs=1e-4)
+        assert (found.scores[0, len(wanted) :] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
+    captioner, regions = tiny(), some_regions(6, seed=seed)
+    captioner.output_bias.data[EOS] = (-2, 1)[seed % 2]
+    rules = {"min_length": 3, "max_length": 6, "no_repeat_ngram_size": 2, "bad_words_ids": ((9,), (4, 5), (7, 7, 8))}
+    ways = [
+        {"num_beams": 1},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.7, "num_return_sequences": 5},
+        {"num_beams": 2, "force_words_ids": ((8,), (10, 4)), "num_return_sequences": 2},
+        {"num_beams": 1, "force_words_ids": ((6, 5, 4, 6, 10, 7),)},
+        {"do_sample": True, "num_return_sequences": 20, "temperature": 2.0, "top_k": 6, "top_p": 0.95},
+    ]
+    for way in ways:
+        memory = captioner.encode(regions)
+        found = generate(captioner, memory, Generation(**rules, **way), torch.Generator().manual_seed(seed))
+        count = 0
+        for tokens, score in zip(found.tokens.flatten(0, 1).tolist(), found.scores.flatten().tolist(), strict=True):
+            if score == float("-inf"):
+                continue
+            count += 1
+            body = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+            assert 3 <= len(body) <= 6 and all(word == EOS for word in tokens[len(body) :])
+            assert not {PAD, BOS, UNK, 9} & set(body) and not holds(body, (4, 5)) and not holds(body, (7, 7, 8))
+            assert not repeats(body, 2)
+            assert all(holds(body, phrase) for phrase in way.get("force_words_ids", ()))
+        assert count >= 6
+
+
+def test_rules_that_no_caption_keeps_are_an_error():
+    captioner = tiny()
+    with pytest.raises(ModelError, match="no caption keeps all rules"):
+        captioner.generate(some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),))
+
+
+def test_groups_without_diversity_are_the_same_search_several_times():
+    captioner, regions = tiny(), some_regions(5)
+    captioner.output_bias.data[EOS] = -2
+    alone = captioner.generate(regions, num_beams=2, num_return_sequences=2)
+    groups = captioner.generate(regions, num_beams=6, num_beam_groups=3, num_return_sequences=2)
+    assert torch.equal(alone.tokens, groups.tokens)
+
+
+def test_diverse_groups_choose_as_a_plain_loop_would():
+    """Two groups of two beams against nested Python loops, one image, word by word."""
+    captioner, regions, limit, cost = tiny(), some_regions(1), 5, 0.8
+    captioner.output_bias.data[EOS] = float("-inf")  # every caption goes to the limit
+    memory = captioner.encode(regions)
+    groups = [[([], 0.0)], [([], 0.0)]]
+    for _ in range(limit):
+        chosen: list[int] = []
+        for g, beams in enumerate(groups):
+            options = []
+            for words, score in beams:
+                logits = captioner.decode(torch.tensor([[[BOS, *words]]]), memory)[0, 0, -1].detach()
+                logits[[PAD, BOS, UNK]] = float("-inf")
+                for word, log_p in enumerate(logits.log_softmax(0).tolist()):
+                    options.append((score + log_p - cost * chosen.count(word), score + log_p, [*words, word]))
+            options.sort(key=lambda option: -option[0])
+            groups[g] = [(words, score) for _, score, words in options[:2]]
+            chosen += [words[-1] for words, _ in groups[g]]
+    found = captioner.generate(
+        regions, num_beams=4, num_beam_groups=2, diversity_penalty=cost, max_length=limit, num_return_sequences=4
+    )
+    wanted = {tuple(words): score for beams in groups for words, score in beams}
+    got = {tuple(words): score for words, score in zip(found.tokens[0].tolist(), found.log_p[0].tolist(), strict=True)}
+    assert set(got) >= set(wanted)
+    assert all(got[words] == pytest.approx(wanted[words], abs=1e-4) for words in wanted)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ({"num_beams": 0}, "num_beams"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p"),
+        ({"top_k": 5}, "do_sample"),
+        ({"num_beams": 5, "num_beam_groups": 2}, "num_beam_groups"),
+        ({"diversity_penalty": 1.0}, "num_beam_groups"),
+        ({"num_return_sequences": 6}, "num_return_sequences"),
+        ({"min_length": 5, "max_length": 4}, "min_length"),
+        ({"max_length": 8}, "max_length"),
+        ({"min_length": 8}, "min_length"),
+        ({"force_words_ids": ((4,) * 8,)}, "force_words_ids"),
+        ({"force_words_ids": ((4,),), "do_sample": True}, "force_words_ids"),
+        ({"early_stopping": "sometimes"}, "early_stopping"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_an_error_that_names_it(names, what):
+    with pytest.raises(ModelError, match=what):
+        tiny().generate(some_regions(1), **names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_search_finds_what_the_plain_one_finds():
+    captioner, options = tiny().cuda(), Generation(num_beams=3, max_length=7)
+    search = BeamSearch()
+    for seed in range(4):
+        memory = captioner.encode(Regions(*(part.cuda() for part in some_regions(5, seed=seed))))
+        assert torch.equal(search(captioner, memory, options).tokens, beam_search(captioner, memory, options).tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -1,0 +1,70 @@
+"""Several captioners as one: the mean of their probabilities for each next word.
+
+It has what the search asks of a captioner: encode, start, decode. All read the same regions and share a vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import KVCache
+from models.captioner import Captioner, Memory
+from models.grid import Regions
+
+
+class Memories(tuple[Memory, ...]):
+    """Each captioner's encoding of the same images."""
+
+    @property
+    def images(self) -> int:
+        return self[0].images
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        return self[0].keys
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(part for memory in self for part in memory.tensors())
+
+    def keep(self, images: Tensor, in_place: bool = False) -> Memories:
+        return Memories(memory.keep(images, in_place) for memory in self)
+
+
+class Caches(tuple[KVCache, ...]):
+    """Each captioner's captions so far."""
+
+    def reorder(self, origin: Tensor) -> None:
+        for cache in self:
+            cache.reorder(origin)
+
+    def keep(self, images: Tensor) -> None:
+        for cache in self:
+            cache.keep(images)
+
+
+class Ensemble(nn.Module):
+    """The mean of several captioners' probabilities; captions as long as all of them can write."""
+
+    def __init__(self, captioners: Sequence[Captioner]) -> None:
+        super().__init__()
+        self.captioners = nn.ModuleList(captioners)
+        self.config = replace(captioners[0].config, max_length=min(one.config.max_length for one in captioners))
+
+    def encode(self, regions: Regions) -> Memories:
+        return Memories(one.encode(regions) for one in self.captioners)
+
+    def start(self, memory: Memories, captions: int) -> Caches:
+        return Caches(one.start(part, captions) for one, part in zip(self.captioners, memory, strict=True))
+
+    def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
+        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as Captioner.decode's."""
+        total: Tensor | None = None
+        for number, (one, part) in enumerate(zip(self.captioners, memory, strict=True)):
+            scores = one.decode(tokens, part, None if cache is None else cache[number]).log_softmax(-1, dtype=torch.float32)
+            total = scores if total is None else torch.logaddexp(total, scores)
+        return total - math.log(len(self.captioners))

@@ -1,0 +1,49 @@
+"""How captions are found: the options that evaluate and caption share, by the names that Hugging Face's `generate` has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pipeline.cli import UserError, setting
+
+# option: its name in models.search.Generation, where it is another one
+NAMES = {
+    "beam": "num_beams",
+    "sample": "do_sample",
+    "beam_groups": "num_beam_groups",
+    "diversity": "diversity_penalty",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "bad_words": "bad_words_ids",
+    "force_words": "force_words_ids",
+    "nbest": "num_return_sequences",
+}
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Options of beam search and sampling; None is the run's own, or Generation's default."""
+
+    beam: int | None = setting(None, "beams  [the run's]")
+    length_penalty: float | None = setting(None, "exponent of the length that scores are divided by  [the run's]")
+    sample: bool = setting(False, "draw captions instead of searching the likeliest")
+    temperature: float | None = setting(None, "of what --sample draws from: below 1 is safer, above 1 bolder  [1]")
+    top_k: int | None = setting(None, "draw from the K likeliest words  [all]")
+    top_p: float | None = setting(None, "draw from the likeliest words that together reach this probability  [1]")
+    beam_groups: int | None = setting(None, "groups of beams that keep apart from each other  [1]")
+    diversity: float | None = setting(None, "log-probability that a word costs where an earlier group has it  [0]")
+    no_repeat_ngram: int | None = setting(None, "no N words in a row come twice  [no such rule]")
+    min_length: int | None = setting(None, "words of a caption at least  [0]")
+    max_length: int | None = setting(None, "words of a caption at most  [the run's]")
+    bad_words: tuple[str, ...] = setting((), "word or phrase that no caption has; may be repeated")
+    force_words: tuple[str, ...] = setting((), "word or phrase that each caption has; may be repeated")
+    nbest: int | None = setting(None, "captions an image, with their log-probabilities  [1]")
+
+    def given(self) -> dict[str, Any]:
+        """Those that were set, by option."""
+        values = {item.name: getattr(self, item.name) for item in fields(DecodingOptions)}
+        return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
+
+    def __post_init__(self) -> None:
+        if self.sample and self.beam is not None:
+            raise UserError("--sample draws each caption by itself; it takes no --beam")
