@@ -8,7 +8,6 @@ a first epoch, the destination reused; then the same from four processes at once
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,14 +15,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import click
 import h5py
 import numpy as np
 
-from benchmarks.scoring import _processor
+from benchmarks.measure import header, report
 from data.features import FeatureCache
 from data.shards import plan_shards, write_shard
 from data.sources import Image
@@ -48,10 +46,7 @@ def main(work: Path, count: int, single: int, out: Path | None) -> None:
         figures = measure(work, count, single)
     finally:
         shutil.rmtree(work)
-    for name, value in figures.items():
-        click.echo(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
-    if out:
-        out.write_text(json.dumps(figures, indent=2) + "\n")
+    report(figures, out)
 
 
 def measure(work: Path, count: int, single: int) -> dict:
@@ -67,8 +62,8 @@ def measure(work: Path, count: int, single: int) -> dict:
     with context.Pool(4, meet_at, (context.Barrier(4),)) as pool:
         pairs = pool.starmap(copy_and_cache, [(work, count)] * 4, chunksize=1)
     four_plain, four = (statistics.mean(pair[which] for pair in pairs) for which in (0, 1))
-    return {
-        "hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today()), "rows": count,
+    return header() | {
+        "rows": count,
         "copy from an array in memory, ms a batch of 64": plain * 1e3, "FeatureCache.rows, ms": cache * 1e3,
         "... times the copy": cache / plain, "fp32 dataset an image, opened per read, ms": file_per_read * 1e3,
         "... times FeatureCache": file_per_read / cache, "four processes, copy from memory, ms": four_plain * 1e3,

@@ -36,8 +36,8 @@ from benchmarks.peers import (
 from data.features import FeatureCache
 from models.captioner import Captioner, Memory
 from models.captured import BeamSearch
+from models.generation import Generation
 from models.grid import Regions
-from models.search import Generation
 from pipeline.checkpoint import load_checkpoint
 from pipeline.decoding import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import click
@@ -25,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
+from benchmarks.measure import header
 from benchmarks.photographs import make_photographs
-from benchmarks.scoring import _processor
 from data import images as decoding
 from data.shards import Claims, plan_shards
 from data.sources import Image
@@ -51,14 +50,13 @@ def main(real: Path, work: Path, count: int, names: tuple[str, ...], device: str
     sets = {what: made}
     if small := sorted((real / "flickr8k" / "images").glob("*.jpg"))[:count]:
         sets[f"{len(small)} JPEGs of 224x224, as found"] = small
-    header = {"hardware": f"{_processor()}, {os.cpu_count()} cores, {machine}", "date": str(date.today()),
-              "torch": torch.__version__}  # fmt: skip
-    click.echo(json.dumps(header))
+    first = header() | {"machine": str(machine), "torch": torch.__version__}
+    click.echo(json.dumps(first))
     figures = [measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()]
     large, what = make_photographs(work / "large-64", 64, real, 2560, 1920)
     figures += [reduced_scale(name, what, large, real, machine) for name in names]
     if out:
-        out.write_text(json.dumps({**header, "figures": figures}, indent=2) + "\n")
+        out.write_text(json.dumps({**first, "figures": figures}, indent=2) + "\n")
 
 
 def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machine) -> dict:

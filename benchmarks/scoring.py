@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -21,13 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 
+from benchmarks.measure import header, report
 from data.results import read_references, read_results
 from data.tokens import tokenize_all
 from data.vocabulary import EOS, PAD, Vocabulary
@@ -62,16 +60,13 @@ def main(real: Path, runs: int, out: Path | None) -> None:
         started, _ = measure(lambda: subprocess.run(command, check=True, capture_output=True), runs)
     for found in (scores.values, again.values):
         assert all(abs(found[name] - wanted[name]) < 1e-6 for name in wanted), (found, wanted)
-    figures: dict[str, object] = {
-        "hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today()), "captions": len(captions),
+    figures = header() | {
+        "captions": len(captions),
         "references": sum(map(len, references.values())), "pycocoevalcap_s": theirs, "ours_s": ours,
         "ratio": theirs / ours, "references_kept_s": prepared, "references_in_memory_s": validation, "command_s": started,
     }  # fmt: skip
     figures |= training_step(references)
-    for name, value in figures.items():
-        click.echo(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
-    if out:
-        out.write_text(json.dumps(figures, indent=2) + "\n")
+    report(figures, out)
 
 
 def measure(work: Callable, runs: int) -> tuple[float, object]:
@@ -156,13 +151,6 @@ def _sample(rng: random.Random, tokens: dict, ids: list[int], image_id: int, voc
         for _ in range(3):
             words[rng.randrange(len(words))] = rng.choice(vocabulary.words[4:200])
     return ([*vocabulary.encode(words), EOS][:LENGTH] + [PAD] * LENGTH)[:LENGTH]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if (
-        info.exists()) else []  # fmt: skip
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

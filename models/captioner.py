@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from models import ModelError
 from models.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
 from models.dropout import Dropout
+from models.generation import Captions, Generation
 from models.grid import Regions
-from models.search import Captions, Generation, generate
+from models.search import generate
 
 BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from models.captioner import Captioner, Memory
-from models.search import Captions, Generation, beam_search
+from models.generation import Captions, Generation
+from models.search import beam_search
 
 
 class CapturedSearch:

@@ -1,110 +1,28 @@
-"""Captions from a captioner: beam search, where finished images leave the batch, and sampling.
+"""Captions from a captioner by beam search, where finished images leave the batch.
 
-A caption scores sum(log p) / words**length_penalty, its <eos> counted as a word (0: the plain sum; 1: the mean). Of B images
-each has K beams, in A arms: the groups of diverse beam search, or one arm for each number of forced words that are there.
-V words, L words of a caption at most, N captions asked for.
+Of B images each has K beams, in A arms: the groups of diverse beam search, or one arm for each number of forced words that
+are there. V words, L words of a caption at most, M words that a beam may go on with, P captions kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models import ModelError
+from models.generation import Captions, Generation
 from models.rules import NEVER, Barred, Forced
+from models.sampling import sample
 
 if TYPE_CHECKING:
     from models.captioner import Captioner, Memory
 
 SHARE = 8  # finished images leave once they are one in so many
 SCORES = 640_000  # log-probabilities that exist at a time on a CPU: they stay in its cache
-TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
 BLOCK = 100  # words among which the largest score is found first
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How captions are found, by the names of Hugging Face's `generate`; lengths are in words, the <eos> not counted."""
-
-    num_beams: int = 5
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    min_length: int = 0
-    max_length: int | None = None
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    force_words_ids: tuple[tuple[int, ...], ...] = ()
-    num_return_sequences: int = 1
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    suppress_tokens: tuple[int, ...] = (0, 1, 3)
-
-    def __post_init__(self) -> None:
-        for name in ("num_beams", "num_beam_groups", "num_return_sequences", "max_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("top_k", "diversity_penalty", "no_repeat_ngram_size", "min_length"):
-            if getattr(self, name) < 0:
-                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 0")
-        if not self.temperature > 0:
-            raise ModelError(f"temperature is {self.temperature}, it must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
-        if self.early_stopping not in (False, True, "never"):
-            raise ModelError(f"early_stopping is {self.early_stopping!r}, it must be False, True or 'never'")
-        if self.max_length is not None and self.min_length > self.max_length:
-            raise ModelError(f"min_length {self.min_length} is above max_length {self.max_length}")
-        if self.num_beams % self.num_beam_groups:
-            raise ModelError(f"num_beams {self.num_beams} is not a multiple of num_beam_groups {self.num_beam_groups}")
-        if self.diversity_penalty and self.num_beam_groups == 1:
-            raise ModelError("diversity_penalty acts between groups: it needs num_beam_groups above 1")
-        if self.num_beam_groups > 1 and self.force_words_ids:
-            raise ModelError("num_beam_groups and force_words_ids do not go together")
-        if self.do_sample and (self.num_beam_groups > 1 or self.force_words_ids):
-            raise ModelError("do_sample draws each caption by itself: no num_beam_groups, no force_words_ids")
-        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ModelError("temperature, top_k and top_p shape what is drawn from: they need do_sample")
-        if not self.do_sample and self.num_return_sequences > self.num_beams:
-            raise ModelError(f"num_return_sequences {self.num_return_sequences} is above num_beams {self.num_beams}")
-        if not all(self.bad_words_ids) or not all(self.force_words_ids):
-            raise ModelError("bad_words_ids and force_words_ids hold an empty phrase")
-
-    def limit(self, captioner: Captioner) -> int:
-        """The most words of a caption; ModelError where the captioner cannot write as many, or the rules need more."""
-        most = captioner.config.max_length
-        limit = self.max_length or most
-        if limit > most:
-            raise ModelError(f"max_length is {limit}; this captioner was made for captions of up to {most} words")
-        if self.min_length > limit:
-            raise ModelError(f"min_length is {self.min_length}, captions have at most {limit} words")
-        if sum(map(len, self.force_words_ids)) > limit:
-            raise ModelError(f"force_words_ids are more than the {limit} words of a caption")
-        return limit
-
-    @property
-    def barred(self) -> Barred:
-        return Barred(
-            self.eos_token_id, self.suppress_tokens, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids
-        )
-
-
-class Captions(NamedTuple):
-    """N captions of each image, best first (samples: as drawn): tokens [B,N,L] int64, <eos> after their end; scores and
-    log_p [B,N] float32, both -inf where fewer than N were found."""
-
-    tokens: Tensor
-    scores: Tensor
-    log_p: Tensor
 
 
 def generate(
@@ -122,9 +40,6 @@ def generate(
     if (found.scores[:, 0] == NEVER).any():
         raise ModelError("no caption keeps all rules: bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length")
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- beam search
 
 
 @torch.inference_mode()
@@ -312,63 +227,6 @@ class Pool:
         tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
         words = ((tokens != self.eos).sum(2) + 1).clamp(max=tokens.shape[2])
         return Captions(tokens, scores, scores * words**penalty)
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
-@torch.inference_mode()
-def sample(
-    captioner: Captioner, memory: Memory, options: Generation, generator: torch.Generator | None = None
-) -> Captions:
-    """num_return_sequences samples of each image.
-
-    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all) and then the
-    likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution drawn from, the
-    <eos> included. The loop is as long as the longest caption may be, with no look at the device; on a CPU it ends with the
-    last caption.
-    """
-    device, eos = memory.keys[0].device, options.eos_token_id
-    limit, barred = options.limit(captioner), options.barred
-    parts = -(-options.num_return_sequences // TOGETHER)
-    memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts)) if parts > 1 else memory
-    images, captions = memory.images, -(-options.num_return_sequences // parts)
-    tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
-    log_p = torch.zeros(images * captions, device=device)
-    going = torch.ones(images * captions, dtype=torch.bool, device=device)
-    newest = torch.full((images, captions, 1), options.bos_token_id, dtype=torch.int64, device=device)
-    cache = captioner.start(memory, captions)
-    for place in range(limit):
-        logits = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1).float() / options.temperature
-        barred(logits, tokens[:, :place])
-        scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
-        drawn = torch.multinomial(scores.exp(), 1, generator=generator)
-        log_p += scores.gather(1, drawn)[:, 0].where(going, 0)
-        drawn = drawn[:, 0].where(going, eos)
-        tokens[:, place] = drawn
-        newest = drawn.view_as(newest)
-        going = going & (drawn != eos)
-        if device.type == "cpu" and not going.any():
-            break
-    words = ((tokens != eos).sum(1) + 1).clamp(max=limit)
-    scores = log_p / words**options.length_penalty
-    asked = slice(options.num_return_sequences)
-    return Captions(*(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p)))
-
-
-def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always stays."""
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, NEVER)
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, NEVER))
-    return logits
-
-
-# ------------------------------------------------------------------------------------------------- passes over all words
 
 
 def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,9 @@ from models import ModelError
 from models.backbones import Backbone
 from models.captioner import Captioner
 from models.captured import BeamSearch
+from models.generation import Generation
 from models.grid import Regions
-from models.search import Generation, generate
+from models.search import generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.cli import UserError
@@ -161,7 +162,7 @@ def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bo
 class PhotoCaptioner:
     """A checkpoint with its backbone: photographs in, captions out.
 
-    `options` everywhere are fields of models.search.Generation, which are Hugging Face's names, and `bad_words` and
+    `options` everywhere are fields of models.generation.Generation, which are Hugging Face's names, and `bad_words` and
     `force_words`, phrases as text.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.cli import UserError, setting
 
-# option: its name in models.search.Generation, where it is another one
+# option: its name in models.generation.Generation, where it is another one
 NAMES = {
     "beam": "num_beams",
     "sample": "do_sample",

@@ -19,9 +19,9 @@ from data.features import FeatureCache, write_whole
 from data.sources import DATASETS, Source, open_source
 from data.vocabulary import PAD, Vocabulary
 from models.captioner import Captioner, CaptionerConfig
+from models.generation import Generation
 from models.grid import Regions
 from models.losses import caption_loss
-from models.search import Generation
 from pipeline.checkpoint import (
     Checkpoint,
     copy_backbone,

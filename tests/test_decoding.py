@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
-from models.search import Generation
+from models.generation import Generation
 from pipeline.cli import UserError
 from pipeline.decoding import Writer, lighten, make_generation, on_every_core
 from pipeline.options import NAMES, DecodingOptions

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from models.ensemble import Ensemble
-from models.search import Generation, beam_search
+from models.generation import Generation
+from models.search import beam_search
 from tests.test_captioner import close, some_regions, some_tokens, tiny
 
 

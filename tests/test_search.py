@@ -10,8 +10,10 @@ import torch
 from models import ModelError
 from models import search as searching
 from models.captured import BeamSearch
+from models.generation import Generation
 from models.grid import Regions
-from models.search import Generation, beam_search, generate, sample
+from models.sampling import sample
+from models.search import beam_search, generate
 from tests.test_captioner import WORDS, some_regions, tiny
 from tests.test_rules import holds, repeats
 
