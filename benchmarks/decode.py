@@ -143,11 +143,11 @@ def encode(captioner: Captioner, regions: Regions, machine: Machine) -> Memory:
 
 def searcher(captioner: Captioner, machine: Machine, options: Generation) -> Callable[[Memory], object]:
     """Memory to captions; on a GPU the whole search of a shape is one CUDA graph."""
-    search = BeamSearch()
+    search = BeamSearch(captioner, options)
 
     def run(memory: Memory) -> object:
         with torch.inference_mode(), machine.autocast():
-            return search(captioner, memory, options)
+            return search(memory)
 
     return run
 

@@ -196,10 +196,11 @@ class Captioner(nn.Module):
         """Captions of each image, as `options` say; `names` are fields of Generation, those of Hugging Face's `generate`."""
         training = self.training
         self.eval()
-        with torch.inference_mode():
-            found = generate(self, self.encode(regions), replace(options or Generation(), **names), generator)
-        self.train(training)
-        return found
+        try:
+            with torch.inference_mode():
+                return generate(self, self.encode(regions), replace(options or Generation(), **names), generator)
+        finally:
+            self.train(training)
 
     def start(self, memory: Memory, captions: int) -> KVCache:
         """An empty decoding cache for `captions` captions an image of `memory`."""

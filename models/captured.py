@@ -12,6 +12,7 @@ from models.search import beam_search
 class CapturedSearch:
     """Beam search over memories of one shape as one graph (the loop has fixed shapes where no CPU runs it)."""
 
+    @torch.inference_mode()
     def __init__(self, captioner: Captioner, memory: Memory, options: Generation) -> None:
         self.memory = memory.keep(torch.arange(memory.images, device=memory.keys[0].device))
         aside = torch.cuda.Stream()
@@ -21,10 +22,11 @@ class CapturedSearch:
         torch.cuda.current_stream().wait_stream(aside)
         torch.clear_autocast_cache()  # casts made before would be gone by then, and those made here hold only after a replay
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.found = beam_search(captioner, self.memory, options)
         torch.clear_autocast_cache()
 
+    @torch.inference_mode()
     def __call__(self, memory: Memory) -> Captions:
         for kept, new in zip(self.memory.tensors(), memory.tensors(), strict=True):
             kept.copy_(new)
@@ -33,17 +35,21 @@ class CapturedSearch:
 
 
 class BeamSearch:
-    """`beam_search` of one captioner by one set of options; on a GPU each shape is captured when it comes a second time."""
+    """`beam_search` of a captioner by options; on a GPU each shape is captured when it comes a second time.
 
-    def __init__(self) -> None:
+    The captioner's weights may change, but neither move nor change their type; autocast stays as it was.
+    """
+
+    def __init__(self, captioner: Captioner, options: Generation) -> None:
+        self.captioner, self.options = captioner, options
         self.captured: dict[tuple, CapturedSearch | None] = {}
 
-    def __call__(self, captioner: Captioner, memory: Memory, options: Generation) -> Captions:
-        if memory.keys[0].device.type != "cuda" or options.force_words_ids:
-            return beam_search(captioner, memory, options)
+    def __call__(self, memory: Memory) -> Captions:
+        if memory.keys[0].device.type != "cuda" or self.options.force_words_ids:
+            return beam_search(self.captioner, memory, self.options)
         shape = tuple(part.shape for part in memory.tensors())
         if shape not in self.captured:
             self.captured[shape] = None
-            return beam_search(captioner, memory, options)
-        self.captured[shape] = self.captured[shape] or CapturedSearch(captioner, memory, options)
+            return beam_search(self.captioner, memory, self.options)
+        self.captured[shape] = self.captured[shape] or CapturedSearch(self.captioner, memory, self.options)
         return self.captured[shape](memory)

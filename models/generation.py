@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from models.captioner import Captioner
 
 
+LEAST = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "max_length": 1, "top_k": 0,
+         "no_repeat_ngram_size": 0, "min_length": 0}  # fmt: skip
+RANGES = {"length_penalty": (-10, 10), "temperature": (0.01, 100), "top_p": (1e-6, 1), "diversity_penalty": (0, 1000)}
+
+
 @dataclass(frozen=True)
 class Generation:
     """How captions are found, by the names of Hugging Face's `generate`; lengths are in words, the <eos> not counted."""
@@ -42,34 +47,33 @@ class Generation:
     suppress_tokens: tuple[int, ...] = (0, 1, 3)
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "num_beam_groups", "num_return_sequences", "max_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        for name in ("top_k", "diversity_penalty", "no_repeat_ngram_size", "min_length"):
-            if getattr(self, name) < 0:
-                raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 0")
-        if not self.temperature > 0:
-            raise ModelError(f"temperature is {self.temperature}, it must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
-        if self.early_stopping not in (False, True, "never"):
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ModelError(f"{name} is {value!r}, it must be a whole number and at least {least}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ModelError(f"{name} is {getattr(self, name)}, it must be in {low} to {high}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ModelError(f"early_stopping is {self.early_stopping!r}, it must be False, True or 'never'")
-        if self.max_length is not None and self.min_length > self.max_length:
-            raise ModelError(f"min_length {self.min_length} is above max_length {self.max_length}")
-        if self.num_beams % self.num_beam_groups:
-            raise ModelError(f"num_beams {self.num_beams} is not a multiple of num_beam_groups {self.num_beam_groups}")
-        if self.diversity_penalty and self.num_beam_groups == 1:
-            raise ModelError("diversity_penalty acts between groups: it needs num_beam_groups above 1")
-        if self.num_beam_groups > 1 and self.force_words_ids:
-            raise ModelError("num_beam_groups and force_words_ids do not go together")
-        if self.do_sample and (self.num_beam_groups > 1 or self.force_words_ids):
-            raise ModelError("do_sample draws each caption by itself: no num_beam_groups, no force_words_ids")
-        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ModelError("temperature, top_k and top_p shape what is drawn from: they need do_sample")
-        if not self.do_sample and self.num_return_sequences > self.num_beams:
-            raise ModelError(f"num_return_sequences {self.num_return_sequences} is above num_beams {self.num_beams}")
         if not all(self.bad_words_ids) or not all(self.force_words_ids):
             raise ModelError("bad_words_ids and force_words_ids hold an empty phrase")
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ModelError(f"min_length {self.min_length} is above max_length {self.max_length}")
+        if self.diversity_penalty and self.num_beam_groups == 1:
+            raise ModelError("diversity_penalty acts between groups: it needs num_beam_groups above 1")
+        if self.do_sample:
+            if self.num_beam_groups > 1 or self.force_words_ids:
+                raise ModelError("do_sample draws each caption by itself: no num_beam_groups, no force_words_ids")
+            return
+        if (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ModelError("temperature, top_k and top_p shape what is drawn from: they need do_sample")
+        if self.num_beam_groups > 1 and self.force_words_ids:
+            raise ModelError("num_beam_groups and force_words_ids do not go together")
+        if self.num_beams % self.num_beam_groups:
+            raise ModelError(f"num_beams {self.num_beams} is not a multiple of num_beam_groups {self.num_beam_groups}")
+        if self.num_return_sequences > self.num_beams:
+            raise ModelError(f"num_return_sequences {self.num_return_sequences} is above num_beams {self.num_beams}")
 
     def limit(self, captioner: Captioner) -> int:
         """The most words of a caption; ModelError where the captioner cannot write as many, or the rules need more."""
@@ -79,15 +83,23 @@ class Generation:
             raise ModelError(f"max_length is {limit}; this captioner was made for captions of up to {most} words")
         if self.min_length > limit:
             raise ModelError(f"min_length is {self.min_length}, captions have at most {limit} words")
-        if sum(map(len, self.force_words_ids)) > limit:
+        if sum(map(len, self.forced)) > limit:
             raise ModelError(f"force_words_ids are more than the {limit} words of a caption")
         return limit
 
     @property
     def barred(self) -> Barred:
-        return Barred(
-            self.eos_token_id, self.suppress_tokens, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids
-        )
+        return Barred(self.eos_token_id, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids)
+
+    @property
+    def forced(self) -> list[tuple[int, ...]]:
+        """The phrases of force_words_ids, without those that stand in another one."""
+        phrases = list(dict.fromkeys(map(tuple, self.force_words_ids)))
+        return [one for one in phrases if not any(one != other and stands_in(one, other) for other in phrases)]
+
+
+def stands_in(phrase: tuple[int, ...], words: tuple[int, ...]) -> bool:
+    return any(words[i : i + len(phrase)] == phrase for i in range(len(words) - len(phrase) + 1))
 
 
 class Captions(NamedTuple):

@@ -16,13 +16,11 @@ NEVER = float("-inf")
 class Barred:
     """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams, unwanted phrases."""
 
-    def __init__(
-        self, eos: int, always: Sequence[int] = (), min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()
-    ) -> None:
-        """always: ids that never come; min_length: words before the end; ngram: n of those that come once; 0: no such rule;
-        phrases: ids in a row that never come."""
+    def __init__(self, eos: int, min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()) -> None:
+        """min_length: words before the end; ngram: words in a row that come once, 0: no such rule; phrases: ids in a row
+        that never come."""
         self.eos, self.min_length, self.ngram = eos, min_length, ngram
-        self.always = [*always, *(phrase[0] for phrase in phrases if len(phrase) == 1)]
+        self.always = [phrase[0] for phrase in phrases if len(phrase) == 1]
         self.phrases = [list(phrase) for phrase in phrases if len(phrase) > 1]
 
     def __call__(self, scores: Tensor, words: Tensor) -> None:
@@ -53,7 +51,8 @@ class Forced:
     """Phrases that each caption must hold: how far it has come with each, as one number a phrase.
 
     A state is the number of a phrase's words that the caption ends with, and stays at the whole once it was there
-    (Knuth, Morris & Pratt 1977). `total` is the number of words of all phrases.
+    (Knuth, Morris & Pratt 1977). `total` is the number of words of all phrases; that one's end may be another's beginning
+    is used where it comes, but never counted on.
     """
 
     def __init__(self, phrases: Sequence[Sequence[int]], device: torch.device) -> None:

@@ -22,8 +22,8 @@ def sample(
 ) -> Captions:
     """num_return_sequences samples of each image.
 
-    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all) and then the
-    likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution drawn from, the
+    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all; more where
+    they tie) and then the likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution drawn from, the
     <eos> included. The loop is as long as the longest caption may be, with no look at the device; on a CPU it ends with the
     last caption.
     """
@@ -39,7 +39,12 @@ def sample(
     cache = captioner.start(memory, captions)
     for place in range(limit):
         logits = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1).float() / options.temperature
+        for word in options.suppress_tokens:
+            logits[:, word] = NEVER
         barred(logits, tokens[:, :place])
+        stuck = logits.amax(1) == NEVER  # the rules leave no word: such a caption ends, and counts as none
+        logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
+        log_p.masked_fill_(stuck & going, NEVER)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
         drawn = torch.multinomial(scores.exp(), 1, generator=generator)
         log_p += scores.gather(1, drawn)[:, 0].where(going, 0)

@@ -30,15 +30,19 @@ def generate(
     memory: Memory,
     options: Generation,
     generator: torch.Generator | None = None,
-    search: Callable[[Captioner, Memory, Generation], Captions] | None = None,
+    search: Callable[[Memory], Captions] | None = None,
 ) -> Captions:
-    """Captions of each image of `memory`; ModelError where the rules leave some image none. `search`: beam_search, or one
-    that does the same (models.captured)."""
+    """Captions of each image of `memory`; ModelError where none was found that keeps the rules. `search`: one that does
+    what beam_search does by the same options (models.captured)."""
     if options.do_sample:
-        return sample(captioner, memory, options, generator)
-    found = (search or beam_search)(captioner, memory, options)
-    if (found.scores[:, 0] == NEVER).any():
-        raise ModelError("no caption keeps all rules: bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length")
+        found = sample(captioner, memory, options, generator)
+    else:
+        found = search(memory) if search else beam_search(captioner, memory, options)
+    if (found.scores == NEVER).all(1).any():
+        raise ModelError(
+            "no caption was found that keeps all rules (bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length, "
+            "max_length); they leave none, or only with more num_beams"
+        )
     return found
 
 
@@ -48,13 +52,13 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
 
     At every step each beam's <eos> makes a finished caption; the other words compete for the beams. A beam that reaches the
     limit competes as it stands. An image is done, and its captions stay, when no live beam, as long as it is now, scores
-    more than the worst of its best K finished ones (early_stopping False, as Hugging Face); when K are finished (True); when
-    no live beam can still get there ("never": exact, since log p <= 0).
+    more than the worst of its best K finished ones (early_stopping False, as Hugging Face); when K are finished, each as
+    likely as a beam that went on (True); when no live beam can still get there ("never": exact, since log p <= 0).
     On a CPU finished images leave the batch; elsewhere the loop has fixed shapes and never looks at the device.
     """
     images, device, eos = memory.images, memory.keys[0].device, options.eos_token_id
     limit, penalty, groups = options.limit(captioner), options.length_penalty, options.num_beam_groups
-    forced = Forced(options.force_words_ids, device) if options.force_words_ids else None
+    forced = Forced(options.forced, device) if options.forced else None
     arms = forced.total + 1 if forced else groups
     each = options.num_beams // groups  # beams of an arm
     beams, barred = arms * each, options.barred
@@ -75,17 +79,18 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
         wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
         found = go_on(scores, words[:, : newest.shape[1], : length - 1].flatten(0, 1), barred, wanted, options.num_beams)
         found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
-        ended = live.flatten(1) + found.ended
-        ended = ended.masked_fill(done[:, None], NEVER).view(len(where), groups, -1)
+        ended = (live.flatten(1) + found.ended).masked_fill(done[:, None], NEVER).view(len(where), groups, -1)
         if forced:
             ended[:, :, : -each] = NEVER
-        pool.add(where, ended / length**penalty, words)
 
         top = live.view(len(where), beams, 1) + found.log_p
         if forced:
             live, origin, newest, states = choose_by_progress(top, found.words, states, forced, arms, limit - length)
         else:
             live, origin, newest = choose(top, found.words, groups, options.diversity_penalty)
+        if options.early_stopping is True:  # an end counts where it is as likely as a beam that goes on
+            ended.masked_fill_(ended < live[:, -groups:, -1:], NEVER)
+        pool.add(where, ended / length**penalty, words)
         words = words.gather(1, origin[:, :, None].expand(-1, -1, limit))
         words[:, :, length - 1] = newest
         newest = newest[:, :, None]

@@ -13,7 +13,7 @@ from data.folder import photographs_under
 from data.sources import image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import Caption, load_captioner
-from pipeline.options import DecodingOptions
+from pipeline.options import DecodingOptions, by_option
 from pipeline.terminal import progress, say
 
 
@@ -28,7 +28,7 @@ class CaptionConfig(DecodingOptions):
     limit: int | None = setting(None, "caption only the first N photographs")
     device: str = setting("auto", "where to run", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "of --sample")
+    seed: int = setting(0, "of --sample (whose captions depend on --batch too)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ def main(config: CaptionConfig) -> None:
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     records, unreadable = [], []
-    with progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
+    with by_option(), progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
         for number, chosen in enumerate(iterate(photos, config.batch)):
             paths = [photo.path for photo in chosen]
             found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.cli import UserError
 from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
+from pipeline.terminal import say
 
 
 class Caption(NamedTuple):
@@ -52,22 +53,28 @@ class Writer:
     machine: Machine
     options: Generation
     seed: int = 0  # of samples
-    search: BeamSearch = field(default_factory=BeamSearch)
 
     def __call__(self, regions: Regions, number: int = 0) -> list[list[Caption]]:
         """The captions of each image of a batch, best first; samples follow from the seed and the batch's `number`."""
         device = self.machine.device
-        draws = torch.Generator(device).manual_seed(self.seed * 1_000_003 + number) if self.options.do_sample else None
-        with torch.inference_mode(), self.machine.autocast():
-            memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
-            try:
+        seed = (self.seed * 1_000_003 + number) % 2**63
+        draws = torch.Generator(device).manual_seed(seed) if self.options.do_sample else None
+        try:
+            with torch.inference_mode(), self.machine.autocast():
+                memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
                 found = generate(self.captioner, memory, self.options, draws, self.search)
-            except ModelError as error:
-                raise UserError(by_option(str(error))) from error
+        except RuntimeError as error:
+            if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}") from error
         return [
             [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
             for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
         ]
+
+    @functools.cached_property
+    def search(self) -> BeamSearch:
+        return BeamSearch(self.captioner, self.options)
 
 
 def caption_rows(
@@ -78,8 +85,6 @@ def caption_rows(
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
     """Captions by image id, over cached features; `done` is told of each batch's size."""
-    training = writer.captioner.training
-    writer.captioner.eval()
     captions: dict[int, list[Caption]] = {}
 
     def write(numbered: tuple[int, list[int]]) -> list[list[Caption]]:
@@ -87,10 +92,14 @@ def caption_rows(
         return writer(Regions(*(torch.from_numpy(part) for part in cache.rows(chosen))), number)
 
     batches = list(iterate(image_ids, batch))
-    for chosen, found in zip(batches, on_every_core(write, list(enumerate(batches)), writer.machine), strict=True):
-        captions.update(zip(chosen, found, strict=True))
-        done(len(chosen))
-    writer.captioner.train(training)
+    training = writer.captioner.training
+    writer.captioner.eval()
+    try:
+        for chosen, found in zip(batches, on_every_core(write, list(enumerate(batches)), writer.machine), strict=True):
+            captions.update(zip(chosen, found, strict=True))
+            done(len(chosen))
+    finally:
+        writer.captioner.train(training)
     return captions
 
 
@@ -100,7 +109,8 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
     The many small products of decoding shared by all cores wait for the slowest at each: a tenth faster on an idle machine,
     and where a neighbour holds one core the other goes on.
     """
-    threads = min(torch.get_num_threads(), len(parts)) if machine.device.type == "cpu" else 1
+    cores = torch.get_num_threads()
+    threads = min(cores, len(parts)) if machine.device.type == "cpu" else 1
     if threads < 2:
         yield from map(work, parts)
         return
@@ -110,6 +120,8 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            torch.set_num_threads(cores)  # what was set in the pool is what threads begun later would take
 
 
 def lighten(captioner: nn.Module, machine: Machine) -> None:
@@ -124,35 +136,28 @@ def lighten(captioner: nn.Module, machine: Machine) -> None:
 
 
 def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]) -> Generation:
-    """What `given` options ask for, over a run's `defaults`; UserError by the options' names for what cannot be."""
+    """What `given` options ask for, over a run's `defaults`; ModelError, by Generation's names, for what cannot be."""
     options = {**defaults, **given}
     for name in ("bad_words", "force_words"):
         if name in options:
             options[name] = phrase_ids(options[name], vocabulary, name == "force_words")
-    try:
-        return Generation(**{NAMES.get(name, name): value for name, value in options.items()})
-    except ModelError as error:
-        raise UserError(by_option(str(error))) from error
-
-
-def by_option(message: str) -> str:
-    """A message about Generation's fields, by the names of the options."""
-    options = {name: option for option, name in NAMES.items()}
-    flags = {name: "--" + options.get(name, name).replace("_", "-") for name in Generation.__dataclass_fields__}
-    return re.sub(r"\b\w+_\w+\b|\btemperature\b", lambda found: flags.get(found[0], found[0]), message)
+    return Generation(**{NAMES.get(name, name): value for name, value in options.items()})
 
 
 def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool) -> tuple[tuple[int, ...], ...]:
-    """Ids of each phrase's words as captions have them; a phrase with an unknown word is left out, or a UserError."""
+    """Ids of each phrase's words as captions have them. One with an unknown word, which no caption can have, is a
+    ModelError where it must be known, and else left out, which is said."""
     found = []
     for phrase in phrases:
         words = tokenize(phrase)
         ids = vocabulary.encode(words)
-        if must_be_known and (UNK in ids or not ids):
-            unknown = [word for word, number in zip(words, ids, strict=True) if number == UNK]
-            raise UserError(f"--force-words {phrase!r}: {unknown or 'nothing'} is no word of this captioner's vocabulary")
-        if ids and UNK not in ids:
+        unknown = [word for word, number in zip(words, ids, strict=True) if number <= UNK]
+        if words and not unknown:
             found.append(tuple(ids))
+        elif must_be_known:
+            raise ModelError(f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is no word of this captioner's vocabulary")
+        else:
+            say(f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is no word of this captioner's vocabulary")
     return tuple(found)
 
 
@@ -171,12 +176,15 @@ class PhotoCaptioner:
         self.captioner = checkpoint.captioner.to(machine.device)
         lighten(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
+        self.writer: Writer | None = None  # the last one; the next batch mostly wants the same
 
     def generate(self, regions: Regions, seed: int = 0, number: int = 0, **options: Any) -> list[list[Caption]]:
         """The captions of each image of `regions`, best first, num_return_sequences of them."""
         checkpoint = self.checkpoint
         how = make_generation(checkpoint.decoding, checkpoint.vocabulary, options)
-        return Writer(self.captioner, checkpoint.vocabulary, self.machine, how, seed)(regions, number)
+        if self.writer is None or (self.writer.options, self.writer.seed) != (how, seed):
+            self.writer = Writer(self.captioner, checkpoint.vocabulary, self.machine, how, seed)
+        return self.writer(regions, number)
 
     def caption(self, photos: Sequence[Path | str], batch: int = 16, **options: Any) -> list[str]:
         """One caption a photograph; UnreadableImage, with the path in front, for the first that cannot be read."""

@@ -1,4 +1,4 @@
-"""Score captions: those of a checkpoint, made over cached features by beam search, or anybody's from a file."""
+"""Score captions: those of a checkpoint or several, made over cached features, or anybody's from a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.sources import DATASETS, Image, Source, check_captioned, open_source
 from data.tokens import tokenize_all
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
-from pipeline.options import DecodingOptions
+from pipeline.options import DecodingOptions, by_option
 from pipeline.references import References, keep, prepared_path
 from pipeline.scorecard import FORMATS, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
 from pipeline.terminal import progress, say
@@ -54,7 +54,7 @@ class EvaluateConfig(DecodingOptions):
     limit: int | None = setting(None, "score only the first N images")
     device: str = setting("auto", "where to decode", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "of the resamples and of --sample")
+    seed: int = setting(0, "of the resamples and of --sample (whose captions depend on --batch too)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,9 +302,9 @@ def decode(
     lighten(captioner, machine)
     if config.sample:
         decoding.pop("beam")
-    writer = Writer(captioner, vocabulary, machine, make_generation(decoding, vocabulary, {}), config.seed)
     how = "samples" if config.sample else f"beam {decoding['beam']}"
-    with progress(len(ids), "images", how) as bar:
+    with by_option(), progress(len(ids), "images", how) as bar:
+        writer = Writer(captioner, vocabulary, machine, make_generation(decoding, vocabulary, {}), config.seed)
         captions = caption_rows(writer, cache, ids, config.batch, bar.step)
     say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
     return captions, decoding

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from models import ModelError
 from pipeline.cli import UserError, setting
 
 # option: its name in models.generation.Generation, where it is another one
@@ -47,3 +51,14 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         if self.sample and self.beam is not None:
             raise UserError("--sample draws each caption by itself; it takes no --beam")
+
+
+@contextlib.contextmanager
+def by_option() -> Iterator[None]:
+    """What cannot be decoded as asked, said by the names of the options."""
+    flags = {NAMES.get(item.name, item.name): "--" + item.name.replace("_", "-") for item in fields(DecodingOptions)}
+    try:
+        yield
+    except ModelError as error:
+        text = re.sub(r"\w+_\w+|\btemperature\b", lambda found: flags.get(found[0], found[0]), str(error))
+        raise UserError(text) from error

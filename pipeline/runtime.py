@@ -44,6 +44,8 @@ class Machine:
 
 def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -> Machine:
     """Choose device and precision, seed every generator, set up allocator and threads; UserError where it is not there."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, it must be at least 0 and below 2**63")
     setup = _keep_freed_memory() + _keep_to_quota()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found = torch.device(_best_device() if device == "auto" else device)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
+from models import ModelError
 from models.generation import Generation
 from pipeline.cli import UserError
 from pipeline.decoding import Writer, lighten, make_generation, on_every_core
-from pipeline.options import NAMES, DecodingOptions
+from pipeline.options import NAMES, DecodingOptions, by_option
 from pipeline.runtime import Machine
 from tests.test_captioner import WORDS, some_regions, tiny
 
@@ -64,17 +65,28 @@ def test_options_mean_the_same_by_either_name():
         ({"nbest": 7}, "--nbest 7 is above --beam 5"),
         ({"beam_groups": 2}, "--beam 5 is not a multiple of --beam-groups 2"),
         ({"top_p": 0.5}, "--temperature, --top-k and --top-p shape what is drawn from: they need --sample"),
-        ({"force_words": ("a zebra",)}, r"--force-words 'a zebra': \['zebra'\]"),
+        ({"force_words": ("a zebra",)}, r"--force-words: 'a zebra': \['zebra'\]"),
         ({"temperature": -1.0, "sample": True}, "--temperature is -1.0"),
+        ({"temperature": 1e-40, "sample": True}, "--temperature is 1e-40"),
+        ({"length_penalty": float("nan")}, "--length-penalty is nan"),
+        ({"length_penalty": 30.0}, "--length-penalty is 30.0"),
+        ({"beam_groups": 5, "diversity": float("inf")}, "--diversity is inf"),
+        ({"force_words": ("<eos>",)}, "<eos>"),
+        ({"sample": True, "beam_groups": 2}, "--sample draws each caption by itself: no --beam-groups"),
     ],
 )
 def test_errors_name_the_options(given, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message), by_option():
         make_generation({"beam": 5}, VOCABULARY, given)
 
 
+def test_errors_in_python_name_what_python_was_given():
+    with pytest.raises(ModelError, match="num_return_sequences 7 is above num_beams 5"):
+        make_generation({"beam": 5}, VOCABULARY, {"num_return_sequences": 7})
+
+
 def test_errors_of_the_search_name_the_options_too():
-    with pytest.raises(UserError, match="--max-length is 9"):
+    with pytest.raises(UserError, match="--max-length is 9"), by_option():
         writer(max_length=9)(some_regions(1))
 
 
@@ -99,6 +111,16 @@ def test_work_on_every_core_keeps_its_order_and_its_threads_to_one(monkeypatch):
 
     assert list(on_every_core(work, range(20), CPU)) == [n * n for n in range(20)]
     assert len(seen) == 3 and threading.get_ident() not in seen
+
+
+def test_too_little_memory_is_one_message(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    write = writer()
+    monkeypatch.setattr(write.captioner, "encode", fails)
+    with pytest.raises(UserError, match="out of memory"):
+        write(some_regions(1))
 
 
 def test_an_error_on_one_core_is_raised():

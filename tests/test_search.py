@@ -166,11 +166,17 @@ def test_what_was_given_to_the_search_is_whole_after_it():
 
 
 def test_the_exact_search_scores_at_least_as_much_as_the_early_ones():
-    captioner, regions = tiny(), some_regions(30)
-    captioner.output_bias.data[EOS] = -1
+    captioner, regions = tiny(), some_regions(60)
     found = {how: search(captioner, regions, 3, early_stopping=how)[1] for how in (True, False, "never")}
-    assert (found["never"] >= found[False] - 1e-5).all() and (found[False] >= found[True] - 1e-5).all()
+    assert all((found["never"] >= found[early] - 1e-5).all() for early in (True, False))
     assert (found["never"] > found[True] + 1e-3).any()
+
+
+def test_an_end_that_is_no_likelier_than_the_beams_does_not_stop_an_early_search():
+    captioner, regions = tiny(), some_regions(30)
+    captioner.output_bias.data[EOS] = -4
+    tokens, _ = search(captioner, regions, 3, early_stopping=True)
+    assert (tokens != EOS).sum(1).float().mean() > 3  # at each step three ends, all unlikely
 
 
 # -------------------------------------------------------------------------------------------------- several, under rules
@@ -200,6 +206,10 @@ RULES = {
     "bad word and phrase": ({"bad_words_ids": ((5,), (4, 6))}, lambda body: 5 not in body and not holds(body, (4, 6))),
     "a forced word": ({"force_words_ids": ((5,),)}, lambda body: 5 in body),
     "forced phrases": ({"force_words_ids": ((5, 6), (4,))}, lambda body: holds(body, (5, 6)) and 4 in body),
+    "phrases in phrases": (
+        {"force_words_ids": ((5,), (6, 5), (5,))},
+        lambda body: holds(body, (6, 5)),
+    ),
     "all together": (
         {"force_words_ids": ((6,),), "bad_words_ids": ((4, 4),), "min_length": 2, "no_repeat_ngram_size": 2},
         lambda body: 6 in body and not holds(body, (4, 4)) and len(body) >= 2 and not repeats(body, 2),
@@ -259,8 +269,25 @@ def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
 
 def test_rules_that_no_caption_keeps_are_an_error():
     captioner = tiny()
-    with pytest.raises(ModelError, match="no caption keeps all rules"):
+    with pytest.raises(ModelError, match="no caption was found that keeps all rules"):
         captioner.generate(some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),))
+
+
+def test_samples_that_the_rules_leave_no_word_are_an_error_or_left_out():
+    captioner, regions = tiny(), some_regions(2)
+    rules = {"do_sample": True, "no_repeat_ngram_size": 1, "num_return_sequences": 5}
+    with pytest.raises(ModelError, match="no caption was found"):
+        captioner.generate(regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
+    found = captioner.generate(regions, min_length=3, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
+    assert torch.isfinite(found.log_p).all()
+
+
+def test_training_goes_on_as_training_after_captions_even_after_an_error():
+    captioner = tiny().train()
+    captioner.generate(some_regions(1))
+    with pytest.raises(ModelError):
+        captioner.generate(some_regions(1), max_length=100)
+    assert captioner.training
 
 
 def test_groups_without_diversity_are_the_same_search_several_times():
@@ -314,6 +341,9 @@ def test_diverse_groups_choose_as_a_plain_loop_would():
         ({"force_words_ids": ((4,) * 8,)}, "force_words_ids"),
         ({"force_words_ids": ((4,),), "do_sample": True}, "force_words_ids"),
         ({"early_stopping": "sometimes"}, "early_stopping"),
+        ({"early_stopping": 1}, "early_stopping"),
+        ({"num_beams": 2.5}, "num_beams"),
+        ({"num_beams": "5"}, "num_beams"),
     ],
 )
 def test_what_cannot_be_asked_for_is_an_error_that_names_it(names, what):
@@ -324,10 +354,10 @@ def test_what_cannot_be_asked_for_is_an_error_that_names_it(names, what):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_captured_search_finds_what_the_plain_one_finds():
     captioner, options = tiny().cuda(), Generation(num_beams=3, max_length=7)
-    search = BeamSearch()
+    search = BeamSearch(captioner, options)
     for seed in range(4):
         memory = captioner.encode(Regions(*(part.cuda() for part in some_regions(5, seed=seed))))
-        assert torch.equal(search(captioner, memory, options).tokens, beam_search(captioner, memory, options).tokens)
+        assert torch.equal(search(memory).tokens, beam_search(captioner, memory, options).tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
