@@ -22,10 +22,10 @@ def sample(
 ) -> Captions:
     """num_return_sequences samples of each image.
 
-    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all; more where
-    they tie) and then the likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution drawn from, the
-    <eos> included. The loop is as long as the longest caption may be, with no look at the device; on a CPU it ends with the
-    last caption.
+    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all; more where they
+    tie) and then the likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution
+    drawn from, the <eos> included, and -inf where the rules leave no word. The loop is as long as the longest caption may be,
+    with no look at the device; on a CPU it ends with the last caption.
     """
     device, eos = memory.keys[0].device, options.eos_token_id
     limit, barred = options.limit(captioner), options.barred
