@@ -7,6 +7,7 @@ T tokens, N rows, V words, D model width, H heads, d = D/H.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -46,6 +47,9 @@ class CaptionerConfig:
                 raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout is {self.dropout}, it must be in [0, 1)")
+
+
+ExactScores = Callable[[slice, Tensor], Tensor]  # some rows, their words [n,M]: scores [n,M] float32
 
 
 class Memory(NamedTuple):
@@ -174,6 +178,18 @@ class Captioner(nn.Module):
         captions share; one of each caption after it.
         """
         return self.logits(self.read(tokens, memory, cache))
+
+    def next_words(self, tokens: Tensor, memory: Memory, cache: KVCache) -> tuple[Tensor, ExactScores | None]:
+        """Scores [B*K,V] of the word after `tokens` [B,K,T], as `decode` with a cache; and where a product rounded them, what
+        gives those of some words exactly (None: they are)."""
+        states = self.read(tokens, memory, cache)[:, :, -1].flatten(0, 1)
+        scores = self.logits(states)
+
+        def exact(rows: slice, words: Tensor) -> Tensor:
+            dots = (F.embedding(words, self.word.weight) * states[rows, None]).sum(2)
+            return dots + F.embedding(words, self.output_bias[:, None])[:, :, 0]
+
+        return scores, None if scores.dtype == states.dtype else exact
 
     def read(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """As `decode`, up to the output layer: states [B,K,T,D]."""

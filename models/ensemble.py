@@ -1,10 +1,11 @@
 """Several captioners as one: the mean of their probabilities for each next word.
 
-It has what the search asks of a captioner: encode, start, decode. All read the same regions and share a vocabulary.
+It has what the search asks of a captioner: encode, start, decode, next_words. All read the same regions and share a vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import KVCache
-from models.captioner import Captioner, Memory
+from models.captioner import Captioner, ExactScores, Memory
 from models.grid import Regions
 
 
@@ -63,8 +64,24 @@ class Ensemble(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
         """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as Captioner.decode's."""
-        total: Tensor | None = None
-        for number, (one, part) in enumerate(zip(self.captioners, memory, strict=True)):
-            scores = one.decode(tokens, part, None if cache is None else cache[number]).log_softmax(-1, dtype=torch.float32)
-            total = scores if total is None else torch.logaddexp(total, scores)
-        return total - math.log(len(self.captioners))
+        caches = cache or [None] * len(self.captioners)
+        found = zip(self.captioners, memory, caches, strict=True)
+        return mean([one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32) for one, part, own in found])
+
+    def next_words(self, tokens: Tensor, memory: Memories, cache: Caches) -> tuple[Tensor, ExactScores | None]:
+        """As Captioner.next_words, of the logs of the mean probabilities."""
+        found = [one.next_words(tokens, part, own) for one, part, own in zip(self.captioners, memory, cache, strict=True)]
+        log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in found]
+
+        def exact(rows: slice, words: Tensor) -> Tensor:
+            return mean([
+                own[rows].gather(1, words) - scores[rows].gather(1, words) + exactly(rows, words)
+                for own, (scores, exactly) in zip(log_p, found, strict=True)
+            ])  # fmt: skip
+
+        return mean(log_p), None if found[0][1] is None else exact
+
+
+def mean(log_p: Sequence[Tensor]) -> Tensor:
+    """The log of the mean of probabilities."""
+    return functools.reduce(torch.logaddexp, log_p) - math.log(len(log_p))

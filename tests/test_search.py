@@ -10,6 +10,7 @@ import torch
 from models import ModelError
 from models import search as searching
 from models.captured import BeamSearch
+from models.ensemble import Ensemble
 from models.generation import Generation
 from models.grid import Regions
 from models.sampling import sample
@@ -177,6 +178,28 @@ def test_an_end_that_is_no_likelier_than_the_beams_does_not_stop_an_early_search
     captioner.output_bias.data[EOS] = -4
     tokens, _ = search(captioner, regions, 3, early_stopping=True)
     assert (tokens != EOS).sum(1).float().mean() > 3  # at each step three ends, all unlikely
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(several, monkeypatch):
+    """In bf16: what is found and its log p are those of an output layer in fp32 over the same states."""
+    captioner, regions = tiny(), some_regions(40)
+    captioner.output_bias.data[EOS] = -1
+    one = Ensemble([captioner, tiny(decoder_layers=1)]) if several else captioner
+    options = Generation(num_beams=4, num_return_sequences=2, max_length=7)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        memory = one.encode(regions)
+        assert one.next_words(torch.full((40, 1, 1), BOS), memory, one.start(memory, 1))[1] is not None
+        found = beam_search(one, memory, options)
+
+        def exactly(self, states):
+            with torch.autocast("cpu", enabled=False):
+                return torch.nn.functional.linear(states, self.word.weight, self.output_bias)
+
+        monkeypatch.setattr(type(captioner), "logits", exactly)
+        wanted = beam_search(one, memory, options)
+    same = (found.tokens == wanted.tokens).all(2)
+    assert same.float().mean() > 0.95 and torch.allclose(found.log_p[same], wanted.log_p[same], atol=2e-2)
 
 
 # -------------------------------------------------------------------------------------------------- several, under rules
