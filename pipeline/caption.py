@@ -32,9 +32,9 @@ class CaptionConfig(DecodingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
+        for name, least in (("batch", 1), ("limit", 1), ("seed", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
         if not self.photographs:
             raise UserError("no photograph named; pass photographs or folders of them")
 
