@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, ratio, report, seconds_of
+from benchmarks.measure import header, in_turn, ratio, report, seconds_of, waiter
 from benchmarks.peers import (
     WORDS,
     decoder_operations,
@@ -115,7 +115,7 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
         "ours": ours, "ours_with_encoder": lambda batch: ours(batch, True),
         "hf_fp32": lambda batch: theirs(0, batch), "hf_bf16": lambda batch: theirs(1, batch),
     }  # fmt: skip
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = waiter(device)
     best: dict[str, int] = {}
     for name, make in makers.items():
         tried = {batch: make(batch) for batch in BATCHES}
@@ -182,9 +182,9 @@ def trained(folder: Path, features: Path, machine: Machine, rounds: int, count: 
         rows = cache.rows(ids[start : start + batch])
         memories.append(encode(captioner, Regions(*(torch.from_numpy(part).to(machine.device) for part in rows)), machine))
     by_itself, forced = (searcher(captioner, machine, options) for options in (Generation(num_beams=BEAMS), FORCED))
-    wait = torch.cuda.synchronize if machine.device.type == "cuda" else lambda: None
     seconds = in_turn({"by_itself": lambda: list(on_every_core(by_itself, memories, machine)),
-                       "forced": lambda: list(on_every_core(forced, memories, machine))}, rounds, wait)  # fmt: skip
+                       "forced": lambda: list(on_every_core(forced, memories, machine))}, rounds,
+                      waiter(machine.device))  # fmt: skip
     return {
         "trained, photographs": len(ids), "trained, images/s": median_rate(len(ids), seconds["by_itself"]),
         "trained, 20 words each, images/s": median_rate(len(ids), seconds["forced"]),

@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import click
+import torch
 
 
 def header() -> dict[str, object]:
@@ -24,6 +25,11 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until a device has done its work."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def seconds_of(work: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import seconds_of
+from benchmarks.measure import seconds_of, waiter
 from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD
 from models.captioner import Captioner, CaptionerConfig, Memory
@@ -77,8 +77,7 @@ def limit(shapes: list[tuple[int, int, int]], device: torch.device, runs: int = 
     best = 0.0
     for m, k, n in shapes:
         a, b = (torch.randn(*shape, device=device).bfloat16() for shape in ((m, k), (n, k)))
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        seconds = min(seconds_of(lambda a=a, b=b: F.linear(a, b), wait) for _ in range(runs))
+        seconds = min(seconds_of(lambda a=a, b=b: F.linear(a, b), waiter(device)) for _ in range(runs))
         best = max(best, 2 * m * k * n / seconds)
     return best
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, ratio, report
+from benchmarks.measure import header, in_turn, ratio, report, waiter
 from benchmarks.peers import (
     WORDS,
     decoder_operations,
@@ -76,8 +76,7 @@ def measure(tokens: torch.Tensor, dropout: float, rounds: int, device: torch.dev
         "hf_fp32": training_step(peers[0], lambda: hugging_face_loss(peers[0], encoded, on_device), False, device),
         "hf_bf16": training_step(peers[1], lambda: hugging_face_loss(peers[1], encoded, on_device), True, device),
     }
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = in_turn(works, rounds, wait)
+    seconds = in_turn(works, rounds, waiter(device))
     words = (tokens != PAD).sum().item() - captions  # rows of the decoder: all but each caption's last token
     operations = 3 * (images * encoder_operations(captioner.config)
                       + words * decoder_operations(captioner.config, words / captions / 2))  # fmt: skip

@@ -6,8 +6,9 @@ T tokens, N rows, V words, D model width, H heads, d = D/H.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -72,6 +73,17 @@ class Memory(NamedTuple):
         regions = self.keys[0].shape[2]
         take = (lambda part: move(part, images, regions)) if in_place else (lambda part: part.index_select(0, images))
         return Memory(tuple(map(take, self.keys)), tuple(map(take, self.values)), mask)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module without dropout for a while, then as it was."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 class FeedForward(nn.Sequential):
@@ -210,13 +222,8 @@ class Captioner(nn.Module):
         self, regions: Regions, options: Generation | None = None, generator: torch.Generator | None = None, **names: Any
     ) -> Captions:
         """Captions of each image, as `options` say; `names` are fields of Generation, those of Hugging Face's `generate`."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                return generate(self, self.encode(regions), replace(options or Generation(), **names), generator)
-        finally:
-            self.train(training)
+        with evaluating(self), torch.inference_mode():
+            return generate(self, self.encode(regions), replace(options or Generation(), **names), generator)
 
     def start(self, memory: Memory, captions: int) -> KVCache:
         """An empty decoding cache for `captions` captions an image of `memory`."""

@@ -102,6 +102,11 @@ def stands_in(phrase: tuple[int, ...], words: tuple[int, ...]) -> bool:
     return any(words[i : i + len(phrase)] == phrase for i in range(len(words) - len(phrase) + 1))
 
 
+def lengths(tokens: Tensor, eos: int) -> Tensor:
+    """Words of captions [...,L] that end with <eos> or at the limit, the <eos> counted: [...]."""
+    return ((tokens != eos).sum(-1) + 1).clamp(max=tokens.shape[-1])
+
+
 class Captions(NamedTuple):
     """N captions of each image, best first (samples: as drawn): tokens [B,N,L] int64, <eos> after their end; scores and
     log_p [B,N] float32, both -inf where fewer than N were found."""

@@ -5,12 +5,18 @@ N captions that grow side by side, L words at most, V words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+
+
+def bar(scores: Tensor, words: Iterable[int]) -> None:
+    """Set the scores [N,V] of some words to -inf in place, without the index on the host that a GPU would wait for."""
+    for word in words:
+        scores[:, word] = NEVER
 
 
 class Barred:
@@ -26,8 +32,7 @@ class Barred:
     def __call__(self, scores: Tensor, words: Tensor) -> None:
         """scores [N,V] of the word after `words` [N,l], l words that are there; in place."""
         length = words.shape[1]
-        for word in self.always:
-            scores[:, word] = NEVER
+        bar(scores, self.always)
         if length < self.min_length:
             scores[:, self.eos] = NEVER
         for phrase in self.phrases:

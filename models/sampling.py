@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.generation import Captions, Generation
-from models.rules import NEVER
+from models.generation import Captions, Generation, lengths
+from models.rules import NEVER, bar
 
 if TYPE_CHECKING:
     from models.captioner import Captioner, Memory
@@ -39,8 +39,7 @@ def sample(
     cache = captioner.start(memory, captions)
     for place in range(limit):
         logits = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1).float() / options.temperature
-        for word in options.suppress_tokens:
-            logits[:, word] = NEVER
+        bar(logits, options.suppress_tokens)
         barred(logits, tokens[:, :place])
         stuck = logits.amax(1) == NEVER  # the rules leave no word: such a caption ends, and counts as none
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
@@ -54,8 +53,7 @@ def sample(
         going = going & (drawn != eos)
         if device.type == "cpu" and not going.any():
             break
-    words = ((tokens != eos).sum(1) + 1).clamp(max=limit)
-    scores = log_p / words**options.length_penalty
+    scores = log_p / lengths(tokens, eos) ** options.length_penalty
     asked = slice(options.num_return_sequences)
     return Captions(*(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p)))
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from models import ModelError
-from models.generation import Captions, Generation
-from models.rules import NEVER, Barred, Forced
+from models.generation import Captions, Generation, lengths
+from models.rules import NEVER, Barred, Forced, bar
 from models.sampling import sample
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
     """
     images, device, eos = memory.images, memory.keys[0].device, options.eos_token_id
     limit, penalty, groups = options.limit(captioner), options.length_penalty, options.num_beam_groups
-    forced = Forced(options.forced, device) if options.forced else None
+    forced = Forced(options.forced, device) if options.force_words_ids else None
     arms = forced.total + 1 if forced else groups
     each = options.num_beams // groups  # beams of an arm
     beams, barred = arms * each, options.barred
@@ -74,8 +74,7 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
 
     for length in range(1, limit + 1):
         scores, exact = captioner.next_words(newest, memory, cache)
-        for word in options.suppress_tokens:
-            scores[:, word] = NEVER
+        bar(scores, options.suppress_tokens)
         wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
         before = words[:, : newest.shape[1], : length - 1].flatten(0, 1)
         found = go_on(scores, exact, before, barred, wanted, options.num_beams)
@@ -177,7 +176,7 @@ def choose(top: Tensor, words: Tensor, groups: int, diversity: float) -> tuple[T
         order = scores
         if chosen and diversity:
             order = scores - diversity * (ids[:, :, None] == torch.cat(chosen, 1)[:, None, :]).sum(2)
-        place = order.topk(min(each, order.shape[1]), dim=1).indices
+        place = order.topk(each, dim=1).indices
         live.append(scores.gather(1, place))
         origin.append(place // count + group * each)
         chosen.append(ids.gather(1, place))
@@ -241,8 +240,7 @@ class Pool:
             scores = scores.masked_fill(same, NEVER)
         scores, order = scores.topk(count, dim=1)
         tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
-        words = ((tokens != self.eos).sum(2) + 1).clamp(max=tokens.shape[2])
-        return Captions(tokens, scores, scores * words**penalty)
+        return Captions(tokens, scores, scores * lengths(tokens, self.eos) ** penalty)
 
 
 def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
         return record
     for caption in captions:
         print(f"{photo.name}: {caption.text}  ({caption.log_p:.2f})", flush=True)
-    return record | {"captions": [{"caption": caption.text, "log_probability": caption.log_p} for caption in captions]}
+    return record | {"captions": [caption.record() for caption in captions]}
 
 
 def find_photographs(places: Sequence[Path]) -> list[Photo]:

@@ -23,7 +23,7 @@ from data.tokens import tokenize
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones import Backbone
-from models.captioner import Captioner
+from models.captioner import Captioner, evaluating
 from models.captured import BeamSearch
 from models.generation import Generation
 from models.grid import Regions
@@ -42,6 +42,10 @@ class Caption(NamedTuple):
     text: str
     log_p: float
     score: float
+
+    def record(self) -> dict[str, Any]:
+        """As files of several captions an image have it."""
+        return {"caption": self.text, "log_probability": self.log_p}
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,10 @@ def caption_rows(
         return writer(Regions(*(torch.from_numpy(part) for part in cache.rows(chosen))), number)
 
     batches = list(iterate(image_ids, batch))
-    training = writer.captioner.training
-    writer.captioner.eval()
-    try:
+    with evaluating(writer.captioner):
         for chosen, found in zip(batches, on_every_core(write, list(enumerate(batches)), writer.machine), strict=True):
             captions.update(zip(chosen, found, strict=True))
             done(len(chosen))
-    finally:
-        writer.captioner.train(training)
     return captions
 
 

@@ -313,10 +313,9 @@ def decode(
 def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:
     """All captions of each image as JSON, an image a line."""
     lines = [
-        json.dumps({"image_id": image_id, "captions": [{"caption": c.text, "log_probability": c.log_p} for c in captions]},
-                   ensure_ascii=False)
+        json.dumps({"image_id": image_id, "captions": [caption.record() for caption in captions]}, ensure_ascii=False)
         for image_id, captions in written.items()
-    ]  # fmt: skip
+    ]
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
