@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from benchmarks.measure import header, report
-from data.features import FeatureCache
+from data.features import FeatureCache, Rows
 from data.shards import plan_shards, write_shard
 from data.sources import Image
 
@@ -78,7 +78,7 @@ def make_cache(work: Path, count: int) -> None:
         n = len(shard.images)
         features = rng.integers(0, 15000, (n, REGIONS, CHANNELS), np.int16).view(np.float16)
         boxes, counts = np.zeros((n, REGIONS, 4), np.float32), np.full(n, REGIONS)
-        write_shard(shard, shard.images, features, boxes, counts, np.ones((n, 2)), [], IDENTITY, {})
+        write_shard(shard, shard.images, [Rows(features, boxes, counts)], np.ones((n, 2)), [], IDENTITY, {})
 
 
 def copy_and_cache(work: Path, count: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ exists is complete. Rows are contiguous and uncompressed, so a reader maps them 
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
+    ..._flip                    features, boxes, counts and crc32 of the mirrored photograph, where it was asked for (`VIEWS`)
     attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but `features`)
 
 `features.h5` joins all shards for any h5py user (HDF5 virtual datasets); `unreadable.jsonl` lists the photographs that
@@ -33,6 +34,8 @@ from data.sources import Image, same_photograph
 
 FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
+VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
+PER_VIEW = ("features", "boxes", "counts", "crc32")
 
 
 class Rows(NamedTuple):
@@ -61,6 +64,16 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """The views that a cache's rows have besides the photographs as they are."""
+    return tuple(provenance.get("views", ()))
+
+
+def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of all datasets with a row an image."""
+    return *PER_IMAGE, *(f"{name}_{view}" for view in views_of(provenance) for name in PER_VIEW)
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -112,7 +125,8 @@ class FeatureCache:
     """Random access by image id to the rows of a cache, or of one packed file; safe to share with forked or spawned workers.
 
     `identity` (equal to be used together), `provenance` (recorded), `ids` int64 [N] in the cache's order,
-    `unreadable` {image id: Unreadable}, `shape` (R, C). Raises DataError where the folder is no cache.
+    `unreadable` {image id: Unreadable}, `shape` (R, C), `views` (of VIEWS, those that it has).
+    Raises DataError where the folder is no cache.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -124,7 +138,7 @@ class FeatureCache:
             what = "holds no shard-*.h5" if self.path.is_dir() else "is not there"
             raise DataError(f"cache {self.path} {what}; make it with: python -m pipeline.extract ... --out {self.path}")
         self._files: list[Path] = []
-        self._maps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []  # by view (0: as it is), then by file
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}
@@ -135,6 +149,8 @@ class FeatureCache:
                     identity = file.attrs["identity"]
                     self.identity: dict[str, Any] = json.loads(identity)
                     self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
+                    self.views = views_of(self.provenance)
+                    self._maps = [[] for _ in ("", *self.views)]
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, json.loads(file.attrs["identity"])))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
@@ -142,7 +158,7 @@ class FeatureCache:
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
         # The cells of whole photographs are the same for each: no need to read them row by row.
-        self._cells = self._maps[0][1][0].copy() if has_same_cells(self.identity) and self._maps else None
+        self._cells = self._maps[0][0][1][0].copy() if has_same_cells(self.identity) and self._files else None
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
@@ -152,9 +168,12 @@ class FeatureCache:
         ids = file["image_ids"][:].tolist()
         if not ids:
             return
-        number = len(self._maps)
+        number = len(self._files)
         self._files.append(path)
-        self._maps.append((_map(file["features"]), _map(file["boxes"]), file["counts"][:]))
+        for maps, end in zip(self._maps, ("", *(f"_{view}" for view in self.views)), strict=True):
+            if f"features{end}" not in file:
+                raise DataError(f"{path} has no features{end}, as its cache's other files have; remove it and extract again")
+            maps.append((_map(file[f"features{end}"]), _map(file[f"boxes{end}"]), file[f"counts{end}"][:]))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (number, row)
             self._names[image_id] = name
@@ -188,30 +207,54 @@ class FeatureCache:
         """One image's features [R,C], boxes [R,4] and count."""
         return Rows(*(part[0] for part in self.rows([image_id])))
 
-    def rows(self, image_ids: Sequence[int], out: Rows | None = None, tables_only: bool = False) -> Rows:
+    def rows(
+        self,
+        image_ids: Sequence[int],
+        out: Rows | None = None,
+        tables_only: bool = False,
+        views: Sequence[int] | None = None,
+    ) -> Rows:
         """Copies of the rows of `image_ids`, in that order; DataError for an id that the cache has not.
 
         out: arrays of the right shapes to copy into, as `empty_rows` gives; fresh memory costs more than the copy.
         tables_only: leave the features as they are in memory, read only boxes and counts.
+        views: which view of each, 0 as it is, v the cache's `views[v - 1]`; None: all as they are.
         """
         rows = self.empty_rows(len(image_ids)) if out is None else out
         try:
-            places = [self._where[image_id] for image_id in image_ids]
+            found = [self._where[image_id] for image_id in image_ids]
         except KeyError as error:
             raise DataError(self._absent(error.args[0])) from None
+        maps = self._maps
+        places = [(maps[view][number], row) for view, (number, row) in zip(views or [0] * len(found), found, strict=True)]
         if not tables_only:
-            for target, (number, row) in zip(rows.features, places, strict=True):
-                target[...] = self._maps[number][0][row]
+            for target, (parts, row) in zip(rows.features, places, strict=True):
+                target[...] = parts[0][row]
         if self._cells is not None:
             rows.boxes[:], rows.counts[:] = self._cells, len(self._cells)
             return rows
-        for at, (number, row) in enumerate(places):
-            rows.boxes[at], rows.counts[at] = self._maps[number][1][row], self._maps[number][2][row]
+        for at, (parts, row) in enumerate(places):
+            rows.boxes[at], rows.counts[at] = parts[1][row], parts[2][row]
         return rows
 
-    def keep_in_memory(self) -> None:
-        """Copy all features from the disk into this process's memory (a pickled cache opens its files again)."""
-        self._maps = [(np.array(features), boxes, counts) for features, boxes, counts in self._maps]
+    @property
+    def feature_bytes(self) -> int:
+        """How much memory all features of all views take."""
+        return sum(features.nbytes for maps in self._maps for features, _, _ in maps)
+
+    def keep_in_memory(self, memory: np.ndarray | None = None, filled: bool = False) -> None:
+        """Read all features from memory from now on (a pickled cache opens its files again).
+
+        memory: float16 of `feature_bytes` in all to keep them in, None: new; filled: another process has copied them there.
+        """
+        memory, start = np.empty(self.feature_bytes // 2, np.float16) if memory is None else memory, 0
+        for maps in self._maps:
+            for number, (features, boxes, counts) in enumerate(maps):
+                kept = memory[start : start + features.size].reshape(features.shape)
+                if not filled:
+                    kept[...] = features
+                maps[number] = kept, boxes, counts
+                start += features.size
 
     def empty_rows(self, count: int) -> Rows:
         """Arrays for `count` rows."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -26,7 +27,19 @@ import h5py
 import numpy as np
 
 from data import DataError
-from data.features import FORMAT, PER_IMAGE, FeatureCache, Unreadable, has_same_cells, open_shard, shard_paths, write_whole
+from data.features import (
+    FORMAT,
+    PER_VIEW,
+    FeatureCache,
+    Rows,
+    Unreadable,
+    datasets_of,
+    has_same_cells,
+    open_shard,
+    shard_paths,
+    views_of,
+    write_whole,
+)
 from data.sources import Image
 
 SHARD_IMAGES = 1000
@@ -248,26 +261,29 @@ def _alive(pid: int, start: str) -> bool:
 def write_shard(
     shard: Shard,
     kept: Sequence[Image],
-    features: np.ndarray,
-    boxes: np.ndarray,
-    counts: np.ndarray,
+    rows: Sequence[Rows],
     sizes: np.ndarray,
     unreadable: Sequence[Unreadable],
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one shard whole or not at all; the arrays are one row for each of `kept`, as `data.features` says.
+    """Write one shard whole or not at all; `rows`, one for each of `kept`, are those of the photographs as they are and then
+    of each view that the provenance names, as `data.features` says.
 
     Raises DataError naming the photograph whose features are not finite in float16, OSError for a disk that is full.
     """
-    features = features.astype(np.float16, copy=False)
-    crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
-    for photo, row in zip(kept, features, strict=True):
-        if not np.isfinite(row).all():
-            raise DataError(
-                f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
-                "try --precision fp32, or other --weights: nothing was written for its shard"
-            )
+    arrays: dict[str, np.ndarray] = {}
+    for end, part in zip(("", *(f"_{view}" for view in views_of(provenance))), rows, strict=True):
+        features = part.features.astype(np.float16, copy=False)
+        for photo, row in zip(kept, features, strict=True):
+            if not np.isfinite(row).all():
+                raise DataError(
+                    f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
+                    "try --precision fp32, or other --weights: nothing was written for its shard"
+                )
+        crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
+        found = features, part.boxes.astype(np.float32, copy=False), part.counts.astype(np.int16), crc32
+        arrays |= {f"{name}{end}": array for name, array in zip(PER_VIEW, found, strict=True)}
     temporary = _temporary(shard.path)
     try:
         with _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
@@ -276,13 +292,11 @@ def write_shard(
             file.attrs["provenance"] = json.dumps(provenance)
             file.attrs["plan"] = json.dumps(shard.plan)
             file.attrs["unreadable"] = json.dumps(unreadable)
-            file["features"] = features
-            file["boxes"] = boxes.astype(np.float32, copy=False)
-            file["counts"] = counts.astype(np.int16)
+            for name, array in arrays.items():
+                file[name] = array
             file["image_ids"] = np.array([image.id for image in kept], np.int64)
             file.create_dataset("names", data=[image.name for image in kept], shape=len(kept), dtype=h5py.string_dtype())
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
-            file["crc32"] = crc32
             file.attrs["crc32"] = _tables_crc32(file)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -314,7 +328,7 @@ def _plain_os_errors(path: Path) -> Iterator[None]:
 def _tables_crc32(file: h5py.File) -> int:
     """Over all that a shard holds besides features: tables and attributes."""
     crc = 0
-    for name in TABLES:
+    for name in (*TABLES, *(name for name in file if name.startswith(("boxes_", "counts_")))):
         values = file[name][:]
         data = "\0".join(value.decode() for value in values).encode() if name == "names" else values.tobytes()
         crc = zlib.crc32(data, crc)
@@ -332,7 +346,7 @@ def write_index(cache: Path) -> list[Unreadable]:
             shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
             for key in ("format", "identity", "provenance"):
                 index.attrs[key] = shards[0][1].attrs[key]
-            for name in PER_IMAGE:
+            for name in datasets_of(opened.provenance):
                 if not len(opened):
                     continue
                 shape, kind = shards[0][1][name].shape[1:], shards[0][1][name].dtype
@@ -391,7 +405,7 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
             for path in cache.paths:
                 with open_shard(path) as file:
                     for begin, end in _runs(cache, path, file):
-                        for name in PER_IMAGE:
+                        for name in datasets_of(cache.provenance):
                             if name not in packed:
                                 packed.create_dataset(name, (total, *file[name].shape[1:]), file[name].dtype)
                             for at in range(begin, end, 100):
@@ -424,7 +438,8 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
             if file["features"].is_virtual:
                 return [f"{path} only points to shards; check the cache's folder"]
             rows = len(file["image_ids"])
-            wrong = [name for name in PER_IMAGE if len(file[name]) != rows]
+            provenance = json.loads(file.attrs["provenance"])
+            wrong = [name for name in datasets_of(provenance) if len(file[name]) != rows]
             if wrong:
                 return [f"{path}: {', '.join(wrong)} have not {rows} rows"]
             problems = []
@@ -437,8 +452,8 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
                 problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
             if identity is not None and found != identity:
                 problems.append(f"{path}: it belongs to another cache")
-            for row in range(rows):
-                if zlib.crc32(np.ascontiguousarray(file["features"][row])) != file["crc32"][row]:
+            for row, end in itertools.product(range(rows), ("", *(f"_{view}" for view in views_of(provenance)))):
+                if zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row])) != file[f"crc32{end}"][row]:
                     name = file["names"].asstr()[row]
                     problems.append(f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not as it was written")
             return problems

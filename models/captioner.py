@@ -214,9 +214,19 @@ class Captioner(nn.Module):
             found = self.states(tokens.flatten(), positions.expand(tokens.shape).flatten(), cache, memory)
         return found.view(*tokens.shape, -1)
 
-    def forward(self, regions: Regions, text: Packed) -> Tensor:
-        """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry)."""
-        return self.states(text.words, text.positions, text, self.encode(regions))
+    def forward(self, regions: Regions, text: Packed, sampled: float = 0.0) -> Tensor:
+        """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry).
+
+        sampled: this share of the words is replaced by what the captioner itself guesses there from the words before
+        (scheduled sampling for Transformers, Mihaylova and Martins 2019: two passes, the first without a gradient).
+        """
+        memory, words = self.encode(regions), text.words
+        if sampled:
+            with torch.no_grad():
+                guessed = self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)
+            drawn = torch.rand(words.shape, device=words.device) < sampled
+            words = torch.where(drawn & (text.positions > 0), guessed, words)  # a caption's words stand one after another
+        return self.states(words, text.positions, text, memory)
 
     def generate(
         self, regions: Regions, options: Generation | None = None, generator: torch.Generator | None = None, **names: Any

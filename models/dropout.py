@@ -1,4 +1,5 @@
-"""Dropout whose masks are cheap on a CPU, where torch's own draw costs more than the products beside it."""
+"""Dropout of activations, of whole regions and of words; masks are cheap on a CPU, where torch's own draw costs more than
+the products beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.grid import Regions
 
 
 class Dropout(nn.Module):
@@ -33,3 +36,20 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def drop_regions(regions: Regions, p: float) -> Regions:
+    """Leave out a share `p` of each image's regions, others each time; those that stay keep their places (their boxes)."""
+    features, boxes, counts = regions
+    kept = (counts * (1 - p)).round().clamp(min=1).long()
+    order = torch.rand(features.shape[:2], device=features.device)
+    absent = torch.arange(features.shape[1], device=features.device) >= counts[:, None]
+    order = order.masked_fill_(absent, 2).argsort(dim=1)[:, : max(1, round(features.shape[1] * (1 - p)))]
+    features, boxes = (part.gather(1, order[:, :, None].expand(-1, -1, part.shape[2])) for part in (features, boxes))
+    return Regions(features, boxes, kept)
+
+
+def replace_words(words: Tensor, positions: Tensor, p: float, unknown: int) -> Tensor:
+    """Words [N] with a share `p` of them become `unknown`, but for those at position 0 (Bowman et al. 2016)."""
+    drawn = torch.rand(words.shape, device=words.device) < p
+    return torch.where(drawn & (positions > 0), unknown, words)

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import Packed
 from models.captioner import Captioner
+from models.dropout import drop_regions, replace_words
 from models.grid import Regions
 
 ROWS = 256  # of scores in fp32 at a time: they stay in a CPU's cache
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What training does to a captioner's inputs: the share of an image's `regions` that is left out, of `words` that become
+    `unknown`, and of words that become the captioner's own guess (`sampled`)."""
+
+    regions: float = 0.0
+    words: float = 0.0
+    sampled: float = 0.0
+    unknown: int = 0
+
+
 def caption_loss(
-    captioner: Captioner, regions: Regions, tokens: Tensor, pad: int, label_smoothing: float = 0.0
+    captioner: Captioner,
+    regions: Regions,
+    tokens: Tensor,
+    pad: int,
+    label_smoothing: float = 0.0,
+    noise: Noise = Noise(),
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each next word of `tokens` [B,K,T], teacher-forced, and how many words were scored.
 
@@ -25,8 +44,13 @@ def caption_loss(
     there = tokens[:, :, 1:] != pad
     text, targets = Packed(tokens[:, :, :-1], there), tokens[:, :, 1:][there]
     device = regions.features.device
-    states = captioner(regions, text.to(device))
-    weight, bias = captioner.word.weight, captioner.output_bias
+    if noise.regions:
+        regions = drop_regions(regions, noise.regions)
+    if noise.words:
+        text.words = replace_words(text.words, text.positions, noise.words, noise.unknown)
+    states = captioner(regions, text.to(device), noise.sampled)
+    output = getattr(captioner, "module", captioner)  # several processes and compilers wrap it
+    weight, bias = output.word.weight, output.output_bias
     loss = OutputLoss.apply(states, weight, bias, targets.to(device, non_blocking=True), label_smoothing)
     return loss, torch.tensor(len(targets))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.images import Framing
+from data.images import RESIZES, Framing
 from models.backbones import Backbone, create_backbone
 from models.grid import Regions
 from pipeline.cli import UserError
@@ -26,6 +27,8 @@ from pipeline.runtime import Machine
 from pipeline.tensors import load_tensors, save_tensors
 from pipeline.terminal import say
 
+# arguments of timm's create_model that open files or name other weights
+FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 
 
@@ -111,6 +114,38 @@ def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any], resize: 
     }
 
 
+def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
+    """UserError where an identity that came with a checkpoint is not one that `backbone_identity` gives, or would have more
+    done than build a network: read a folder of this machine, or fetch and unpickle weights by a hub's name."""
+
+    def pair(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(type(each) is int and 0 < each <= 10_000 for each in value)
+
+    def three(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 3 and all(type(each) in (int, float) for each in value)
+
+    def plain(value: Any) -> bool:
+        scalars = value if isinstance(value, list) else [value]
+        return all(each is None or type(each) in (bool, int, float, str) for each in scalars)
+
+    name, arguments = identity.get("backbone"), identity.get("arguments")
+    fits = {
+        "backbone": isinstance(name, str) and re.fullmatch(r"((hf[-_]hub:)?[\w.-]+/)?[\w.-]+", name) is not None,
+        "arguments": isinstance(arguments, dict) and not FOREIGN & arguments.keys() and all(map(plain, arguments.values())),
+        "weights": isinstance(identity.get("weights"), str),
+        "size": pair(identity.get("size")),
+        "grid": pair(identity.get("grid")),
+        "resize": identity.get("resize") in RESIZES,
+        "interpolation": isinstance(identity.get("interpolation"), str),
+        "mean": three(identity.get("mean")),
+        "std": three(identity.get("std")),
+        "regions": identity.get("regions") == "grid",
+        "channels": type(identity.get("channels")) is int,
+    }
+    if wrong := [field for field, there in fits.items() if not there]:
+        raise UserError(f"{origin}: features: {', '.join(wrong)} cannot be what an extraction recorded")
+
+
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
     """Keep the weights once as backbone.safetensors, so that the folder needs no other file."""
     target = folder / "backbone.safetensors"
@@ -123,6 +158,8 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     kept = folder / "backbone.safetensors"
     if not kept.exists():
         _do_not_wait_for_an_absent_hub()
+        if ":" in identity["backbone"]:
+            raise UserError(f"{kept} is missing, and {identity['backbone']} is not fetched for a checkpoint: copy it whole")
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
     backbone = create_backbone(identity["backbone"], identity["arguments"], not kept.exists(), 0, size, grid)
     if kept.exists():

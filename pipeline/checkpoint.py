@@ -1,12 +1,16 @@
 """What is kept of a run. Never pickle: safetensors and JSON.
 
-A checkpoint folder captions photographs by itself:
+A checkpoint folder captions photographs by itself, and is laid out as the Hugging Face hub has it:
 
-    model.safetensors      the captioner's weights (the best on dev)
+    model.safetensors      the captioner's weights (the best on dev; their moving average, where there is one)
     config.json            model sizes, training settings, identity of the cache, decoding defaults, format number
-    vocab.json             the words, by id
+    vocab.json             the words (or pieces of words), by id
+    tokenizer.json         how words are cut into pieces, with --vocabulary bpe alone
     backbone.safetensors   the backbone's weights, unless they are the hub's by name
-    last.safetensors       where training stands (weights, optimiser, generators), for --resume; not needed to caption
+    last.safetensors       where training stands (weights, optimiser, average, place), for --resume; sharing leaves it out
+
+A checkpoint may come from anybody: nothing in it is run, nothing in it names a path that is opened, and its sizes are believed
+only where its weights have them.
 """
 
 from __future__ import annotations
@@ -18,15 +22,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data.features import packed_backbone, write_whole
+from data.subwords import Subwords
 from data.vocabulary import Vocabulary
+from models import ModelError
 from models.captioner import Captioner, CaptionerConfig
+from pipeline.backbone import check_identity
 from pipeline.cli import UserError
-from pipeline.tensors import load_tensors, save_tensors
+from pipeline.tensors import load_tensors, save_tensors, shapes_of
 
 FORMAT = 1
+SHARED = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "backbone.safetensors")
+LARGEST_JSON, MOST_BEAMS = 1 << 26, 1000
 
 
 # ---------------------------------------------------------------------------------------------------------- captioners
@@ -50,7 +60,7 @@ class Checkpoint:
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write config.json and vocab.json: all of a checkpoint but its weights."""
+    """Write config.json, vocab.json and, of pieces, tokenizer.json: all of a checkpoint but its weights."""
     config = {
         "format": FORMAT,
         "model": asdict(checkpoint.captioner.config),
@@ -60,6 +70,8 @@ def save_description(folder: Path, checkpoint: Checkpoint) -> None:
         "trained_on": checkpoint.trained_on,
         "training": checkpoint.training,
     }
+    if isinstance(checkpoint.vocabulary, Subwords):
+        write_whole(folder / "tokenizer.json", checkpoint.vocabulary.tokenizer)
     write_whole(folder / "vocab.json", json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0))
     write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
@@ -71,22 +83,65 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not fit."""
     config = _read_json(folder, "config.json", dict)
+    path = folder / "config.json"
     if config.get("format") != FORMAT:
-        raise UserError(f"{folder}/config.json has format {config.get('format')}, this version reads {FORMAT}")
-    vocabulary = Vocabulary(_read_json(folder, "vocab.json", list))
-    try:
-        captioner = Captioner(CaptionerConfig(**config["model"]))
-        rest = (config["features"], config["decoding"], config["training"], config["provenance"], config["trained_on"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is not a checkpoint's record: {error}") from error
-    weights, _ = load_tensors(folder / "model.safetensors")
-    try:
-        captioner.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        newer = isinstance(config.get("format"), int) and config["format"] > FORMAT
+        mend = "; it was made by a newer version: update this one" if newer else ""
+        raise UserError(f"{path} has format {config.get('format')}, this version reads {FORMAT}{mend}")
+    parts = {"model": dict, "features": dict, "decoding": dict, "training": dict, "provenance": dict, "trained_on": str}
+    wrong = [name for name, kind in parts.items() if not isinstance(config.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint's record: {', '.join(wrong)} missing or not as it should be")
+    _check_decoding(path, config["decoding"])
+    check_identity(str(path), config["features"])
+    captioner = _load_captioner(folder, config["model"])
+    if config["features"]["channels"] != captioner.config.channels:
+        raise UserError(f"{path}: its features have other channels than its model; copy it again, or make it again")
+    vocabulary = _load_vocabulary(folder)
     if len(vocabulary) != captioner.config.words:
         raise UserError(f"{folder}/vocab.json has {len(vocabulary)} words, config.json {captioner.config.words}")
+    rest = (config["features"], config["decoding"], config["training"], config["provenance"], config["trained_on"])
     return Checkpoint(captioner.eval(), vocabulary, *rest)
+
+
+def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:
+    """The captioner of `sizes` with its weights; no memory is taken for sizes that the weights' file has not."""
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    shapes = shapes_of(weights)
+    try:
+        whole = {name: value for name, value in sizes.items() if name != "dropout"}
+        if not all(type(value) is int for value in whole.values()) or type(sizes.get("dropout")) not in (int, float):
+            raise TypeError("a size is no number")
+        if max(sizes["encoder_layers"], sizes["decoder_layers"]) > len(shapes):
+            raise TypeError("more layers than model.safetensors has tensors")
+        with torch.device("meta"):
+            captioner = Captioner(CaptionerConfig(**sizes))
+    except (KeyError, TypeError, ModelError, RuntimeError) as error:
+        raise UserError(f"{path} is not a checkpoint's record: model: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in captioner.state_dict().items()}
+    if wanted != shapes:
+        name = next(iter({name for name in {*wanted, *shapes} if wanted.get(name) != shapes.get(name)}))
+        found = f"{name} is {shapes.get(name, 'absent')} and should be {wanted.get(name, 'absent')}"
+        raise UserError(f"{weights} does not fit its config.json: {found}; copy both again, or make them again")
+    tensors, _ = load_tensors(weights)
+    captioner.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+    return captioner
+
+
+def _load_vocabulary(folder: Path) -> Vocabulary:
+    words = _read_json(folder, "vocab.json", list)
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{folder}/vocab.json holds something that is no word")
+    if (folder / "tokenizer.json").exists():
+        return Subwords(words, json.dumps(_read_json(folder, "tokenizer.json", dict)))
+    return Vocabulary(words)
+
+
+def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
+    beam, penalty = decoding.get("beam"), decoding.get("length_penalty")
+    fits = type(beam) is int and 1 <= beam <= MOST_BEAMS and type(penalty) in (int, float) and abs(penalty) <= 10
+    if not fits or len(decoding) != 2:
+        raise UserError(f"{path}: decoding must be a beam of 1 to {MOST_BEAMS} and a length_penalty of -10 to 10: {decoding}")
 
 
 def copy_backbone(cache: Path, folder: Path) -> None:
@@ -112,7 +167,16 @@ def save_training_state(folder: Path, tensors: Mapping[str, Tensor], record: Map
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = load_tensors(folder / "last.safetensors")
-    return tensors, json.loads(header["record"])
+    try:
+        return tensors, json.loads(header["record"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'last.safetensors'} is not what a run saved: {error!r}; start the run anew") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in a run."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _read_json(folder: Path, name: str, kind: type) -> Any:
@@ -120,9 +184,11 @@ def _read_json(folder: Path, name: str, kind: type) -> Any:
         raise UserError(f"checkpoint {folder} is not there; make it with: python -m pipeline.train ... --out {folder}")
     if not (folder / name).is_file():
         raise UserError(f"{folder} has no {name}; a checkpoint is a folder that pipeline.train wrote")
+    if (folder / name).stat().st_size > LARGEST_JSON:
+        raise UserError(f"{folder / name} is larger than {LARGEST_JSON >> 20} MiB: it is no checkpoint's")
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, broken, a number of thousands of digits, lists in lists
         raise UserError(f"{folder / name} is not JSON: {error}") from error
     if not isinstance(found, kind):
         raise UserError(f"{folder / name} holds {type(found).__name__}, not {kind.__name__}")

@@ -19,7 +19,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,13 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), name: str
     return field(default=default, metadata={"help": help, "choices": choices, "name": name})
 
 
-def command(config_class: type) -> Callable[[Callable], click.Command]:
-    """Turn `main(config)` into a click command whose options are the fields of `config_class`."""
+def command(
+    config_class: type, presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> Callable[[Callable], click.Command]:
+    """Turn `main(config)` into a click command whose options are the fields of `config_class`.
+
+    presets: what `--preset NAME` sets, by name and field; --config and flags win over it.
+    """
 
     def decorate(main: Callable) -> click.Command:
         @functools.wraps(main)
@@ -63,6 +68,9 @@ def command(config_class: type) -> Callable[[Callable], click.Command]:
         types_of = typing.get_type_hints(config_class)
         own = config_class.__annotations__  # what a stage shares with another stands after its own
         options = [_option(item, types_of[item.name]) for item in sorted(fields(config_class), key=lambda f: f.name not in own)]
+        if presets:
+            chosen = next(option for option in options if option.name == "preset")
+            chosen.is_eager, chosen.callback = True, functools.partial(_take_preset, presets)
         return _Command(
             name=main.__module__,
             callback=call,
@@ -72,6 +80,14 @@ def command(config_class: type) -> Callable[[Callable], click.Command]:
         )
 
     return decorate
+
+
+def _take_preset(
+    presets: Mapping[str, Mapping[str, Any]], ctx: click.Context, _: click.Parameter, name: str | None
+) -> str | None:
+    if name is not None:
+        ctx.default_map = {**presets[name], **(ctx.default_map or {})}
+    return name
 
 
 class _Command(click.Command):

@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 
-from data.features import FeatureCache, cache_header, differences, shard_paths
+from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
 from data.images import DECODE_PATH, RESIZES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import DATASETS, Image, Source, open_source
@@ -43,6 +43,7 @@ class ExtractConfig:
     out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]")
     size: str | None = setting(None, "of the backbone's input: N or HxW  [the weights' own]")
     resize: str = setting("stretch", "whole photograph squeezed, its middle, or whole with filling", choices=RESIZES)
+    views: str = setting("none", "flip: keep the mirrored photographs too, for train to draw", choices=("none", *VIEWS))
     grid: str | None = setting(None, "pool the feature map to HxW cells  [as it comes]")
     allow_missing: bool = setting(False, "list photographs that the disk lacks as unreadable, and go on")
     strict: bool = setting(False, "end at the first photograph that cannot be read")
@@ -178,7 +179,8 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) ->
     backbone = open_backbone(name, weights, config.arguments, config.seed, size, grid)
     identity = backbone_identity(backbone, config.arguments, config.resize)
     workers = decoding_workers(config.workers)
-    return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, describe_versions(machine),
+    provenance = describe_versions(machine) | ({} if config.views == "none" else {"views": [config.views]})
+    return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, provenance,
                   config.batch, workers, config.strict, frozenset(missing))  # fmt: skip
 
 
@@ -189,7 +191,8 @@ def weights_of(config: ExtractConfig) -> str:
 def prepare_folder(cache: Path, config: ExtractConfig, recipe: Recipe) -> None:
     """Make the cache's folder, with the backbone's weights unless they are the hub's by name."""
     cache.mkdir(parents=True, exist_ok=True)
-    if weights_of(config) != "pretrained" and recipe.machine.rank == 0:
+    named = weights_of(config) == "pretrained" and ":" not in recipe.identity["backbone"]  # timm's own, which never change
+    if not named and recipe.machine.rank == 0:
         keep_backbone(recipe.backbone, cache)
 
 
@@ -214,7 +217,7 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     if header is None:
         return
     identity, provenance = recipe.identity, recipe.provenance
-    found = differences(identity, header[0]) + differences(provenance, header[1], ("precision", "decode"))
+    found = differences(identity, header[0]) + differences(provenance, header[1], ("precision", "decode", "views"))
     if found:
         raise UserError(f"{cache} was made otherwise ({'; '.join(found)}); pass another --out, or the same options")
     if other := differences(provenance, header[1]):
@@ -231,11 +234,13 @@ def announce(
 ) -> None:
     """Say what is about to be done, and refuse what cannot fit."""
     rows = sum(len(shard.images) for shard in [*shards, *again] if not shard.path.exists())
-    regions, channels = recipe.identity["grid"][0] * recipe.identity["grid"][1], recipe.identity["channels"]
-    space = refuse_what_cannot_fit(cache, rows * (regions * (channels * 2 + 16) + 400))
+    regions, channels = recipe.shape
+    views = 1 + len(recipe.views)
+    space = refuse_what_cannot_fit(cache, rows * (views * regions * (channels * 2 + 16) + 400))
     done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
     name, weights = recipe.identity["backbone"], recipe.identity["weights"]
-    say(f"{name} ({weights}), {regions} regions x {channels}, on {recipe.machine}, {recipe.workers} decoding")
+    also = f" and as much of its view {', '.join(recipe.views)}" if recipe.views else ""
+    say(f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, {recipe.workers} decoding")
     say(f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows to {cache}, {space}")
     if again:
         say(f"{sum(len(shard.images) for shard in again):,} photographs that could not be read are tried again")

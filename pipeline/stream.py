@@ -10,6 +10,7 @@ behind the next batch, and are written behind that.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.features import Unreadable, iterate
+from data.features import Rows, Unreadable, iterate, views_of
 from data.images import Framing, Photo, Photographs, stack, try_image
 from data.shards import Claims, Shard, stamp, write_shard
 from data.sources import Image
@@ -71,21 +72,36 @@ class Recipe:
     strict: bool = False
     missing: frozenset[int] = frozenset()  # ids of photographs that the disk lacks, and may
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        return views_of(self.provenance)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Regions an image and channels, (R, C)."""
+        return self.identity["grid"][0] * self.identity["grid"][1], self.identity["channels"]
+
 
 class ShardRows:
-    """A shard's rows as they come: the first `len(kept)` of each array."""
+    """A shard's rows as they come, a `Rows` a view: the first `len(kept)` of each array."""
 
-    def __init__(self, shard: Shard, identity: Mapping[str, Any]) -> None:
-        images, cells = len(shard.images), identity["grid"][0] * identity["grid"][1]
+    def __init__(self, shard: Shard, recipe: Recipe) -> None:
+        images, cells, channels = len(shard.images), *recipe.shape
         self.shard = shard
-        self.features = np.empty((images, cells, identity["channels"]), np.float16)
-        self.boxes = np.empty((images, cells, 4), np.float32)
-        self.counts = np.empty(images, np.int16)
+        self.rows = [
+            Rows(
+                np.empty((images, cells, channels), np.float16),
+                np.empty((images, cells, 4), np.float32),
+                np.empty(images, np.int16),
+            )
+            for _ in ("", *recipe.views)
+        ]
         self.kept: list[Image] = []
         self.sizes: list[tuple[int, int]] = []
         self.unreadable: list[Unreadable] = []
 
     def add(self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool) -> None:
+        """Take a batch; `found` are features, boxes and counts of each view after the other."""
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
                 raise UserError(f"--strict: {image.path} cannot be read: {reason}")
@@ -93,15 +109,15 @@ class ShardRows:
                 self.unreadable.append(Unreadable(image.id, image.name, reason, *stamp(image.path)))
         readable = [image for image, reason in zip(images, batch.reasons, strict=True) if not reason]
         at = slice(len(self.kept), len(self.kept) + len(readable))
-        for target, part in zip((self.features, self.boxes, self.counts), found, strict=True):
+        for target, part in zip(itertools.chain(*self.rows), found, strict=True):
             target[at] = part
         self.kept += readable
         self.sizes += batch.originals
 
     def write(self, recipe: Recipe) -> None:
-        n = len(self.kept)
-        rows = self.features[:n], self.boxes[:n], self.counts[:n], np.array(self.sizes, np.int32)
-        write_shard(self.shard, self.kept, *rows, self.unreadable, recipe.identity, recipe.provenance)
+        rows = [Rows(*(part[: len(self.kept)] for part in view)) for view in self.rows]
+        sizes = np.array(self.sizes, np.int32)
+        write_shard(self.shard, self.kept, rows, sizes, self.unreadable, recipe.identity, recipe.provenance)
 
 
 def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress) -> list[Path]:
@@ -113,7 +129,7 @@ def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar:
     with ThreadPoolExecutor(1) as disk:
         writing: deque[Future] = deque()
         for (shard, images, last), batch, found in _seen(decoded(work, framing, recipe), recipe):
-            rows = rows or ShardRows(shard, recipe.identity)
+            rows = rows or ShardRows(shard, recipe)
             rows.add(images, batch, found, recipe.strict)
             unreadable += sum(map(bool, batch.reasons))
             bar.step(len(images), f"{unreadable} unreadable" if unreadable else "")
@@ -198,15 +214,14 @@ def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> De
 def _seen(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n], on the host."""
+    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n] of each view, on the host."""
     gpu = recipe.machine.device.type == "cuda"
     coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
-        if len(batch.pixels):
-            parts = list(look(recipe.backbone, batch.pixels, recipe.machine, batch.frames))
-        else:
-            cells, channels = int(np.prod(recipe.identity["grid"])), recipe.identity["channels"]
-            parts = [torch.empty(0, cells, channels, dtype=torch.float16), torch.empty(0, cells, 4), torch.empty(0)]
+        parts: list[Tensor] = []
+        for view in ("", *recipe.views):
+            pixels, frames = seen_as(view, batch)
+            parts += look(recipe.backbone, pixels, recipe.machine, frames) if len(pixels) else nothing(*recipe.shape)
         copied = None
         if gpu:
             pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
@@ -218,6 +233,19 @@ def _seen(
             yield _arrived(*coming.popleft())
     while coming:
         yield _arrived(*coming.popleft())
+
+
+def seen_as(view: str, batch: Decoded) -> tuple[Tensor, Tensor]:
+    """Pixels and frames of a view of a batch: as it is, or flip, mirrored left to right with the frame of the mirrored
+    photograph."""
+    if not view:
+        return batch.pixels, batch.frames
+    left, top, right, bottom = batch.frames.unbind(1)
+    return batch.pixels.flip(3), torch.stack([1 - right, top, 1 - left, bottom], dim=1)
+
+
+def nothing(cells: int, channels: int) -> list[Tensor]:
+    return [torch.empty(0, cells, channels, dtype=torch.float16), torch.empty(0, cells, 4), torch.empty(0)]
 
 
 def _arrived(work: Work, batch: Decoded, parts: list[Tensor], copied: Any) -> tuple[Work, Decoded, tuple[np.ndarray, ...]]:

@@ -26,6 +26,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # of the system, by the package's name
+        kept = f"; {path} is as it was before" if path.exists() else ""
+        raise UserError(f"{path} could not be written: {error}{kept}; make room, or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -36,10 +39,24 @@ def _umask() -> int:
     return mask
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; UserError where it is missing or broken."""
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes that a file's header declares (safetensors refuses one whose tensors are not the file's very bytes)."""
+    _require(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is broken ({error}); copy it again, or make it again") from error
+
+
+def _require(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole")
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file; UserError where it is missing or broken."""
+    _require(path)
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

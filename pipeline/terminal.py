@@ -30,11 +30,17 @@ class Progress:
     """A bar with rate and time left on a terminal; a plain line every ten seconds where stderr is a file or a pipe."""
 
     def __init__(self, total: int, unit: str, what: str, enabled: bool = True) -> None:
-        self.total, self.unit, self.what, self.done, self.note = total, unit, what, 0, ""
+        self.total, self.unit, self.what, self.done, self.begun, self.note = total, unit, what, 0, 0, ""
         self.start = self.last_line = time.monotonic()
         self.enabled = enabled
         tty = enabled and sys.stderr.isatty()
         self.bar = tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False) if tty else None
+
+    def begin(self, done: int) -> None:
+        """So much was done before, by an earlier start."""
+        self.done = self.begun = done
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = done
 
     def step(self, count: int, note: str = "") -> None:
         self.done, self.note = self.done + count, note
@@ -49,7 +55,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        return self.done / max(time.monotonic() - self.start, 1e-9)
+        return (self.done - self.begun) / max(time.monotonic() - self.start, 1e-9)
 
     @property
     def seconds(self) -> float:

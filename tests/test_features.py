@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import DataError, shards
-from data.features import FeatureCache, Unreadable, shard_paths
+from data.features import FeatureCache, Rows, Unreadable, shard_paths
 from data.shards import plan_shards, write_index, write_shard
 from data.sources import Image
 
@@ -34,8 +34,8 @@ def write_plan(cache: Path, images: list[Image], unreadable: tuple[int, ...] = (
         kept = [image for image in shard.images if image.id not in unreadable]
         rows = np.zeros((len(kept), 4, 3), np.float32) + np.array([i.id for i in kept])[:, None, None]
         lost = [Unreadable(i.id, i.name, "broken") for i in shard.images if i.id in unreadable]
-        boxes, sizes = np.zeros((len(kept), 4, 4)), np.full((len(kept), 2), 7)
-        write_shard(shard, kept, rows, boxes, np.full(len(kept), 4), sizes, lost, IDENTITY, {"torch": "2"})
+        found = Rows(rows, np.zeros((len(kept), 4, 4)), np.full(len(kept), 4))
+        write_shard(shard, kept, [found], np.full((len(kept), 2), 7), lost, IDENTITY, {"torch": "2"})
 
 
 @pytest.fixture
@@ -149,7 +149,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, small_shards):
     shard = plan_shards(some_images(3), tmp_path)[0]
     rows = np.full((3, 4, 3), np.inf, np.float16)
     with pytest.raises(DataError, match=r"0\.jpg.*not finite"):
-        write_shard(shard, shard.images, rows, np.zeros((3, 4, 4)), np.full(3, 4), np.ones((3, 2)), [], IDENTITY, {})
+        found = Rows(rows, np.zeros((3, 4, 4)), np.full(3, 4))
+        write_shard(shard, shard.images, [found], np.ones((3, 2)), [], IDENTITY, {})
     assert not list(tmp_path.iterdir())
 
 

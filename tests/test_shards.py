@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data import DataError, shards
-from data.features import FeatureCache, packed_backbone, shard_paths
+from data.features import FeatureCache, Rows, packed_backbone, shard_paths
 from data.shards import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
 from tests.test_features import IDENTITY, cache, small_shards, some_images, write_plan  # noqa: F401  fixtures
 
@@ -115,7 +115,7 @@ def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
 def whole_rows(shard) -> tuple:
     n = len(shard.images)
     features = np.ones((n, 4, 3), np.float16)
-    return features, np.zeros((n, 4, 4), np.float32), np.full(n, 4), np.ones((n, 2)), [], IDENTITY, {}
+    return [Rows(features, np.zeros((n, 4, 4), np.float32), np.full(n, 4))], np.ones((n, 2)), [], IDENTITY, {}
 
 
 def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_shards):  # noqa: F811
@@ -131,7 +131,7 @@ def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_
         (folder / "filler").write_bytes(b"x" * (260_000 - len(before)))
         large = np.ones((10, 4, 3000), np.float16)
         with pytest.raises(OSError) as error:
-            write_shard(two, two.images, large, *whole_rows(two)[1:])
+            write_shard(two, two.images, [whole_rows(two)[0][0]._replace(features=large)], *whole_rows(two)[1:])
         assert error.value.errno == errno.ENOSPC and "shard-00001.h5" in error.value.filename
         assert one.path.read_bytes() == before and not two.path.exists() and not list(folder.glob(".*tmp"))
     finally:
@@ -198,7 +198,7 @@ def test_only_unreadable_photographs_that_changed_are_tried_again(tmp_path, smal
         lost = [shards.Unreadable(i.id, i.name, "broken", *stamp(i.path)) for i in shard.images if i.id in (3, 11)]
         kept = [image for image in shard.images if image.id not in (3, 11)]
         rows = whole_rows(shards.Shard(shard.path, shard.plan, tuple(kept)))
-        write_shard(shard, kept, *rows[:4], lost, IDENTITY, {})
+        write_shard(shard, kept, *rows[:2], lost, IDENTITY, {})
     assert plan_retry(images, folder, every=False) == []
     assert [[i.id for i in shard.images] for shard in plan_retry(images, folder, every=True)] == [[3, 11]]
     images[11].path.write_text("mended")
@@ -266,7 +266,8 @@ def test_two_plans_that_begin_at_once_end_with_all_images(tmp_path, small_shards
     def write(shard) -> None:
         if not shard.path.exists():
             rows = np.ones((len(shard.images), 4, 3)) * np.array([i.id for i in shard.images])[:, None, None]
-            write_shard(shard, shard.images, rows, *whole_rows(shard)[1:4], [], IDENTITY, {})
+            found = whole_rows(shard)[0][0]._replace(features=rows)
+            write_shard(shard, shard.images, [found], *whole_rows(shard)[1:])
 
     for one, two in zip(*plans, strict=True):
         for shard in (one, two) if one.path.name != "shard-00001.h5" else (two, one):

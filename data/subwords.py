@@ -1,0 +1,69 @@
+"""Pieces of words in place of words: byte-pair encoding (Sennrich et al. 2016) by the `tokenizers` package.
+
+Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A word's last piece ends with
+END. Only learning and encoding need the package (the extra `bpe`); captions are read off the pieces alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from data import DataError
+from data.vocabulary import BOS, EOS, PAD, SPECIALS, Vocabulary
+
+END = "</w>"
+
+
+class Subwords(Vocabulary):
+    """Pieces by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. `tokenizer` is the text of a tokenizer.json."""
+
+    def __init__(self, words: Sequence[str], tokenizer: str) -> None:
+        super().__init__(words)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def build(cls, captions: Iterable[Sequence[str]], size: int) -> Subwords:
+        """Learn at most `size` pieces, the four special ones included, on tokenised captions."""
+        tokenizers = _tokenizers()
+        learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3], end_of_word_suffix=END))
+        learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=list(SPECIALS), end_of_word_suffix=END, show_progress=False
+        )
+        learnt.train_from_iterator((" ".join(words) for words in captions), trainer)
+        pieces = sorted((number, piece) for piece, number in learnt.get_vocab().items())
+        return cls([piece for _, piece in pieces], learnt.to_str())
+
+    def encode(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of the pieces of tokens, without <bos> and <eos>; letters never seen are <unk>."""
+        return [number for token in tokens for number in self._pieces(token)]
+
+    @functools.cached_property
+    def _pieces(self) -> Any:
+        try:
+            loaded = _tokenizers().Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the package raises bare Exceptions
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"tokenizer.json is not what the tokenizers package wrote: {error}") from error
+        return functools.lru_cache(None)(lambda token: tuple(loaded.encode(token, add_special_tokens=False).ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words up to the first <eos>, joined from their pieces by spaces."""
+        pieces = []
+        for number in ids:
+            if number == EOS:
+                break
+            if number not in (PAD, BOS):
+                pieces.append(self.words[number])
+        return " ".join("".join(pieces).replace(END, " ").split())
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError("a vocabulary of pieces needs the tokenizers package: pip install 'onceover[bpe]'") from error
+    return tokenizers

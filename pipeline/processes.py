@@ -1,0 +1,108 @@
+"""One run as several processes: torchrun starts them, here they join, add up and wait for each other.
+
+Every function does the plain thing where there is one process. Tensors that are added lie on the CPU, so that no device waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.cli import UserError
+from pipeline.runtime import Machine
+
+PATIENCE = timedelta(hours=1)  # for a process that is alive: scoring a large dev split takes its time
+LOST = ("Connection closed", "Connection reset", "gloo", "NCCL", "Timed out", "Broken pipe")
+
+
+@contextlib.contextmanager
+def joined(machine: Machine) -> Iterator[None]:
+    """Join the run's other processes, and leave them at the end; UserError where one of them is lost."""
+    if machine.world == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo"
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"rank {machine.rank}: another of the {machine.world} processes ended; its own error says why; go on with --resume"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def total(*numbers: float) -> list[float]:
+    """The sum of each number over all processes."""
+    if not dist.is_initialized():
+        return list(numbers)
+    added = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(added)
+    return added.tolist()
+
+
+def of_first(value: Any) -> Any:
+    """What the first process has."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each process has, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    of_all(None)
+
+
+@contextlib.contextmanager
+def first_alone(machine: Machine) -> Iterator[None]:
+    """The first process does what is inside before the others: it may write what they then find."""
+    if machine.rank:
+        wait()
+    yield
+    if not machine.rank:
+        wait()
+
+
+def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
+    """float16 of `size` bytes that all processes of a machine share, and whether this one is to fill it; None where the system
+    has no such memory. It is a file without a name, which goes when the last process does, however it ends, and is no
+    part of /dev/shm, of which containers have little. Call `wait` once it is filled."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    made = os.memfd_create("onceover-features") if first else -1
+    if first:
+        os.ftruncate(made, size)
+    here = socket.gethostname()
+    where = next((pid, fd) for host, pid, fd in of_all((here, os.getpid(), made)) if host == here and fd >= 0)
+    file = made if first else os.open(f"/proc/{where[0]}/fd/{where[1]}", os.O_RDWR)
+    memory = np.frombuffer(mmap.mmap(file, size), np.float16)
+    wait()  # until all have it
+    os.close(file)
+    return memory, first

@@ -1,0 +1,124 @@
+"""What to train and how: the settings of pipeline.train, its presets, and how the learning rate goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.captions import CaptionedImages
+from data.sources import DATASETS
+from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
+
+SIZES = ("width", "heads", "encoder_layers", "decoder_layers", "feedforward", "dropout")
+# Settings that stand under what --config and flags say; chosen by the number of captions where none is named.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1,
+             "lr": 1e-3, "batch": 50},
+    "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.3,
+              "lr": 4e-4, "batch": 20},
+    "base": {"width": 512, "heads": 8, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 2048, "dropout": 0.1,
+             "lr": 3e-4, "batch": 50},
+    "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1,
+              "lr": 3e-4, "batch": 50},
+}  # fmt: skip
+SCHEDULES = ("cosine", "noam", "constant")
+# between a run and its resumption
+MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile", "accumulate",
+              "save_every", "log_every", "wandb"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how; None is chosen from the size of the data, and said."""
+
+    features: Path | None = setting(None, "the cache that pipeline.extract made  [cache/DATASET]")
+    dataset: str = setting("sample", "layout of the captions", choices=DATASETS)
+    root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample]")
+    annotations: Path | None = setting(None, "caption file, where the layout does not name it")
+    images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
+    out: Path | None = setting(None, "folder of the run  [runs/DATASET]")
+    resume: bool = setting(False, "go on with the run in --out")
+    preset: str | None = setting(None, "settings by name  [tiny, small or base by captions]", choices=tuple(PRESETS))
+    width: int | None = setting(None, "model width D  [by preset]")
+    heads: int | None = setting(None, "attention heads  [by preset]")
+    encoder_layers: int | None = setting(None, "layers over the regions  [by preset]")
+    decoder_layers: int | None = setting(None, "layers over the words  [by preset]")
+    feedforward: int | None = setting(None, "inner width of the feed-forward layers  [by preset]")
+    dropout: float | None = setting(None, "dropout  [by preset]")
+    region_dropout: float = setting(0.0, "share of an image's regions left out of a step")
+    word_dropout: float = setting(0.0, "share of the words read that become <unk>")
+    scheduled_sampling: float = setting(0.0, "share of the words read that become the model's own, at the end; from 0 on")
+    views: bool = setting(True, "draw from the views that the cache keeps (extract --views flip)")
+    vocabulary: str = setting("word", "words, or pieces of words by byte-pair encoding", choices=("word", "bpe"))
+    vocab_size: int = setting(4000, "pieces, with --vocabulary bpe")
+    max_length: int | None = setting(None, "words (bpe: pieces) of a caption; longer ones are cut  [20, bpe 30]")
+    min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
+    epochs: int | None = setting(None, "passes over the train images  [300,000 captions in all, 12 to 60; sample: 18]")
+    minutes: float | None = setting(None, "end after so long, validation included; whichever of this and --epochs is first")
+    batch: int | None = setting(None, "images a step, over all processes, each with all its captions  [by preset]")
+    accumulate: int = setting(1, "parts that a step's images are taken in: less memory, the same step")
+    lr: float | None = setting(None, "peak learning rate  [by preset]")
+    schedule: str = setting("cosine", "of the learning rate, after warm-up", choices=SCHEDULES)
+    warmup: float = setting(0.05, "share of the training before the peak")
+    weight_decay: float = setting(0.01, "of AdamW, on matrices only")
+    label_smoothing: float = setting(0.1, "mass given to all words alike")
+    clip: float = setting(1.0, "largest gradient norm")
+    ema: float = setting(0.0, "decay of a moving average of the weights, which is what is scored and kept; 0: none")
+    compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one")
+    cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
+    patience: int = setting(5, "epochs without a better CIDEr on dev before the early stop")
+    train_on_dev: bool = setting(False, "train on dev too, where the recipe is fixed: the last epoch is kept")
+    beam: int = setting(5, "beams on dev, and the run's default")
+    length_penalty: float = setting(1.0, "exponent of the length that scores are divided by, and the run's default")
+    limit: int | None = setting(None, "take only the first N train images (and of dev)")
+    save_every: float = setting(10.0, "minutes between saves within an epoch, for --resume")
+    log_every: int = setting(50, "steps between lines of metrics.jsonl within an epoch")
+    wandb: bool = setting(False, "log to Weights & Biases too")
+    device: str = setting("auto", "where to train", choices=DEVICES)
+    precision: str = setting("auto", "of products", choices=PRECISIONS)
+    seed: int = setting(0, "of weights, order and dropout")
+
+    def __post_init__(self) -> None:
+        at_least_1 = "batch beam max_length epochs min_count limit patience accumulate log_every vocab_size"
+        shares = "warmup label_smoothing region_dropout word_dropout scheduled_sampling ema"
+        positive = "lr clip minutes"
+        for names, fits, must in (
+            (at_least_1, lambda value: value >= 1, "at least 1"),
+            (shares, lambda value: 0 <= value < 1, "in [0, 1)"),
+            (positive, lambda value: value > 0, "above 0"),
+            ("weight_decay save_every", lambda value: value >= 0, "at least 0"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {must}")
+
+
+def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
+    """Choose what the options leave open from the number of captions."""
+    captions = train.captions
+    preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
+    epochs = 18 if config.dataset == "sample" else min(60, max(12, round(300_000 / captions)))
+    chosen = {
+        **PRESETS[preset],
+        "preset": preset,
+        "min_count": 5 if captions >= 10_000 else 1,
+        "epochs": None if config.minutes else epochs,
+        "max_length": 30 if config.vocabulary == "bpe" else 20,
+    }
+    return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
+
+
+def learning_rate(config: TrainConfig, done: float) -> float:
+    """The learning rate where `done` (0 to 1) of the training is over: a straight rise over its first `warmup`, then half a
+    cosine to zero, or noam's inverse square root of the time (Vaswani et al. 2017), or no change."""
+    if done < config.warmup:
+        return config.lr * done / config.warmup
+    if config.schedule == "noam":
+        return config.lr * math.sqrt(max(config.warmup, 1e-3) / max(done, 1e-3))
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup)))

@@ -1,0 +1,330 @@
+"""The training loop: steps over a cache's images, and where a run stands, so that it goes on exactly.
+
+All that is drawn in a step follows from (seed, step, rank), and the order of an epoch from (seed, epoch): a run that is killed
+goes on from its last save as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.captions import Batch, CaptionedImages, prefetch
+from data.vocabulary import PAD, UNK
+from models.captioner import Captioner
+from models.grid import Regions
+from models.losses import Noise, caption_loss
+from pipeline import processes
+from pipeline.checkpoint import Checkpoint, load_training_state, save_training_state
+from pipeline.cli import UserError
+from pipeline.journal import Journal
+from pipeline.recipe import TrainConfig, learning_rate
+from pipeline.runtime import Machine
+from pipeline.terminal import progress
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop (Ctrl-C, or a scheduler's SIGTERM); `signum` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+@dataclass
+class Place:
+    """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions seen, seconds of
+    training and of waiting for data; `lr` of the last step."""
+
+    seconds: float = 0.0
+    epoch: int = 0
+    step: int = 0
+    captions: int = 0
+    training: float = 0.0
+    waited: float = 0.0
+    lr: float = 0.0
+
+
+@dataclass
+class Run:
+    """A training run in memory: what the loop changes and what it needs."""
+
+    config: TrainConfig
+    folder: Path
+    machine: Machine
+    train: CaptionedImages
+    dev: CaptionedImages | None  # None: nothing is chosen
+    checkpoint: Checkpoint
+    journal: Journal
+    forward: nn.Module = field(init=False)  # the captioner as training calls it: compiled, in several processes
+    optimizer: torch.optim.Optimizer = field(init=False)
+    average: list[Tensor] | None = field(init=False)  # of the weights, by --ema
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # losses in nats and words: the
+    # epoch's, and those since the last line of the journal
+    place: Place = field(default_factory=Place)
+    reserve: float = 0.0  # seconds that the last validation took: kept back of --minutes
+    stopping: int = 0  # the signal that asked to stop
+    started: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        config, captioner = self.config, self.captioner
+        self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
+        if self.machine.world > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.optimizer = make_optimizer(captioner, config)
+        self.average = [weight.detach().clone() for weight in captioner.parameters()] if config.ema else None
+
+    @property
+    def captioner(self) -> Captioner:
+        return self.checkpoint.captioner
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return -(-len(self.train) // self.config.batch)
+
+    @property
+    def step(self) -> int:
+        """Steps done in all."""
+        return self.place.epoch * self.steps_an_epoch + self.place.step
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run, by all its starts."""
+        return self.place.seconds + time.monotonic() - self.started
+
+    def done(self, seconds: float) -> float:
+        """How much of the training is over, 0 to 1: by steps or by time, whichever ends it first. Looked at in the middle of a
+        step, so that neither the first nor the last has a learning rate of zero."""
+        config, by_step, by_time = self.config, 0.0, 0.0
+        if config.epochs:
+            by_step = (self.step + 0.5) / (config.epochs * self.steps_an_epoch)
+        if config.minutes:
+            by_time = seconds / max(config.minutes * 60 - self.reserve, 1e-9)
+        return min(1.0, max(by_step, by_time))
+
+
+def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, biases, norms and embeddings do not."""
+    decayed = [p for name, p in captioner.named_parameters() if p.ndim > 1 and not name.startswith(("word", "position"))]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in captioner.parameters() if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+def train_epoch(run: Run) -> dict[str, float]:
+    """The rest of an epoch; returns loss (nats a word), learning rate, captions/s and the share of time waiting for data.
+
+    Raises Stopped between two steps, with the run saved, and UserError for a loss or a gradient that is not finite.
+    """
+    config, place, first = run.config, run.place, run.machine.rank == 0
+    run.captioner.train()
+    window = Window(run)
+    name = f"epoch {place.epoch + 1}" + (f"/{config.epochs}" if config.epochs else "")
+    with progress(run.train.captions, "captions", name, enabled=first) as bar:
+        bar.begin(place.captions)
+        for batch, waiting in timed(prefetch(train_batches(run))):
+            due = first and time.monotonic() - run.saved >= config.save_every * 60
+            words, captions, seconds, due, stopping = processes.total(
+                batch.words, batch.captions, run.seconds if first else 0, due, run.stopping
+            )
+            if due or stopping:
+                window.settle()
+                save_progress(run)
+            if stopping:
+                raise Stopped(run.stopping or signal.SIGTERM)
+            done = run.done(seconds)
+            if config.minutes and done >= 1 and run.step:
+                break
+            place.lr = learning_rate(config, done)
+            window.took(*train_step(run, batch, int(words), done), int(captions), waiting, batch)
+            if place.step % config.log_every == 0:
+                line = window.tell()
+                run.journal.add({"step": run.step, "epoch": run.step / run.steps_an_epoch, "train": line})
+                bar.note = f"loss {line['loss']:.3f}, waiting {line['waiting']:.1%}"
+            bar.step(int(captions), bar.note)
+    window.settle()
+    losses, words, *_ = run.sums.tolist()
+    return {"loss": losses / max(words, 1), "lr": place.lr, **speed(place.captions, place.training, place.waited)}
+
+
+def train_batches(run: Run) -> Iterator[Batch]:
+    """The rest of the epoch's batches, in an order that follows from seed and epoch alone."""
+    config, machine = run.config, run.machine
+    ids = run.train.encode(run.checkpoint.vocabulary, config.max_length)
+    order = np.random.default_rng((config.seed, run.place.epoch))
+    views = config.views and bool(run.train.cache.views)
+    return run.train.batches(ids, config.batch, order, views, run.place.step, machine.rank, machine.world)
+
+
+def train_step(run: Run, batch: Batch, words: int, done: float) -> tuple[Tensor, Tensor]:
+    """One update by the mean loss over the `words` of the whole step, all processes and parts; returns this process's sum of
+    losses and the norm of the gradient."""
+    config, machine = run.config, run.machine
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.place.lr
+    torch.manual_seed(np.random.SeedSequence((config.seed, run.step, machine.rank)).generate_state(1, np.uint64).item())
+    noise = Noise(config.region_dropout, config.word_dropout, config.scheduled_sampling * done, UNK)
+    run.optimizer.zero_grad(set_to_none=True)
+    losses, parts = [], batch.split(config.accumulate)
+    for number, part in enumerate(parts):
+        part = part.to(machine.device)
+        with machine.autocast():
+            regions = Regions(part.features, part.boxes, part.counts)
+            ready = number + 1 == len(parts) or machine.world == 1
+            with contextlib.nullcontext() if ready else run.forward.no_sync():
+                loss, _ = caption_loss(run.forward, regions, part.tokens, PAD, config.label_smoothing, noise)
+                loss = loss * part.counted
+                (loss * (machine.world / words)).backward()  # DistributedDataParallel divides by the processes
+        losses.append(loss.detach())
+    norm = torch.nn.utils.clip_grad_norm_(run.captioner.parameters(), config.clip)
+    loss = torch.stack(losses).sum()
+    if machine.device.type == "cpu":
+        refuse_not_finite(loss.item(), norm.item(), run.step, run.place.lr, batch)
+    run.optimizer.step()
+    if run.average is not None:
+        decay = min(config.ema, (1 + run.step) / (10 + run.step))  # while there is little to average
+        torch._foreach_lerp_(run.average, [weight.detach() for weight in run.captioner.parameters()], 1 - decay)
+    return loss, norm
+
+
+def refuse_not_finite(loss: float, norm: float, step: int, lr: float, batch: Batch) -> None:
+    for what, value in (("loss", loss), ("norm of the gradient", norm)):
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} is {value} at step {step}, lr {lr:.2g}, images {', '.join(map(str, batch.image_ids))}; the run is "
+                "as it was last saved: a lower --lr or --clip mends it mostly, --precision fp32 sometimes"
+            )
+
+
+class Window:
+    """Steps since the last line: a GPU is only looked at when a line or a save is due, so that no step waits for it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.norm = run, 0.0
+        self.pending: list[tuple[Tensor, Tensor, int, float, Batch]] = []
+        self.clock = time.monotonic()
+        self.told_at = self._stand()
+
+    def took(self, loss: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch) -> None:
+        place, now = self.run.place, time.monotonic()
+        self.pending.append((loss, norm, self.run.step, place.lr, batch))
+        place.training, self.clock = place.training + now - self.clock, now
+        place.step, place.captions, place.waited = place.step + 1, place.captions + captions, place.waited + waited
+
+    def settle(self) -> None:
+        """Add what is pending to the run's sums; UserError where a loss is not finite."""
+        if not self.pending:
+            return
+        table = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
+        for (loss, norm), (*_, step, lr, batch) in zip(table, self.pending, strict=True):
+            refuse_not_finite(loss, norm, step, lr, batch)
+            self.run.sums += torch.tensor(processes.total(loss, batch.words) * 2, dtype=torch.float64)
+        self.norm, self.pending = norm, []
+
+    def tell(self) -> dict[str, float]:
+        """The figures of a line, since the one before."""
+        self.settle()
+        losses, words = self.run.sums[2:].tolist()
+        self.run.sums[2:] = 0
+        captions, training, waited = (now - then for now, then in zip(self._stand(), self.told_at, strict=True))
+        self.told_at = self._stand()
+        return {"loss": losses / max(words, 1), "lr": self.run.place.lr, "gradient": self.norm,
+                **speed(captions, training, waited)}  # fmt: skip
+
+    def _stand(self) -> tuple[float, float, float]:
+        return self.run.place.captions, self.run.place.training, self.run.place.waited
+
+
+def speed(captions: float, training: float, waited: float) -> dict[str, float]:
+    return {"captions_per_s": captions / max(training, 1e-9), "waiting": waited / max(training, 1e-9)}
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that were spent waiting for it."""
+    while True:
+        start = time.monotonic()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.monotonic() - start
+
+
+@contextlib.contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """The captioner with its averaged weights for a while, where there are any."""
+    weights = [weight.data for weight in run.captioner.parameters()]
+    if run.average is not None:
+        for weight, mean in zip(run.captioner.parameters(), run.average, strict=True):
+            weight.data = mean
+    try:
+        yield
+    finally:
+        for weight, own in zip(run.captioner.parameters(), weights, strict=True):
+            weight.data = own
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run: Run) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM lets the step end and be saved; a second one ends the process at once."""
+
+    def stop(signum: int, _: Any) -> None:
+        run.stopping = signum
+        signal.signal(signum, before[signum])
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+# ------------------------------------------------------------------------------------------------------ where it stands
+
+
+def save_progress(run: Run) -> None:
+    """Everything `restore` needs, by the process that writes."""
+    run.saved = time.monotonic()
+    if run.machine.rank:
+        return
+    tensors = {f"model.{name}": value for name, value in run.captioner.state_dict().items()}
+    for number, (name, weight) in enumerate(run.captioner.named_parameters()):
+        for key, value in run.optimizer.state[weight].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+        if run.average is not None:
+            tensors[f"average.{name}"] = run.average[number]
+    tensors["sums"] = run.sums
+    place = asdict(run.place) | {"seconds": run.seconds}
+    save_training_state(run.folder, tensors, {"place": place, "lines": run.journal.lines, "wandb": run.journal.wandb_id})
+
+
+def restore(run: Run) -> dict[str, Any]:
+    """Take up weights, optimiser, average and place from last.safetensors; returns its record."""
+    tensors, record = load_training_state(run.folder)
+    try:
+        run.captioner.load_state_dict({name: tensors[f"model.{name}"] for name in run.captioner.state_dict()})
+        for number, (name, weight) in enumerate(run.captioner.named_parameters()):
+            prefix = f"optimizer.{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            run.optimizer.state[weight] = {key: value.to(weight.device) for key, value in state.items()}
+            if run.average is not None:
+                run.average[number].copy_(tensors[f"average.{name}"])
+        run.sums, run.place = tensors["sums"], Place(**record["place"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{run.folder / 'last.safetensors'} does not fit the run: {error}; start the run anew") from error
+    return record
