@@ -136,9 +136,9 @@ def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkey
     works(train.main, *options, "--out", tmp_path / "through")
     whole = train.validate
 
-    def stop_after_the_second(run, epoch, trained):
-        whole(run, epoch, trained)
-        if epoch == 1:
+    def stop_after_the_second(run, trained):
+        whole(run, trained)
+        if run.place.epoch == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "validate", stop_after_the_second)

@@ -1,0 +1,310 @@
+"""Training as a whole: it goes on exactly wherever it was stopped, is the same in one process and in two, and stops plainly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.sample import draw_sample
+from pipeline import extract, train, trainer
+from pipeline.recipe import PRESETS, TrainConfig, learning_rate
+from tests.test_commands import SMALL, at, refused, run, works
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A drawn sample of 60 scenes, captioned with unequal lengths, and its cache with mirrored views."""
+    world = tmp_path_factory.mktemp("train")
+    draw_sample(world / "sample", count=60, seed=3)
+    path = world / "sample" / "dataset_sample.json"
+    whole = json.loads(path.read_text())
+    for number, image in enumerate(whole["images"]):
+        image["sentences"] = image["sentences"][: 1 + number % len(image["sentences"])]
+    path.write_text(json.dumps(whole))
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--views", "flip", "--out", world / "cache")
+    return world
+
+
+def options(world: Path, out: Path, *more: object) -> list[str]:
+    chosen = [*at(world), "--features", world / "cache", "--out", out, *SMALL, "--min-count", 1, "--beam", 2, "--batch", 8,
+              "--epochs", 2, "--log-every", 3, *more]  # fmt: skip
+    return [str(each) for each in chosen]
+
+
+NOISY = ["--dropout", 0.1, "--ema", 0.9, "--region-dropout", 0.2, "--word-dropout", 0.1, "--scheduled-sampling", 0.3,
+         "--accumulate", 2]  # fmt: skip
+
+
+def told(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what hangs on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+        for name in ("captions_per_s", "waiting"):
+            line["train"].pop(name, None)
+    return lines
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert told(one) == told(two)
+    for name in ("model.safetensors", "last.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture(scope="module")
+def through(world, tmp_path_factory) -> Path:
+    """A run that nothing interrupts, with all that training can draw."""
+    folder = tmp_path_factory.mktemp("through") / "run"
+    works(train.main, *options(world, folder, *NOISY))
+    return folder
+
+
+@pytest.mark.parametrize("step", [0, 2, 6, 7, 9])
+def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, monkeypatch, step):
+    """Seven steps an epoch: before the first, within each epoch, and between the last step and dev."""
+    plain = trainer.train_step
+
+    def asked_to_stop(run, *arguments):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(run, *arguments)
+
+    monkeypatch.setattr(trainer, "train_step", asked_to_stop)
+    result = run(train.main, *options(world, tmp_path / "run", *NOISY))
+    assert result.exit_code == 130 and "saved after step" in result.output and "Traceback" not in result.output
+    monkeypatch.undo()
+    again = result.output[result.output.index("--config") :].split("\n")[0].split()
+    assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
+    assert_same_run(through, tmp_path / "run")
+
+
+def test_saving_at_every_step_changes_nothing(world, through, tmp_path):
+    works(train.main, *options(world, tmp_path / "run", *NOISY, "--save-every", 0))
+    assert_same_run(through, tmp_path / "run")
+
+
+def test_a_run_that_fails_while_it_writes_a_checkpoint_goes_on_from_the_one_before(world, through, tmp_path, monkeypatch):
+    plain, writes = os.replace, []
+
+    def fail(source, target):
+        if Path(target).name == "last.safetensors":
+            writes.append(target)
+            if len(writes) == 4:
+                raise MemoryError
+        plain(source, target)
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(MemoryError):
+        run(train.main, *options(world, tmp_path / "run", *NOISY, "--save-every", 0))
+    monkeypatch.undo()
+    works(train.main, *options(world, tmp_path / "run", *NOISY, "--resume"))
+    assert_same_run(through, tmp_path / "run")
+
+
+def start(arguments: list[str], processes: int = 1, **environment: str) -> subprocess.Popen:
+    """pipeline.train as a process of its own, or several by torchrun."""
+    launcher = [sys.executable, "-m", "pipeline.train"]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m",
+                    "pipeline.train"]  # fmt: skip
+    return subprocess.Popen([*launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_sigkill_anywhere_goes_on_exactly(world, through, tmp_path):
+    """Six kills, each as soon as something was saved since the last: three while a file is half-written, three at any moment."""
+    folder, rng = tmp_path / "run", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(6):
+        resumed = ["--resume"] if (folder / "config.json").exists() else []
+        process = start(options(world, folder, *NOISY, "--save-every", 0, *resumed))
+        before = (folder / "last.safetensors").stat().st_ino if (folder / "last.safetensors").exists() else 0
+        until, ripe = time.time() + 60, False
+        while time.time() < until and process.poll() is None and not ripe:
+            saved = (folder / "last.safetensors").exists() and (folder / "last.safetensors").stat().st_ino != before
+            ripe = saved and (number % 2 == 1 or any(folder.glob(".last*.tmp")))
+        time.sleep(rng.uniform(0, 0.05) if number % 2 else 0)
+        process.kill()
+        process.communicate()
+        assert ripe or process.returncode == 0
+    process = start(options(world, folder, *NOISY, "--resume"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_run(through, folder)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(world, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here (it takes root)")
+    try:
+        works(train.main, *options(world, folder / "run", "--epochs", 1))
+        before = (folder / "run/last.safetensors").read_bytes()
+        room = 3_000_000 - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        (folder / "filler").write_bytes(b"x" * max(0, room - len(before) // 2))
+        config = json.loads((folder / "run/config.json").read_text())
+        config["training"]["epochs"] = 2  # what was begun for one epoch goes on for two
+        (folder / "run/config.json").write_text(json.dumps(config))
+        message = refused(train.main, *options(world, folder / "run", "--resume"))
+        assert "last.safetensors could not be written" in message or "No space left" in message
+        assert (folder / "run/last.safetensors").read_bytes() == before and not list((folder / "run").glob(".*.tmp"))
+        (folder / "filler").unlink()
+        works(train.main, *options(world, folder / "run", "--resume"))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--cache-in", "ram"]])
+def test_two_processes_train_as_one_does(world, tmp_path, more):
+    """Captions of unequal number and length a rank, a last batch that leaves a rank without an image, fp32, no dropout."""
+    plain = ["--dropout", 0, "--precision", "fp32", "--batch", 7, "--limit", 43, "--ema", 0.9]  # 43 = 6 * 7 + 1
+    works(train.main, *options(world, tmp_path / "one", *plain))
+    process = start(options(world, tmp_path / "two", *plain, *more), processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("epoch 2/2: train loss") == 1 and "2 processes" in output
+    if more:
+        assert "in RAM" in output and "once for all processes of a machine" in output
+    for one, two in zip(told(tmp_path / "one"), told(tmp_path / "two"), strict=True):
+        assert one["train"]["loss"] == pytest.approx(two["train"]["loss"], abs=1e-5)
+        assert one["step"] == two["step"] and one.get("dev", {}).keys() == two.get("dev", {}).keys()
+        assert one.get("dev", {}) == pytest.approx(two.get("dev", {}), abs=1e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    apart = torch.cat([(weights[0][key] - weights[1][key]).abs().flatten() for key in weights[0]])
+    assert apart.quantile(0.99) < 1e-4  # where a gradient is nothing but rounding, Adam's steps are its sign
+
+
+def test_a_dead_rank_ends_the_run_and_leaves_it_to_be_resumed(world, tmp_path):
+    folder = tmp_path / "run"
+    process = start(options(world, folder, "--save-every", 0, "--epochs", 2000, "--patience", 2000), processes=2)
+    until = time.time() + 60
+    while not (folder / "last.safetensors").exists() and time.time() < until:
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and ("SIGKILL" in output or "Signal 9" in output)
+    trainer.load_training_state(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- what it does
+
+
+def test_parts_of_a_step_add_up_to_the_step(world, tmp_path):
+    plain = ["--dropout", 0, "--precision", "fp32"]
+    for name, more in (("whole", []), ("parts", ["--accumulate", 3])):
+        works(train.main, *options(world, tmp_path / name, *plain, *more))
+    for one, two in zip(told(tmp_path / "whole"), told(tmp_path / "parts"), strict=True):
+        assert one["train"]["loss"] == pytest.approx(two["train"]["loss"], abs=1e-5)
+
+
+def test_the_average_kept_is_that_of_the_weights_after_each_step(world, tmp_path, monkeypatch):
+    weights, plain = [], trainer.train_step
+
+    def watched(run, *arguments):
+        found = plain(run, *arguments)
+        weights.append({name: value.detach().double().clone() for name, value in run.captioner.named_parameters()})
+        return found
+
+    first = []
+    begin = trainer.Run.__post_init__
+
+    def begun(self):
+        begin(self)
+        first.append({name: value.detach().double().clone() for name, value in self.captioner.named_parameters()})
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    monkeypatch.setattr(trainer.Run, "__post_init__", begun)
+    works(train.main, *options(world, tmp_path / "run", "--ema", 0.8, "--epochs", 1))
+    mean = first[0]
+    for number, after in enumerate(weights):
+        decay = min(0.8, (1 + number) / (10 + number))
+        mean = {name: decay * mean[name] + (1 - decay) * after[name] for name in mean}
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.allclose(kept[name].double(), mean[name], atol=1e-5) for name in mean)
+    assert any(not torch.allclose(kept[name].double(), weights[-1][name], atol=1e-6) for name in mean)
+
+
+def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path):
+    start_time = time.monotonic()
+    works(train.main, *options(world, tmp_path / "run", "--minutes", 0.1, "--patience", 10_000, "--epochs", 100_000))
+    assert time.monotonic() - start_time < 15
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 4 < lines[-1]["seconds"]["elapsed"] < 8 and lines[-1]["train"]["lr"] < 0.1 * max(line["train"]["lr"] for line in lines)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "noam", "constant"])
+def test_the_learning_rate_rises_to_its_peak_and_goes_as_its_schedule_says(schedule):
+    config = TrainConfig(lr=2.0, warmup=0.1, schedule=schedule)
+    assert learning_rate(config, 0.05) == pytest.approx(1.0) and learning_rate(config, 0.1) == pytest.approx(2.0)
+    expected = {"cosine": 1.0, "noam": 2.0 * (0.1 / 0.55) ** 0.5, "constant": 2.0}[schedule]
+    assert learning_rate(config, 0.55) == pytest.approx(expected)
+    assert learning_rate(config, 1.0) == pytest.approx({"cosine": 0.0, "noam": 2.0 * 0.1**0.5, "constant": 2.0}[schedule])
+
+
+def test_dev_is_trained_on_where_asked_and_then_chooses_nothing(world, tmp_path):
+    output = works(train.main, *options(world, tmp_path / "run", "--train-on-dev"))
+    assert "trained on dev too, nothing was chosen" in output
+    lines = told(tmp_path / "run")
+    assert not any("dev" in line for line in lines)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["train_on_dev"] is True
+    weights, last = load_file(tmp_path / "run/model.safetensors"), load_file(tmp_path / "run/last.safetensors")
+    assert all(torch.equal(weights[name], last[f"model.{name}"]) for name in weights)
+
+
+def test_a_preset_stands_under_a_config_file_and_flags(world, tmp_path):
+    (tmp_path / "c.toml").write_text("lr = 0.002\nwidth = 32\n")
+    few = [*at(world), "--features", world / "cache", "--epochs", 1, "--limit", 4, "--beam", 1]
+    works(train.main, *few, "--config", tmp_path / "c.toml", "--preset", "tiny", "--width", 64, "--out", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["training"]["lr"] == 0.002 and record["model"]["width"] == 64
+    assert record["model"]["feedforward"] == PRESETS["tiny"]["feedforward"]
+
+
+@pytest.mark.parametrize("option, value", [("--lr", 0), ("--ema", 1), ("--word-dropout", 1.5), ("--accumulate", 0), ("--minutes", -1)])
+def test_an_option_out_of_its_range_is_named(option, value):
+    assert f"{option} is" in refused(train.main, option, value)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, tmp_path, monkeypatch, what):
+    plain = trainer.caption_loss
+
+    def spoil(captioner, regions, *arguments):
+        loss, words = plain(captioner, regions, *arguments)
+        if captioner.training and len(made) == 3:
+            loss = loss * float("nan") if what == "loss" else loss + (captioner.output_bias.sum() * 0).sqrt()
+        made.append(loss)
+        return loss, words
+
+    made = []
+    monkeypatch.setattr(trainer, "caption_loss", spoil)
+    message = refused(train.main, *options(world, tmp_path / "run", "--save-every", 0))
+    assert "is nan at step 3" in message and "lr" in message and "images" in message
+    monkeypatch.undo()
+    works(train.main, *options(world, tmp_path / "run", "--resume"))
+    works(train.main, *options(world, tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
