@@ -1,7 +1,7 @@
 """Pieces of words in place of words: byte-pair encoding (Sennrich et al. 2016) by the `tokenizers` package.
 
-Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A word's last piece ends with
-END. Only learning and encoding need the package (the extra `bpe`); captions are read off the pieces alone.
+Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A word's first piece begins
+with START, SentencePiece's sign (the package's mark of a word's end is learnt in another order each time). Only learning and encoding need the package (the extra `bpe`); captions are read off the pieces alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from data import DataError
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, Vocabulary
 
-END = "</w>"
+START = "▁"
 
 
 class Subwords(Vocabulary):
@@ -27,11 +27,9 @@ class Subwords(Vocabulary):
     def build(cls, captions: Iterable[Sequence[str]], size: int) -> Subwords:
         """Learn at most `size` pieces, the four special ones included, on tokenised captions."""
         tokenizers = _tokenizers()
-        learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3], end_of_word_suffix=END))
-        learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=size, special_tokens=list(SPECIALS), end_of_word_suffix=END, show_progress=False
-        )
+        learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3]))
+        learnt.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(START, "always")
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
         learnt.train_from_iterator((" ".join(words) for words in captions), trainer)
         pieces = sorted((number, piece) for piece, number in learnt.get_vocab().items())
         return cls([piece for _, piece in pieces], learnt.to_str())
@@ -58,7 +56,7 @@ class Subwords(Vocabulary):
                 break
             if number not in (PAD, BOS):
                 pieces.append(self.words[number])
-        return " ".join("".join(pieces).replace(END, " ").split())
+        return " ".join("".join(pieces).replace(START, " ").split())
 
 
 def _tokenizers() -> Any:

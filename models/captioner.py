@@ -41,11 +41,13 @@ class CaptionerConfig:
     max_length: int = 20
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ModelError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.encoder_layers < 0:
+            raise ModelError(f"encoder_layers is {self.encoder_layers}, it must be at least 0")
         for name in ("words", "channels", "width", "heads", "decoder_layers", "feedforward", "max_length"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        if self.width % self.heads:
+            raise ModelError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout is {self.dropout}, it must be in [0, 1)")
 

@@ -69,7 +69,7 @@ def open_backbone(
     size, grid: as `create_backbone` takes them.
     """
     if weights == "pretrained":
-        _do_not_wait_for_an_absent_hub()
+        do_not_wait_for_an_absent_hub()
     backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
@@ -79,7 +79,7 @@ def open_backbone(
     return backbone
 
 
-def _do_not_wait_for_an_absent_hub() -> None:
+def do_not_wait_for_an_absent_hub() -> None:
     """Where the hub's host does not answer, use its local cache or fail at once: its client retries for a minute."""
     host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if urllib.request.getproxies():
@@ -157,7 +157,7 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     """The backbone that made a cache: its kept weights, else the hub's, checked against the identity's digest."""
     kept = folder / "backbone.safetensors"
     if not kept.exists():
-        _do_not_wait_for_an_absent_hub()
+        do_not_wait_for_an_absent_hub()
         if ":" in identity["backbone"]:
             raise UserError(f"{kept} is missing, and {identity['backbone']} is not fetched for a checkpoint: copy it whole")
     size, grid = tuple(identity["size"]), tuple(identity["grid"])

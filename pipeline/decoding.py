@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from data.features import FeatureCache, iterate
@@ -31,6 +32,7 @@ from models.search import generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.cli import UserError
+from pipeline.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
@@ -151,7 +153,7 @@ def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bo
     for phrase in phrases:
         words = tokenize(phrase)
         ids = vocabulary.encode(words)
-        unknown = [word for word, number in zip(words, ids, strict=True) if number <= UNK]
+        unknown = [word for word in words if any(number <= UNK for number in vocabulary.encode([word]))]
         if words and not unknown:
             found.append(tuple(ids))
         elif must_be_known:
@@ -164,15 +166,17 @@ def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bo
 # ---------------------------------------------------------------------------------------------------------- photographs
 
 
-class PhotoCaptioner:
+class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD):
     """A checkpoint with its backbone: photographs in, captions out.
 
     `options` everywhere are fields of models.generation.Generation, which are Hugging Face's names, and `bad_words` and
-    `force_words`, phrases as text.
+    `force_words`, phrases as text. `save_pretrained` and `push_to_hub` are huggingface_hub's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine) -> None:
-        self.checkpoint, self.machine = checkpoint, machine
+    _hub_mixin_config: Any = {}  # noqa: RUF012  (the mixin makes none of its own of what __init__ takes)
+
+    def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path) -> None:
+        self.checkpoint, self.machine, self.folder = checkpoint, machine, folder
         self.captioner = checkpoint.captioner.to(machine.device)
         lighten(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
@@ -208,10 +212,27 @@ class PhotoCaptioner:
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 
+    @classmethod
+    def from_pretrained(
+        cls, name: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
+    ) -> PhotoCaptioner:
+        """Open a checkpoint folder, or the hub's `user/name`; `options` are those of huggingface_hub's snapshot_download."""
+        folder = Path(name) if Path(name).is_dir() else checkpoint_folder(f"{SCHEME}{name}", **options)
+        return load_captioner(folder, device, precision)
+
+    def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
+        """Write the checkpoint's files, but those that only training needs, and a model card."""
+        if Path(save_directory).resolve() == self.folder.resolve():
+            raise UserError(f"{save_directory} is the checkpoint itself; name another folder")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        copy_shared(self.folder, save_directory)
+
 
 def load_captioner(path: Path | str, device: str = "auto", precision: str = "auto") -> PhotoCaptioner:
-    """Open a checkpoint folder to caption photographs with; it needs no other file and no flag."""
-    folder = Path(path)
+    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs with; it needs no other file and no flag."""
+    folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)
     backbone = restore_backbone(folder, checkpoint.identity)
-    return PhotoCaptioner(checkpoint, backbone, open_machine(device, precision=precision))
+    return PhotoCaptioner(checkpoint, backbone, open_machine(device, precision=precision), folder)

@@ -224,9 +224,12 @@ def make_scorer(
 def job_of_checkpoint(config: EvaluateConfig) -> Job:
     """Caption the split over the cache; the captions are written at once, before any score."""
     from pipeline.checkpoint import load_checkpoint
+    from pipeline.hub import SCHEME, checkpoint_folder
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
-    checkpoints = [load_checkpoint(folder) for folder in folders]
+    if config.out is None and any(str(folder).startswith(SCHEME) for folder in folders):
+        raise UserError("a checkpoint of the hub has no folder here to write scores into; pass --out scores.json")
+    checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     checkpoint = checkpoints[0]
     folder = folders[0].parent / "+".join(folder.name for folder in folders)
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
@@ -237,6 +240,8 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
     source = open_source(config.dataset, root, config.annotations, config.images)
     split = config.split or choose_split(source, checkpoint)
+    if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
+        say("warning: this checkpoint was trained on dev too; its scores there say nothing of other photographs")
     wanted = source.select(split)
     if config.ids:
         wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
@@ -273,7 +278,8 @@ def refuse_other_features(folder: Path, checkpoint: Checkpoint, cache: FeatureCa
             f"checkpoint {folder} was trained on {checkpoint.describe()}, {cache.path} holds other features "
             f"({'; '.join(found)}); pass the --features it was trained on"
         )
-    if found := differences(checkpoint.provenance, cache.provenance):
+    own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))  # those are not read here
+    if found := differences(own, other):
         say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
 
 

@@ -55,6 +55,7 @@ def main(config: TrainConfig) -> None:
                 while not over(run):
                     validate(run, train_epoch(run))
         except Stopped as stopped:
+            save_progress(run)
             say(f"saved after step {run.step:,}; go on with: python -m pipeline.train --config {folder}/config.json --resume")
             sys.exit(128 + stopped.signum)
         finally:
@@ -123,7 +124,7 @@ def open_run(
     dev: CaptionedImages | None,
 ) -> Run:
     """Make the model and its run folder, or take up where the folder stands."""
-    vocabulary = make_vocabulary(config, train)
+    vocabulary = processes.of_first(make_vocabulary(config, train) if machine.rank == 0 else None)
     sizes = {name: getattr(config, name) for name in SIZES}
     model = CaptionerConfig(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length)
     captioner = Captioner(model).to(machine.device)
@@ -236,7 +237,6 @@ def dev_scores(run: Run) -> dict[str, float]:
 
     def step(count: int) -> None:
         if run.stopping and machine.world == 1:
-            save_progress(run)
             raise Stopped(run.stopping)
         bar.step(count)
 

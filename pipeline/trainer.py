@@ -129,7 +129,7 @@ def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Opt
 def train_epoch(run: Run) -> dict[str, float]:
     """The rest of an epoch; returns loss (nats a word), learning rate, captions/s and the share of time waiting for data.
 
-    Raises Stopped between two steps, with the run saved, and UserError for a loss or a gradient that is not finite.
+    Raises Stopped between two steps, and UserError for a loss or a gradient that is not finite.
     """
     config, place, first = run.config, run.place, run.machine.rank == 0
     run.captioner.train()
@@ -144,6 +144,7 @@ def train_epoch(run: Run) -> dict[str, float]:
             )
             if due or stopping:
                 window.settle()
+            if due:
                 save_progress(run)
             if stopping:
                 raise Stopped(run.stopping or signal.SIGTERM)

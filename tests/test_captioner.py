@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from models import ModelError, losses
-from models.attention import additive, attend
+from models.attention import Packed, additive, attend
 from models.captioner import Captioner, CaptionerConfig
-from models.dropout import Dropout
+from models.dropout import Dropout, drop_regions, replace_words
 from models.grid import Regions, grid_boxes, grid_regions
-from models.losses import caption_loss
+from models.losses import Noise, caption_loss
 
 WORDS, CHANNELS = 11, 6
 
@@ -248,3 +248,54 @@ def test_attention_on_a_cpu_equals_the_fused_one(masked):
     allowed = (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None, :]
     mask = additive(allowed) if masked else None
     assert close(attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, allowed if masked else None))
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+def test_dropped_regions_are_a_share_of_those_that_are_there_each_with_its_place():
+    regions = some_regions(50, regions=10)
+    counts = torch.arange(50) % 10 + 1
+    regions = regions._replace(counts=counts)
+    torch.manual_seed(0)
+    kept = drop_regions(regions, 0.3)
+    assert kept.features.shape == (50, 7, CHANNELS)
+    assert kept.counts.tolist() == [max(1, round(count * 0.7)) for count in counts.tolist()]
+    own = {tuple(row.tolist()) for image in range(50) for row in
+           torch.cat([regions.features, regions.boxes], 2)[image, : counts[image]]}  # fmt: skip
+    for image in range(50):
+        rows = [tuple(row.tolist()) for row in torch.cat([kept.features, kept.boxes], 2)[image, : kept.counts[image]]]
+        assert len(set(rows)) == len(rows) and set(rows) <= own
+    torch.manual_seed(1)
+    assert not torch.equal(drop_regions(regions, 0.3).features, kept.features)
+
+
+def test_replaced_words_are_a_share_and_never_the_first():
+    words, positions = torch.arange(4, 1004), torch.arange(1000) % 5
+    torch.manual_seed(0)
+    replaced = replace_words(words, positions, 0.25, 3)
+    gone = replaced == 3
+    assert not gone[positions == 0].any() and 0.2 < gone[positions > 0].float().mean() < 0.3
+    assert torch.equal(replaced[~gone], words[~gone])
+
+
+def test_scheduled_sampling_reads_the_captioners_own_guess_in_place_of_the_word(monkeypatch):
+    """Every word replaced: the second pass reads <bos> and then, at each place, the likeliest word after the true ones."""
+    captioner, regions, tokens = tiny(), some_regions(3), some_tokens(3, 2, 6)
+    memory = captioner.encode(regions)
+    guessed = captioner.decode(tokens, memory).argmax(-1)
+    mixed = torch.cat([tokens[:, :, :1], guessed[:, :, :-1]], dim=2)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(*shape))
+    states = captioner(regions, Packed(tokens), 0.5)
+    assert close(captioner.logits(states), captioner.decode(mixed, memory).flatten(0, 2))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.ones(*shape))
+    assert close(captioner.logits(captioner(regions, Packed(tokens), 0.5)), captioner.decode(tokens, memory).flatten(0, 2))
+
+
+def test_noise_reaches_the_loss_and_a_loss_without_it_is_unchanged():
+    captioner, regions, tokens = tiny(), some_regions(3), some_tokens(3, 2, 6)
+    plain = caption_loss(captioner, regions, tokens, 0)[0]
+    assert torch.equal(caption_loss(captioner, regions, tokens, 0, 0.0, Noise(unknown=3))[0], plain)
+    for noise in (Noise(regions=0.5), Noise(words=0.5, unknown=3), Noise(sampled=0.9)):
+        torch.manual_seed(0)
+        assert not close(caption_loss(captioner, regions, tokens, 0, 0.0, noise)[0], plain), noise

@@ -286,3 +286,56 @@ def test_one_photograph_captions_alike_through_any_copy_of_the_cache(world, tmp_
     shutil.copytree(world / "cache", tmp_path / "copy")
     one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "copy")
     assert np.array_equal(one.rows(one.ids.tolist()).features, two.rows(one.ids.tolist()).features)
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "letterbox"])
+def test_a_mirrored_view_is_the_row_that_the_mirrored_photograph_would_have(tmp_path, resize):
+    """Photographs and, in another folder under the same names, the same ones mirrored, all saved without loss."""
+    for name in ("plain", "mirrored"):
+        (tmp_path / name).mkdir()
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(200, 120), (90, 150), (64, 64), (64, 64)]):
+        small = PillowImage.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8).astype(np.uint8))
+        photo = small.resize((width, height), PillowImage.Resampling.BICUBIC)
+        photo.save(tmp_path / "plain" / f"{number}.png")
+        photo.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored" / f"{number}.png")
+    more = ["--precision", "fp32", "--resize", resize]
+    works(extract.main, *folder(tmp_path / "plain", *more, "--views", "flip", "--out", tmp_path / "cache"))
+    works(extract.main, *folder(tmp_path / "mirrored", *more, "--out", tmp_path / "other"))
+    cache, other = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "other")
+    ids = cache.ids.tolist()
+    assert cache.views == ("flip",) and other.views == () and cache.identity == other.identity
+    seen, plain, expected = cache.rows(ids, views=[1] * len(ids)), cache.rows(ids), other.rows(ids)
+    for one, two in zip(seen, expected, strict=True):
+        assert np.allclose(one, two, atol=0.02, rtol=0.02)
+    assert not np.allclose(seen.features, plain.features, atol=0.02)
+    works(extract.main, "--verify", tmp_path / "cache")
+    works(extract.main, "--out", tmp_path / "cache", "--pack", tmp_path / "one.h5")
+    for path in (tmp_path / "one.h5", tmp_path / "cache" / "features.h5"):
+        with h5py.File(path) as file:
+            order = [file["image_ids"][:].tolist().index(image_id) for image_id in ids]
+            assert np.array_equal(file["features_flip"][:][order], seen.features)
+    packed = FeatureCache(tmp_path / "one.h5")
+    assert packed.views == ("flip",) and np.array_equal(packed.rows(ids, views=[1] * len(ids)).features, seen.features)
+
+
+def test_a_spoiled_mirrored_row_is_found_and_caches_with_and_without_views_do_not_mix(world, tmp_path):  # noqa: F811
+    options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
+    works(extract.main, *options, "--views", "flip", "--limit", 5)
+    assert "views: ['flip'], not None" in refused(extract.main, *options)
+    (path,) = (tmp_path / "cache").glob("shard-*.h5")
+    with h5py.File(path, "r+") as file:
+        file["features_flip"][2, 0, 0] += 1
+    result = run(extract.main, "--verify", tmp_path / "cache")
+    assert result.exit_code == 1 and "row 2" in result.output
+
+
+def test_a_checkpoint_trained_on_views_reads_a_cache_without_them_and_says_nothing(world, tmp_path):  # noqa: F811
+    works(extract.main, *at(world), *SMALL, "--out", tmp_path / "cache", "--views", "flip")
+    told = works(train.main, *at(world), "--features", tmp_path / "cache", "--out", tmp_path / "run", *QUICK)
+    assert "as much mirrored (flip)" in told
+    told = works(evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run")
+    assert "warning" not in told

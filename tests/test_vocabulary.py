@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data import DataError
 from data.captions import CaptionedImages, pad, prefetch
-from data.features import FeatureCache
+from data.features import FeatureCache, Rows
+from data.shards import plan_shards, write_shard
 from data.sources import Image
+from data.subwords import Subwords
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
 from tests.test_features import some_images, write_plan
 
@@ -85,3 +89,95 @@ def test_an_error_while_reading_ahead_reaches_the_reader():
 
     with pytest.raises(DataError, match="the disk is gone"):
         list(prefetch(broken()))
+
+
+# ---------------------------------------------------------------------------------------------------------- views, parts
+
+
+def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> CaptionedImages:
+    """Images whose features hold their id, and in the mirrored view their id + 1000."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    identity = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3, "regions": "grid"}
+    images = [Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()]
+    for shard in plan_shards(images, cache):
+        ids = np.array([image.id for image in shard.images])[:, None, None] * np.ones((1, 4, 3))
+        tables = np.zeros((len(ids), 4, 4)), np.full(len(ids), 4)
+        rows = [Rows(ids, *tables), Rows(ids + 1000, tables[0] + 0.5, tables[1])]
+        write_shard(shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": ["flip"]})
+    return CaptionedImages(images, FeatureCache(cache), "train")
+
+
+@pytest.mark.parametrize("kept_on", [None, "cpu"])
+def test_a_mirrored_photograph_goes_without_captions_of_left_and_right(tmp_path, kept_on):
+    sided = ("a dog on the left", "the right one", "a leftmost dog", "right-hand side")
+    images = viewed(tmp_path, {i: ("a dog", "it runs", *sided[: i % 5]) if i % 7 else sided for i in range(100)})
+    vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
+    ids = images.encode(vocabulary, 9)
+    if kept_on:
+        images.keep_on(torch.device(kept_on), views=1)
+    mirrored = 0
+    for epoch in range(3):
+        for batch in images.batches(ids, 8, np.random.default_rng(epoch), views=True):
+            for row, image_id in enumerate(batch.image_ids):
+                texts = [vocabulary.decode(caption) for caption in batch.tokens[row].tolist() if caption[0] == BOS]
+                flipped = batch.features[row].unique().tolist() == [image_id + 1000]
+                assert flipped or batch.features[row].unique().tolist() == [image_id]
+                assert batch.boxes[row].unique().tolist() == [0.5 if flipped else 0]
+                assert len(texts) == (2 if flipped else len(images.tokens[image_id]))
+                assert not flipped or (image_id % 7 and not any("left" in text or "right" in text for text in texts))
+                mirrored += flipped
+    assert 90 < mirrored < 165  # half of the 85 that may be, three times
+    assert all(batch.features.max() < 100 for batch in images.batches(ids, 8, np.random.default_rng(0)))
+
+
+def test_parts_of_a_batch_are_the_same_images_and_its_processes_share_them(tmp_path):
+    images = captioned(tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)})
+    vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
+    ids = images.encode(vocabulary, 5)
+    whole = list(images.batches(ids, 5, np.random.default_rng(0)))
+    assert [batch.image_ids for batch in images.batches(ids, 5, np.random.default_rng(0), skip=1)] == [
+        batch.image_ids for batch in whole[1:]
+    ]
+    for batch in whole:
+        parts = batch.split(3)
+        assert [i for part in parts for i in part.image_ids] == batch.image_ids
+        assert torch.equal(torch.cat([part.features for part in parts]), batch.features)
+        assert sum(part.words for part in parts) == batch.words == 2 * batch.captions
+    ranks = [list(images.batches(ids, 5, np.random.default_rng(0), rank=rank, world=3)) for rank in range(3)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert sorted(i for share in shares if share.counted for i in share.image_ids) == sorted(batch.image_ids)
+        assert sum(share.words for share in shares) == batch.words and sum(share.captions for share in shares) == batch.captions
+    assert [share[-1].counted for share in ranks] == [True, False, False]  # the last batch has one image
+
+
+# ------------------------------------------------------------------------------------------------------ pieces of words
+
+
+def test_pieces_are_joined_to_the_words_they_were_cut_from_even_unseen_ones():
+    pytest.importorskip("tokenizers")
+    words = [["the", "dogs", "run"], ["a", "dog", "runs"], ["it's", "running", "."]] * 3
+    pieces = Subwords.build(words, 40)
+    assert len(pieces) <= 40 and pieces.words[:4] == SPECIALS
+    for caption in [*words, ["dogrun", "nu", "gout"]]:
+        ids = pieces.encode(caption)
+        assert len(ids) >= len(caption) and UNK not in ids
+        assert pieces.decode([BOS, *ids, EOS, 5, PAD]) == " ".join(caption)
+    assert pieces.encode(["xyz"]).count(UNK) == 3 or UNK in pieces.encode(["xyz"])
+    again = Subwords(pieces.words, pieces.tokenizer)
+    assert again.encode(["dogs", "runs"]) == pieces.encode(["dogs", "runs"])
+    for _ in range(5):
+        assert Subwords.build(words, 40).tokenizer == pieces.tokenizer
+
+
+def test_without_its_package_pieces_are_read_but_not_made(monkeypatch):
+    pytest.importorskip("tokenizers")
+    pieces = Subwords.build([["a", "dog"]] * 2, 30)
+    ids = pieces.encode(["dog"])
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    alone = Subwords(pieces.words, pieces.tokenizer)
+    assert alone.decode(ids) == "dog"
+    with pytest.raises(DataError, match=r"onceover\[bpe\]"):
+        alone.encode(["dog"])
+    with pytest.raises(DataError, match=r"onceover\[bpe\]"):
+        Subwords.build([["a"]], 30)
