@@ -1,7 +1,8 @@
 """Pieces of words in place of words: byte-pair encoding (Sennrich et al. 2016) by the `tokenizers` package.
 
-Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A word's first piece begins
-with START, SentencePiece's sign (the package's mark of a word's end is learnt in another order each time). Only learning and encoding need the package (the extra `bpe`); captions are read off the pieces alone.
+Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A word's first piece begins with
+START, SentencePiece's sign (the package's own mark of a word's end is learnt in another order each time). Only learning and
+encoding need the package (the extra `bpe`); captions are read off the pieces alone.
 """
 
 from __future__ import annotations
