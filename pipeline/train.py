@@ -55,9 +55,7 @@ def main(config: TrainConfig) -> None:
                 while not over(run):
                     validate(run, train_epoch(run))
         except Stopped as stopped:
-            save_progress(run)
-            say(f"saved after step {run.step:,}; go on with: python -m pipeline.train --config {folder}/config.json --resume")
-            sys.exit(128 + stopped.signum)
+            leave(run, stopped.signum)
         finally:
             run.journal.close()
         finish(run)
@@ -275,6 +273,15 @@ def resume(run: Run) -> Run:
     at = f"step {run.step:,}" if run.place.step else f"epoch {run.place.epoch}"
     say(f"going on with {run.folder} after {at}")
     return run
+
+
+def leave(run: Run, signum: int) -> None:
+    """Save, say how to go on, and exit as a process does that the signal ended."""
+    save_progress(run)
+    launcher = "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
+    again = f"{launcher} -m pipeline.train --config {run.folder}/config.json --resume"
+    say(f"saved after step {run.step:,}; go on with: {again}")
+    sys.exit(128 + signum)
 
 
 def finish(run: Run) -> None:

@@ -81,7 +81,7 @@ class Run:
         config, captioner = self.config, self.captioner
         self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
         if self.machine.world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(captioner, config)
         self.average = [weight.detach().clone() for weight in captioner.parameters()] if config.ema else None
 
