@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data import DataError
-from data.vocabulary import BOS, EOS, PAD, SPECIALS, Vocabulary
+from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
 
 START = "▁"
 
@@ -27,10 +27,14 @@ class Subwords(Vocabulary):
     @classmethod
     def build(cls, captions: Iterable[Sequence[str]], size: int) -> Subwords:
         """Learn at most `size` pieces, the four special ones included, on tokenised captions."""
+        if size <= len(SPECIALS):
+            raise DataError(f"a vocabulary of {size} pieces has no room for one; raise --vocab-size")
         tokenizers = _tokenizers()
         learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3]))
         learnt.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(START, "always")
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=list(SPECIALS), limit_alphabet=size - len(SPECIALS), show_progress=False
+        )
         learnt.train_from_iterator((" ".join(words) for words in captions), trainer)
         pieces = sorted((number, piece) for piece, number in learnt.get_vocab().items())
         return cls([piece for _, piece in pieces], learnt.to_str())
@@ -43,11 +47,20 @@ class Subwords(Vocabulary):
     def _pieces(self) -> Any:
         try:
             loaded = _tokenizers().Tokenizer.from_str(self.tokenizer)
+        except DataError:
+            raise
         except Exception as error:  # the package raises bare Exceptions
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"tokenizer.json is not what the tokenizers package wrote: {error}") from error
-        return functools.lru_cache(None)(lambda token: tuple(loaded.encode(token, add_special_tokens=False).ids))
+        if loaded.get_vocab() != {piece: number for number, piece in enumerate(self.words)}:
+            raise DataError("tokenizer.json has other pieces than vocab.json; copy both again, or make them again")
+        loaded.no_padding()
+        loaded.no_truncation()
+
+        @functools.lru_cache(None)
+        def pieces(token: str) -> tuple[int, ...]:
+            return tuple(max(number, UNK) for number in loaded.encode(token, add_special_tokens=False).ids)
+
+        return pieces
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words up to the first <eos>, joined from their pieces by spaces."""

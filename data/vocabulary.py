@@ -18,7 +18,7 @@ class Vocabulary:
         self.words = tuple(words)
         if self.words[: len(SPECIALS)] != SPECIALS or len(set(self.words)) != len(self.words):
             raise DataError(f"no vocabulary: it must begin with {' '.join(SPECIALS)} and name each word once")
-        self._ids = {word: number for number, word in enumerate(self.words)}
+        self._ids = {word: number for number, word in enumerate(self.words) if number > UNK}  # an "<eos>" in a text is none
 
     @classmethod
     def build(cls, captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:

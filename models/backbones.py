@@ -175,8 +175,21 @@ def create_backbone(
         return Backbone(name, network, config, classifier, grid)
 
 
+def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of a backbone's weights, without the memory for them; None where it cannot be built that way."""
+    build = _torchvision_network if name.startswith("torchvision/") else _timm_network
+    try:
+        with torch.device("meta"):
+            network, _, _ = build(name, dict(arguments), False)
+    except (RuntimeError, NotImplementedError, ModelError):  # some compute while they are built
+        return None
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
 def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
-    if not timm.is_model(name.removeprefix("hf_hub:")) and not name.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
+    if ":" in name:
+        raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and its weights by --weights FILE")
+    if not timm.is_model(name):
         raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{_nearest(name, timm.list_models())}")
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)

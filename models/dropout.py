@@ -28,7 +28,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        dropped = round(256 * self.p)
+        dropped = min(255, round(256 * self.p))
         generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
         words = generator.integers(2**64 - 1, size=-(-x.numel() // 8), dtype=np.uint64, endpoint=True)
         drawn = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)

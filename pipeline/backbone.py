@@ -20,15 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.images import RESIZES, Framing
-from models.backbones import Backbone, create_backbone
+from models.backbones import Backbone, create_backbone, shapes_of_network
 from models.grid import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
-from pipeline.tensors import load_tensors, save_tensors
+from pipeline.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+LARGEST = 2048  # of a side of a backbone's input
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 
 
@@ -116,10 +117,10 @@ def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any], resize: 
 
 def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
     """UserError where an identity that came with a checkpoint is not one that `backbone_identity` gives, or would have more
-    done than build a network: read a folder of this machine, or fetch and unpickle weights by a hub's name."""
+    done than build a network of timm's or torchvision's: open files of this machine, fetch weights by a hub's name."""
 
     def pair(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 2 and all(type(each) is int and 0 < each <= 10_000 for each in value)
+        return isinstance(value, list) and len(value) == 2 and all(type(each) is int and 0 < each <= LARGEST for each in value)
 
     def three(value: Any) -> bool:
         return isinstance(value, list) and len(value) == 3 and all(type(each) in (int, float) for each in value)
@@ -130,7 +131,7 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
 
     name, arguments = identity.get("backbone"), identity.get("arguments")
     fits = {
-        "backbone": isinstance(name, str) and re.fullmatch(r"((hf[-_]hub:)?[\w.-]+/)?[\w.-]+", name) is not None,
+        "backbone": isinstance(name, str) and re.fullmatch(r"(torchvision/)?[\w.-]+", name) is not None,
         "arguments": isinstance(arguments, dict) and not FOREIGN & arguments.keys() and all(map(plain, arguments.values())),
         "weights": isinstance(identity.get("weights"), str),
         "size": pair(identity.get("size")),
@@ -158,8 +159,10 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     kept = folder / "backbone.safetensors"
     if not kept.exists():
         do_not_wait_for_an_absent_hub()
-        if ":" in identity["backbone"]:
-            raise UserError(f"{kept} is missing, and {identity['backbone']} is not fetched for a checkpoint: copy it whole")
+    else:
+        wanted, found = shapes_of_network(identity["backbone"], identity["arguments"]), shapes_of(kept)
+        if wanted and any(found.get(key) != shape for key, shape in wanted.items() if not key.endswith("num_batches_tracked")):
+            raise UserError(f"{kept} does not fit {identity['backbone']} with {identity['arguments']}; copy it again")
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
     backbone = create_backbone(identity["backbone"], identity["arguments"], not kept.exists(), 0, size, grid)
     if kept.exists():

@@ -80,8 +80,8 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     save_tensors(folder / "model.safetensors", weights)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not fit."""
+def load_record(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json; UserError where it is of another format or no training's."""
     config = _read_json(folder, "config.json", dict)
     path = folder / "config.json"
     if config.get("format") != FORMAT:
@@ -94,10 +94,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint's record: {', '.join(wrong)} missing or not as it should be")
     _check_decoding(path, config["decoding"])
     check_identity(str(path), config["features"])
+    return config
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not fit."""
+    config = load_record(folder)
     captioner = _load_captioner(folder, config["model"])
     if config["features"]["channels"] != captioner.config.channels:
-        raise UserError(f"{path}: its features have other channels than its model; copy it again, or make it again")
-    vocabulary = _load_vocabulary(folder)
+        raise UserError(f"{folder}/config.json: features and model have other channels; copy it again")
+    vocabulary = load_vocabulary(folder)
     if len(vocabulary) != captioner.config.words:
         raise UserError(f"{folder}/vocab.json has {len(vocabulary)} words, config.json {captioner.config.words}")
     rest = (config["features"], config["decoding"], config["training"], config["provenance"], config["trained_on"])
@@ -112,8 +118,10 @@ def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:
         whole = {name: value for name, value in sizes.items() if name != "dropout"}
         if not all(type(value) is int for value in whole.values()) or type(sizes.get("dropout")) not in (int, float):
             raise TypeError("a size is no number")
-        if max(sizes["encoder_layers"], sizes["decoder_layers"]) > len(shapes):
-            raise TypeError("more layers than model.safetensors has tensors")
+        for part in ("encoder", "decoder"):
+            there = {name.split(".")[1] for name in shapes if name.startswith(f"{part}.")}
+            if sizes[f"{part}_layers"] != len(there):
+                raise TypeError(f"{part}_layers is not the {len(there)} that model.safetensors has")
         with torch.device("meta"):
             captioner = Captioner(CaptionerConfig(**sizes))
     except (KeyError, TypeError, ModelError, RuntimeError) as error:
@@ -124,11 +132,14 @@ def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:
         found = f"{name} is {shapes.get(name, 'absent')} and should be {wanted.get(name, 'absent')}"
         raise UserError(f"{weights} does not fit its config.json: {found}; copy both again, or make them again")
     tensors, _ = load_tensors(weights)
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise UserError(f"{weights} holds numbers that are not finite, in {broken[0]}; copy it again, or make it again")
     captioner.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return captioner
 
 
-def _load_vocabulary(folder: Path) -> Vocabulary:
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """A checkpoint's words, or pieces of words."""
     words = _read_json(folder, "vocab.json", list)
     if not all(isinstance(word, str) for word in words):
         raise UserError(f"{folder}/vocab.json holds something that is no word")

@@ -191,8 +191,7 @@ def weights_of(config: ExtractConfig) -> str:
 def prepare_folder(cache: Path, config: ExtractConfig, recipe: Recipe) -> None:
     """Make the cache's folder, with the backbone's weights unless they are the hub's by name."""
     cache.mkdir(parents=True, exist_ok=True)
-    named = weights_of(config) == "pretrained" and ":" not in recipe.identity["backbone"]  # timm's own, which never change
-    if not named and recipe.machine.rank == 0:
+    if weights_of(config) != "pretrained" and recipe.machine.rank == 0:
         keep_backbone(recipe.backbone, cache)
 
 

@@ -5,8 +5,9 @@ A line within an epoch has `step`, `epoch` (a fraction) and `train`; at an epoch
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Journal:
 
     def __init__(self, folder: Path, record: Mapping[str, Any], wandb: bool, enabled: bool) -> None:
         self.folder, self.record, self.enabled = folder, record, enabled
+        self.path = folder / "metrics.jsonl"
         self.lines: list[dict[str, Any]] = []
         self.board: Any = None
         self.wandb = self._import_wandb() if wandb and enabled else None
@@ -30,29 +32,33 @@ class Journal:
         """The lines of epochs' ends."""
         return [line for line in self.lines if "seconds" in line]
 
-    def begin(self, lines: list[dict[str, Any]] = [], wandb_id: str | None = None) -> None:  # noqa: B006  (never changed)
-        """Start, or go on after `lines`: what was told later than they, by a run that was killed, is taken back."""
-        self.lines = list(lines)
+    def begin(self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None) -> None:
+        """Start, or go on after `step` with the lines of `epochs`: what a run that was killed told later is taken back."""
+        within = [line for line in self._read() if "seconds" not in line and line["step"] <= step] if step else []
+        self.lines = sorted([*within, *epochs], key=lambda line: (line["step"], "seconds" in line))
         if not self.enabled:
             return
-        self._write()
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             say("TensorBoard is not installed (pip install 'onceover[tensorboard]'); metrics.jsonl has the same figures")
         else:
-            step = lines[-1]["step"] + 1 if lines else None
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0)
         if self.wandb:
-            started = self.wandb.init(project="onceover", name=self.folder.name, id=wandb_id, resume="allow",
-                                      dir=str(self.folder), config=dict(self.record))  # fmt: skip
+            try:
+                started = self.wandb.init(project="onceover", name=self.folder.name, id=wandb_id, resume="allow",
+                                          dir=str(self.folder), config=dict(self.record))  # fmt: skip
+            except Exception as error:  # not logged in, no network: its errors are of many kinds
+                raise UserError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, mends it mostly") from error
             self.wandb_id = started.id
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         if not self.enabled:
             return
-        self._write()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         values = {f"{part}/{name}": value for part in ("train", "dev") for name, value in line.get(part, {}).items()}
         if self.board:
             for name, value in values.items():
@@ -67,8 +73,13 @@ class Journal:
         if self.wandb:
             self.wandb.finish()
 
-    def _write(self) -> None:
-        write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+    def _read(self) -> list[dict[str, Any]]:
+        """The lines on the disk; a last one that a killed process left half-written is left out."""
+        found = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(text))
+        return found
 
     @staticmethod
     def _import_wandb() -> Any:

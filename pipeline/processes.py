@@ -35,12 +35,18 @@ def joined(machine: Machine) -> Iterator[None]:
         torch.cuda.set_device(machine.device)
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        told = f"WORLD_SIZE is {machine.world}, but the processes do not meet ({error})"
+        raise UserError(f"{told}; start them by torchrun, or unset WORLD_SIZE") from error
+    try:
         yield
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
+        told = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"rank {machine.rank}: another of the {machine.world} processes ended; its own error says why; go on with --resume"
+            f"rank {machine.rank} lost the other processes of the run ({told}); where one ended, its own error says why; go on "
+            "with --resume"
         ) from error
     finally:
         if dist.is_initialized():

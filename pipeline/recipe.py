@@ -11,6 +11,7 @@ from typing import Any
 from data.captions import CaptionedImages
 from data.sources import DATASETS
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
+from pipeline.runtime import Machine
 
 SIZES = ("width", "heads", "encoder_layers", "decoder_layers", "feedforward", "dropout")
 # Settings that stand under what --config and flags say; chosen by the number of captions where none is named.
@@ -97,8 +98,8 @@ class TrainConfig:
                     raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {must}")
 
 
-def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
-    """Choose what the options leave open from the number of captions."""
+def settle(config: TrainConfig, train: CaptionedImages, machine: Machine) -> TrainConfig:
+    """Choose what the options leave open from the number of captions and the machine."""
     captions = train.captions
     preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
     epochs = 18 if config.dataset == "sample" else min(60, max(12, round(300_000 / captions)))
@@ -109,7 +110,8 @@ def settle(config: TrainConfig, train: CaptionedImages) -> TrainConfig:
         "epochs": None if config.minutes else epochs,
         "max_length": 30 if config.vocabulary == "bpe" else 20,
     }
-    return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
+    chosen = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    return replace(config, **chosen, precision=machine.precision)
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:

@@ -52,7 +52,10 @@ def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -
     if found.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU, it has {torch.cuda.device_count()}; start no more")
+        found = torch.device("cuda", local)
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu or auto")
     random.seed(seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from data.captions import CaptionedImages
-from data.features import FeatureCache
+from data.features import FeatureCache, differences
 from data.sources import Source, open_source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
@@ -21,7 +21,15 @@ from models.generation import Generation
 from models.grid import Regions
 from models.losses import caption_loss
 from pipeline import processes
-from pipeline.checkpoint import Checkpoint, copy_backbone, save_description, save_weights, sweep
+from pipeline.checkpoint import (
+    Checkpoint,
+    copy_backbone,
+    load_record,
+    load_vocabulary,
+    save_description,
+    save_weights,
+    sweep,
+)
 from pipeline.cli import UserError, command
 from pipeline.decoding import Writer, caption_rows
 from pipeline.journal import Journal
@@ -46,16 +54,17 @@ def main(config: TrainConfig) -> None:
         with processes.first_alone(machine):  # it may draw the sample
             source, cache, folder = open_inputs(config)
         train, dev = open_splits(config, source, cache)
-        config = settle(config, train)
+        config = settle(config, train, machine)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, train, dev)
         announce(run, cache)
         try:
             with stopping_on_signals(run):
-                while not over(run):
-                    validate(run, train_epoch(run))
-        except Stopped as stopped:
-            leave(run, stopped.signum)
+                try:
+                    while not over(run):
+                        validate(run, train_epoch(run))
+                except Stopped as stopped:
+                    leave(run, stopped.signum)
         finally:
             run.journal.close()
         finish(run)
@@ -122,7 +131,7 @@ def open_run(
     dev: CaptionedImages | None,
 ) -> Run:
     """Make the model and its run folder, or take up where the folder stands."""
-    vocabulary = processes.of_first(make_vocabulary(config, train) if machine.rank == 0 else None)
+    vocabulary = processes.of_first(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
     sizes = {name: getattr(config, name) for name in SIZES}
     model = CaptionerConfig(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length)
     captioner = Captioner(model).to(machine.device)
@@ -135,17 +144,21 @@ def open_run(
         return resume(run)
     if machine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+    run.journal.begin()
+    if machine.rank == 0:
         copy_backbone(cache.path, folder)
         save_description(folder, checkpoint)
-    run.journal.begin()
     return run
 
 
-def make_vocabulary(config: TrainConfig, train: CaptionedImages) -> Vocabulary:
+def make_vocabulary(config: TrainConfig, folder: Path, train: CaptionedImages) -> Vocabulary:
+    """The vocabulary of the train captions; of pieces, a run's own is kept: another version of their package learns others."""
     captions = (words for group in train.tokens for words in group)
-    if config.vocabulary == "bpe":
-        return Subwords.build(captions, config.vocab_size)
-    return Vocabulary.build(captions, config.min_count)
+    if config.vocabulary == "word":
+        return Vocabulary.build(captions, config.min_count)
+    if config.resume and (folder / "tokenizer.json").exists():
+        return load_vocabulary(folder)
+    return Subwords.build(captions, config.vocab_size)
 
 
 def announce(run: Run, cache: FeatureCache) -> None:
@@ -184,12 +197,13 @@ def over(run: Run) -> bool:
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
-    return bool(config.minutes) and bool(run.journal.epochs) and run.done(processes.of_first(run.seconds)) >= 1
+    return run.place.ended or processes.of_first(config.minutes is not None and bool(run.journal.epochs) and run.done() >= 1)
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
     """Loss and scores on dev at an epoch's end; keep the weights if they are the best by CIDEr (without dev: always), and where
     training stands."""
+    save_progress(run)
     start, config = time.monotonic(), run.config
     with averaged(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
@@ -201,7 +215,8 @@ def validate(run: Run, trained: dict[str, float]) -> None:
     line = {"epoch": run.place.epoch + 1, "step": run.step, "train": trained, **({"dev": dev} if dev else {}),
             "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
     run.journal.add(line)
-    run.place, run.sums[:] = Place(epoch=run.place.epoch + 1, seconds=run.place.seconds, lr=run.place.lr), 0
+    place = run.place
+    run.place, run.sums[:] = Place(place.seconds, place.ended, place.epoch + 1, lr=place.lr), 0
     save_progress(run)
     scores = f"dev loss {dev['loss']:.3f}, dev CIDEr {dev['CIDEr']:.3f}, BLEU-4 {dev['Bleu_4']:.3f}" if dev else "kept"
     say(
@@ -247,10 +262,9 @@ def dev_scores(run: Run) -> dict[str, float]:
 
 def resume(run: Run) -> Run:
     """Go on with the run in the folder; UserError where the settings are not the run's own."""
-    path = run.folder / "config.json"
-    if not path.is_file():
+    if not (run.folder / "config.json").is_file():
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = load_record(run.folder)
     wanted = run.checkpoint.training
     changed = [
         f"{name.replace('_', '-')}: {recorded['training'].get(name)}, now {value}"
@@ -259,6 +273,9 @@ def resume(run: Run) -> Run:
     ]
     if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
         changed.append("the cache or the photographs")
+    changed += differences(recorded["provenance"], run.checkpoint.provenance, ("views", "precision", "decode"))
+    if load_vocabulary(run.folder).words != run.checkpoint.vocabulary.words:
+        changed.append("the captions: they have another vocabulary")
     if changed:
         raise UserError(f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)})")
     if run.machine.rank == 0:
@@ -267,9 +284,7 @@ def resume(run: Run) -> Run:
         say(f"{run.folder} ended before its first save: starting it again")
         run.journal.begin()
         return run
-    record = restore(run)
-    run.journal.begin(record["lines"], record["wandb"])
-    run.reserve = max((line["seconds"]["validation"] for line in run.journal.epochs), default=0.0)
+    restore(run)
     at = f"step {run.step:,}" if run.place.step else f"epoch {run.place.epoch}"
     say(f"going on with {run.folder} after {at}")
     return run
@@ -278,8 +293,9 @@ def resume(run: Run) -> Run:
 def leave(run: Run, signum: int) -> None:
     """Save, say how to go on, and exit as a process does that the signal ended."""
     save_progress(run)
+    processes.wait()  # a process that is gone ends the others, which may still be writing
     launcher = "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
-    again = f"{launcher} -m pipeline.train --config {run.folder}/config.json --resume"
+    again = f"{launcher} -m pipeline.train --config {run.folder}/config.json --out {run.folder} --resume"
     say(f"saved after step {run.step:,}; go on with: {again}")
     sys.exit(128 + signum)
 

@@ -31,7 +31,7 @@ from pipeline.cli import UserError
 from pipeline.journal import Journal
 from pipeline.recipe import TrainConfig, learning_rate
 from pipeline.runtime import Machine
-from pipeline.terminal import progress
+from pipeline.terminal import progress, say
 
 
 class Stopped(Exception):
@@ -44,9 +44,10 @@ class Stopped(Exception):
 @dataclass
 class Place:
     """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions seen, seconds of
-    training and of waiting for data; `lr` of the last step."""
+    training and of waiting for data; `lr` of the last step; whether the time was up."""
 
     seconds: float = 0.0
+    ended: bool = False
     epoch: int = 0
     step: int = 0
     captions: int = 0
@@ -103,14 +104,14 @@ class Run:
         """Spent on the run, by all its starts."""
         return self.place.seconds + time.monotonic() - self.started
 
-    def done(self, seconds: float) -> float:
+    def done(self) -> float:
         """How much of the training is over, 0 to 1: by steps or by time, whichever ends it first. Looked at in the middle of a
-        step, so that neither the first nor the last has a learning rate of zero."""
+        step, so that neither the first nor the last has a learning rate of zero. By the first process's clock."""
         config, by_step, by_time = self.config, 0.0, 0.0
         if config.epochs:
             by_step = (self.step + 0.5) / (config.epochs * self.steps_an_epoch)
         if config.minutes:
-            by_time = seconds / max(config.minutes * 60 - self.reserve, 1e-9)
+            by_time = self.seconds / max(config.minutes * 60 - self.reserve, 1e-9)
         return min(1.0, max(by_step, by_time))
 
 
@@ -139,8 +140,8 @@ def train_epoch(run: Run) -> dict[str, float]:
         bar.begin(place.captions)
         for batch, waiting in timed(prefetch(train_batches(run))):
             due = first and time.monotonic() - run.saved >= config.save_every * 60
-            words, captions, seconds, due, stopping = processes.total(
-                batch.words, batch.captions, run.seconds if first else 0, due, run.stopping
+            words, captions, done, due, stopping = processes.total(
+                batch.words, batch.captions, run.done() if first else 0, due, run.stopping
             )
             if due or stopping:
                 window.settle()
@@ -148,8 +149,8 @@ def train_epoch(run: Run) -> dict[str, float]:
                 save_progress(run)
             if stopping:
                 raise Stopped(run.stopping or signal.SIGTERM)
-            done = run.done(seconds)
             if config.minutes and done >= 1 and run.step:
+                place.ended = True
                 break
             place.lr = learning_rate(config, done)
             window.took(*train_step(run, batch, int(words), done), int(captions), waiting, batch)
@@ -195,7 +196,7 @@ def train_step(run: Run, batch: Batch, words: int, done: float) -> tuple[Tensor,
     norm = torch.nn.utils.clip_grad_norm_(run.captioner.parameters(), config.clip)
     loss = torch.stack(losses).sum()
     if machine.device.type == "cpu":
-        refuse_not_finite(loss.item(), norm.item(), run.step, run.place.lr, batch)
+        refuse_not_finite(loss.item(), norm.item(), run.step, run.place.lr, batch.image_ids)
     run.optimizer.step()
     if run.average is not None:
         decay = min(config.ema, (1 + run.step) / (10 + run.step))  # while there is little to average
@@ -203,11 +204,11 @@ def train_step(run: Run, batch: Batch, words: int, done: float) -> tuple[Tensor,
     return loss, norm
 
 
-def refuse_not_finite(loss: float, norm: float, step: int, lr: float, batch: Batch) -> None:
+def refuse_not_finite(loss: float, norm: float, step: int, lr: float, image_ids: list[int]) -> None:
     for what, value in (("loss", loss), ("norm of the gradient", norm)):
         if not math.isfinite(value):
             raise UserError(
-                f"the {what} is {value} at step {step}, lr {lr:.2g}, images {', '.join(map(str, batch.image_ids))}; the run is "
+                f"the {what} is {value} at step {step}, lr {lr:.2g}, images {', '.join(map(str, image_ids))}; the run is "
                 "as it was last saved: a lower --lr or --clip mends it mostly, --precision fp32 sometimes"
             )
 
@@ -217,13 +218,13 @@ class Window:
 
     def __init__(self, run: Run) -> None:
         self.run, self.norm = run, 0.0
-        self.pending: list[tuple[Tensor, Tensor, int, float, Batch]] = []
+        self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int]]] = []
         self.clock = time.monotonic()
         self.told_at = self._stand()
 
     def took(self, loss: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch) -> None:
         place, now = self.run.place, time.monotonic()
-        self.pending.append((loss, norm, self.run.step, place.lr, batch))
+        self.pending.append((loss, norm, self.run.step, place.lr, batch.words, batch.image_ids))
         place.training, self.clock = place.training + now - self.clock, now
         place.step, place.captions, place.waited = place.step + 1, place.captions + captions, place.waited + waited
 
@@ -232,9 +233,9 @@ class Window:
         if not self.pending:
             return
         table = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
-        for (loss, norm), (*_, step, lr, batch) in zip(table, self.pending, strict=True):
-            refuse_not_finite(loss, norm, step, lr, batch)
-            self.run.sums += torch.tensor(processes.total(loss, batch.words) * 2, dtype=torch.float64)
+        for (loss, norm), (*_, step, lr, words, image_ids) in zip(table, self.pending, strict=True):
+            refuse_not_finite(loss, norm, step, lr, image_ids)
+            self.run.sums += torch.tensor(processes.total(loss, words) * 2, dtype=torch.float64)
         self.norm, self.pending = norm, []
 
     def tell(self) -> dict[str, float]:
@@ -311,21 +312,28 @@ def save_progress(run: Run) -> None:
             tensors[f"average.{name}"] = run.average[number]
     tensors["sums"] = run.sums
     place = asdict(run.place) | {"seconds": run.seconds}
-    save_training_state(run.folder, tensors, {"place": place, "lines": run.journal.lines, "wandb": run.journal.wandb_id})
+    record = {"place": place, "epochs": run.journal.epochs, "wandb": run.journal.wandb_id, "world": run.machine.world}
+    save_training_state(run.folder, tensors, record)
 
 
-def restore(run: Run) -> dict[str, Any]:
-    """Take up weights, optimiser, average and place from last.safetensors; returns its record."""
+def restore(run: Run) -> None:
+    """Take up weights, optimiser, average, place and journal from last.safetensors; UserError where it is not the run's."""
     tensors, record = load_training_state(run.folder)
     try:
         run.captioner.load_state_dict({name: tensors[f"model.{name}"] for name in run.captioner.state_dict()})
         for number, (name, weight) in enumerate(run.captioner.named_parameters()):
-            prefix = f"optimizer.{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            run.optimizer.state[weight] = {key: value.to(weight.device) for key, value in state.items()}
+            for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.step" in tensors else ():
+                value = tensors[f"optimizer.{name}.{key}"]
+                if value.shape != (torch.Size() if key == "step" else weight.shape):
+                    raise RuntimeError(f"optimizer.{name}.{key} is {tuple(value.shape)}")
+                run.optimizer.state[weight][key] = value.to(weight.device)
             if run.average is not None:
-                run.average[number].copy_(tensors[f"average.{name}"])
-        run.sums, run.place = tensors["sums"], Place(**record["place"])
-    except (KeyError, TypeError, RuntimeError) as error:
+                run.average[number].copy_(tensors[f"average.{name}"].view(weight.shape))
+        run.sums, run.place = tensors["sums"].view(4), Place(**record["place"])
+        epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
+        run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0
+    except (KeyError, TypeError, RuntimeError, IndexError) as error:
         raise UserError(f"{run.folder / 'last.safetensors'} does not fit the run: {error}; start the run anew") from error
-    return record
+    if world != run.machine.world:
+        say(f"warning: begun by {world} processes, now {run.machine.world}: what is drawn is not what it would have been")
+    run.journal.begin(epochs, run.step, wandb_id)

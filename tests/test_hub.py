@@ -147,12 +147,14 @@ def test_weights_of_other_shapes_or_names_are_refused(copy, change):
 
 FOREIGN = [
     ("features", "backbone", "local-dir:/etc"),
+    ("features", "backbone", "hf-hub:someone/pickled"),
     ("features", "backbone", "../../etc/passwd"),
     ("features", "backbone", "/etc/passwd"),
     ("features", "arguments", {"checkpoint_path": "/etc/passwd"}),
     ("features", "arguments", {"pretrained_cfg": {"file": "/etc/passwd"}}),
     ("features", "arguments", {"depth": {"a": [1]}}),
     ("features", "size", [10**9, 10**9]),
+    ("features", "size", [4096, 4096]),
     ("features", "size", "224"),
     ("features", "mean", [0.5]),
     ("features", "resize", "../x"),
@@ -172,13 +174,31 @@ def test_a_record_that_no_training_wrote_is_refused_before_anything_is_opened(co
         load_captioner(copy)
 
 
-def test_weights_of_a_hub_s_name_are_not_fetched_for_a_checkpoint_that_lacks_its_own(copy):
+def test_a_network_larger_than_its_weights_takes_no_memory(copy, monkeypatch):
     record = json.loads((copy / "config.json").read_text())
-    record["features"]["backbone"] = "hf-hub:someone/pickled"
+    record["features"] |= {"backbone": "vit_tiny_patch16_224", "arguments": {"depth": 300}}
     (copy / "config.json").write_text(json.dumps(record))
-    (copy / "backbone.safetensors").unlink()
-    with pytest.raises(UserError, match="is not fetched"):
+    monkeypatch.setattr("pipeline.backbone.create_backbone", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(UserError, match="does not fit vit_tiny_patch16_224"):
         load_captioner(copy)
+
+
+def test_as_many_layers_as_a_file_has_tensors_are_not_built(copy):
+    weights = load_file(copy / "model.safetensors") | {f"x{n}": torch.empty(0) for n in range(3000)}
+    save_file(weights, copy / "model.safetensors")
+    record = json.loads((copy / "config.json").read_text())
+    record["model"]["encoder_layers"] = 3000
+    (copy / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="encoder_layers is not the 1"):
+        load_checkpoint(copy)
+
+
+def test_weights_that_are_not_finite_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["norm.weight"][3] = float("nan")
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"not finite, in norm\.weight"):
+        load_checkpoint(copy)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"format": ' + "9" * 10_000 + "}", "\udcff"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.sample import draw_sample
 from pipeline import caption, extract, train, trainer
@@ -259,6 +259,33 @@ def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path
     assert 4 < lines[-1]["seconds"]["elapsed"] < 8 and rates[-1] < 0.1 * max(rates)
 
 
+@pytest.mark.slow
+def test_two_processes_go_by_one_clock(world, tmp_path):
+    """With --minutes everything that hangs on the time is the same in both, to the last digit of every weight."""
+    told_by = tmp_path / "sums"
+    told_by.mkdir()
+    watch = """
+import os, sys
+from pipeline import train
+plain, folder = train.finish, sys.argv[1]
+def finish(run):
+    total = sum(weight.double().sum().item() for weight in run.captioner.parameters())
+    open(os.path.join(folder, os.environ["RANK"]), "w").write(repr((run.step, run.place.lr, total)))
+    plain(run)
+train.finish = finish
+train.main(sys.argv[2:], standalone_mode=False)
+"""
+    (tmp_path / "watch.py").write_text(watch)
+    trained = options(world, tmp_path / "run", "--minutes", 0.12, "--patience", 10_000, "--epochs", 100_000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "watch.py"), str(told_by), *trained]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = ((told_by / rank).read_text() for rank in "01")
+    assert one == two and int(one[1:].split(",")[0]) > 20
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "noam", "constant"])
 def test_the_learning_rate_rises_to_its_peak_and_goes_as_its_schedule_says(schedule):
     config = TrainConfig(lr=2.0, warmup=0.1, schedule=schedule)
@@ -292,6 +319,32 @@ def test_a_preset_stands_under_a_config_file_and_flags(world, tmp_path):
 )
 def test_an_option_out_of_its_range_is_named(option, value):
     assert f"{option} is" in refused(train.main, option, value)
+
+
+def test_a_dropout_of_nearly_one_keeps_something(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "run", "--dropout", 0.999, "--epochs", 1))
+
+
+def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "run", "--epochs", 1))
+    again = options(world, tmp_path / "run", "--epochs", 1, "--resume")
+    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "plain")
+    assert "views: None, not ['flip']" in refused(train.main, *again, "--features", tmp_path / "plain")
+    assert "precision" in refused(train.main, *again, "--precision", "fp32" if trained_in(tmp_path) == "bf16" else "bf16")
+    for name, text in (("config.json", '{"model_type": "bert"}'), ("config.json", "{"), ("vocab.json", "[1]")):
+        kept = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(text)
+        assert name in refused(train.main, *again)
+        (tmp_path / "run" / name).write_text(kept)
+    state = load_file(tmp_path / "run" / "last.safetensors")
+    save_file(state, tmp_path / "run" / "last.safetensors")
+    assert "last.safetensors is not what a run saved" in refused(train.main, *again)
+    save_file(state, tmp_path / "run" / "last.safetensors", metadata={"record": json.dumps({"place": {}, "epochs": 3})})
+    assert "last.safetensors does not fit the run" in refused(train.main, *again)
+
+
+def trained_in(tmp_path: Path) -> str:
+    return json.loads((tmp_path / "run" / "config.json").read_text())["training"]["precision"]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

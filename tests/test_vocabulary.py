@@ -170,6 +170,28 @@ def test_pieces_are_joined_to_the_words_they_were_cut_from_even_unseen_ones():
         assert Subwords.build(words, 40).tokenizer == pieces.tokenizer
 
 
+def test_special_words_that_stand_in_a_caption_are_unknown_words():
+    assert Vocabulary.build([["a", "<eos>"]], 1).encode(["<pad>", "a", "<eos>"]) == [UNK, 4, UNK]
+    pytest.importorskip("tokenizers")
+    pieces = Subwords.build([["a", "dog", "<eos>"]] * 2, 30)
+    assert not {PAD, BOS, EOS} & set(pieces.encode(["a", "<eos>", "x<pad>y", "<bos>"]))
+
+
+@pytest.mark.parametrize("size", [5, 10])
+def test_a_vocabulary_of_pieces_is_never_larger_than_asked(size):
+    pytest.importorskip("tokenizers")
+    assert len(Subwords.build([["the", "quick", "brown", "fox"]] * 3, size)) <= size
+    with pytest.raises(DataError, match="--vocab-size"):
+        Subwords.build([["a"]], 4)
+
+
+def test_a_tokenizer_of_other_pieces_is_refused():
+    pytest.importorskip("tokenizers")
+    one, two = (Subwords.build([words] * 3, 30) for words in (["a", "dog"], ["the", "cats"]))
+    with pytest.raises(DataError, match="other pieces"):
+        Subwords(one.words, two.tokenizer).encode(["a"])
+
+
 def test_without_its_package_pieces_are_read_but_not_made(monkeypatch):
     pytest.importorskip("tokenizers")
     pieces = Subwords.build([["a", "dog"]] * 2, 30)
