@@ -6,6 +6,7 @@ A checkpoint folder captions photographs by itself, and is laid out as the Huggi
     config.json            model sizes, training settings, identity of the cache, decoding defaults, format number
     vocab.json             the words (or pieces of words), by id
     tokenizer.json         how words are cut into pieces, with --vocabulary bpe alone
+    frequencies.safetensors  in how many training images n-grams stand, for --consensus alone
     backbone.safetensors   the backbone's weights, unless they are the hub's by name
     last.safetensors       where training stands (weights, optimiser, average, place), for --resume; sharing leaves it out
 
@@ -35,7 +36,8 @@ from pipeline.cli import UserError
 from pipeline.tensors import load_tensors, save_tensors, shapes_of
 
 FORMAT = 1
-SHARED = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "backbone.safetensors")
+SHARED = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "frequencies.safetensors",
+          "backbone.safetensors")  # fmt: skip
 LARGEST_JSON, MOST_BEAMS = 1 << 26, 1000
 
 
@@ -53,6 +55,7 @@ class Checkpoint:
     training: dict[str, Any]
     provenance: dict[str, Any]
     trained_on: str = ""
+    folder: Path | None = None
 
     def describe(self) -> str:
         grid = "x".join(map(str, self.identity["grid"]))
@@ -107,7 +110,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if len(vocabulary) != captioner.config.words:
         raise UserError(f"{folder}/vocab.json has {len(vocabulary)} words, config.json {captioner.config.words}")
     rest = (config["features"], config["decoding"], config["training"], config["provenance"], config["trained_on"])
-    return Checkpoint(captioner.eval(), vocabulary, *rest)
+    return Checkpoint(captioner.eval(), vocabulary, *rest, folder)
 
 
 def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import nn
@@ -24,22 +25,26 @@ from data.tokens import tokenize
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones import Backbone
-from models.captioner import Captioner, evaluating
+from models.captioner import Captioner, Memory, evaluating
 from models.captured import BeamSearch
-from models.generation import Generation
+from models.generation import Captions, Generation
 from models.grid import Regions
 from models.search import generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.cli import UserError
+from pipeline.consensus import Frequencies, expected_cider
 from pipeline.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
+TOGETHER = 4000  # beams and samples that consensus has in memory at a time
+
 
 class Caption(NamedTuple):
-    """A caption with the log-probability of its words and its end, in nats, and that over words**length_penalty."""
+    """A caption with the log-probability of its words and its end, in nats, and that over words**length_penalty (by consensus
+    its expected CIDEr)."""
 
     text: str
     log_p: float
@@ -51,6 +56,14 @@ class Caption(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Consensus:
+    """How many `samples` an image the beams are compared with, and the document frequencies of it."""
+
+    samples: int
+    frequencies: Frequencies
+
+
+@dataclass(frozen=True)
 class Writer:
     """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by `options`."""
 
@@ -59,6 +72,7 @@ class Writer:
     machine: Machine
     options: Generation
     seed: int = 0  # of samples
+    consensus: Consensus | None = None
 
     def __call__(self, regions: Regions, number: int = 0) -> list[list[Caption]]:
         """The captions of each image of a batch, best first; samples follow from the seed and the batch's `number`."""
@@ -68,7 +82,10 @@ class Writer:
         try:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
-                found = generate(self.captioner, memory, self.options, draws, self.search)
+                if self.consensus is not None:
+                    found = self.agreed(memory, torch.Generator(device).manual_seed(seed))
+                else:
+                    found = generate(self.captioner, memory, self.options, draws, self.search)
         except RuntimeError as error:
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -77,6 +94,25 @@ class Writer:
             [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
             for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
         ]
+
+    def agreed(self, memory: Memory, draws: torch.Generator) -> Captions:
+        """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""
+        beams, samples = self.options.num_beams, self.consensus.samples
+        search = replace(self.options, num_return_sequences=beams)
+        draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
+        found = []
+        for some in torch.arange(memory.images, device=memory.keys[0].device).split(max(1, TOGETHER // (beams + samples))):
+            part = memory.keep(some)
+            drawn = generate(self.captioner, part, draw, draws).tokens.cpu().numpy()
+            tokens, _, log_p = generate(self.captioner, part, search)
+            pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
+            scores = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
+            scores = torch.from_numpy(scores).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
+            scores, best = scores.sort(dim=1, descending=True, stable=True)
+            best, scores = (values[:, : self.options.num_return_sequences] for values in (best, scores))
+            at = best[:, :, None].expand(-1, -1, tokens.shape[2])
+            found.append(Captions(tokens.gather(1, at), scores, log_p.gather(1, best)))
+        return Captions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     @functools.cached_property
     def search(self) -> BeamSearch:
@@ -137,6 +173,17 @@ def lighten(captioner: nn.Module, machine: Machine) -> None:
 # -------------------------------------------------------------------------------------------------------------- options
 
 
+def make_writer(
+    captioner: nn.Module, checkpoint: Checkpoint, machine: Machine, given: Mapping[str, Any], seed: int = 0
+) -> Writer:
+    """A writer by a run's decoding defaults and the options `given` over them."""
+    given = dict(given)
+    samples = given.pop("consensus", None)
+    consensus = Consensus(samples, Frequencies.load(checkpoint.folder)) if samples else None
+    how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
+    return Writer(captioner, checkpoint.vocabulary, machine, how, seed, consensus)
+
+
 def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]) -> Generation:
     """What `given` options ask for, over a run's `defaults`; ModelError, by Generation's names, for what cannot be."""
     options = {**defaults, **given}
@@ -180,15 +227,14 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
         self.captioner = checkpoint.captioner.to(machine.device)
         lighten(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        self.writer: Writer | None = None  # the last one; the next batch mostly wants the same
+        self.writers: dict[str, Writer] = {}  # the last one; the next batch mostly wants the same
 
     def generate(self, regions: Regions, seed: int = 0, number: int = 0, **options: Any) -> list[list[Caption]]:
         """The captions of each image of `regions`, best first, num_return_sequences of them."""
-        checkpoint = self.checkpoint
-        how = make_generation(checkpoint.decoding, checkpoint.vocabulary, options)
-        if self.writer is None or (self.writer.options, self.writer.seed) != (how, seed):
-            self.writer = Writer(self.captioner, checkpoint.vocabulary, self.machine, how, seed)
-        return self.writer(regions, number)
+        asked = repr((seed, sorted(options.items())))
+        if asked not in self.writers:
+            self.writers = {asked: make_writer(self.captioner, self.checkpoint, self.machine, options, seed)}
+        return self.writers[asked](regions, number)
 
     def caption(self, photos: Sequence[Path | str], batch: int = 16, **options: Any) -> list[str]:
         """One caption a photograph; UnreadableImage, with the path in front, for the first that cannot be read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,19 +298,22 @@ def decode(
 ) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
     """Captions by image id, and the options that they were found with."""
     from models.ensemble import Ensemble
-    from pipeline.decoding import Writer, caption_rows, lighten, make_generation
+    from pipeline.decoding import caption_rows, lighten, make_writer
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
-    vocabulary, decoding = checkpoints[0].vocabulary, {**checkpoints[0].decoding, **config.given()}
+    decoding = {**checkpoints[0].decoding, **config.given()}
     captioners = [checkpoint.captioner.to(machine.device) for checkpoint in checkpoints]
     captioner = captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
     lighten(captioner, machine)
+    defaults = dict(checkpoints[0].decoding)
     if config.sample:
-        decoding.pop("beam")
+        del decoding["beam"], defaults["beam"]
     how = "samples" if config.sample else f"beam {decoding['beam']}"
+    how += f", consensus with {config.consensus} samples" if config.consensus else ""
     with by_option(), progress(len(ids), "images", how) as bar:
-        writer = Writer(captioner, vocabulary, machine, make_generation(decoding, vocabulary, {}), config.seed)
+        checkpoint = replace(checkpoints[0], decoding=defaults)
+        writer = make_writer(captioner, checkpoint, machine, config.given(), config.seed)
         captions = caption_rows(writer, cache, ids, config.batch, bar.step)
     say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
     return captions, decoding

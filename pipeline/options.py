@@ -41,6 +41,7 @@ class DecodingOptions:
     max_length: int | None = setting(None, "words of a caption at most  [the run's]")
     bad_words: tuple[str, ...] = setting((), "word or phrase that no caption has; may be repeated")
     force_words: tuple[str, ...] = setting((), "word or phrase that each caption has; may be repeated")
+    consensus: int | None = setting(None, "of the beams take the caption nearest, by CIDEr, to so many samples")
     nbest: int | None = setting(None, "captions an image, with their log-probabilities  [1]")
 
     def given(self) -> dict[str, Any]:
@@ -51,6 +52,10 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         if self.sample and self.beam is not None:
             raise UserError("--sample draws each caption by itself; it takes no --beam")
+        if self.consensus is not None and self.consensus < 1:
+            raise UserError(f"--consensus is {self.consensus}, it must be at least 1")
+        if self.consensus and (self.sample or self.beam_groups or self.force_words):
+            raise UserError("--consensus chooses among the beams: no --sample, --beam-groups or --force-words with it")
 
 
 @contextlib.contextmanager

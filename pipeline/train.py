@@ -31,6 +31,7 @@ from pipeline.checkpoint import (
     sweep,
 )
 from pipeline.cli import UserError, command
+from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
 from pipeline.journal import Journal
 from pipeline.recipe import MAY_DIFFER, PRESETS, SIZES, TrainConfig, settle
@@ -147,6 +148,7 @@ def open_run(
     run.journal.begin()
     if machine.rank == 0:
         copy_backbone(cache.path, folder)
+        Frequencies.count(train.encode(vocabulary, config.max_length)).save(folder)
         save_description(folder, checkpoint)
     return run
 

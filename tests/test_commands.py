@@ -117,7 +117,7 @@ def test_a_rank_that_is_done_makes_the_shards_of_one_that_never_came(world, tmp_
 def test_a_run_folder_holds_all_that_the_documents_name(world):
     names = {path.name for path in (world / "run").iterdir()}
     assert {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "last.safetensors",
-            "metrics.jsonl", "tensorboard"} == names  # fmt: skip
+            "frequencies.safetensors", "metrics.jsonl", "tensorboard"} == names  # fmt: skip
     lines = [json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["dev"]["loss"] < lines[0]["dev"]["loss"]
     assert {"CIDEr", "Bleu_4", "ROUGE_L"} <= lines[0]["dev"].keys()

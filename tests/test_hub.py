@@ -21,7 +21,7 @@ from pipeline.hub import checkpoint_folder
 from tests.test_commands import at, photos, refused, works
 from tests.test_commands import world as world
 
-FILES = {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "README.md"}
+FILES = {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "frequencies.safetensors", "README.md"}
 
 
 def test_a_saved_captioner_is_the_runs_without_what_only_training_needs(world, tmp_path):
