@@ -19,6 +19,7 @@ have no row and why. `data.shards` writes all of this; here it is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -56,14 +57,25 @@ class Unreadable(NamedTuple):
     mtime_ns: int = -1
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file under a temporary name and rename it, so that nobody ever sees half of it."""
+@contextlib.contextmanager
+def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever sees half of a file.
+    sync: not before it is on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data import DataError
 from data.coco import read as read_coco
-from data.features import write_whole
+from data.features import write_whole, written_whole
 from data.karpathy import read as read_karpathy
 from data.sources import Image, check_caption, check_id, parse_json, read_text
 
@@ -109,16 +109,12 @@ def write_server(folder: Path, name: str, captions: Mapping[int, str], images: S
     if not all(file.exists() for file in both):
         return [written]
     archive = folder / f"{name}_results.zip"
-    temporary = archive.with_suffix(".tmp")
-    try:
+    with written_whole(archive) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
             for file in both:
                 opened.write(file, file.name)
         if (size := temporary.stat().st_size) > SERVER_ZIP_BYTES:
             raise DataError(f"{archive} would have {size:,} bytes, the server takes {SERVER_ZIP_BYTES:,}")
-        temporary.replace(archive)
-    finally:
-        temporary.unlink(missing_ok=True)
     return [written, archive]
 
 

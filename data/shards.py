@@ -39,6 +39,7 @@ from data.features import (
     shard_paths,
     views_of,
     write_whole,
+    written_whole,
 )
 from data.sources import Image
 
@@ -284,9 +285,8 @@ def write_shard(
         crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
         found = features, part.boxes.astype(np.float32, copy=False), part.counts.astype(np.int16), crc32
         arrays |= {f"{name}{end}": array for name, array in zip(PER_VIEW, found, strict=True)}
-    temporary = _temporary(shard.path)
     try:
-        with _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
+        with written_whole(shard.path, True) as temporary, _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
             file.attrs["format"] = FORMAT
             file.attrs["identity"] = json.dumps(identity)
             file.attrs["provenance"] = json.dumps(provenance)
@@ -298,18 +298,9 @@ def write_shard(
             file.create_dataset("names", data=[image.name for image in kept], shape=len(kept), dtype=h5py.string_dtype())
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
             file.attrs["crc32"] = _tables_crc32(file)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, shard.path)
     except FileNotFoundError:
         if not shard.path.exists():  # else another took it over, wrote it, and removed what was left of this one
             raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 @contextlib.contextmanager
@@ -340,26 +331,25 @@ def _tables_crc32(file: h5py.File) -> int:
 def write_index(cache: Path) -> list[Unreadable]:
     """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
     opened = FeatureCache(cache)
-    temporary = _temporary(cache / "features.h5")
-    try:
-        with contextlib.ExitStack() as stack, h5py.File(temporary, "w", libver=("v110", "v110")) as index:
-            shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
-            for key in ("format", "identity", "provenance"):
-                index.attrs[key] = shards[0][1].attrs[key]
-            for name in datasets_of(opened.provenance):
-                if not len(opened):
-                    continue
-                shape, kind = shards[0][1][name].shape[1:], shards[0][1][name].dtype
-                layout, start = h5py.VirtualLayout((len(opened), *shape), kind), 0
-                for path, file in shards:  # relative names: the folder can be moved
-                    source = h5py.VirtualSource(path.name, name, file[name].shape, kind)
-                    for begin, end in _runs(opened, path, file):
-                        layout[start : start + end - begin] = source[begin:end]
-                        start += end - begin
-                index.create_virtual_dataset(name, layout)
-        os.replace(temporary, cache / "features.h5")
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        written_whole(cache / "features.h5") as temporary,
+        contextlib.ExitStack() as stack,
+        h5py.File(temporary, "w", libver=("v110", "v110")) as index,
+    ):
+        shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
+        for key in ("format", "identity", "provenance"):
+            index.attrs[key] = shards[0][1].attrs[key]
+        for name in datasets_of(opened.provenance):
+            if not len(opened):
+                continue
+            shape, kind = shards[0][1][name].shape[1:], shards[0][1][name].dtype
+            layout, start = h5py.VirtualLayout((len(opened), *shape), kind), 0
+            for path, file in shards:  # relative names: the folder can be moved
+                source = h5py.VirtualSource(path.name, name, file[name].shape, kind)
+                for begin, end in _runs(opened, path, file):
+                    layout[start : start + end - begin] = source[begin:end]
+                    start += end - begin
+            index.create_virtual_dataset(name, layout)
     lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in opened.unreadable.values()]
     write_whole(cache / "unreadable.jsonl", "".join(lines))
     return list(opened.unreadable.values())
@@ -393,35 +383,28 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
     if not len(cache):
         raise DataError(f"{cache.path} holds no row to pack")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
     total = len(cache)
-    try:
-        with _plain_os_errors(temporary), h5py.File(temporary, "w") as packed:
-            for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
-                packed.attrs[name] = json.dumps(value)
-            packed.attrs["format"] = FORMAT
-            packed.attrs["unreadable"] = json.dumps(list(cache.unreadable.values()))
-            start = 0
-            for path in cache.paths:
-                with open_shard(path) as file:
-                    for begin, end in _runs(cache, path, file):
-                        for name in datasets_of(cache.provenance):
-                            if name not in packed:
-                                packed.create_dataset(name, (total, *file[name].shape[1:]), file[name].dtype)
-                            for at in range(begin, end, 100):
-                                upto = min(at + 100, end)
-                                packed[name][start + at - begin : start + upto - begin] = file[name][at:upto]
-                        start += end - begin
-                        done(end - begin)
-            weights = cache.path / "backbone.safetensors"
-            if weights.exists():
-                packed["backbone"] = np.fromfile(weights, np.uint8)
-            packed.attrs["crc32"] = _tables_crc32(packed)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(target, True) as temporary, _plain_os_errors(temporary), h5py.File(temporary, "w") as packed:
+        for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
+            packed.attrs[name] = json.dumps(value)
+        packed.attrs["format"] = FORMAT
+        packed.attrs["unreadable"] = json.dumps(list(cache.unreadable.values()))
+        start = 0
+        for path in cache.paths:
+            with open_shard(path) as file:
+                for begin, end in _runs(cache, path, file):
+                    for name in datasets_of(cache.provenance):
+                        if name not in packed:
+                            packed.create_dataset(name, (total, *file[name].shape[1:]), file[name].dtype)
+                        for at in range(begin, end, 100):
+                            upto = min(at + 100, end)
+                            packed[name][start + at - begin : start + upto - begin] = file[name][at:upto]
+                    start += end - begin
+                    done(end - begin)
+        weights = cache.path / "backbone.safetensors"
+        if weights.exists():
+            packed["backbone"] = np.fromfile(weights, np.uint8)
+        packed.attrs["crc32"] = _tables_crc32(packed)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data import DataError
-from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
+from data.vocabulary import SPECIALS, UNK, Vocabulary
 
 START = "▁"
 
@@ -62,15 +62,9 @@ class Subwords(Vocabulary):
 
         return pieces
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The words up to the first <eos>, joined from their pieces by spaces."""
-        pieces = []
-        for number in ids:
-            if number == EOS:
-                break
-            if number not in (PAD, BOS):
-                pieces.append(self.words[number])
-        return " ".join("".join(pieces).replace(START, " ").split())
+    def join(self, words: Sequence[str]) -> str:
+        """Words from their pieces."""
+        return " ".join("".join(words).replace(START, " ").split())
 
 
 def _tokenizers() -> Any:

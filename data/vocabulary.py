@@ -46,4 +46,7 @@ class Vocabulary:
                 break
             if number not in (PAD, BOS):
                 words.append(self.words[number])
+        return self.join(words)
+
+    def join(self, words: Sequence[str]) -> str:
         return " ".join(words)

@@ -17,7 +17,6 @@ only where its weights have them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.features import packed_backbone, write_whole
+from data.features import packed_backbone, write_whole, written_whole
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import ModelError
@@ -163,12 +162,8 @@ def copy_backbone(cache: Path, folder: Path) -> None:
     kept, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
     weights = packed_backbone(cache) if cache.is_file() else kept.read_bytes() if kept.exists() else None
     if weights is not None and not target.exists():
-        temporary = folder / f".backbone.safetensors.{os.getpid()}.tmp"
-        try:
+        with written_whole(target) as temporary:
             temporary.write_bytes(weights)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------- training's place

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+from data.features import written_whole
 from pipeline.backbone import do_not_wait_for_an_absent_hub
 from pipeline.checkpoint import SHARED
 from pipeline.cli import UserError
@@ -61,11 +62,7 @@ def copy_shared(source: Path, target: Path) -> None:
     """Copy a checkpoint's files but those that only training needs; each whole or not at all."""
     for name in SHARED:
         if (source / name).is_file():
-            temporary = target / f".{name}.tmp"
-            try:
+            with written_whole(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-                temporary.replace(target / name)
-            finally:
-                temporary.unlink(missing_ok=True)
         else:
             (target / name).unlink(missing_ok=True)  # of another checkpoint that was there

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DataError, tokens
+from data.features import written_whole
 from data.tokens import tokenize
 
 ORDERS = 4
@@ -278,13 +279,8 @@ class References:
         arrays = {name: getattr(self, name) for name in TABLES} | {"format": np.array(FORMAT), "words": np.array(self.words)}
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> References:

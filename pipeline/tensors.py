@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,25 +11,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.features import written_whole
 from pipeline.cli import UserError
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write tensors under a temporary name, fsync, rename; `header` is text by name beside them."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # clones, because tensors that share memory (a tied layer) are refused otherwise
+    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     try:
-        # clones, because tensors that share memory (a tied layer) are refused otherwise
-        own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-        save_file(own, temporary, metadata={"format": "pt", **(header or {})})
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written_whole(path, sync=True) as temporary:
+            save_file(own, temporary, metadata={"format": "pt", **(header or {})})
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
     except SafetensorError as error:  # of the system, by the package's name
         kept = f"; {path} is as it was before" if path.exists() else ""
         raise UserError(f"{path} could not be written: {error}{kept}; make room, or choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
