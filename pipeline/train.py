@@ -199,6 +199,8 @@ def over(run: Run) -> bool:
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
+    if run.place.step:  # stopped within an epoch, or before its end was looked at
+        return False
     return run.place.ended or processes.of_first(config.minutes is not None and bool(run.journal.epochs) and run.done() >= 1)
 
 

@@ -149,7 +149,7 @@ def train_epoch(run: Run) -> dict[str, float]:
                 save_progress(run)
             if stopping:
                 raise Stopped(run.stopping or signal.SIGTERM)
-            if config.minutes and done >= 1 and run.step:
+            if config.minutes and done >= 1 and place.step:
                 place.ended = True
                 break
             place.lr = learning_rate(config, done)

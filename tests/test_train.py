@@ -259,6 +259,24 @@ def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path
     assert 4 < lines[-1]["seconds"]["elapsed"] < 8 and rates[-1] < 0.1 * max(rates)
 
 
+def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(world, tmp_path, monkeypatch):
+    whole = train.dev_scores
+
+    def stopped(run):
+        if run.place.ended:
+            raise trainer.Stopped(signal.SIGINT)
+        return whole(run)
+
+    monkeypatch.setattr(train, "dev_scores", stopped)
+    timed = options(world, tmp_path / "run", "--minutes", 0.05, "--patience", 10_000, "--epochs", 100_000)
+    assert run(train.main, *timed).exit_code == 130
+    before = told(tmp_path / "run")
+    monkeypatch.undo()
+    works(train.main, *timed, "--resume")
+    after = told(tmp_path / "run")
+    assert len(after) == len(before) + 1 and after[:-1] == before and "dev" in after[-1]
+
+
 @pytest.mark.slow
 def test_two_processes_go_by_one_clock(world, tmp_path):
     """With --minutes everything that hangs on the time is the same in both, to the last digit of every weight."""
