@@ -561,7 +561,7 @@ def test_decoding_in_bf16_is_near_fp32_on_a_real_split(real, tmp_path):
     source = ["--dataset", "karpathy", "--root", real / "flickr8k"]
     weights = real / "weights/mobilenetv2_100_onnx7_features.pth"
     works(extract.main, *source, "--backbone", "mobilenetv2_100", "--weights", weights, "--out", tmp_path / "cache")
-    works(train.main, *source, "--features", tmp_path / "cache", "--out", tmp_path / "run", "--limit", 1500, "--epochs", 4)
+    works(train.main, *source, "--features", tmp_path / "cache", "--out", tmp_path / "run", "--limit", 1500, "--epochs", 6)
     found = {}
     for precision in ("bf16", "fp32"):
         out = tmp_path / precision / "scores.json"
