@@ -24,6 +24,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
              "lr": 3e-4, "batch": 50},
     "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1,
               "lr": 3e-4, "batch": 50},
+    # the best known on Flickr8k within an hour on two cores, over a cache with --views flip (docs/results.md)
+    "flickr8k": {"width": 384, "heads": 6, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1536, "dropout": 0.35,
+                 "lr": 3e-4, "batch": 20, "schedule": "constant", "ema": 0.998, "epochs": 11},
 }  # fmt: skip
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
