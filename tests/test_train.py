@@ -268,7 +268,8 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(world, tm
         return whole(run)
 
     monkeypatch.setattr(train, "dev_scores", stopped)
-    timed = options(world, tmp_path / "run", "--minutes", 0.05, "--patience", 10_000, "--epochs", 100_000)
+    monkeypatch.setattr(trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5)  # up within the first epoch
+    timed = options(world, tmp_path / "run", "--minutes", 5, "--patience", 10_000, "--epochs", 100_000)
     assert run(train.main, *timed).exit_code == 130
     before = told(tmp_path / "run")
     monkeypatch.undo()
