@@ -83,9 +83,14 @@ def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(provenance.get("views", ()))
 
 
+def endings(views: Iterable[str]) -> tuple[str, ...]:
+    """What the names of PER_VIEW's datasets end with: for the photographs as they are nothing, then each view."""
+    return "", *(f"_{view}" for view in views)
+
+
 def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of all datasets with a row an image."""
-    return *PER_IMAGE, *(f"{name}_{view}" for view in views_of(provenance) for name in PER_VIEW)
+    return *PER_IMAGE, *(name + end for end in endings(views_of(provenance))[1:] for name in PER_VIEW)
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -162,7 +167,7 @@ class FeatureCache:
                     self.identity: dict[str, Any] = json.loads(identity)
                     self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
                     self.views = views_of(self.provenance)
-                    self._maps = [[] for _ in ("", *self.views)]
+                    self._maps = [[] for _ in endings(self.views)]
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, json.loads(file.attrs["identity"])))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
@@ -182,7 +187,7 @@ class FeatureCache:
             return
         number = len(self._files)
         self._files.append(path)
-        for maps, end in zip(self._maps, ("", *(f"_{view}" for view in self.views)), strict=True):
+        for maps, end in zip(self._maps, endings(self.views), strict=True):
             if f"features{end}" not in file:
                 raise DataError(f"{path} has no features{end}, as its cache's other files have; remove it and extract again")
             maps.append((_map(file[f"features{end}"]), _map(file[f"boxes{end}"]), file[f"counts{end}"][:]))

@@ -34,6 +34,7 @@ from data.features import (
     Rows,
     Unreadable,
     datasets_of,
+    endings,
     has_same_cells,
     open_shard,
     shard_paths,
@@ -274,7 +275,7 @@ def write_shard(
     Raises DataError naming the photograph whose features are not finite in float16, OSError for a disk that is full.
     """
     arrays: dict[str, np.ndarray] = {}
-    for end, part in zip(("", *(f"_{view}" for view in views_of(provenance))), rows, strict=True):
+    for end, part in zip(endings(views_of(provenance)), rows, strict=True):
         features = part.features.astype(np.float16, copy=False)
         for photo, row in zip(kept, features, strict=True):
             if not np.isfinite(row).all():
@@ -435,7 +436,7 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
                 problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
             if identity is not None and found != identity:
                 problems.append(f"{path}: it belongs to another cache")
-            for row, end in itertools.product(range(rows), ("", *(f"_{view}" for view in views_of(provenance)))):
+            for row, end in itertools.product(range(rows), endings(views_of(provenance))):
                 if zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row])) != file[f"crc32{end}"][row]:
                     name = file["names"].asstr()[row]
                     problems.append(f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not as it was written")

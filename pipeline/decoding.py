@@ -78,12 +78,12 @@ class Writer:
         """The captions of each image of a batch, best first; samples follow from the seed and the batch's `number`."""
         device = self.machine.device
         seed = (self.seed * 1_000_003 + number) % 2**63
-        draws = torch.Generator(device).manual_seed(seed) if self.options.do_sample else None
+        draws = torch.Generator(device).manual_seed(seed) if self.options.do_sample or self.consensus else None
         try:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
                 if self.consensus is not None:
-                    found = self.agreed(memory, torch.Generator(device).manual_seed(seed))
+                    found = self.agreed(memory, draws)
                 else:
                     found = generate(self.captioner, memory, self.options, draws, self.search)
         except RuntimeError as error:

@@ -35,7 +35,6 @@ from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
 from pipeline.journal import Journal
 from pipeline.recipe import MAY_DIFFER, PRESETS, SIZES, TrainConfig, settle
-from pipeline.references import References
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
 from pipeline.terminal import human_bytes, progress, say
@@ -260,8 +259,7 @@ def dev_scores(run: Run) -> dict[str, float]:
     with progress(len(ids), "images", "dev", enabled=machine.rank == 0) as bar:
         written = caption_rows(writer, run.dev.cache, ids, done=step) if ids else {}
     written = {image_id: captions[0].text for part in processes.of_all(written) for image_id, captions in part.items()}
-    references = None if machine.rank else References({image.id: image.captions for image in run.dev.images})
-    return processes.of_first(None if machine.rank else score(written, references).values)
+    return processes.of_first(None if machine.rank else score(written, run.references).values)
 
 
 def resume(run: Run) -> Run:

@@ -7,6 +7,7 @@ goes on from its last save as if nothing had been.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -30,6 +31,7 @@ from pipeline.checkpoint import Checkpoint, load_training_state, save_training_s
 from pipeline.cli import UserError
 from pipeline.journal import Journal
 from pipeline.recipe import TrainConfig, learning_rate
+from pipeline.references import References
 from pipeline.runtime import Machine
 from pipeline.terminal import progress, say
 
@@ -89,6 +91,11 @@ class Run:
     @property
     def captioner(self) -> Captioner:
         return self.checkpoint.captioner
+
+    @functools.cached_property
+    def references(self) -> References:
+        """Dev's, counted once."""
+        return References({image.id: image.captions for image in self.dev.images})
 
     @property
     def steps_an_epoch(self) -> int:
