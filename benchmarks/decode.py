@@ -11,7 +11,6 @@ captioner over real photographs, where captions end by themselves, against the s
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, ratio, report, seconds_of, waiter
+from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter
 from benchmarks.peers import (
     WORDS,
     decoder_operations,
@@ -158,17 +157,7 @@ def peak_memory(machine: Machine) -> float:
     lighten(captioner, machine)
     search = searcher(captioner, machine, FORCED)
     search(encode(captioner, random_regions(1), machine))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that what follows is what the search takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
-    search(encode(captioner, random_regions(64), machine))
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> float:
-    """GB of this process in memory, now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e9
+    return peak_above(lambda: search(encode(captioner, random_regions(64), machine)))
 
 
 def trained(folder: Path, features: Path, machine: Machine, rounds: int, count: int = 3200, batch: int = 200) -> dict:

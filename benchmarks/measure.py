@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -52,6 +53,21 @@ def in_turn(
             if number:
                 found[name].append(seconds)
     return found
+
+
+def peak_above(work: Callable[[], object]) -> float:
+    """GB of memory that a work takes at most, beyond what this process has in memory before it (Linux)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that what follows is what the work takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> float:
+    """GB of this process in memory, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e9
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:

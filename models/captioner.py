@@ -216,13 +216,14 @@ class Captioner(nn.Module):
             found = self.states(tokens.flatten(), positions.expand(tokens.shape).flatten(), cache, memory)
         return found.view(*tokens.shape, -1)
 
-    def forward(self, regions: Regions, text: Packed, sampled: float = 0.0) -> Tensor:
+    def forward(self, regions: Regions | Memory, text: Packed, sampled: float = 0.0) -> Tensor:
         """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry).
 
+        regions: as they are, or encoded.
         sampled: this share of the words is replaced by what the captioner itself guesses there from the words before
         (scheduled sampling for Transformers, Mihaylova and Martins 2019: two passes, the first without a gradient).
         """
-        memory, words = self.encode(regions), text.words
+        memory, words = regions if isinstance(regions, Memory) else self.encode(regions), text.words
         if sampled:
             with torch.no_grad():
                 guessed = self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import Packed
-from models.captioner import Captioner
+from models.captioner import Captioner, Memory
 from models.dropout import drop_regions, replace_words
+from models.generation import Generation, lengths
 from models.grid import Regions
+from models.rules import NEVER
 
 ROWS = 256  # of scores in fp32 at a time: they stay in a CPU's cache
 
@@ -51,41 +53,72 @@ def caption_loss(
     states = captioner(regions, text.to(device), noise.sampled)
     output = getattr(captioner, "module", captioner)  # several processes and compilers wrap it
     weight, bias = output.word.weight, output.output_bias
-    loss = OutputLoss.apply(states, weight, bias, targets.to(device, non_blocking=True), label_smoothing)
+    loss, _ = OutputLoss.apply(states, weight, bias, targets.to(device, non_blocking=True), label_smoothing)
     return loss, torch.tensor(len(targets))
 
 
+def self_critical_loss(
+    captioner: Captioner, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
+) -> tuple[Tensor, Tensor]:
+    """The sum over samples of -advantage * log p(sample): its gradient is REINFORCE's (Williams 1992).
+
+    samples [B,K,L] int64 on the CPU as `sample` gives them under `policy`: <eos> after their end, none where they were cut at
+    the limit, whose log p is that of their L words; advantages [B,K] float32. log p is under the distribution that was drawn
+    from, without policy.suppress_tokens. Returns (sum, log p [B,K] without a gradient).
+    """
+    eos, device = policy.eos_token_id, memory.keys[0].device
+    there = torch.arange(samples.shape[2]) < lengths(samples, eos)[:, :, None]
+    begun = torch.cat([torch.full_like(samples[:, :, :1], policy.bos_token_id), samples[:, :, :-1]], dim=2)
+    owner = torch.arange(samples[:, :, 0].numel()).view_as(samples[:, :, :1]).expand_as(samples)[there].to(device)
+    states = captioner(memory, Packed(begun, there).to(device))
+    output = getattr(captioner, "module", captioner)
+    barred = torch.tensor(policy.suppress_tokens, dtype=torch.int64).to(device)
+    bias = output.output_bias.index_fill(0, barred, NEVER)
+    weights = advantages.flatten().to(device)[owner]
+    loss, log_p = OutputLoss.apply(states, output.word.weight, bias, samples[there].to(device), 0.0, weights)
+    return loss, log_p.new_zeros(advantages.numel()).index_add_(0, owner, log_p).view(advantages.shape)
+
+
 class OutputLoss(torch.autograd.Function):
-    """Output layer and cross-entropy in one: states [N,D], weight [V,D], bias [V], targets [N] to the sum in nats.
+    """Output layer and cross-entropy in one: states [N,D], weight [V,D], bias [V], targets [N] to the sum in nats, and the
+    targets' log p [N], which has no gradient. row_weights [N]: what each row counts in the sum; None: 1.
 
     The scores [N,V] exist once, in the precision of the product; their softmax is taken some rows at a time, and what the
     gradient needs, softmax minus target, overwrites them.
     """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float, row_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
         rows, matrix = states.to(dtype), weight.to(dtype)
         scores = F.linear(rows, matrix, bias.to(dtype))
-        words, losses = weight.shape[0], []
-        for part, target in zip(scores.split(ROWS), targets.split(ROWS), strict=True):
+        words, losses, log_p = weight.shape[0], [], []
+        each = [None] * len(targets.split(ROWS)) if row_weights is None else row_weights.split(ROWS)
+        for part, target, counts in zip(scores.split(ROWS), targets.split(ROWS), each, strict=True):
             exact = part.float()
             right = exact.gather(1, target[:, None])
             mean = exact.mean(dim=1) if smoothing else 0
             largest = exact.amax(dim=1, keepdim=True)
             total = exact.sub_(largest).exp_().sum(dim=1, keepdim=True)
-            losses.append(total.log()[:, 0] + largest[:, 0] - (1 - smoothing) * right[:, 0] - smoothing * mean)
+            whole = total.log()[:, 0] + largest[:, 0]
+            loss = whole - (1 - smoothing) * right[:, 0] - smoothing * mean
+            losses.append(loss if counts is None else loss * counts)
+            log_p.append(right[:, 0] - whole)
             if any(ctx.needs_input_grad):
                 exact.div_(total).sub_(smoothing / words)
                 exact.scatter_add_(1, target[:, None], exact.new_full((len(target), 1), smoothing - 1))
-                part.copy_(exact)
+                part.copy_(exact if counts is None else exact.mul_(counts[:, None]))
         ctx.save_for_backward(rows, matrix, scores)
         ctx.dtypes = states.dtype, weight.dtype, bias.dtype
-        return torch.cat(losses).sum()
+        log_p = torch.cat(log_p)
+        ctx.mark_non_differentiable(log_p)
+        return torch.cat(losses).sum(), log_p
 
     @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple:
+    def backward(ctx, scale: Tensor, _: Tensor) -> tuple:
         rows, matrix, scores = ctx.saved_tensors
         found = scores @ matrix, scores.t() @ rows, scores.sum(dim=0, dtype=torch.float32)
-        return *(part.to(dtype).mul_(scale) for part, dtype in zip(found, ctx.dtypes, strict=True)), None, None
+        return *(part.to(dtype).mul_(scale) for part, dtype in zip(found, ctx.dtypes, strict=True)), None, None, None

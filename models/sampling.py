@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.generation import Captions, Generation, lengths
@@ -14,24 +15,36 @@ if TYPE_CHECKING:
     from models.captioner import Captioner, Memory
 
 TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
+BLOCK = 128  # words whose probabilities are added up before one of them is chosen
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
-    captioner: Captioner, memory: Memory, options: Generation, generator: torch.Generator | None = None
+    captioner: Captioner,
+    memory: Memory,
+    options: Generation,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
 ) -> Captions:
-    """num_return_sequences samples of each image.
+    """num_return_sequences N samples of each image.
 
     Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all; more where they
     tie) and then the likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution
     drawn from, the <eos> included, and -inf where the rules leave no word. The loop is as long as the longest caption may be,
     with no look at the device; on a CPU it ends with the last caption.
+
+    uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from `generator`.
     """
     device, eos = memory.keys[0].device, options.eos_token_id
     limit, barred = options.limit(captioner), options.barred
     parts = -(-options.num_return_sequences // TOGETHER)
     memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts)) if parts > 1 else memory
     images, captions = memory.images, -(-options.num_return_sequences // parts)
+    if uniforms is None:
+        uniforms = torch.rand(images * captions, limit, generator=generator, device=device)
+    else:
+        spare = parts * captions - options.num_return_sequences
+        uniforms = F.pad(uniforms, (0, 0, 0, spare)).to(device).reshape(images * captions, limit)
     tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
     log_p = torch.zeros(images * captions, device=device)
     going = torch.ones(images * captions, dtype=torch.bool, device=device)
@@ -45,9 +58,9 @@ def sample(
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
         log_p.masked_fill_(stuck & going, NEVER)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
-        drawn = torch.multinomial(scores.exp(), 1, generator=generator)
-        log_p += scores.gather(1, drawn)[:, 0].where(going, 0)
-        drawn = drawn[:, 0].where(going, eos)
+        drawn = choose(scores.exp(), uniforms[:, place])
+        log_p += scores.gather(1, drawn[:, None])[:, 0].where(going, 0)
+        drawn = drawn.where(going, eos)
         tokens[:, place] = drawn
         newest = drawn.view_as(newest)
         going = going & (drawn != eos)
@@ -56,6 +69,30 @@ def sample(
     scores = log_p / lengths(tokens, eos) ** options.length_penalty
     asked = slice(options.num_return_sequences)
     return Captions(*(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p)))
+
+
+def choose(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Words [N] by the inverse of the distributions p [N,V]: the first whose p and those before it are together above
+    uniforms [N] in [0,1); never one of p 0.
+
+    First the block that the word is in, then the word: p is read once, and little is added up in order.
+    """
+    exact = torch.float32 if p.device.type == "mps" else torch.float64  # mps has no float64
+    blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    reached = blocks.sum(2).cumsum(1, dtype=exact)
+    point = uniforms[:, None] * reached[:, -1:]
+    block = passed(reached, point)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(exact)
+    before = F.pad(reached, (1, 0)).gather(1, block)
+    return (block * BLOCK + passed(before + inside.cumsum(1), point))[:, 0].clamp(max=p.shape[1] - 1)
+
+
+def passed(reached: Tensor, point: Tensor) -> Tensor:
+    """The first place [N,1] where sums `reached` [N,M] are above `point` [N,1], which may lie at their end by rounding; any
+    place where they are no numbers, so that the log p, which is none either, tells of it."""
+    end = reached[:, -1:]
+    place = torch.searchsorted(reached, torch.minimum(point, torch.nextafter(end, torch.zeros_like(end))), right=True)
+    return place.clamp(max=reached.shape[1] - 1)
 
 
 def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:

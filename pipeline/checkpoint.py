@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.features import packed_backbone, write_whole, written_whole
+from data.features import FeatureCache, differences, packed_backbone, write_whole, written_whole
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import ModelError
@@ -33,6 +33,7 @@ from models.captioner import Captioner, CaptionerConfig
 from pipeline.backbone import check_identity
 from pipeline.cli import UserError
 from pipeline.tensors import load_tensors, save_tensors, shapes_of
+from pipeline.terminal import say
 
 FORMAT = 1
 SHARED = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "frequencies.safetensors",
@@ -110,6 +111,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}/vocab.json has {len(vocabulary)} words, config.json {captioner.config.words}")
     rest = (config["features"], config["decoding"], config["training"], config["provenance"], config["trained_on"])
     return Checkpoint(captioner.eval(), vocabulary, *rest, folder)
+
+
+def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache) -> None:
+    """A checkpoint reads only features of the identity it was trained on; other provenance is one warning."""
+    if found := differences(checkpoint.identity, cache.identity):
+        raise UserError(
+            f"checkpoint {checkpoint.folder} was trained on {checkpoint.describe()}, {cache.path} holds other features "
+            f"({'; '.join(found)}); pass the --features it was trained on"
+        )
+    own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))  # those are not read here
+    if found := differences(own, other):
+        say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
 
 
 def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:

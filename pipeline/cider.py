@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.vocabulary import EOS, PAD, Vocabulary
-from pipeline.references import MASK, MISSING, ORDERS, References, Words
+from pipeline.references import MASK, MISSING, ORDERS, Matches, References, Words
 from pipeline.scoring import SIGMA, cider_of_matches
 
 
@@ -57,6 +57,12 @@ class TokenCider:
         """
         if self.tables is not None:
             return self.tables.cider(rows, tokens, self.eos)
+        each = np.repeat(rows.numpy(), tokens.shape[1])
+        found = cider_of_matches(each, self.compare(each, tokens), self.references)
+        return torch.from_numpy(found.astype(np.float32)).view(tokens.shape[:2])
+
+    def compare(self, each: np.ndarray, tokens: Tensor) -> Matches:
+        """Hold samples [B,K,T], on the CPU, against the references of the images at rows `each` [B*K]."""
         ids = tokens.numpy().reshape(-1, tokens.shape[2])
         ended = (ids == EOS) | (ids == PAD)
         lengths = np.where(ended.any(1), ended.argmax(1), ids.shape[1])
@@ -65,9 +71,7 @@ class TokenCider:
         numbers = ids[np.arange(ids.shape[1]) < lengths[:, None]]
         left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(numbers))
         words = Words(numbers, np.repeat(np.arange(len(lengths)), lengths), left, lengths, numbers, lengths)
-        each = np.repeat(rows.numpy(), tokens.shape[1])
-        found = cider_of_matches(each, self.references.compare(each, words), self.references)
-        return torch.from_numpy(found.astype(np.float32)).view(tokens.shape[:2])
+        return self.references.compare(each, words)
 
 
 class DeviceTables:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from data.features import FeatureCache, differences, write_whole
+from data.features import FeatureCache, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
 from data.sources import DATASETS, Image, Source, check_captioned, open_source
 from data.tokens import tokenize_all
@@ -223,7 +223,7 @@ def make_scorer(
 
 def job_of_checkpoint(config: EvaluateConfig) -> Job:
     """Caption the split over the cache; the captions are written at once, before any score."""
-    from pipeline.checkpoint import load_checkpoint
+    from pipeline.checkpoint import load_checkpoint, refuse_other_features
     from pipeline.hub import SCHEME, checkpoint_folder
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
@@ -234,7 +234,7 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     folder = folders[0].parent / "+".join(folder.name for folder in folders)
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
     for place, each in zip(folders, checkpoints, strict=True):
-        refuse_other_features(place, each, cache)
+        refuse_other_features(each, cache)
         if each.vocabulary.words != checkpoint.vocabulary.words:
             raise UserError(f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on the same captions")
     root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
@@ -269,18 +269,6 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
     return Job(folder.name, captions, wanted, scorer, out, about)
-
-
-def refuse_other_features(folder: Path, checkpoint: Checkpoint, cache: FeatureCache) -> None:
-    """A checkpoint reads only features of the identity it was trained on; other provenance is one warning."""
-    if found := differences(checkpoint.identity, cache.identity):
-        raise UserError(
-            f"checkpoint {folder} was trained on {checkpoint.describe()}, {cache.path} holds other features "
-            f"({'; '.join(found)}); pass the --features it was trained on"
-        )
-    own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))  # those are not read here
-    if found := differences(own, other):
-        say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
 
 
 def choose_split(source: Source, checkpoint: Checkpoint) -> str:

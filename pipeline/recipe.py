@@ -10,7 +10,10 @@ from typing import Any
 
 from data.captions import CaptionedImages
 from data.sources import DATASETS
+from data.subwords import Subwords
+from data.vocabulary import Vocabulary
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
+from pipeline.rewards import parse_rewards
 from pipeline.runtime import Machine
 
 SIZES = ("width", "heads", "encoder_layers", "decoder_layers", "feedforward", "dropout")
@@ -28,6 +31,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "flickr8k": {"width": 384, "heads": 6, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1536, "dropout": 0.35,
                  "lr": 3e-4, "batch": 20, "schedule": "constant", "ema": 0.998, "epochs": 11},
 }  # fmt: skip
+# With --scst, in place of a preset's.
+SCST: Mapping[str, Any] = {"lr": 5e-5, "batch": 10, "dropout": 0.0, "epochs": 10}
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
 MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile", "accumulate",
@@ -45,6 +50,13 @@ class TrainConfig:
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
     out: Path | None = setting(None, "folder of the run  [runs/DATASET]")
     resume: bool = setting(False, "go on with the run in --out")
+    init: Path | None = setting(None, "begin with the weights, sizes and words of this run (or hf-hub:user/name)")
+    scst: bool = setting(False, "self-critical training of --init: raise the reward of the captions it draws itself")
+    num_samples: int = setting(5, "captions drawn of each image, with --scst")
+    samples: str = setting("random", "how they are found, with --scst", choices=("random", "beam"))
+    baseline: str = setting("mean", "rewards are held against the other samples' mean or that of greedy decoding, with --scst",
+                            choices=("mean", "greedy"))  # fmt: skip
+    reward: str = setting("CIDEr", "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable, with --scst")
     preset: str | None = setting(None, "settings by name  [tiny, small or base by captions]", choices=tuple(PRESETS))
     width: int | None = setting(None, "model width D  [by preset]")
     heads: int | None = setting(None, "attention heads  [by preset]")
@@ -73,7 +85,8 @@ class TrainConfig:
     ema: float = setting(0.0, "decay of a moving average of the weights, which is what is scored and kept; 0: none")
     compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one")
     cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
-    patience: int = setting(5, "epochs without a better CIDEr on dev before the early stop")
+    eval_steps: int | None = setting(None, "steps between validations on dev  [an epoch]")
+    patience: int = setting(5, "validations without a better CIDEr on dev before the early stop")
     train_on_dev: bool = setting(False, "train on dev too, where the recipe is fixed: the last epoch is kept")
     beam: int = setting(5, "beams on dev, and the run's default")
     length_penalty: float = setting(1.0, "exponent of the length that scores are divided by, and the run's default")
@@ -86,7 +99,8 @@ class TrainConfig:
     seed: int = setting(0, "of weights, order and dropout")
 
     def __post_init__(self) -> None:
-        at_least_1 = "batch beam max_length epochs min_count limit patience accumulate log_every vocab_size"
+        at_least_1 = "batch beam max_length epochs min_count limit patience accumulate log_every vocab_size eval_steps "
+        at_least_1 += "num_samples"
         shares = "warmup label_smoothing region_dropout word_dropout scheduled_sampling ema"
         positive = "lr clip minutes"
         for names, fits, must in (
@@ -99,10 +113,31 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {must}")
+        if self.scst:
+            self._check_scst()
+
+    def _check_scst(self) -> None:
+        parse_rewards(self.reward)
+        if self.init is None:
+            raise UserError("--scst needs --init: a run of pipeline.train, trained on the captions first")
+        if self.num_samples == 1 and not (self.samples == "random" and self.baseline == "greedy"):
+            raise UserError("--num-samples 1 leaves no others to hold it against; at least 2, or --baseline greedy")
+        if self.samples == "beam" and self.baseline == "greedy":
+            raise UserError("--samples beam are held against their own mean: no --baseline greedy")
+        for name in ("region_dropout", "word_dropout", "scheduled_sampling"):
+            if getattr(self, name):
+                raise UserError(f"--{name.replace('_', '-')} is of training on the captions; --scst has none")
 
 
-def settle(config: TrainConfig, train: CaptionedImages, machine: Machine) -> TrainConfig:
-    """Choose what the options leave open from the number of captions and the machine."""
+def settle(
+    config: TrainConfig,
+    train: CaptionedImages,
+    machine: Machine,
+    sizes: Mapping[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> TrainConfig:
+    """Choose what the options leave open from the number of captions and the machine. sizes, vocabulary: those of --init,
+    which stay; UserError where an option has another."""
     captions = train.captions
     preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
     epochs = 18 if config.dataset == "sample" else min(60, max(12, round(300_000 / captions)))
@@ -113,7 +148,15 @@ def settle(config: TrainConfig, train: CaptionedImages, machine: Machine) -> Tra
         "epochs": None if config.minutes else epochs,
         "max_length": 30 if config.vocabulary == "bpe" else 20,
     }
-    chosen = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    if sizes:
+        for name in (*SIZES[:-1], "max_length"):
+            if getattr(config, name) not in (None, sizes[name]):
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, {config.init} has {sizes[name]}")
+        chosen |= sizes
+        config = replace(config, vocabulary="bpe" if isinstance(vocabulary, Subwords) else "word")
+    if config.scst:
+        chosen |= SCST | {"epochs": None if config.minutes else SCST["epochs"]}
+    chosen = {name: chosen[name] for name in vars(config) if name in chosen and getattr(config, name) is None}
     return replace(config, **chosen, precision=machine.precision)
 
 

@@ -51,7 +51,7 @@ def score(candidates: Mapping[int, str | Sequence[str]], references: References 
     words = references.numbered([words_of(image_id, candidates[image_id]) for image_id in references.rows])
     rows = np.arange(len(references))
     matches = references.compare(rows, words)
-    sums = _bleu_sums(matches, references)
+    sums = bleu_sums(rows, matches, references)
     per_image = dict(zip(BLEU, bleu(sums).T, strict=True))
     per_image |= {"ROUGE_L": _rouge(words, references), "CIDEr": cider_of_matches(rows, matches, references)}
     values = dict(zip(BLEU, bleu(sums.sum(0)).tolist(), strict=True))
@@ -76,11 +76,12 @@ def bleu(sums: np.ndarray) -> np.ndarray:
     return np.cumprod(precision, axis=-1) ** (1 / np.arange(1, ORDERS + 1)) * brevity[..., None]
 
 
-def _bleu_sums(matches: Matches, references: References) -> np.ndarray:
-    lengths = matches.lengths[:, None]
-    absent = np.arange(references.lengths.shape[1]) >= references.k[:, None]
-    apart = np.where(absent, MISSING >> 32, np.abs(references.lengths - lengths))
-    closest = np.min(apart << 32 | references.lengths, axis=1) & MASK  # the shorter of two that are equally close
+def bleu_sums(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
+    """[S,2N+2], as `Scores.bleu_sums`, of captions compared with the references of image rows[s]."""
+    lengths, theirs = matches.lengths[:, None], references.lengths[rows]
+    absent = np.arange(theirs.shape[1]) >= references.k[rows, None]
+    apart = np.where(absent, MISSING >> 32, np.abs(theirs - lengths))
+    closest = np.min(apart << 32 | theirs, axis=1) & MASK  # the shorter of two that are equally close
     return np.hstack([matches.correct, np.maximum(lengths - np.arange(ORDERS), 0), lengths, closest[:, None]])
 
 

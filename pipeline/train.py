@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from data.captions import CaptionedImages
 from data.features import FeatureCache, differences
@@ -24,8 +26,10 @@ from pipeline import processes
 from pipeline.checkpoint import (
     Checkpoint,
     copy_backbone,
+    load_checkpoint,
     load_record,
     load_vocabulary,
+    refuse_other_features,
     save_description,
     save_weights,
     sweep,
@@ -33,12 +37,13 @@ from pipeline.checkpoint import (
 from pipeline.cli import UserError, command
 from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
+from pipeline.hub import checkpoint_folder
 from pipeline.journal import Journal
 from pipeline.recipe import MAY_DIFFER, PRESETS, SIZES, TrainConfig, settle
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
 from pipeline.terminal import human_bytes, progress, say
-from pipeline.trainer import Place, Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_epoch
+from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 
@@ -54,15 +59,16 @@ def main(config: TrainConfig) -> None:
         with processes.first_alone(machine):  # it may draw the sample
             source, cache, folder = open_inputs(config)
         train, dev = open_splits(config, source, cache)
-        config = settle(config, train, machine)
+        begun = open_init(config, folder, cache)
+        config = settle(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
-        run = open_run(config, folder, machine, source, cache, train, dev)
+        run = open_run(config, folder, machine, source, cache, train, dev, begun)
         announce(run, cache)
         try:
             with stopping_on_signals(run):
                 try:
                     while not over(run):
-                        validate(run, train_epoch(run))
+                        validate(run, train_until_due(run))
                 except Stopped as stopped:
                     leave(run, stopped.signum)
         finally:
@@ -81,6 +87,29 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache, Path]:
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(f"{folder} holds a run; pass --resume to go on with it, or another --out")
     return open_source(config.dataset, root, config.annotations, config.images), cache, folder
+
+
+class Begun(NamedTuple):
+    """What --init begins with: the model's sizes, its words, and weights (None for a run that goes on: it has its own)."""
+
+    sizes: dict[str, Any]
+    vocabulary: Vocabulary
+    weights: dict[str, Tensor] | None
+
+
+def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun | None:
+    """The run of --init; one that goes on needs it no more."""
+    if config.init is None:
+        return None
+    if config.resume and (folder / "config.json").exists():
+        return Begun(load_record(folder)["model"], load_vocabulary(folder), None)
+    found = load_checkpoint(checkpoint_folder(config.init))
+    refuse_other_features(found, cache)
+    if found.training.get("train_on_dev") and not config.train_on_dev:
+        raise UserError(
+            f"--init {config.init} was trained on dev too, nothing can be chosen by it: pass --train-on-dev, or another --init"
+        )
+    return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
 
 
 def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tuple[CaptionedImages, CaptionedImages | None]:
@@ -129,12 +158,19 @@ def open_run(
     cache: FeatureCache,
     train: CaptionedImages,
     dev: CaptionedImages | None,
+    begun: Begun | None,
 ) -> Run:
     """Make the model and its run folder, or take up where the folder stands."""
-    vocabulary = processes.of_first(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
+    if begun:
+        vocabulary = begun.vocabulary
+    else:
+        vocabulary = processes.of_first(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
     sizes = {name: getattr(config, name) for name in SIZES}
     model = CaptionerConfig(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length)
-    captioner = Captioner(model).to(machine.device)
+    captioner = Captioner(model)
+    if begun and begun.weights:
+        captioner.load_state_dict(begun.weights)
+    captioner.to(machine.device)
     record = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
     checkpoint = Checkpoint(captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest)
@@ -174,6 +210,11 @@ def announce(run: Run, cache: FeatureCache) -> None:
     dev = f"dev {len(run.dev):,}" if run.dev else "dev among them: nothing is chosen by it"
     say(f"train {len(run.train):,} images, {run.train.captions:,} captions; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
+    if config.init:
+        say(f"begins with {config.init}")
+    if config.scst:
+        how = "beams" if config.samples == "beam" else "samples"
+        say(f"self-critical: {config.num_samples} {how} an image, reward {config.reward}, baseline {config.baseline}")
     length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
     length += f", {config.minutes:g} minutes at most" if config.minutes else ""
     shared = f", {run.machine.world} processes" if run.machine.world > 1 else ""
@@ -194,18 +235,18 @@ def over(run: Run) -> bool:
     """Whether all epochs are done, the time is up, or dev's CIDEr has not risen for so long."""
     config, scores = run.config, [line["dev"]["CIDEr"] for line in run.journal.epochs if "dev" in line]
     if scores and len(scores) - 1 - scores.index(max(scores)) >= config.patience:
-        say(f"no better CIDEr on dev for {config.patience} epochs: stopped early")
+        say(f"no better CIDEr on dev for {config.patience} validations: stopped early")
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
-    if run.place.step:  # stopped within an epoch, or before its end was looked at
+    if run.place.step and not run.validated:  # stopped within an epoch, or before its end was looked at
         return False
     return run.place.ended or processes.of_first(config.minutes is not None and bool(run.journal.epochs) and run.done() >= 1)
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
-    """Loss and scores on dev at an epoch's end; keep the weights if they are the best by CIDEr (without dev: always), and where
-    training stands."""
+    """Loss and scores on dev; keep the weights if they are the best by CIDEr (without dev: always), and where training
+    stands."""
     save_progress(run)
     start, config = time.monotonic(), run.config
     with averaged(run):
@@ -215,17 +256,20 @@ def validate(run: Run, trained: dict[str, float]) -> None:
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
     run.reserve = time.monotonic() - start
-    line = {"epoch": run.place.epoch + 1, "step": run.step, "train": trained, **({"dev": dev} if dev else {}),
-            "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
+    over = run.place.ended or run.place.step == run.steps_an_epoch
+    line = {"epoch": run.place.epoch + 1 if over else run.step / run.steps_an_epoch, "step": run.step, "train": trained,
+            **({"dev": dev} if dev else {}), "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
     run.journal.add(line)
-    place = run.place
-    run.place, run.sums[:] = Place(place.seconds, place.ended, place.epoch + 1, lr=place.lr), 0
+    run.place, run.sums[0] = run.place.of_next_epoch() if over else run.place, 0
     save_progress(run)
-    scores = f"dev loss {dev['loss']:.3f}, dev CIDEr {dev['CIDEr']:.3f}, BLEU-4 {dev['Bleu_4']:.3f}" if dev else "kept"
-    say(
-        f"epoch {line['epoch']}{f'/{config.epochs}' if config.epochs else ''}: train loss {trained['loss']:.3f}, {scores}"
-        f"{' (best)' if dev and better else ''}, {trained['captions_per_s']:.0f} captions/s, waiting {trained['waiting']:.1%}"
-    )
+    told = [f"dev loss {dev['loss']:.3f}, dev CIDEr {dev['CIDEr']:.3f}, BLEU-4 {dev['Bleu_4']:.3f}" if dev else "kept"]
+    if better and dev:
+        told[0] += " (best)"
+    if trained:
+        shown, unit = run.objective.shown, run.objective.unit
+        told = [f"train {shown} {trained[shown]:.3f}", *told, f"{trained['captions_per_s']:.0f} {unit}/s",
+                f"waiting {trained['waiting']:.1%}"]  # fmt: skip
+    say(f"epoch {line['epoch']:.4g}{f'/{config.epochs}' if config.epochs else ''}: {', '.join(told)}")
 
 
 @torch.inference_mode()
@@ -306,7 +350,8 @@ def finish(run: Run) -> None:
     scored = [line for line in run.journal.epochs if "dev" in line]
     if scored:
         best = max(scored, key=lambda line: line["dev"]["CIDEr"])
-        say(f"best: epoch {best['epoch']}, dev CIDEr {best['dev']['CIDEr']:.3f}, kept in {run.folder}")
+        at = f"epoch {best['epoch']:.4g}, step {best['step']:,}"
+        say(f"best: {at}, dev CIDEr {best['dev']['CIDEr']:.3f}, kept in {run.folder}")
     else:
         say(f"the last epoch's weights are kept in {run.folder}: trained on dev too, nothing was chosen")
     say(f"next: python -m pipeline.evaluate --checkpoint {run.folder} --features {run.train.cache.path} ...")

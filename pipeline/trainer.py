@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.captions import Batch, CaptionedImages, prefetch
-from data.vocabulary import PAD, UNK
 from models.captioner import Captioner
-from models.grid import Regions
-from models.losses import Noise, caption_loss
 from pipeline import processes
 from pipeline.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
 from pipeline.journal import Journal
+from pipeline.objectives import Objective, make_objective
 from pipeline.recipe import TrainConfig, learning_rate
 from pipeline.references import References
 from pipeline.runtime import Machine
@@ -45,8 +43,8 @@ class Stopped(Exception):
 
 @dataclass
 class Place:
-    """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions seen, seconds of
-    training and of waiting for data; `lr` of the last step; whether the time was up."""
+    """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions (or samples) seen,
+    seconds of training and of waiting for data; `lr` of the last step; whether the time was up."""
 
     seconds: float = 0.0
     ended: bool = False
@@ -56,6 +54,9 @@ class Place:
     training: float = 0.0
     waited: float = 0.0
     lr: float = 0.0
+
+    def of_next_epoch(self) -> Place:
+        return Place(self.seconds, self.ended, self.epoch + 1, lr=self.lr)
 
 
 @dataclass
@@ -70,10 +71,11 @@ class Run:
     checkpoint: Checkpoint
     journal: Journal
     forward: nn.Module = field(init=False)  # the captioner as training calls it: compiled, in several processes
+    objective: Objective = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     average: list[Tensor] | None = field(init=False)  # of the weights, by --ema
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # losses in nats and words: the
-    # epoch's, and those since the last line of the journal
+    sums: Tensor = field(init=False)  # [2,M+1] float64: the objective's figures and what was counted, since the last
+    # validation and since the last line of the journal
     place: Place = field(default_factory=Place)
     reserve: float = 0.0  # seconds that the last validation took: kept back of --minutes
     stopping: int = 0  # the signal that asked to stop
@@ -82,6 +84,8 @@ class Run:
 
     def __post_init__(self) -> None:
         config, captioner = self.config, self.captioner
+        self.objective = make_objective(config, self.machine, captioner, self.train, self.checkpoint.vocabulary)
+        self.sums = torch.zeros(2, len(self.objective.names) + 1, dtype=torch.float64)
         self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
         if self.machine.world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -111,6 +115,23 @@ class Run:
         """Spent on the run, by all its starts."""
         return self.place.seconds + time.monotonic() - self.started
 
+    @property
+    def validated(self) -> bool:
+        """Whether dev was looked at after the last step."""
+        return bool(self.journal.epochs) and self.journal.epochs[-1]["step"] == self.step
+
+    @property
+    def due(self) -> bool:
+        """Whether dev is to be looked at before the next step."""
+        config, step = self.config, self.step
+        if self.validated:
+            return False
+        if self.place.ended or step == 0:
+            return self.place.ended or config.init is not None
+        if config.eval_steps is None or (config.epochs and step == config.epochs * self.steps_an_epoch):
+            return self.place.step == self.steps_an_epoch
+        return step % config.eval_steps == 0
+
     def done(self) -> float:
         """How much of the training is over, 0 to 1: by steps or by time, whichever ends it first. Looked at in the middle of a
         step, so that neither the first nor the last has a learning rate of zero. By the first process's clock."""
@@ -134,41 +155,59 @@ def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Opt
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
-def train_epoch(run: Run) -> dict[str, float]:
-    """The rest of an epoch; returns loss (nats a word), learning rate, captions/s and the share of time waiting for data.
+def train_until_due(run: Run) -> dict[str, float]:
+    """Train until dev is to be looked at (after every --eval-steps, else at each epoch's end, and at the training's end);
+    returns the figures since the last time (none before the first step), learning rate, captions/s and the share of time
+    waiting for data."""
+    while True:
+        trained = train_epoch(run)
+        if run.due:
+            return trained
+        run.place = run.place.of_next_epoch()
 
-    Raises Stopped between two steps, and UserError for a loss or a gradient that is not finite.
+
+def train_epoch(run: Run) -> dict[str, float]:
+    """The rest of an epoch, or of it what comes before dev is due; returns as train_until_due.
+
+    Raises Stopped between two steps, and UserError for a figure or a gradient that is not finite.
     """
-    config, place, first = run.config, run.place, run.machine.rank == 0
+    config, place, objective, first = run.config, run.place, run.objective, run.machine.rank == 0
     run.captioner.train()
     window = Window(run)
     name = f"epoch {place.epoch + 1}" + (f"/{config.epochs}" if config.epochs else "")
-    with progress(run.train.captions, "captions", name, enabled=first) as bar:
+    with progress(objective.units_an_epoch(run.train), objective.unit, name, enabled=first) as bar:
         bar.begin(place.captions)
         for batch, waiting in timed(prefetch(train_batches(run))):
-            due = first and time.monotonic() - run.saved >= config.save_every * 60
-            words, captions, done, due, stopping = processes.total(
-                batch.words, batch.captions, run.done() if first else 0, due, run.stopping
+            saving = first and time.monotonic() - run.saved >= config.save_every * 60
+            counted, units, done, saving, stopping = processes.total(
+                objective.counted(batch), objective.units(batch), run.done() if first else 0, saving, run.stopping
             )
-            if due or stopping:
+            if saving or stopping:
                 window.settle()
-            if due:
+            if saving:
                 save_progress(run)
             if stopping:
                 raise Stopped(run.stopping or signal.SIGTERM)
-            if config.minutes and done >= 1 and place.step:
-                place.ended = True
+            place.ended = bool(config.minutes and done >= 1 and run.step and not run.validated)
+            if run.due:
                 break
             place.lr = learning_rate(config, done)
-            window.took(*train_step(run, batch, int(words), done), int(captions), waiting, batch)
+            window.took(*train_step(run, batch, int(counted), done), int(units), waiting, batch)
             if place.step % config.log_every == 0:
                 line = window.tell()
                 run.journal.add({"step": run.step, "epoch": run.step / run.steps_an_epoch, "train": line})
-                bar.note = f"loss {line['loss']:.3f}, waiting {line['waiting']:.1%}"
-            bar.step(int(captions), bar.note)
+                bar.note = f"{objective.shown} {line[objective.shown]:.3f}, waiting {line['waiting']:.1%}"
+            bar.step(int(units), bar.note)
     window.settle()
-    losses, words, *_ = run.sums.tolist()
-    return {"loss": losses / max(words, 1), "lr": place.lr, **speed(place.captions, place.training, place.waited)}
+    if not run.sums[0, -1]:
+        return {}
+    return {**means(run, 0), "lr": place.lr, **speed(place.captions, place.training, place.waited)}
+
+
+def means(run: Run, row: int) -> dict[str, float]:
+    """The mean of each of the objective's figures, of a row of the sums."""
+    *figures, counted = run.sums[row].tolist()
+    return {name: figure / max(counted, 1) for name, figure in zip(run.objective.names, figures, strict=True)}
 
 
 def train_batches(run: Run) -> Iterator[Batch]:
@@ -180,39 +219,35 @@ def train_batches(run: Run) -> Iterator[Batch]:
     return run.train.batches(ids, config.batch, order, views, run.place.step, machine.rank, machine.world)
 
 
-def train_step(run: Run, batch: Batch, words: int, done: float) -> tuple[Tensor, Tensor]:
-    """One update by the mean loss over the `words` of the whole step, all processes and parts; returns this process's sum of
-    losses and the norm of the gradient."""
-    config, machine = run.config, run.machine
+def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tensor, Tensor]:
+    """One update by the mean loss over what the whole step counts, all processes and parts; returns this process's sums of the
+    objective's figures [M] and the norm of the gradient."""
+    config, machine, objective = run.config, run.machine, run.objective
     for group in run.optimizer.param_groups:
         group["lr"] = run.place.lr
     torch.manual_seed(np.random.SeedSequence((config.seed, run.step, machine.rank)).generate_state(1, np.uint64).item())
-    noise = Noise(config.region_dropout, config.word_dropout, config.scheduled_sampling * done, UNK)
     run.optimizer.zero_grad(set_to_none=True)
-    losses, parts = [], batch.split(config.accumulate)
+    figures, parts = [], batch.split(config.accumulate)
     for number, part in enumerate(parts):
-        part = part.to(machine.device)
-        with machine.autocast():
-            regions = Regions(part.features, part.boxes, part.counts)
-            ready = number + 1 == len(parts) or machine.world == 1
-            with contextlib.nullcontext() if ready else run.forward.no_sync():
-                loss, _ = caption_loss(run.forward, regions, part.tokens, PAD, config.label_smoothing, noise)
-                loss = loss * part.counted
-                (loss * (machine.world / words)).backward()  # DistributedDataParallel divides by the processes
-        losses.append(loss.detach())
+        ready = number + 1 == len(parts) or machine.world == 1
+        with contextlib.nullcontext() if ready else run.forward.no_sync():
+            sums = objective(run.forward, part.to(machine.device), run.step, done)
+            loss = sums.loss * part.counted
+            (loss * (machine.world / counted)).backward()  # DistributedDataParallel divides by the processes
+        figures.append(sums.figures * part.counted)
     norm = torch.nn.utils.clip_grad_norm_(run.captioner.parameters(), config.clip)
-    loss = torch.stack(losses).sum()
+    told = torch.stack(figures).sum(0)
     if machine.device.type == "cpu":
-        refuse_not_finite(loss.item(), norm.item(), run.step, run.place.lr, batch.image_ids)
+        refuse_not_finite(run, told.tolist(), norm.item(), run.step, run.place.lr, batch.image_ids)
     run.optimizer.step()
     if run.average is not None:
-        decay = min(config.ema, (1 + run.step) / (10 + run.step))  # while there is little to average
+        decay = config.ema if config.init else min(config.ema, (1 + run.step) / (10 + run.step))  # at first: little to average
         torch._foreach_lerp_(run.average, [weight.detach() for weight in run.captioner.parameters()], 1 - decay)
-    return loss, norm
+    return told, norm
 
 
-def refuse_not_finite(loss: float, norm: float, step: int, lr: float, image_ids: list[int]) -> None:
-    for what, value in (("loss", loss), ("norm of the gradient", norm)):
+def refuse_not_finite(run: Run, figures: list[float], norm: float, step: int, lr: float, image_ids: list[int]) -> None:
+    for what, value in (*zip(run.objective.names, figures, strict=True), ("norm of the gradient", norm)):
         if not math.isfinite(value):
             raise UserError(
                 f"the {what} is {value} at step {step}, lr {lr:.2g}, images {', '.join(map(str, image_ids))}; the run is "
@@ -229,9 +264,9 @@ class Window:
         self.clock = time.monotonic()
         self.told_at = self._stand()
 
-    def took(self, loss: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch) -> None:
+    def took(self, figures: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch) -> None:
         place, now = self.run.place, time.monotonic()
-        self.pending.append((loss, norm, self.run.step, place.lr, batch.words, batch.image_ids))
+        self.pending.append((figures, norm, self.run.step, place.lr, self.run.objective.counted(batch), batch.image_ids))
         place.training, self.clock = place.training + now - self.clock, now
         place.step, place.captions, place.waited = place.step + 1, place.captions + captions, place.waited + waited
 
@@ -239,21 +274,20 @@ class Window:
         """Add what is pending to the run's sums; UserError where a loss is not finite."""
         if not self.pending:
             return
-        table = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
-        for (loss, norm), (*_, step, lr, words, image_ids) in zip(table, self.pending, strict=True):
-            refuse_not_finite(loss, norm, step, lr, image_ids)
-            self.run.sums += torch.tensor(processes.total(loss, words) * 2, dtype=torch.float64)
+        table = torch.stack([torch.cat([figures, norm[None]]) for figures, norm, *_ in self.pending]).tolist()
+        for (*figures, norm), (*_, step, lr, counted, image_ids) in zip(table, self.pending, strict=True):
+            refuse_not_finite(self.run, figures, norm, step, lr, image_ids)
+            self.run.sums += torch.tensor(processes.total(*figures, counted), dtype=torch.float64)
         self.norm, self.pending = norm, []
 
     def tell(self) -> dict[str, float]:
         """The figures of a line, since the one before."""
         self.settle()
-        losses, words = self.run.sums[2:].tolist()
-        self.run.sums[2:] = 0
+        found = means(self.run, 1)
+        self.run.sums[1] = 0
         captions, training, waited = (now - then for now, then in zip(self._stand(), self.told_at, strict=True))
         self.told_at = self._stand()
-        return {"loss": losses / max(words, 1), "lr": self.run.place.lr, "gradient": self.norm,
-                **speed(captions, training, waited)}  # fmt: skip
+        return {**found, "lr": self.run.place.lr, "gradient": self.norm, **speed(captions, training, waited)}
 
     def _stand(self) -> tuple[float, float, float]:
         return self.run.place.captions, self.run.place.training, self.run.place.waited
@@ -336,7 +370,7 @@ def restore(run: Run) -> None:
                 run.optimizer.state[weight][key] = value.to(weight.device)
             if run.average is not None:
                 run.average[number].copy_(tensors[f"average.{name}"].view(weight.shape))
-        run.sums, run.place = tensors["sums"].view(4), Place(**record["place"])
+        run.sums, run.place = tensors["sums"].view(run.sums.shape), Place(**record["place"])
         epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
         run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0
     except (KeyError, TypeError, RuntimeError, IndexError) as error:

@@ -69,6 +69,19 @@ def test_a_file_is_scored_with_intervals_statistics_and_a_signature(at):
     assert "95 % from" in output and found["signature"] in output
 
 
+@pytest.mark.parametrize(("words", "unfinished"), [
+    ("a dog on a", 1), ("a dog in front of", 1), ("A dog and.", 1), ("a dog with the", 1), ("a dog looks up", 0),
+    ("two men stand outside", 0), ("a dog", 0), ("", 0),
+])  # fmt: skip
+def test_captions_that_end_in_an_article_preposition_or_conjunction_are_counted(at, words, unfinished):
+    lines = json.loads((at / "res.json").read_text())
+    lines[0]["caption"] = words
+    (at / "res.json").write_text(json.dumps(lines))
+    output = works(evaluate.main, *files(at), "--out", at / "out.json")
+    assert record(at)["statistics"]["unfinished"] == unfinished / 4
+    assert f"{unfinished / 4:.2%} end in an article, preposition or conjunction" in output
+
+
 def test_each_image_s_scores_stand_beside_and_their_mean_is_the_score(at):
     works(evaluate.main, *files(at), "--out", at / "out.json")
     lines = [json.loads(line) for line in (at / "out-images.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.sample import draw_sample
-from pipeline import caption, extract, train, trainer
+from pipeline import caption, extract, objectives, train, trainer
 from pipeline.recipe import PRESETS, TrainConfig, learning_rate
 from tests.test_commands import SMALL, at, photos, refused, run, works
 
@@ -368,7 +368,7 @@ def trained_in(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, tmp_path, monkeypatch, what):
-    plain = trainer.caption_loss
+    plain = objectives.caption_loss
 
     def spoil(captioner, regions, *arguments):
         loss, words = plain(captioner, regions, *arguments)
@@ -378,7 +378,7 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, tmp_path,
         return loss, words
 
     made = []
-    monkeypatch.setattr(trainer, "caption_loss", spoil)
+    monkeypatch.setattr(objectives, "caption_loss", spoil)
     message = refused(train.main, *options(world, tmp_path / "run", "--save-every", 0))
     assert "is nan at step 3" in message and "lr" in message and "images" in message
     monkeypatch.undo()

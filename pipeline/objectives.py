@@ -1,0 +1,144 @@
+"""What training strives for: the likelihood of the references' words, or by --scst the reward of what the captioner says.
+
+An objective gives the sum, over what it counts, of a loss to be lowered and of figures to be told; a step's gradient is that of
+the sum over all processes and parts, divided by the number counted, so that one process = two. B images, K samples an image,
+L words at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.captions import Batch, CaptionedImages
+from data.vocabulary import EOS, PAD, UNK, Vocabulary
+from models.captioner import Captioner, Memory, evaluating
+from models.generation import Generation, lengths
+from models.grid import Regions
+from models.losses import Noise, caption_loss, self_critical_loss
+from models.sampling import sample
+from models.search import beam_search
+from pipeline.cli import UserError
+from pipeline.recipe import TrainConfig
+from pipeline.rewards import Rewards
+from pipeline.runtime import Machine
+
+
+class Sums(NamedTuple):
+    """`loss`, with its gradient, and detached figures [M] by the objective's `names`, the loss first."""
+
+    loss: Tensor
+    figures: Tensor
+
+
+class CrossEntropy:
+    """The next word of each reference, teacher-forced; nats a word."""
+
+    unit, names, shown = "captions", ("loss",), "loss"
+
+    def __init__(self, config: TrainConfig, machine: Machine) -> None:
+        self.config, self.machine = config, machine
+
+    def counted(self, batch: Batch) -> int:
+        """What a batch adds to what the loss is the mean over."""
+        return batch.words
+
+    def units(self, batch: Batch) -> int:
+        return batch.captions
+
+    def units_an_epoch(self, train: CaptionedImages) -> int:
+        return train.captions
+
+    def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
+        """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
+        config = self.config
+        noise = Noise(config.region_dropout, config.word_dropout, config.scheduled_sampling * done, UNK)
+        with self.machine.autocast():
+            regions = Regions(part.features, part.boxes, part.counts)
+            loss, _ = caption_loss(forward, regions, part.tokens, PAD, config.label_smoothing, noise)
+        return Sums(loss, loss.detach()[None])
+
+
+class SelfCritical:
+    """Self-critical sequence training (Rennie et al. 2017): K captions of each image drawn from the captioner, each made
+    likelier by its reward less a baseline: the mean reward of the image's other samples (Luo 2020), or that of its greedy
+    caption; or the K captions of beam search against their mean, as Cornia et al. 2020 have it.
+
+    An image is encoded once a step, with its gradient; samples are drawn over that without one, and one teacher-forced pass
+    over them gives their log p. Dropout, where there is any, acts in both. All that is drawn follows from (seed, step, image
+    id): the same samples in one process and in several.
+    """
+
+    unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
+
+    def __init__(self, config: TrainConfig, machine: Machine, captioner: Captioner, rewards: Rewards) -> None:
+        self.config, self.machine, self.captioner, self.rewards = config, machine, captioner, rewards
+        k = config.num_samples
+        search = {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
+        self.policy = Generation(num_return_sequences=k, **search)
+        self.greedy = Generation(num_beams=1)
+
+    def counted(self, batch: Batch) -> int:
+        return self.units(batch)
+
+    def units(self, batch: Batch) -> int:
+        return len(batch.image_ids) * self.config.num_samples if batch.counted else 0
+
+    def units_an_epoch(self, train: CaptionedImages) -> int:
+        return len(train) * self.config.num_samples
+
+    def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
+        """Of `part`, on the device; UserError for a reward that is not finite."""
+        with self.machine.autocast():
+            memory = self.captioner.encode(Regions(part.features, part.boxes, part.counts))
+        samples = self.draw(memory, part.image_ids, step)
+        rewards = self.rewarded(samples, part.image_ids, step)
+        advantages = rewards - self.baseline(memory, rewards, part.image_ids, step)
+        on_host = samples.cpu()
+        with self.machine.autocast():
+            loss, log_p = self_critical_loss(forward, memory, on_host, advantages, self.policy)
+        words = lengths(on_host, EOS)
+        ended = (on_host == EOS).any(2)
+        told = (loss.detach(), rewards.sum(), words.sum() - ended.sum(), ended.sum(), -log_p.sum())
+        return Sums(loss, torch.stack([figure.to(loss.device, torch.float32) for figure in told]))
+
+    def draw(self, memory: Memory, image_ids: Sequence[int], step: int) -> Tensor:
+        """K captions of each image: [B,K,L] int64 on the device, <eos> after their end."""
+        with torch.no_grad(), self.machine.autocast():
+            if self.config.samples == "beam":
+                return beam_search(self.captioner, memory, self.policy).tokens.clone()
+            shape = self.config.num_samples, self.policy.limit(self.captioner)
+            drawn = [np.random.default_rng((self.config.seed, step, i)).random(shape, np.float32) for i in image_ids]
+            return sample(self.captioner, memory, self.policy, uniforms=torch.from_numpy(np.stack(drawn))).tokens
+
+    def baseline(self, memory: Memory, rewards: Tensor, image_ids: Sequence[int], step: int) -> Tensor:
+        """What the rewards [B,K] are held against, [B,1] or [B,K]."""
+        if self.config.samples == "beam":
+            return rewards.mean(1, keepdim=True)
+        if self.config.baseline == "greedy":
+            with torch.no_grad(), self.machine.autocast(), evaluating(self.captioner):
+                greedy = beam_search(self.captioner, memory, self.greedy).tokens.clone()
+            return self.rewarded(greedy, image_ids, step)
+        return (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+
+    def rewarded(self, samples: Tensor, image_ids: Sequence[int], step: int) -> Tensor:
+        rewards = self.rewards(image_ids, samples)
+        if rewards.device.type == "cpu" and not (good := rewards.isfinite().all(1)).all():
+            wrong = ", ".join(str(i) for i, fine in zip(image_ids, good.tolist(), strict=True) if not fine)
+            raise UserError(f"a reward is not a finite number at step {step}, images {wrong}; the run is as it was last saved")
+        return rewards
+
+
+Objective = CrossEntropy | SelfCritical
+
+
+def make_objective(
+    config: TrainConfig, machine: Machine, captioner: Captioner, train: CaptionedImages, vocabulary: Vocabulary
+) -> Objective:
+    if not config.scst:
+        return CrossEntropy(config, machine)
+    return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary, machine.device))

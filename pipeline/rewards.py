@@ -1,0 +1,135 @@
+"""What self-critical training rewards, by --reward: a weighted sum of scores of each sample against its image's references.
+
+    CIDEr                            CIDEr-D, document frequencies of the training captions; a caption's end counts as a word
+    CIDEr:1,BLEU-4:0.5               a weighted sum; BLEU-1 to BLEU-4 are of one caption, its end a word too
+    CIDEr,mine.rewards:brevity:0.1   any callable: `module:name`, or a name in the entry point group `onceover.rewards`
+
+A callable is given lists with an entry a sample, and returns a number for each:
+
+    def brevity(captions: list[str], references: list[list[str]], image_ids: list[int]) -> list[float]:
+        return [-len(caption.split()) for caption in captions]
+
+B images, K samples an image, L words at most.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.captions import CaptionedImages
+from data.subwords import Subwords
+from data.vocabulary import EOS, Vocabulary
+from pipeline.cider import TokenCider
+from pipeline.cli import UserError
+from pipeline.references import Matches, References
+from pipeline.scoring import bleu, bleu_sums, cider_of_matches
+
+GROUP = "onceover.rewards"
+BUILT_IN = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
+
+
+def parse_rewards(text: str) -> list[tuple[str, float]]:
+    """Names with their weights, as --reward has them; UserError where a weight is none."""
+    found = []
+    for part in text.split(","):
+        name, _, weight = part.strip().rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:  # module:name, or a name alone
+            name, weight = part.strip(), 1.0
+        if not name or not math.isfinite(weight):
+            raise UserError(f"--reward {text!r}: {part.strip()!r} is not NAME or NAME:WEIGHT, as CIDEr:1,BLEU-4:0.5")
+        found.append((name, weight))
+    return found
+
+
+def find_callable(name: str) -> Callable[..., Any]:
+    """The callable that --reward names: in the entry point group, or `module:attribute`; UserError where there is none."""
+    installed = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    known = ", ".join([*BUILT_IN, *installed])
+    if name not in installed and ":" not in name:
+        raise UserError(f"--reward: {name!r} is not one of {known}, nor a module:callable")
+    try:
+        if name in installed:
+            found = installed[name].load()
+        else:
+            module, _, attribute = name.partition(":")
+            found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--reward: {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise UserError(f"--reward: {name!r} is {type(found).__name__}, not a callable")
+    return found
+
+
+class Rewards:
+    """Rewards of samples of `train`'s images; references are counted once. On other devices than a CPU CIDEr alone is
+    computed there; with other parts, or pieces of words, on the host."""
+
+    def __init__(self, spec: str, train: CaptionedImages, vocabulary: Vocabulary, device: torch.device) -> None:
+        self.parts = parse_rewards(spec)
+        self.callables = {name: find_callable(name) for name, _ in self.parts if name not in BUILT_IN}
+        self.vocabulary = vocabulary
+        self.captions = {image.id: list(image.captions) for image in train.images}
+        words = {image.id: tokens for image, tokens in zip(train.images, train.tokens, strict=True)}
+        self.cider: TokenCider | None = None
+        if isinstance(vocabulary, Subwords):
+            end = vocabulary.words[EOS]
+            self.references = References({i: [(*caption, end) for caption in group] for i, group in words.items()})
+        else:
+            on_device = device if all(name == "CIDEr" for name, _ in self.parts) else "cpu"
+            self.cider = TokenCider(words, vocabulary, eos=True, device=on_device)
+            self.references = self.cider.references
+
+    def __call__(self, image_ids: Sequence[int], samples: Tensor) -> Tensor:
+        """[B,K] float32 on their device for `samples` [B,K,L] int64, each read up to its <eos>; UserError for a callable that
+        does not give one number a sample. Numbers that are not finite are given back as they are."""
+        if self.cider is not None and self.cider.tables is not None:
+            return self.cider(self.cider.rows(image_ids), samples) * sum(weight for _, weight in self.parts)
+        tokens = samples.cpu()
+        each = np.repeat([self.references.row_of(image_id) for image_id in image_ids], tokens.shape[1])
+        total = np.zeros(len(each))
+        built_in = self._built_in(each, tokens) if len(self.callables) < len(self.parts) else {}
+        for name, weight in self.parts:
+            total += weight * (built_in[name] if name in BUILT_IN else self._called(name, image_ids, tokens))
+        return torch.from_numpy(total.astype(np.float32)).view(tokens.shape[:2]).to(samples.device)
+
+    def _built_in(self, each: np.ndarray, tokens: Tensor) -> dict[str, np.ndarray]:
+        matches = self.cider.compare(each, tokens) if self.cider is not None else self._compare_words(each, tokens)
+        found = {"CIDEr": cider_of_matches(each, matches, self.references)}
+        if any(name.startswith("BLEU") for name, _ in self.parts):
+            scores = bleu(bleu_sums(each, matches, self.references))
+            found |= {f"BLEU-{n}": scores[:, n - 1] for n in range(1, 5)}
+        return found
+
+    def _compare_words(self, each: np.ndarray, tokens: Tensor) -> Matches:
+        """As TokenCider.compare, on the words that pieces make."""
+        end, known = self.vocabulary.words[EOS], self.references.vocabulary
+        captions = [
+            [*self.vocabulary.decode(row).split(), *([end] if EOS in row else [])] for row in tokens.flatten(0, 1).tolist()
+        ]
+        before = len(known)
+        matches = self.references.compare(each, self.references.numbered(captions))
+        while len(known) > before:  # pieces make ever new words, none of which any reference has
+            known.popitem()
+        return matches
+
+    def _called(self, name: str, image_ids: Sequence[int], tokens: Tensor) -> np.ndarray:
+        captions = [self.vocabulary.decode(row) for row in tokens.flatten(0, 1).tolist()]
+        ids = [image_id for image_id in image_ids for _ in range(tokens.shape[1])]
+        found = self.callables[name](captions=captions, references=[self.captions[i] for i in ids], image_ids=ids)
+        try:
+            numbers = np.array([float(number) for number in found])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--reward: {name!r} does not give a number for each of its captions: {error}") from error
+        if len(numbers) != len(captions):
+            raise UserError(f"--reward: {name!r} gave {len(numbers)} numbers for {len(captions)} captions")
+        return numbers

@@ -1,0 +1,184 @@
+"""Self-critical training as a command: from a run to a better one, resumed exactly, the same in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import train, trainer
+from pipeline.rewards import Rewards
+from tests.test_commands import at, refused, run, works
+from tests.test_train import assert_same_run, options, start, told, world
+
+__all__ = ["world"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def begun(world, tmp_path_factory) -> Path:
+    """A run trained on the captions, for long enough to say something."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    works(train.main, *options(world, folder, "--epochs", 15, "--dropout", 0.1))
+    return folder
+
+
+def critical(world: Path, begun: Path, out: Path, *more: object) -> list[str]:
+    chosen = [*at(world), "--features", world / "cache", "--out", out, "--scst", "--init", begun, "--beam", 2, "--batch", 8,
+              "--epochs", 2, "--log-every", 3, "--eval-steps", 4, "--lr", 1e-3, *more]  # fmt: skip
+    return [str(each) for each in chosen]
+
+
+@pytest.fixture(scope="module")
+def through(world, begun, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("through") / "run"
+    works(train.main, *critical(world, begun, folder, *NOISY))
+    return folder
+
+
+NOISY = ["--dropout", 0.1, "--ema", 0.9, "--accumulate", 2]
+
+
+def test_it_begins_with_the_runs_weights_and_looks_at_dev_every_so_many_steps_and_at_the_end(world, begun, through):
+    scored = [line for line in told(through) if "dev" in line]
+    assert [line["step"] for line in scored] == [0, 4, 8, 12] and scored[0]["train"] == {}
+    best = max(line["dev"]["CIDEr"] for line in told(begun) if "dev" in line)
+    assert scored[0]["dev"]["CIDEr"] == pytest.approx(best, abs=0.02)  # bf16, other batches
+    for line in scored[1:]:
+        assert line["train"].keys() >= {"reward", "words", "ended", "nats", "loss", "lr"}
+        assert 0 < line["train"]["ended"] <= 1 and line["train"]["words"] > 1
+    assert json.loads((through / "vocab.json").read_text()) == json.loads((begun / "vocab.json").read_text())
+
+
+def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp_path):
+    """A rate that ruins everything: what is left is what it began with."""
+    works(train.main, *critical(world, begun, tmp_path / "run", "--lr", 0.5, "--clip", 1000))
+    scores = [line["dev"]["CIDEr"] for line in told(tmp_path / "run") if "dev" in line]
+    assert scores[0] == max(scores) > scores[-1] + 0.1
+    kept, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", begun))
+    assert kept.keys() == first.keys() and all(torch.equal(kept[name], first[name]) for name in kept)
+
+
+def test_it_raises_the_reward_and_the_score(world, begun, tmp_path):
+    works(train.main, *critical(world, begun, tmp_path / "run", "--epochs", 15, "--eval-steps", 30, "--lr", 3e-3))
+    lines = told(tmp_path / "run")
+    rewards = [line["train"]["reward"] for line in lines if "dev" not in line]
+    assert sum(rewards[-3:]) > 1.15 * sum(rewards[:3])
+    scores = [line["dev"]["CIDEr"] for line in lines if "dev" in line]
+    assert max(scores) > scores[0]
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6, 11])
+def test_a_run_stopped_at_any_step_goes_on_exactly(world, begun, through, tmp_path, monkeypatch, step):
+    """Six steps an epoch, dev after four: within the first, right before and after dev, at an epoch's end. The run it began
+    with is needed no more."""
+    plain = trainer.train_step
+
+    def asked_to_stop(run, *arguments):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(run, *arguments)
+
+    monkeypatch.setattr(trainer, "train_step", asked_to_stop)
+    result = run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
+    assert result.exit_code == 130 and "saved after step" in result.output
+    monkeypatch.undo()
+    again = result.output[result.output.index("--config") :].split("\n")[0].split()
+    monkeypatch.setattr(train, "load_checkpoint", None)
+    assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
+    assert_same_run(through, tmp_path / "run")
+
+
+def test_a_run_killed_while_it_looks_at_dev_looks_again(world, begun, through, tmp_path, monkeypatch):
+    plain = train.dev_scores
+
+    def killed(run):
+        if run.step == 4:
+            raise MemoryError
+        return plain(run)
+
+    monkeypatch.setattr(train, "dev_scores", killed)
+    with pytest.raises(MemoryError):
+        run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
+    monkeypatch.undo()
+    works(train.main, *critical(world, begun, tmp_path / "run", *NOISY, "--resume"))
+    assert_same_run(through, tmp_path / "run")
+
+
+@pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], ["--baseline", "greedy"]])
+def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
+    """A last batch that leaves a rank without an image; fp32."""
+    plain = ["--precision", "fp32", "--batch", 7, "--limit", 43, "--ema", 0.9, *more]  # 43 = 6 * 7 + 1
+    works(train.main, *critical(world, begun, tmp_path / "one", *plain))
+    process = start(critical(world, begun, tmp_path / "two", *plain), processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    lines = list(zip(told(tmp_path / "one"), told(tmp_path / "two"), strict=True))
+    assert len(lines) == 9
+    for one, two in lines:
+        assert one["step"] == two["step"] and one["train"].keys() == two["train"].keys()
+        for part in ("train", "dev"):
+            mine, theirs = ({k: v for k, v in line.get(part, {}).items() if k != "gradient"} for line in (one, two))
+            assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_reward_that_is_no_number_stops_the_run_which_goes_on_where_it_was_saved(world, begun, through, tmp_path, monkeypatch):
+    plain, calls = Rewards.__call__, []
+
+    def spoil(self, image_ids, samples):
+        calls.append(image_ids)
+        found = plain(self, image_ids, samples)
+        return found * float("nan") if len(calls) == 8 else found
+
+    monkeypatch.setattr(Rewards, "__call__", spoil)
+    message = refused(train.main, *critical(world, begun, tmp_path / "run", *NOISY, "--save-every", 0))
+    assert "a reward is not a finite number at step 3, images" in message
+    assert all(str(image_id) in message for image_id in calls[7])
+    monkeypatch.undo()
+    works(train.main, *critical(world, begun, tmp_path / "run", *NOISY, "--resume"))
+    assert_same_run(through, tmp_path / "run")
+
+
+def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_captions(world, begun, tmp_path):
+    output = works(train.main, *options(world, tmp_path / "run", "--init", begun, "--lr", 1e-4))
+    assert f"begins with {begun}" in output
+    losses = [line["dev"]["loss"] for line in told(begun) if "dev" in line]
+    assert told(tmp_path / "run")[0]["step"] == 0
+    assert told(tmp_path / "run")[0]["dev"]["loss"] < losses[0] - 0.5
+
+
+def test_time_that_is_up_right_after_dev_was_looked_at_ends_the_run_once(world, begun, tmp_path):
+    output = works(train.main, *critical(world, begun, tmp_path / "run", "--minutes", 1e-6, "--epochs", 1, "--eval-steps", 1))
+    steps = [line["step"] for line in told(tmp_path / "run") if "dev" in line]
+    assert steps == sorted(set(steps)) and "best: " in output
+
+
+def test_an_epoch_without_an_end_on_dev_goes_over_into_the_next(world, begun, tmp_path):
+    works(train.main, *critical(world, begun, tmp_path / "run", "--eval-steps", 1000))
+    assert [line["step"] for line in told(tmp_path / "run") if "dev" in line] == [0, 12]
+
+
+@pytest.mark.parametrize(("more", "complaint"), [
+    (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
+    (["--reward", "nothing"], "is not one of CIDEr"), (["--decoder-layers", 3], "--decoder-layers is 3"),
+])  # fmt: skip
+def test_what_the_run_it_begins_with_is_not_is_refused(world, begun, tmp_path, more, complaint):
+    assert re.search(complaint, refused(train.main, *critical(world, begun, tmp_path / "run", *more)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_trained_on_dev_too_is_not_begun_with_where_dev_chooses(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "first", "--train-on-dev", "--epochs", 1))
+    message = refused(train.main, *critical(world, tmp_path / "first", tmp_path / "run"))
+    assert "was trained on dev too" in message and "--train-on-dev" in message
+    output = works(train.main, *critical(world, tmp_path / "first", tmp_path / "run", "--train-on-dev", "--epochs", 1))
+    assert "nothing was chosen" in output
+
+
+def test_a_checkpoint_that_is_not_there_is_named(world, tmp_path):
+    assert "is not there" in refused(train.main, *critical(world, tmp_path / "nothing", tmp_path / "run"))
