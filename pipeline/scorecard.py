@@ -24,10 +24,10 @@ from pipeline.scoring import BLEU, Scores, bleu, score
 
 NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
 FORMATS = ("table", "json", "latex")
-# Articles, prepositions and conjunctions, after which more must come; those that are adverbs as well ("a dog looks up") are none.
-UNFINISHED = frozenset(
+# Articles, prepositions and conjunctions, after which more must come; not those that are adverbs too ("a dog looks up").
+UNFINISHED = (
     "a an the about against among as at beside between during for from in into like of on onto per than to toward towards upon "
-    "via with within without and although because but if nor or since that though unless until when where whereas while".split()
+    "via with within without and although because but if nor or since that though unless until when where whereas while"
 )
 
 
@@ -142,13 +142,13 @@ def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
 def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
     """Length in words, vocabulary, share of captions written once, of those that end as none does, and of those that no
     training caption is."""
-    captions = [tuple(words) for words in tokens]
+    captions, unfinished = [tuple(words) for words in tokens], frozenset(UNFINISHED.split())
     lengths = np.array([len(words) for words in captions])
     novel = None if scorer.train is None else float(np.mean([words not in scorer.train for words in captions]))
     return {
         "words": {"mean": float(lengths.mean()), "min": int(lengths.min()), "median": float(np.median(lengths)),
                   "max": int(lengths.max())},
-        "unfinished": float(np.mean([bool(words) and words[-1] in UNFINISHED for words in captions])),
+        "unfinished": float(np.mean([bool(words) and words[-1] in unfinished for words in captions])),
         "empty": int((lengths == 0).sum()),
         "vocabulary": len({word for words in captions for word in words}),
         "distinct": len(set(captions)) / len(captions),

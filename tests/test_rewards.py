@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,17 @@ def test_an_installed_package_names_its_reward_in_the_entry_point_group(mine, mo
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == GROUP else [])
     found = Rewards("brevity", TRAIN, VOCABULARY, CPU)([3], samples(VOCABULARY, SAID[2:], 9))
     assert found.tolist() == [[-5, -2]]
+
+
+def test_the_worked_example_of_the_documents_pays_for_colours_that_are_there(tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "rewards.md").read_text()
+    (tmp_path / "colours.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    said = samples(VOCABULARY, [["a brown dog", "a dog"]], 9)
+    plain, found = (Rewards(spec, TRAIN, VOCABULARY, CPU)([7], said) for spec in ("CIDEr", "CIDEr,colours:named:0.3"))
+    torch.testing.assert_close(found - plain, torch.tensor([[0.3, 0.0]]))
+    colours = sys.modules["colours"]
+    assert colours.named(["a red dog", "a brown dog"], [CAPTIONS[7]] * 2, [7, 7]) == [-1, 1]
 
 
 @pytest.mark.parametrize(("answer", "complaint"), [

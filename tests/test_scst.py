@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
             assert mine == pytest.approx(theirs, abs=1e-4)
 
 
-def test_a_reward_that_is_no_number_stops_the_run_which_goes_on_where_it_was_saved(world, begun, through, tmp_path, monkeypatch):
+def test_a_reward_that_is_no_number_stops_a_run_that_then_goes_on_exactly(world, begun, through, tmp_path, monkeypatch):
     plain, calls = Rewards.__call__, []
 
     def spoil(self, image_ids, samples):
