@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun |
     """The run of --init; one that goes on needs it no more."""
     if config.init is None:
         return None
-    if config.resume and (folder / "config.json").exists():
+    if config.resume and (folder / "last.safetensors").exists():
         return Begun(load_record(folder)["model"], load_vocabulary(folder), None)
     found = load_checkpoint(checkpoint_folder(config.init))
     refuse_other_features(found, cache)
@@ -210,16 +210,15 @@ def announce(run: Run, cache: FeatureCache) -> None:
     dev = f"dev {len(run.dev):,}" if run.dev else "dev among them: nothing is chosen by it"
     say(f"train {len(run.train):,} images, {run.train.captions:,} captions; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
-    if config.init:
-        say(f"begins with {config.init}")
     if config.scst:
         how = "beams" if config.samples == "beam" else "samples"
         say(f"self-critical: {config.num_samples} {how} an image, reward {config.reward}, baseline {config.baseline}")
     length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
     length += f", {config.minutes:g} minutes at most" if config.minutes else ""
+    name = f"of {config.init}" if config.init else f"preset {config.preset}"
     shared = f", {run.machine.world} processes" if run.machine.world > 1 else ""
     say(
-        f"preset {config.preset}: width {model.width}, {model.encoder_layers}+{model.decoder_layers} layers, dropout "
+        f"{name}: width {model.width}, {model.encoder_layers}+{model.decoder_layers} layers, dropout "
         f"{model.dropout}, {parameters / 1e6:.1f} M parameters; {length}, "
         f"peak lr {config.lr}; on {run.machine}{shared}"
     )
@@ -311,11 +310,11 @@ def resume(run: Run) -> Run:
     if not (run.folder / "config.json").is_file():
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
-    wanted = run.checkpoint.training
+    began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
     changed = [
-        f"{name.replace('_', '-')}: {recorded['training'].get(name)}, now {value}"
-        for name, value in wanted.items()
-        if name not in MAY_DIFFER and recorded["training"].get(name) != json.loads(json.dumps(value))
+        f"{name.replace('_', '-')}: {began[name]}, now {value}"
+        for name, value in run.checkpoint.training.items()
+        if name not in MAY_DIFFER and began[name] != json.loads(json.dumps(value))
     ]
     if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
         changed.append("the cache or the photographs")

@@ -110,6 +110,18 @@ def test_a_run_killed_while_it_looks_at_dev_looks_again(world, begun, through, t
     assert_same_run(through, tmp_path / "run")
 
 
+def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with(world, begun, through, tmp_path, monkeypatch):
+    def killed(run):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "save_progress", killed)
+    with pytest.raises(MemoryError):
+        run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
+    monkeypatch.undo()
+    assert "starting it again" in works(train.main, *critical(world, begun, tmp_path / "run", *NOISY, "--resume"))
+    assert_same_run(through, tmp_path / "run")
+
+
 @pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], ["--baseline", "greedy"]])
 def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
     """A last batch that leaves a rank without an image; fp32."""
@@ -146,7 +158,7 @@ def test_a_reward_that_is_no_number_stops_a_run_that_then_goes_on_exactly(world,
 
 def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_captions(world, begun, tmp_path):
     output = works(train.main, *options(world, tmp_path / "run", "--init", begun, "--lr", 1e-4))
-    assert f"begins with {begun}" in output
+    assert f"of {begun}: width" in output
     losses = [line["dev"]["loss"] for line in told(begun) if "dev" in line]
     assert told(tmp_path / "run")[0]["step"] == 0
     assert told(tmp_path / "run")[0]["dev"]["loss"] < losses[0] - 0.5

@@ -101,6 +101,16 @@ def test_saving_at_every_step_changes_nothing(world, through, tmp_path):
     assert_same_run(through, tmp_path / "run")
 
 
+def test_a_run_begun_before_an_option_was_there_goes_on(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "run", "--epochs", 1))
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    for name in ("init", "scst", "num_samples", "eval_steps"):
+        del record["training"][name]
+    path.write_text(json.dumps(record))
+    assert "going on with" in works(train.main, *options(world, tmp_path / "run", "--epochs", 1, "--resume"))
+
+
 def test_a_run_that_fails_while_it_writes_a_checkpoint_goes_on_from_the_one_before(world, through, tmp_path, monkeypatch):
     plain, writes = os.replace, []
 
