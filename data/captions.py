@@ -135,16 +135,21 @@ class CaptionedImages:
         skip: int = 0,
         rank: int = 0,
         world: int = 1,
+        whole: bool = False,
     ) -> Iterator[Batch]:
         """All images once in batches of `size` images, shuffled by `generator` (None: in order).
 
         views: each image as it is or in one of the cache's views, as likely one as the other; a mirrored photograph goes
             without the captions that name left or right, and is not drawn where those are all.
+        whole: an image some of whose captions would be left out is drawn as it is.
         skip: leave out the first batches. rank, world: of each batch give only the part of one process of several.
         """
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         drawn = generator.integers(1 + len(self.cache.views), size=len(self)) if views else np.zeros(len(self), int)
-        drawn = [int(view) if self.mirrored[i] else 0 for i, view in enumerate(drawn)] if views else drawn.tolist()
+        if views:
+            least = [len(captions) if whole else 1 for captions in self.tokens]
+            drawn = drawn * [len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)]
+        drawn = drawn.tolist()
         for chosen in list(iterate(order.tolist(), size))[skip:]:
             mine = chosen[rank::world]
             counted, mine = bool(mine), mine or chosen[:1]

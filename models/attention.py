@@ -40,8 +40,11 @@ class Packed(Layout):
     """Whole captions without their padding: one row a token, those of an image side by side in Q places (the most of any).
 
     A token looks at itself and those before it in its own caption. words, positions [N] int64; place [N] int64: where row n
-    stands among the B*Q places.
+    stands among the B*Q places. The first `count` rows are the tokens; a few after them, of no caption, make N and Q multiples
+    of ROWS and PLACES: a CPU's library makes and keeps a program for each shape of product that it meets, some megabyte each.
     """
+
+    ROWS, PLACES = 64, 8
 
     def __init__(self, tokens: Tensor, there: Tensor | None = None) -> None:
         """tokens [B,K,T] int64; there [B,K,T] bool: which of them are no padding, None: all."""
@@ -49,17 +52,24 @@ class Packed(Layout):
         there = torch.ones_like(tokens, dtype=torch.bool) if there is None else there
         image, caption, self.positions = there.nonzero(as_tuple=True)
         self.words = tokens[there]
-        counts = there.sum((1, 2))
-        self.shape = images, int(counts.max())
+        counts, self.count = there.sum((1, 2)), len(image)
+        most = int(counts.max())
+        whole = self.count == images * most
+        self.shape = images, most if whole else -(-most // self.PLACES) * self.PLACES
         before = counts.cumsum(0) - counts
         self.place = image * self.shape[1] + torch.arange(len(image), device=image.device) - before[image]
-        self.full = len(image) == images * self.shape[1]
         mine, at = (
             part.new_full((images * self.shape[1],), -1).index_copy(0, self.place, part).view(self.shape)
             for part in (caption, self.positions)
         )
         seen = (mine[:, :, None] == mine[:, None, :]) & (at[:, :, None] >= at[:, None, :])  # padding sees padding: no NaN
         super().__init__(additive(seen)[:, None])
+        self.full = whole
+        if not whole:
+            free = torch.ones(images * self.shape[1], dtype=torch.bool, device=image.device).index_fill_(0, self.place, False)
+            spare = free.nonzero()[: -self.count % self.ROWS, 0]
+            self.place = torch.cat([self.place, spare])
+            self.words, self.positions = (F.pad(part, (0, len(spare))) for part in (self.words, self.positions))
 
     def to(self, device: torch.device) -> Packed:
         for name in ("words", "positions", "place", "mask"):

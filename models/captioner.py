@@ -217,7 +217,8 @@ class Captioner(nn.Module):
         return found.view(*tokens.shape, -1)
 
     def forward(self, regions: Regions | Memory, text: Packed, sampled: float = 0.0) -> Tensor:
-        """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry).
+        """States [N,D] of whole captions: encode, then decode up to the output layer (training's entry). Rows past
+        text.count are of no word.
 
         regions: as they are, or encoded.
         sampled: this share of the words is replaced by what the captioner itself guesses there from the words before

@@ -80,8 +80,8 @@ def self_critical_loss(
 
 
 class OutputLoss(torch.autograd.Function):
-    """Output layer and cross-entropy in one: states [N,D], weight [V,D], bias [V], targets [N] to the sum in nats, and the
-    targets' log p [N], which has no gradient. row_weights [N]: what each row counts in the sum; None: 1.
+    """Output layer and cross-entropy in one: states [N,D], weight [V,D], bias [V], targets [M] of the first M rows to the sum
+    in nats, and the targets' log p [M], which has no gradient. row_weights [M]: what each row counts in the sum; None: 1.
 
     The scores [N,V] exist once, in the precision of the product; their softmax is taken some rows at a time, and what the
     gradient needs, softmax minus target, overwrites them.
@@ -97,7 +97,7 @@ class OutputLoss(torch.autograd.Function):
         scores = F.linear(rows, matrix, bias.to(dtype))
         words, losses, log_p = weight.shape[0], [], []
         each = [None] * len(targets.split(ROWS)) if row_weights is None else row_weights.split(ROWS)
-        for part, target, counts in zip(scores.split(ROWS), targets.split(ROWS), each, strict=True):
+        for part, target, counts in zip(scores[: len(targets)].split(ROWS), targets.split(ROWS), each, strict=True):
             exact = part.float()
             right = exact.gather(1, target[:, None])
             mean = exact.mean(dim=1) if smoothing else 0
@@ -113,6 +113,7 @@ class OutputLoss(torch.autograd.Function):
                 part.copy_(exact if counts is None else exact.mul_(counts[:, None]))
         ctx.save_for_backward(rows, matrix, scores)
         ctx.dtypes = states.dtype, weight.dtype, bias.dtype
+        scores[len(targets) :] = 0
         log_p = torch.cat(log_p)
         ctx.mark_non_differentiable(log_p)
         return torch.cat(losses).sum(), log_p

@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                  "lr": 3e-4, "batch": 20, "schedule": "constant", "ema": 0.998, "epochs": 11},
 }  # fmt: skip
 # With --scst, in place of a preset's.
-SCST: Mapping[str, Any] = {"lr": 5e-5, "batch": 10, "dropout": 0.0, "epochs": 10}
+SCST: Mapping[str, Any] = {"lr": 5e-5, "batch": 20, "dropout": 0.0, "epochs": 10}
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
 MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile", "accumulate",

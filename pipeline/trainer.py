@@ -216,7 +216,9 @@ def train_batches(run: Run) -> Iterator[Batch]:
     ids = run.train.encode(run.checkpoint.vocabulary, config.max_length)
     order = np.random.default_rng((config.seed, run.place.epoch))
     views = config.views and bool(run.train.cache.views)
-    return run.train.batches(ids, config.batch, order, views, run.place.step, machine.rank, machine.world)
+    return run.train.batches(
+        ids, config.batch, order, views, run.place.step, machine.rank, machine.world, whole=config.scst
+    )  # a reward has no captions to leave out
 
 
 def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,15 @@ def test_an_epoch_without_an_end_on_dev_goes_over_into_the_next(world, begun, tm
     assert [line["step"] for line in told(tmp_path / "run") if "dev" in line] == [0, 12]
 
 
+def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "first", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8))
+    works(train.main, *critical(world, tmp_path / "first", tmp_path / "run", "--reward", "CIDEr,BLEU-1:0.5"))
+    one, two = (tmp_path / name / "tokenizer.json" for name in ("first", "run"))
+    assert json.loads(one.read_text()) == json.loads(two.read_text())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["vocabulary"] == "bpe"
+    assert all(line["train"]["reward"] > 0 for line in told(tmp_path / "run") if line["train"])
+
+
 @pytest.mark.parametrize(("more", "complaint"), [
     (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
     (["--reward", "nothing"], "is not one of CIDEr"), (["--decoder-layers", 3], "--decoder-layers is 3"),

@@ -1,0 +1,50 @@
+"""A picture of training runs, from their metrics.jsonl: CIDEr on dev, and the loss or the reward on train.
+
+    python -m benchmarks.curves runs/f8k-scst [runs/OTHER ...] --out docs/scst_flickr8k.svg
+
+matplotlib draws it: pip install -e ".[bench]".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="an image; .svg, .png and others by its name")
+def main(runs: tuple[Path, ...], out: Path) -> None:
+    """Draw the curves of RUNS over their minutes."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise click.ClickException("curves are drawn by matplotlib: pip install -e '.[bench]'") from error
+    mpl.use("Agg")
+    mpl.rcParams |= {"svg.hashsalt": "onceover", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    from matplotlib import pyplot
+
+    figure, (score, train) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "seconds" in line]  # those of validations have the time
+        minutes = [line["seconds"]["elapsed"] / 60 for line in lines]
+        scored = [(minute, line["dev"]["CIDEr"]) for minute, line in zip(minutes, lines, strict=True) if "dev" in line]
+        score.plot(*zip(*scored, strict=True), marker=".", label=run.name)
+        what = "reward" if any("reward" in line["train"] for line in lines) else "loss"
+        trained = [(minute, line["train"][what]) for minute, line in zip(minutes, lines, strict=True) if line["train"]]
+        train.plot(*zip(*trained, strict=True), marker=".", label=run.name)
+    score.set(title="CIDEr on dev", xlabel="minutes")
+    train.set(title=f"{what} on train", xlabel="minutes")
+    for axes in (score, train):
+        axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        score.legend(frameon=False)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    click.echo(out)
+
+
+if __name__ == "__main__":
+    main()
