@@ -10,7 +10,7 @@ twin       as people write it, fp32: each image's features repeated for each sam
 twin_kv    bf16, images encoded once and repeated, keys and values of the words kept, backwards through the steps as well
 
 All take turns in one process, medians of the rounds, ratios medians of the rounds' ratios; memory is the peak of a step beyond
-weights and optimiser, each in a process of its own. Rewards are the same code for all three.
+weights and optimiser (on a CPU each in a process of its own, on a GPU ours alone). Rewards are the same code for all three.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def twin_loss(captioner: Captioner, batch: Batch, rewards: Rewards, samples: int
     words = torch.full((len(regions.features), 1, 1), BOS, device=regions.features.device)
     log_p = []
     for _ in range(LIMIT):
-        drawn, likely = draw(captioner.decode(words, memory)[:, 0, -1])
+        drawn, likely = draw(captioner.logits(captioner.read(words, memory)[:, 0, -1]))
         words = torch.cat([words, drawn[:, None, None]], 2)
         log_p.append(likely)
     return reinforce(words[:, 0, 1:], torch.stack(log_p, 1), batch, rewards, samples)

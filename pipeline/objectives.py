@@ -69,8 +69,8 @@ class SelfCritical:
     caption; or the K captions of beam search against their mean, as Cornia et al. 2020 have it.
 
     An image is encoded once a step, with its gradient; samples are drawn over that without one, and one teacher-forced pass
-    over them gives their log p. Dropout, where there is any, acts in both. All that is drawn follows from (seed, step, image
-    id): the same samples in one process and in several.
+    over them gives their log p. What is drawn follows from (seed, step, image id): the same samples in one process and in
+    several. Dropout, where there is any, acts in both passes.
     """
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
@@ -130,7 +130,7 @@ class SelfCritical:
         if rewards.device.type == "cpu" and not (good := rewards.isfinite().all(1)).all():
             wrong = ", ".join(str(i) for i, fine in zip(image_ids, good.tolist(), strict=True) if not fine)
             raise UserError(f"a reward is not a finite number at step {step}, images {wrong}; the run is as it was last saved")
-        return rewards
+        return rewards.to(samples.device)
 
 
 Objective = CrossEntropy | SelfCritical

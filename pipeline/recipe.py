@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 SCST: Mapping[str, Any] = {"lr": 5e-5, "batch": 20, "dropout": 0.0, "epochs": 10}
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
-MAY_DIFFER = {"resume", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile", "accumulate",
-              "save_every", "log_every", "wandb"}  # fmt: skip
+MAY_DIFFER = {"resume", "init", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile",
+              "accumulate", "save_every", "log_every", "wandb"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainConfig:
     encoder_layers: int | None = setting(None, "layers over the regions  [by preset]")
     decoder_layers: int | None = setting(None, "layers over the words  [by preset]")
     feedforward: int | None = setting(None, "inner width of the feed-forward layers  [by preset]")
-    dropout: float | None = setting(None, "dropout  [by preset]")
+    dropout: float | None = setting(None, "dropout  [by preset; with --scst 0]")
     region_dropout: float = setting(0.0, "share of an image's regions left out of a step")
     word_dropout: float = setting(0.0, "share of the words read that become <unk>")
     scheduled_sampling: float = setting(0.0, "share of the words read that become the model's own, at the end; from 0 on")
@@ -72,11 +72,11 @@ class TrainConfig:
     vocab_size: int = setting(4000, "pieces, with --vocabulary bpe")
     max_length: int | None = setting(None, "words (bpe: pieces) of a caption; longer ones are cut  [20, bpe 30]")
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over the train images  [300,000 captions in all, 12 to 60; sample: 18]")
+    epochs: int | None = setting(None, "passes over train  [300,000 captions in all, 12 to 60; sample: 18; with --scst 10]")
     minutes: float | None = setting(None, "end after so long, validation included; whichever of this and --epochs is first")
-    batch: int | None = setting(None, "images a step, over all processes, each with all its captions  [by preset]")
+    batch: int | None = setting(None, "images a step, over all processes, with all captions  [by preset; with --scst 20]")
     accumulate: int = setting(1, "parts that a step's images are taken in: less memory, the same step")
-    lr: float | None = setting(None, "peak learning rate  [by preset]")
+    lr: float | None = setting(None, "peak learning rate  [by preset; with --scst 5e-5]")
     schedule: str = setting("cosine", "of the learning rate, after warm-up", choices=SCHEDULES)
     warmup: float = setting(0.05, "share of the training before the peak")
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
@@ -113,8 +113,12 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not fits(value):
                     raise UserError(f"--{name.replace('_', '-')} is {value}, it must be {must}")
+        if self.init and self.preset:
+            raise UserError(f"--preset {self.preset} goes with no --init, whose sizes stay; pass --lr and others by themselves")
         if self.scst:
             self._check_scst()
+        else:
+            self._refuse_changed("of --scst", "num_samples", "samples", "baseline", "reward")
 
     def _check_scst(self) -> None:
         parse_rewards(self.reward)
@@ -124,9 +128,15 @@ class TrainConfig:
             raise UserError("--num-samples 1 leaves no others to hold it against; at least 2, or --baseline greedy")
         if self.samples == "beam" and self.baseline == "greedy":
             raise UserError("--samples beam are held against their own mean: no --baseline greedy")
-        for name in ("region_dropout", "word_dropout", "scheduled_sampling"):
-            if getattr(self, name):
-                raise UserError(f"--{name.replace('_', '-')} is of training on the captions; --scst has none")
+        self._refuse_changed("of training on captions, not of --scst", "region_dropout", "word_dropout", "scheduled_sampling",
+                             "label_smoothing")  # fmt: skip
+
+    def _refuse_changed(self, what: str, *names: str) -> None:
+        """UserError where one of these settings, which would do nothing, is not its default."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"--{name.replace('_', '-')} is {what}")
 
 
 def settle(
@@ -152,8 +162,11 @@ def settle(
         for name in (*SIZES[:-1], "max_length"):
             if getattr(config, name) not in (None, sizes[name]):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}, {config.init} has {sizes[name]}")
-        chosen |= sizes
-        config = replace(config, vocabulary="bpe" if isinstance(vocabulary, Subwords) else "word")
+        kind = "bpe" if isinstance(vocabulary, Subwords) else "word"
+        if config.vocabulary not in ("word", kind):
+            raise UserError(f"--vocabulary is {config.vocabulary}, {config.init} has words")
+        config._refuse_changed(f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size")
+        config, chosen = replace(config, vocabulary=kind), chosen | sizes | {"preset": None, "min_count": None}
     if config.scst:
         chosen |= SCST | {"epochs": None if config.minutes else SCST["epochs"]}
     chosen = {name: chosen[name] for name in vars(config) if name in chosen and getattr(config, name) is None}

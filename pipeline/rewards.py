@@ -4,7 +4,7 @@
     CIDEr:1,BLEU-4:0.5               a weighted sum; BLEU-1 to BLEU-4 are of one caption, its end a word too
     CIDEr,mine.rewards:brevity:0.1   any callable: `module:name`, or a name in the entry point group `onceover.rewards`
 
-A callable is given lists with an entry a sample, and returns a number for each:
+A callable is given lists with an entry a sample, by these names, and returns a number for each:
 
     def brevity(captions: list[str], references: list[list[str]], image_ids: list[int]) -> list[float]:
         return [-len(caption.split()) for caption in captions]
@@ -15,6 +15,7 @@ B images, K samples an image, L words at most.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -63,10 +64,16 @@ def find_callable(name: str) -> Callable[..., Any]:
         else:
             module, _, attribute = name.partition(":")
             found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--reward: {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # a module may fail in any way while it is imported
+        raise UserError(f"--reward: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"--reward: {name!r} is {type(found).__name__}, not a callable")
+    try:
+        inspect.signature(found).bind(captions=[], references=[], image_ids=[])
+    except TypeError as error:
+        raise UserError(f"--reward: {name!r} must take captions, references and image_ids: {error}") from error
+    except ValueError:  # some that are written in C do not tell
+        pass
     return found
 
 
@@ -90,8 +97,10 @@ class Rewards:
             self.references = self.cider.references
 
     def __call__(self, image_ids: Sequence[int], samples: Tensor) -> Tensor:
-        """[B,K] float32 on their device for `samples` [B,K,L] int64, each read up to its <eos>; UserError for a callable that
-        does not give one number a sample. Numbers that are not finite are given back as they are."""
+        """[B,K] float32, where it was computed, for `samples` [B,K,L] int64, each read up to its <eos>.
+
+        UserError for a callable that does not give a number for each sample; one that is not finite is given back as it is.
+        """
         if self.cider is not None and self.cider.tables is not None:
             return self.cider(self.cider.rows(image_ids), samples) * sum(weight for _, weight in self.parts)
         tokens = samples.cpu()
@@ -100,7 +109,7 @@ class Rewards:
         built_in = self._built_in(each, tokens) if len(self.callables) < len(self.parts) else {}
         for name, weight in self.parts:
             total += weight * (built_in[name] if name in BUILT_IN else self._called(name, image_ids, tokens))
-        return torch.from_numpy(total.astype(np.float32)).view(tokens.shape[:2]).to(samples.device)
+        return torch.from_numpy(total.astype(np.float32)).view(tokens.shape[:2])
 
     def _built_in(self, each: np.ndarray, tokens: Tensor) -> dict[str, np.ndarray]:
         matches = self.cider.compare(each, tokens) if self.cider is not None else self._compare_words(each, tokens)

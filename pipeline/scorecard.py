@@ -232,7 +232,7 @@ def _table(cards: Sequence[Card]) -> list[str]:
             f"{about['vocabulary']:,} different words",
             f"{about['distinct']:.1%} distinct",
             *([] if about["novel"] is None else [f"{about['novel']:.1%} novel"]),
-            f"{about['unfinished']:.2%} end in an article, preposition or conjunction",
+            f"{about['unfinished']:.2%} end in an article, preposition or conjunction (no adverb)",
             *([f"{about['empty']} empty"] if about["empty"] else []),
         ]
         lines.append(f"{card.name}: {', '.join(parts)}")

@@ -238,9 +238,7 @@ def over(run: Run) -> bool:
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
-    if run.place.step and not run.validated:  # stopped within an epoch, or before its end was looked at
-        return False
-    return run.place.ended or processes.of_first(config.minutes is not None and bool(run.journal.epochs) and run.done() >= 1)
+    return run.validated and processes.of_first(run.place.ended or (config.minutes is not None and run.done() >= 1))
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
@@ -255,11 +253,12 @@ def validate(run: Run, trained: dict[str, float]) -> None:
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
     run.reserve = time.monotonic() - start
-    over = run.place.ended or run.place.step == run.steps_an_epoch
-    line = {"epoch": run.place.epoch + 1 if over else run.step / run.steps_an_epoch, "step": run.step, "train": trained,
-            **({"dev": dev} if dev else {}), "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
+    line = {"epoch": run.step / run.steps_an_epoch, "step": run.step, "train": trained, **({"dev": dev} if dev else {}),
+            "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
     run.journal.add(line)
-    run.place, run.sums[0] = run.place.of_next_epoch() if over else run.place, 0
+    run.sums[0] = 0
+    if run.place.step == run.steps_an_epoch:
+        run.place = run.place.of_next_epoch()
     save_progress(run)
     told = [f"dev loss {dev['loss']:.3f}, dev CIDEr {dev['CIDEr']:.3f}, BLEU-4 {dev['Bleu_4']:.3f}" if dev else "kept"]
     if better and dev:

@@ -157,10 +157,11 @@ def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Opt
 
 def train_until_due(run: Run) -> dict[str, float]:
     """Train until dev is to be looked at (after every --eval-steps, else at each epoch's end, and at the training's end);
-    returns the figures since the last time (none before the first step), learning rate, captions/s and the share of time
-    waiting for data."""
+    returns the figures since the last time (none before the first step), learning rate, and of the epoch captions/s and the
+    share of time waiting for data."""
     while True:
         trained = train_epoch(run)
+        run.place.ended = run.place.ended or processes.of_first(run.config.minutes is not None and run.done() >= 1)
         if run.due:
             return trained
         run.place = run.place.of_next_epoch()

@@ -177,6 +177,24 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_way(smoothing, monkeyp
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-3), name
 
 
+def test_packed_captions_have_few_shapes_and_what_fills_them_up_changes_nothing(monkeypatch):
+    """A CPU's library keeps a program for each: 2.4 GB after 120 self-critical steps, 1.1 GB so."""
+    captioner, regions, shapes = tiny(max_length=20), some_regions(6), set()
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        there = torch.arange(20) < torch.randint(1, 20, (6, 5, 1), generator=generator)
+        tokens = torch.randint(4, WORDS, (6, 5, 20), generator=generator)
+        packed = Packed(tokens, there)
+        assert packed.count == there.sum() and packed.words[: packed.count].equal(tokens[there])
+        shapes.add((len(packed.words), packed.shape[1]))
+    assert all(rows % Packed.ROWS == 0 and places % Packed.PLACES == 0 for rows, places in shapes) and len(shapes) < 25
+    found = captioner(regions, packed)[: packed.count]
+    monkeypatch.setattr(Packed, "ROWS", 1)
+    monkeypatch.setattr(Packed, "PLACES", 1)
+    alone = Packed(tokens, there)
+    assert len(alone.words) == packed.count < len(packed.words) and close(captioner(regions, alone), found)
+
+
 def test_bf16_stays_within_a_hundredth_of_the_spread_of_scores():
     """The sizes of preset small, 200 captions: mean distance to fp32 below 0.01 of the scores' standard deviation."""
     torch.manual_seed(0)

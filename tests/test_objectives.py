@@ -151,15 +151,18 @@ def test_log_p_of_sampling_is_that_of_the_teacher_forced_pass(precision):
 def test_with_dropout_sampling_and_the_teacher_forced_pass_both_have_it():
     captioner = small(60, 12, 64)
     critical, four = objective(captioner), images(4)
-    plain = critical(captioner, four, 3, 0.0).figures
+    memory = captioner.encode(regions(four))  # without
+    drawn = critical.draw(memory, four.image_ids, 3)
+
+    def log_p():
+        return self_critical_loss(captioner, memory, drawn, torch.ones(4, 5), critical.policy)[1]
+
+    assert torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and torch.equal(log_p(), log_p())
     for module in captioner.modules():
         if hasattr(module, "p"):
             module.p = 0.5
     torch.manual_seed(0)
-    memory = captioner.encode(regions(four))
-    without = critical.draw(memory, four.image_ids, 3)
-    assert not torch.equal(without, critical.draw(memory, four.image_ids, 3))  # the words' dropout
-    assert not torch.equal(plain, critical(captioner, four, 3, 0.0).figures)
+    assert not torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and not torch.equal(log_p(), log_p())
 
 
 def test_what_is_drawn_follows_from_seed_step_and_image_alone():
@@ -279,9 +282,11 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
 
 @pytest.mark.parametrize(("settings", "complaint"), [
     ({"init": None}, "--scst needs --init"), ({"num_samples": 1}, "--num-samples 1 leaves no others"),
-    ({"samples": "beam", "baseline": "greedy"}, "no --baseline greedy"), ({"word_dropout": 0.1}, "--scst has none"),
+    ({"samples": "beam", "baseline": "greedy"}, "no --baseline greedy"), ({"word_dropout": 0.1}, "not of --scst"),
     ({"num_samples": 0}, "must be at least 1"), ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
-    ({"num_samples": 1, "samples": "beam"}, "leaves no others"),
+    ({"num_samples": 1, "samples": "beam"}, "leaves no others"), ({"label_smoothing": 0.2}, "not of --scst"),
+    ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"), ({"scst": False, "num_samples": 9}, "is of --scst"),
+    ({"preset": "small"}, "--preset small goes with no --init"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):

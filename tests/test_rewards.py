@@ -152,9 +152,12 @@ def test_a_callable_that_gives_no_numbers_is_named(mine, answer, complaint):
 
 @pytest.mark.parametrize(("spec", "complaint"), [
     ("CIDER", "is not one of CIDEr, BLEU-1"), ("no_such_module:f", "cannot be imported"), (":f", "cannot be imported"),
+    ("wrong_of_tests:f", "cannot be imported: SyntaxError"), ("json:dumps", "must take captions, references and image_ids"),
     ("math:no_such", "cannot be imported"), ("math:pi", "is float, not a callable"),
 ])  # fmt: skip
-def test_a_reward_that_is_not_there_is_named(spec, complaint):
+def test_a_reward_that_is_not_there_is_named(spec, complaint, tmp_path, monkeypatch):
+    (tmp_path / "wrong_of_tests.py").write_text("def f(captions:")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=complaint):
         Rewards(spec, TRAIN, VOCABULARY, CPU)
 

@@ -164,10 +164,27 @@ def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_cap
     assert told(tmp_path / "run")[0]["dev"]["loss"] < losses[0] - 0.5
 
 
-def test_time_that_is_up_right_after_dev_was_looked_at_ends_the_run_once(world, begun, tmp_path):
-    output = works(train.main, *critical(world, begun, tmp_path / "run", "--minutes", 1e-6, "--epochs", 1, "--eval-steps", 1))
-    steps = [line["step"] for line in told(tmp_path / "run") if "dev" in line]
-    assert steps == sorted(set(steps)) and "best: " in output
+@pytest.mark.parametrize(("up_at", "steps"), [(0, [0]), (3, [0, 3]), (5, [0, 5]), (6, [0, 5, 6]), (7, [0, 5, 7])])
+def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(world, begun, tmp_path, monkeypatch, up_at, steps):
+    """Dev after every five steps of six an epoch: up within an epoch, right after dev, at an epoch's end, within the next.
+    A run that is killed in that last look takes it again."""
+    monkeypatch.setattr(trainer.Run, "done", lambda run: float(run.step >= up_at))
+    plain, asked = train.dev_scores, [*critical(world, begun, tmp_path / "run"), "--eval-steps", "5", "--minutes", "60"]
+
+    def killed(run):
+        if run.step == steps[-1]:
+            raise MemoryError
+        return plain(run)
+
+    monkeypatch.setattr(train, "dev_scores", killed)
+    with pytest.raises(MemoryError):
+        run(train.main, *asked)
+    monkeypatch.setattr(train, "dev_scores", plain)
+    assert "best: " in works(train.main, *asked, "--resume")
+    scored = [line for line in told(tmp_path / "run") if "dev" in line]
+    assert [line["step"] for line in scored] == steps and [line["epoch"] * 6 for line in scored] == steps
+    works(train.main, *asked, "--resume")  # over, and no more is done
+    assert [line["step"] for line in told(tmp_path / "run") if "dev" in line] == steps
 
 
 def test_an_epoch_without_an_end_on_dev_goes_over_into_the_next(world, begun, tmp_path):
@@ -186,7 +203,9 @@ def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words
 
 @pytest.mark.parametrize(("more", "complaint"), [
     (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
-    (["--reward", "nothing"], "is not one of CIDEr"), (["--decoder-layers", 3], "--decoder-layers is 3"),
+    (["--reward", "nothing"], "is not one of CIDEr"), (["--min-count", 3], "--min-count is of a new vocabulary"),
+    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "goes with no --init"),
+    (["--decoder-layers", 3], "--decoder-layers is 3"),
 ])  # fmt: skip
 def test_what_the_run_it_begins_with_is_not_is_refused(world, begun, tmp_path, more, complaint):
     assert re.search(complaint, refused(train.main, *critical(world, begun, tmp_path / "run", *more)))

@@ -131,6 +131,17 @@ def test_a_mirrored_photograph_goes_without_captions_of_left_and_right(tmp_path,
     assert all(batch.features.max() < 100 for batch in images.batches(ids, 8, np.random.default_rng(0)))
 
 
+def test_asked_for_whole_a_photograph_that_would_go_without_a_caption_is_not_mirrored(tmp_path):
+    images = viewed(tmp_path, {i: ("a dog", "on the left") if i % 2 else ("a dog", "it runs") for i in range(40)})
+    ids = images.encode(Vocabulary.build([words for group in images.tokens for words in group], 1), 9)
+    mirrored = set()
+    for epoch in range(8):
+        for batch in images.batches(ids, 8, np.random.default_rng(epoch), views=True, whole=True):
+            assert batch.captions == 2 * len(batch.image_ids)
+            mirrored |= {i for i, row in zip(batch.image_ids, batch.features, strict=True) if row.max() >= 1000}
+    assert mirrored == set(range(0, 40, 2))
+
+
 def test_parts_of_a_batch_are_the_same_images_and_its_processes_share_them(tmp_path):
     images = captioned(tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)})
     vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
