@@ -41,6 +41,7 @@ def through(world, begun, tmp_path_factory) -> Path:
     return folder
 
 
+GREEDY = pytest.param(["--baseline", "greedy"], marks=pytest.mark.slow)
 NOISY = ["--dropout", 0.1, "--ema", 0.9, "--accumulate", 2]
 
 
@@ -122,7 +123,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     assert_same_run(through, tmp_path / "run")
 
 
-@pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], ["--baseline", "greedy"]])
+@pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], GREEDY])
 def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
     """A last batch that leaves a rank without an image; fp32."""
     plain = ["--precision", "fp32", "--batch", 7, "--limit", 43, "--ema", 0.9, *more]  # 43 = 6 * 7 + 1
