@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from safetensors.torch import load_file
 from pipeline import train, trainer
 from pipeline.rewards import Rewards
 from tests.test_commands import at, refused, run, works
-from tests.test_train import assert_same_run, options, start, told, world
+from tests.test_train import assert_same_run, interrupt_at, options, start, told, world
 
 __all__ = ["world"]  # a fixture
 
@@ -78,14 +76,7 @@ def test_it_raises_the_reward_and_the_score(world, begun, tmp_path):
 def test_a_run_stopped_at_any_step_goes_on_exactly(world, begun, through, tmp_path, monkeypatch, step):
     """Six steps an epoch, dev after four: within the first, right before and after dev, at an epoch's end. The run it began
     with is needed no more."""
-    plain = trainer.train_step
-
-    def asked_to_stop(run, *arguments):
-        if run.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(run, *arguments)
-
-    monkeypatch.setattr(trainer, "train_step", asked_to_stop)
+    interrupt_at(step, monkeypatch)
     result = run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     assert result.exit_code == 130 and "saved after step" in result.output
     monkeypatch.undo()

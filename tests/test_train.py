@@ -77,9 +77,8 @@ def through(world, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", [0, 2, 5, 6, 9])
-def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, monkeypatch, step):
-    """Six steps an epoch: in the first, within each epoch, and in the last before dev."""
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while this step is done."""
     plain = trainer.train_step
 
     def asked_to_stop(run, *arguments):
@@ -88,6 +87,12 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, mon
         return plain(run, *arguments)
 
     monkeypatch.setattr(trainer, "train_step", asked_to_stop)
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 6, 9])
+def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, monkeypatch, step):
+    """Six steps an epoch: in the first, within each epoch, and in the last before dev."""
+    interrupt_at(step, monkeypatch)
     result = run(train.main, *options(world, tmp_path / "run", *NOISY))
     assert result.exit_code == 130 and "saved after step" in result.output and "Traceback" not in result.output
     monkeypatch.undo()
