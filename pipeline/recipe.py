@@ -127,7 +127,7 @@ class TrainConfig:
         if self.num_samples == 1 and not (self.samples == "random" and self.baseline == "greedy"):
             raise UserError("--num-samples 1 leaves no others to hold it against; at least 2, or --baseline greedy")
         if self.samples == "beam" and self.baseline == "greedy":
-            raise UserError("--samples beam are held against their own mean: no --baseline greedy")
+            raise UserError("--samples beam: they are held against their own mean, with no --baseline greedy")
         self._refuse_changed("of training on captions, not of --scst", "region_dropout", "word_dropout", "scheduled_sampling",
                              "label_smoothing")  # fmt: skip
 
