@@ -67,9 +67,10 @@ def self_critical_loss(
     from, without policy.suppress_tokens. Returns (sum, log p [B,K] without a gradient).
     """
     eos, device = policy.eos_token_id, memory.keys[0].device
-    there = torch.arange(samples.shape[2]) < lengths(samples, eos)[:, :, None]
+    words = lengths(samples, eos)
+    there = torch.arange(samples.shape[2]) < words[:, :, None]
     begun = torch.cat([torch.full_like(samples[:, :, :1], policy.bos_token_id), samples[:, :, :-1]], dim=2)
-    owner = torch.arange(samples[:, :, 0].numel()).view_as(samples[:, :, :1]).expand_as(samples)[there].to(device)
+    owner = torch.arange(words.numel()).repeat_interleave(words.flatten()).to(device)
     states = captioner(memory, Packed(begun, there).to(device))
     output = getattr(captioner, "module", captioner)
     barred = torch.tensor(policy.suppress_tokens, dtype=torch.int64).to(device)

@@ -32,6 +32,11 @@ class Journal:
         """The lines of epochs' ends."""
         return [line for line in self.lines if "seconds" in line]
 
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """Those with scores on dev."""
+        return [line for line in self.lines if "dev" in line]
+
     def begin(self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None) -> None:
         """Start, or go on after `step` with the lines of `epochs`: what a run that was killed told later is taken back."""
         within = [line for line in self._read() if "seconds" not in line and line["step"] <= step] if step else []

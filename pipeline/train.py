@@ -183,7 +183,7 @@ def open_run(
     run.journal.begin()
     if machine.rank == 0:
         copy_backbone(cache.path, folder)
-        Frequencies.count(train.encode(vocabulary, config.max_length)).save(folder)
+        Frequencies.count(run.train_ids).save(folder)
         save_description(folder, checkpoint)
     return run
 
@@ -232,7 +232,7 @@ def unknown_share(vocabulary: Vocabulary, part: CaptionedImages) -> float:
 
 def over(run: Run) -> bool:
     """Whether all epochs are done, the time is up, or dev's CIDEr has not risen for so long."""
-    config, scores = run.config, [line["dev"]["CIDEr"] for line in run.journal.epochs if "dev" in line]
+    config, scores = run.config, [line["dev"]["CIDEr"] for line in run.journal.scored]
     if scores and len(scores) - 1 - scores.index(max(scores)) >= config.patience:
         say(f"no better CIDEr on dev for {config.patience} validations: stopped early")
         return True
@@ -248,7 +248,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
     start, config = time.monotonic(), run.config
     with averaged(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
-        best = max((line["dev"]["CIDEr"] for line in run.journal.epochs if "dev" in line), default=-1.0)
+        best = max((line["dev"]["CIDEr"] for line in run.journal.scored), default=-1.0)
         better = not dev or dev["CIDEr"] > best
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
@@ -274,9 +274,8 @@ def validate(run: Run, trained: dict[str, float]) -> None:
 def dev_loss(run: Run) -> float:
     """Cross-entropy on dev in nats a word, without smoothing or dropout."""
     run.captioner.eval()
-    ids = run.dev.encode(run.checkpoint.vocabulary, run.config.max_length)
     total, count = 0.0, 0
-    for batch in run.dev.batches(ids, run.config.batch, rank=run.machine.rank, world=run.machine.world):
+    for batch in run.dev.batches(run.dev_ids, run.config.batch, rank=run.machine.rank, world=run.machine.world):
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
             regions = Regions(batch.features, batch.boxes, batch.counts)
@@ -345,7 +344,7 @@ def leave(run: Run, signum: int) -> None:
 
 
 def finish(run: Run) -> None:
-    scored = [line for line in run.journal.epochs if "dev" in line]
+    scored = run.journal.scored
     if scored:
         best = max(scored, key=lambda line: line["dev"]["CIDEr"])
         at = f"epoch {best['epoch']:.4g}, step {best['step']:,}"

@@ -101,6 +101,15 @@ class Run:
         """Dev's, counted once."""
         return References({image.id: image.captions for image in self.dev.images})
 
+    @functools.cached_property
+    def train_ids(self) -> list[list[list[int]]]:
+        """Train's captions, encoded once."""
+        return self.train.encode(self.checkpoint.vocabulary, self.config.max_length)
+
+    @functools.cached_property
+    def dev_ids(self) -> list[list[list[int]]]:
+        return self.dev.encode(self.checkpoint.vocabulary, self.config.max_length)
+
     @property
     def steps_an_epoch(self) -> int:
         return -(-len(self.train) // self.config.batch)
@@ -214,11 +223,10 @@ def means(run: Run, row: int) -> dict[str, float]:
 def train_batches(run: Run) -> Iterator[Batch]:
     """The rest of the epoch's batches, in an order that follows from seed and epoch alone."""
     config, machine = run.config, run.machine
-    ids = run.train.encode(run.checkpoint.vocabulary, config.max_length)
     order = np.random.default_rng((config.seed, run.place.epoch))
     views = config.views and bool(run.train.cache.views)
     return run.train.batches(
-        ids, config.batch, order, views, run.place.step, machine.rank, machine.world, whole=config.scst
+        run.train_ids, config.batch, order, views, run.place.step, machine.rank, machine.world, whole=config.scst
     )  # a reward has no captions to leave out
 
 
