@@ -40,6 +40,8 @@ class Dropout(nn.Module):
 
 def drop_regions(regions: Regions, p: float) -> Regions:
     """Leave out a share `p` of each image's regions, others each time; those that stay keep their places (their boxes)."""
+    if p == 0:
+        return regions
     features, boxes, counts = regions
     kept = (counts * (1 - p)).round().clamp(min=1).long()
     order = torch.rand(features.shape[:2], device=features.device)

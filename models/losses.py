@@ -46,8 +46,7 @@ def caption_loss(
     there = tokens[:, :, 1:] != pad
     text, targets = Packed(tokens[:, :, :-1], there), tokens[:, :, 1:][there]
     device = regions.features.device
-    if noise.regions:
-        regions = drop_regions(regions, noise.regions)
+    regions = drop_regions(regions, noise.regions)
     if noise.words:
         text.words = replace_words(text.words, text.positions, noise.words, noise.unknown)
     states = captioner(regions, text.to(device), noise.sampled)
@@ -64,7 +63,7 @@ def self_critical_loss(
 
     samples [B,K,L] int64 on the CPU as `sample` gives them under `policy`: <eos> after their end, none where they were cut at
     the limit, whose log p is that of their L words; advantages [B,K] float32. log p is under the distribution that was drawn
-    from, without policy.suppress_tokens. Returns (sum, log p [B,K] without a gradient).
+    from: softmax(logits / policy.temperature), without policy.suppress_tokens. Returns (sum, log p [B,K] without a gradient).
     """
     eos, device = policy.eos_token_id, memory.keys[0].device
     words = lengths(samples, eos)
@@ -74,7 +73,8 @@ def self_critical_loss(
     states = captioner(memory, Packed(begun, there).to(device))
     output = getattr(captioner, "module", captioner)
     barred = torch.tensor(policy.suppress_tokens, dtype=torch.int64).to(device)
-    bias = output.output_bias.index_fill(0, barred, NEVER)
+    states, bias = states / policy.temperature, output.output_bias / policy.temperature
+    bias = bias.index_fill(0, barred, NEVER)
     weights = advantages.flatten().to(device)[owner]
     loss, log_p = OutputLoss.apply(states, output.word.weight, bias, samples[there].to(device), 0.0, weights)
     return loss, log_p.new_zeros(advantages.numel()).index_add_(0, owner, log_p).view(advantages.shape)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data.captions import Batch, CaptionedImages
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
 from models.captioner import Captioner, Memory, evaluating
+from models.dropout import drop_regions
 from models.generation import Generation, lengths
 from models.grid import Regions
 from models.losses import Noise, caption_loss, self_critical_loss
@@ -70,7 +71,11 @@ class SelfCritical:
 
     An image is encoded once a step, with its gradient; samples are drawn over that without one, and one teacher-forced pass
     over them gives their log p. What is drawn follows from (seed, step, image id): the same samples in one process and in
-    several. Dropout, where there is any, acts in both passes.
+    several. Dropout, also of regions, where there is any, acts in both passes.
+
+    The distribution drawn from, and trained, is the captioner's at `temperature`. Below 1 the samples are such as decoding
+    gives, and what is learnt is which of those is best; at 1 it is at first that likely captions are better than unlikely ones,
+    which decoding knows (docs/log.md has what it brings).
     """
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
@@ -78,8 +83,8 @@ class SelfCritical:
     def __init__(self, config: TrainConfig, machine: Machine, captioner: Captioner, rewards: Rewards) -> None:
         self.config, self.machine, self.captioner, self.rewards = config, machine, captioner, rewards
         k = config.num_samples
-        search = {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
-        self.policy = Generation(num_return_sequences=k, **search)
+        drawing = {"num_beams": 1, "do_sample": True, "temperature": config.temperature or 1.0}
+        self.policy = Generation(num_return_sequences=k, **({"num_beams": k} if config.samples == "beam" else drawing))
         self.greedy = Generation(num_beams=1)
 
     def counted(self, batch: Batch) -> int:
@@ -93,8 +98,9 @@ class SelfCritical:
 
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; UserError for a reward that is not finite."""
+        regions = drop_regions(Regions(part.features, part.boxes, part.counts), self.config.region_dropout)
         with self.machine.autocast():
-            memory = self.captioner.encode(Regions(part.features, part.boxes, part.counts))
+            memory = self.captioner.encode(regions)
         samples = self.draw(memory, part.image_ids, step)
         rewards = self.rewarded(samples, part.image_ids, step)
         advantages = rewards - self.baseline(memory, rewards, part.image_ids, step)

@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
                  "lr": 3e-4, "batch": 20, "schedule": "constant", "ema": 0.998, "epochs": 11},
 }  # fmt: skip
 # With --scst, in place of a preset's.
-SCST: Mapping[str, Any] = {"lr": 5e-5, "batch": 20, "dropout": 0.0, "epochs": 10}
+SCST: Mapping[str, Any] = {"lr": 1e-5, "batch": 20, "dropout": 0.0, "epochs": 15, "temperature": 0.5}
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
 MAY_DIFFER = {"resume", "init", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile",
@@ -54,6 +54,7 @@ class TrainConfig:
     scst: bool = setting(False, "self-critical training of --init: raise the reward of the captions it draws itself")
     num_samples: int = setting(5, "captions drawn of each image, with --scst")
     samples: str = setting("random", "how they are found, with --scst", choices=("random", "beam"))
+    temperature: float | None = setting(None, "of the distribution they are drawn from and that is trained, with --scst  [0.5]")
     baseline: str = setting("mean", "rewards are held against the other samples' mean or that of greedy decoding, with --scst",
                             choices=("mean", "greedy"))  # fmt: skip
     reward: str = setting("CIDEr", "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable, with --scst")
@@ -72,11 +73,11 @@ class TrainConfig:
     vocab_size: int = setting(4000, "pieces, with --vocabulary bpe")
     max_length: int | None = setting(None, "words (bpe: pieces) of a caption; longer ones are cut  [20, bpe 30]")
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over train  [300,000 captions in all, 12 to 60; sample: 18; with --scst 10]")
+    epochs: int | None = setting(None, "passes over train  [300,000 captions in all, 12 to 60; sample: 18; with --scst 15]")
     minutes: float | None = setting(None, "end after so long, validation included; whichever of this and --epochs is first")
     batch: int | None = setting(None, "images a step, over all processes, with all captions  [by preset; with --scst 20]")
     accumulate: int = setting(1, "parts that a step's images are taken in: less memory, the same step")
-    lr: float | None = setting(None, "peak learning rate  [by preset; with --scst 5e-5]")
+    lr: float | None = setting(None, "peak learning rate  [by preset; with --scst 1e-5]")
     schedule: str = setting("cosine", "of the learning rate, after warm-up", choices=SCHEDULES)
     warmup: float = setting(0.05, "share of the training before the peak")
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
@@ -102,7 +103,7 @@ class TrainConfig:
         at_least_1 = "batch beam max_length epochs min_count limit patience accumulate log_every vocab_size eval_steps "
         at_least_1 += "num_samples"
         shares = "warmup label_smoothing region_dropout word_dropout scheduled_sampling ema"
-        positive = "lr clip minutes"
+        positive = "lr clip minutes temperature"
         for names, fits, must in (
             (at_least_1, lambda value: value >= 1, "at least 1"),
             (shares, lambda value: 0 <= value < 1, "in [0, 1)"),
@@ -118,7 +119,7 @@ class TrainConfig:
         if self.scst:
             self._check_scst()
         else:
-            self._refuse_changed("of --scst", "num_samples", "samples", "baseline", "reward")
+            self._refuse_changed("of --scst", "num_samples", "samples", "temperature", "baseline", "reward")
 
     def _check_scst(self) -> None:
         parse_rewards(self.reward)
@@ -128,8 +129,9 @@ class TrainConfig:
             raise UserError("--num-samples 1 leaves no others to hold it against; at least 2, or --baseline greedy")
         if self.samples == "beam" and self.baseline == "greedy":
             raise UserError("--samples beam: they are held against their own mean, with no --baseline greedy")
-        self._refuse_changed("of training on captions, not of --scst", "region_dropout", "word_dropout", "scheduled_sampling",
-                             "label_smoothing")  # fmt: skip
+        if self.samples == "beam" and self.temperature is not None:
+            raise UserError("--samples beam: beams are not drawn, they have no --temperature")
+        self._refuse_changed("of training on captions, not of --scst", "word_dropout", "scheduled_sampling", "label_smoothing")
 
     def _refuse_changed(self, what: str, *names: str) -> None:
         """UserError where one of these settings, which would do nothing, is not its default."""
@@ -169,6 +171,8 @@ def settle(
         config, chosen = replace(config, vocabulary=kind), chosen | sizes | {"preset": None, "min_count": None}
     if config.scst:
         chosen |= SCST | {"epochs": None if config.minutes else SCST["epochs"]}
+        if config.samples == "beam":
+            del chosen["temperature"]
     chosen = {name: chosen[name] for name in vars(config) if name in chosen and getattr(config, name) is None}
     return replace(config, **chosen, precision=machine.precision)
 

@@ -211,8 +211,8 @@ def announce(run: Run, cache: FeatureCache) -> None:
     say(f"train {len(run.train):,} images, {run.train.captions:,} captions; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
     if config.scst:
-        how = "beams" if config.samples == "beam" else "samples"
-        say(f"self-critical: {config.num_samples} {how} an image, reward {config.reward}, baseline {config.baseline}")
+        how = "beams an image" if config.samples == "beam" else f"samples an image at temperature {config.temperature:g}"
+        say(f"self-critical: {config.num_samples} {how}, reward {config.reward}, baseline {config.baseline}")
     length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
     length += f", {config.minutes:g} minutes at most" if config.minutes else ""
     name = f"of {config.init}" if config.init else f"preset {config.preset}"

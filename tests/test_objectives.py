@@ -61,7 +61,7 @@ def every_caption() -> torch.Tensor:
     return torch.tensor([caption + [EOS] * (LIMIT - len(caption)) for caption in [*ended, *cut]])
 
 
-def enumerated_log_p(captioner: Captioner, memory: Memory) -> torch.Tensor:
+def enumerated_log_p(captioner: Captioner, memory: Memory, temperature: float) -> torch.Tensor:
     """log p of every caption by the plain way: softmax over <eos> and the three words, place by place, [N]."""
     found = []
     for caption in every_caption().tolist():
@@ -69,7 +69,7 @@ def enumerated_log_p(captioner: Captioner, memory: Memory) -> torch.Tensor:
         for word in caption:
             logits = captioner.decode(torch.tensor([[read]]), memory)[0, 0, -1].clone()
             logits[[PAD, BOS, UNK]] = -torch.inf
-            total = total + logits.log_softmax(0)[word]
+            total = total + (logits / temperature).log_softmax(0)[word]
             read.append(word)
             if word == EOS:
                 break
@@ -87,12 +87,13 @@ def gradient(captioner: Captioner, loss: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- gradient
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])
-def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baseline):
+def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baseline, temperature):
     """Three words, captions of up to two: all 13 captions, cut ones among them, and all 169 pairs of samples."""
     captioner, one = small(), images(1)
     memory = captioner.encode(regions(one))
-    log_p = enumerated_log_p(captioner, memory)
+    log_p = enumerated_log_p(captioner, memory, temperature)
     assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)  # nothing is lost to padding or to the limit
     captions = every_caption()
     reward = torch.rand(len(captions), generator=torch.Generator().manual_seed(2))
@@ -101,7 +102,7 @@ def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baselin
     def rewards(image_ids, samples):
         return reward[(samples[:, :, None] == captions).all(-1).int().argmax(-1)]
 
-    critical = objective(captioner, rewards, num_samples=2, baseline=baseline)
+    critical = objective(captioner, rewards, num_samples=2, baseline=baseline, temperature=temperature)
     pairs = torch.cartesian_prod(torch.arange(len(captions)), torch.arange(len(captions)))
     drawn = captions[pairs]  # [169,2,L]
     memory = captioner.encode(regions(one)).keep(torch.zeros(len(pairs), dtype=torch.int64))
@@ -114,12 +115,13 @@ def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baselin
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
-def test_samples_come_as_often_as_they_are_likely_cut_ones_too():
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_samples_come_as_often_as_they_are_likely_cut_ones_too(temperature):
     captioner, one = small(), images(1)
-    critical = objective(captioner, num_samples=50)
+    critical = objective(captioner, num_samples=50, temperature=temperature)
     with torch.no_grad():
         memory = captioner.encode(regions(one))
-        p = enumerated_log_p(captioner, memory).exp()
+        p = enumerated_log_p(captioner, memory, temperature).exp()
         drawn = torch.cat([critical.draw(memory, [0], step)[0] for step in range(400)])
     counts = (drawn[:, None] == every_caption()).all(-1).sum(0)
     assert counts.sum() == len(drawn)  # nothing else is said
@@ -130,12 +132,13 @@ def test_samples_come_as_often_as_they_are_likely_cut_ones_too():
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_log_p_of_sampling_is_that_of_the_teacher_forced_pass(precision):
+def test_log_p_of_sampling_is_that_of_the_teacher_forced_pass(precision, temperature):
     """Step by step with a cache of keys and values, and all at once, packed: the same distribution."""
     captioner, four = small(60, 12, 64), images(4)
     machine = replace(FP32, precision=precision)
-    policy = Generation(num_beams=1, do_sample=True, num_return_sequences=5)
+    policy = Generation(num_beams=1, do_sample=True, num_return_sequences=5, temperature=temperature)
     with torch.no_grad(), machine.autocast():
         memory = captioner.encode(regions(four))
         drawn = sample(captioner, memory, policy, torch.Generator().manual_seed(0))
@@ -230,6 +233,14 @@ def test_each_image_is_encoded_once_a_step(monkeypatch):
     assert seen == [4]
 
 
+def test_regions_are_left_out_once_a_step_for_samples_and_gradient_alike(monkeypatch):
+    captioner, seen = small(60, 12, 64), []
+    plain = captioner.encode
+    monkeypatch.setattr(captioner, "encode", lambda given: seen.append(given) or plain(given))
+    objective(captioner, region_dropout=0.4)(captioner, images(4), 0, 0.0)
+    assert [given.counts.tolist() for given in seen] == [[2, 2, 3, 2]]  # of 3, 4, 5, 3
+
+
 def test_parts_of_a_step_add_up_to_the_whole():
     captioner, six = small(60, 12, 64), images(6)
     critical = objective(captioner)
@@ -286,6 +297,8 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
     ({"num_samples": 0}, "must be at least 1"), ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
     ({"num_samples": 1, "samples": "beam"}, "leaves no others"), ({"label_smoothing": 0.2}, "not of --scst"),
     ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"), ({"scst": False, "num_samples": 9}, "is of --scst"),
+    ({"samples": "beam", "temperature": 0.5}, "have no --temperature"), ({"temperature": 0.0}, "--temperature is 0.0, it must"),
+    ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"), ({"temperature": -1.0}, "must be above 0"),
     ({"preset": "small"}, "--preset small goes with no --init"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(settings, complaint):
