@@ -53,5 +53,7 @@ def drop_regions(regions: Regions, p: float) -> Regions:
 
 def replace_words(words: Tensor, positions: Tensor, p: float, unknown: int) -> Tensor:
     """Words [N] with a share `p` of them become `unknown`, but for those at position 0 (Bowman et al. 2016)."""
+    if p == 0:
+        return words
     drawn = torch.rand(words.shape, device=words.device) < p
     return torch.where(drawn & (positions > 0), unknown, words)

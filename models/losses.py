@@ -47,8 +47,7 @@ def caption_loss(
     text, targets = Packed(tokens[:, :, :-1], there), tokens[:, :, 1:][there]
     device = regions.features.device
     regions = drop_regions(regions, noise.regions)
-    if noise.words:
-        text.words = replace_words(text.words, text.positions, noise.words, noise.unknown)
+    text.words = replace_words(text.words, text.positions, noise.words, noise.unknown)
     states = captioner(regions, text.to(device), noise.sampled)
     output = getattr(captioner, "module", captioner)  # several processes and compilers wrap it
     weight, bias = output.word.weight, output.output_bias

@@ -83,8 +83,8 @@ class SelfCritical:
     def __init__(self, config: TrainConfig, machine: Machine, captioner: Captioner, rewards: Rewards) -> None:
         self.config, self.machine, self.captioner, self.rewards = config, machine, captioner, rewards
         k = config.num_samples
-        drawing = {"num_beams": 1, "do_sample": True, "temperature": config.temperature or 1.0}
-        self.policy = Generation(num_return_sequences=k, **({"num_beams": k} if config.samples == "beam" else drawing))
+        search = {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
+        self.policy = Generation(num_return_sequences=k, temperature=config.temperature or 1.0, **search)
         self.greedy = Generation(num_beams=1)
 
     def counted(self, batch: Batch) -> int:
