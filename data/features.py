@@ -20,12 +20,14 @@ have no row and why. `data.shards` writes all of this; here it is read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import h5py
 import numpy as np
@@ -47,6 +49,10 @@ class Rows(NamedTuple):
     counts: np.ndarray
 
 
+class NewerFormat(DataError):
+    """A file that a newer version of this program wrote: nothing is wrong with it."""
+
+
 class Unreadable(NamedTuple):
     """A photograph without a row, as a line of unreadable.jsonl; `size` and `mtime_ns` of the file then, -1 without one."""
 
@@ -66,10 +72,19 @@ def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
         yield temporary
         if sync:
             with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+                _fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _fsync(descriptor: int) -> None:
+    """Wait until a file is on the disk, where the file system has such a call (some have not)."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -97,26 +112,80 @@ def shard_paths(cache: Path) -> list[Path]:
     return sorted(cache.glob("shard-*.h5"))
 
 
-def open_shard(path: Path) -> h5py.File:
-    """Open a shard to read; DataError where it is not one of ours or its format is another."""
-    mend = "it is no cache of ours"
-    if path.match("shard-*.h5"):
-        mend = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise HDF5's errors that come from the operating system as OSError with number, reason and `path`.
+
+    HDF5 writes the number into its message only. What is left says that the content is not HDF5.
+    """
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path} cannot be opened as HDF5 ({error}); {mend}") from error
-    if file.attrs.get("format") != FORMAT:
-        found = file.attrs.get("format", "none")
+        yield
+    except (OSError, RuntimeError) as error:
+        found = re.search(r"errno = (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def open_shard(path: Path, stream: BinaryIO | None = None) -> h5py.File:
+    """Open a shard to read, without a lock: a shard never changes after it was renamed.
+
+    stream: an open binary file to read the bytes from; None: the file at `path`.
+    Raises DataError where the content is not a shard of this version, OSError where the file
+    system does not let it be read.
+    """
+    advice = "it is not a cache of this program"
+    if path.match("shard-*.h5"):
+        advice = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
+    try:
+        with system_errors(path):
+            file = h5py.File(path if stream is None else stream, "r", locking=False)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(f"{path} cannot be opened as HDF5 ({error}); {advice}") from error
+    found = _attribute(file, "format")
+    if found != FORMAT:
         file.close()
-        raise DataError(f"{path} has format {found}, this version reads and writes {FORMAT}; {mend}")
+        newer = isinstance(found, int) and found > FORMAT
+        if newer:
+            advice = "it was made by a newer version: update this one, or pass another folder"
+        error = NewerFormat if newer else DataError
+        raise error(f"{path} has format {found}, this version reads and writes {FORMAT}; {advice}")
     return file
+
+
+def _attribute(file: h5py.File, name: str) -> Any:
+    """An attribute as a Python value; "none" where it is absent or cannot be read."""
+    try:
+        value = file.attrs[name]
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return "none"
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@contextlib.contextmanager
+def reading_shard(path: Path) -> Iterator[h5py.File]:
+    """`open_shard` to read it whole; DataError where something in it is not what extraction writes."""
+    with open_shard(path) as file, system_errors(path):
+        try:
+            yield file
+        except DataError:
+            raise
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if getattr(error, "errno", None) or "errno = " in str(error):
+                raise
+            raise DataError(
+                f"{path} is damaged ({error}); check it with pipeline.extract --verify, make it again "
+                "with --repair"
+            ) from error
 
 
 def cache_header(cache: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Identity and provenance of a cache by its first shard, None where it has no shard yet."""
     for path in shard_paths(cache):
-        with open_shard(path) as file:
+        with reading_shard(path) as file:
             return json.loads(file.attrs["identity"]), json.loads(file.attrs["provenance"])
     return None
 
@@ -134,7 +203,7 @@ def has_same_cells(identity: Mapping[str, Any]) -> bool:
 
 def packed_backbone(file: Path) -> bytes | None:
     """The backbone's weights that a packed cache carries, as the bytes of a safetensors file."""
-    with open_shard(file) as opened:
+    with reading_shard(file) as opened:
         return opened["backbone"][:].tobytes() if "backbone" in opened else None
 
 
@@ -161,13 +230,15 @@ class FeatureCache:
         self.unreadable: dict[int, Unreadable] = {}
         identity = None
         for path in paths:
-            with open_shard(path) as file:
+            with reading_shard(path) as file:
                 if identity is None:
                     identity = file.attrs["identity"]
                     self.identity: dict[str, Any] = json.loads(identity)
                     self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
                     self.views = views_of(self.provenance)
                     self._maps = [[] for _ in endings(self.views)]
+                    rows, columns = self.identity["grid"]
+                    self.shape = (rows * columns, int(self.identity["channels"]))
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, json.loads(file.attrs["identity"])))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
@@ -179,7 +250,6 @@ class FeatureCache:
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
-        self.shape = (self.identity["grid"][0] * self.identity["grid"][1], self.identity["channels"])
 
     def _add(self, path: Path, file: h5py.File) -> None:
         ids = file["image_ids"][:].tolist()
@@ -190,7 +260,13 @@ class FeatureCache:
         for maps, end in zip(self._maps, endings(self.views), strict=True):
             if f"features{end}" not in file:
                 raise DataError(f"{path} has no features{end}, as its cache's other files have; remove it and extract again")
-            maps.append((_map(file[f"features{end}"]), _map(file[f"boxes{end}"]), file[f"counts{end}"][:]))
+            features, boxes = _map(file[f"features{end}"], path), _map(file[f"boxes{end}"], path)
+            counts = file[f"counts{end}"][:]
+            regions, channels = self.shape
+            wanted = ((len(ids), regions, channels), (len(ids), regions, 4), (len(ids),))
+            if (features.shape, boxes.shape, counts.shape) != wanted or features.dtype != np.float16:
+                raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its identity")
+            maps.append((features, boxes, counts))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (number, row)
             self._names[image_id] = name
@@ -323,11 +399,13 @@ class FeatureCache:
         self.__init__(state["path"])
 
 
-def _map(data: h5py.Dataset) -> np.ndarray:
+def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
     """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs microseconds."""
     if data.is_virtual:
-        raise DataError(f"{data.file.filename} only points to shards that are not beside it; copy the whole folder, or pack it")
-    return np.asarray(np.memmap(data.file.filename, data.dtype, "r", data.id.get_offset(), data.shape))
+        raise DataError(f"{path} only points to shards that are not beside it; copy the whole folder, or pack it")
+    if (offset := data.id.get_offset()) is None:
+        raise DataError(f"{path}: the rows of {data.name} are not contiguous, as extraction writes them")
+    return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
 
 
 def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -9,7 +9,9 @@ rows, and the last rename wins. The shard itself is written under a temporary na
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -31,13 +33,16 @@ from data.features import (
     FORMAT,
     PER_VIEW,
     FeatureCache,
+    NewerFormat,
     Rows,
     Unreadable,
     datasets_of,
     endings,
     has_same_cells,
     open_shard,
+    reading_shard,
     shard_paths,
+    system_errors,
     views_of,
     write_whole,
     written_whole,
@@ -72,7 +77,7 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     total = -(-len(images) // SHARD_IMAGES)
     first, after, foreign, held = None, 0, set(), set()
     for path in shard_paths(cache):
-        with open_shard(path) as file:
+        with reading_shard(path) as file:
             plan, ids = json.loads(file.attrs["plan"]), file["image_ids"][:].tolist()
             held.update(ids, (record[0] for record in json.loads(file.attrs["unreadable"])))
             after = max(after, plan["first"] + plan["shards"])
@@ -114,7 +119,7 @@ def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Seque
         return []
     numbers = []
     for path in paths:
-        with open_shard(path) as file:
+        with reading_shard(path) as file:
             plan = json.loads(file.attrs["plan"])
             numbers.append(plan["first"] + plan["shards"])
     first = max(numbers)
@@ -190,7 +195,7 @@ class Claims:
         except FileNotFoundError:  # another was quicker
             return
         if _owner(aside) != owner:
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(OSError):  # it exists again, or there are no hard links
                 os.link(aside, path)
         aside.unlink()
 
@@ -287,7 +292,7 @@ def write_shard(
         found = features, part.boxes.astype(np.float32, copy=False), part.counts.astype(np.int16), crc32
         arrays |= {f"{name}{end}": array for name, array in zip(PER_VIEW, found, strict=True)}
     try:
-        with written_whole(shard.path, True) as temporary, _plain_os_errors(temporary), h5py.File(temporary, "w") as file:
+        with written_whole(shard.path, True) as temporary, _new_file(temporary) as file:
             file.attrs["format"] = FORMAT
             file.attrs["identity"] = json.dumps(identity)
             file.attrs["provenance"] = json.dumps(provenance)
@@ -305,16 +310,13 @@ def write_shard(
 
 
 @contextlib.contextmanager
-def _plain_os_errors(path: Path) -> Iterator[None]:
-    """HDF5's errors while writing, with the system's number and the file's name where there is one."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        found = next((number for number in (28, 27, 122, 5) if f"errno = {number}" in str(error)), None)
-        number = getattr(error, "errno", None) or found
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+def _new_file(path: Path, **options: Any) -> Iterator[h5py.File]:
+    """A new HDF5 file, without a lock: it is renamed when whole, and some file systems have no locks.
+
+    HDF5's errors while writing are raised as OSError with the system's number.
+    """
+    with system_errors(path), h5py.File(path, "w", locking=False, **options) as file:
+        yield file
 
 
 def _tables_crc32(file: h5py.File) -> int:
@@ -335,7 +337,7 @@ def write_index(cache: Path) -> list[Unreadable]:
     with (
         written_whole(cache / "features.h5") as temporary,
         contextlib.ExitStack() as stack,
-        h5py.File(temporary, "w", libver=("v110", "v110")) as index,
+        _new_file(temporary, libver=("v110", "v110")) as index,
     ):
         shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
         for key in ("format", "identity", "provenance"):
@@ -385,7 +387,7 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
         raise DataError(f"{cache.path} holds no row to pack")
     target.parent.mkdir(parents=True, exist_ok=True)
     total = len(cache)
-    with written_whole(target, True) as temporary, _plain_os_errors(temporary), h5py.File(temporary, "w") as packed:
+    with written_whole(target, True) as temporary, _new_file(temporary) as packed:
         for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
             packed.attrs[name] = json.dumps(value)
         packed.attrs["format"] = FORMAT
@@ -411,14 +413,43 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
 # ------------------------------------------------------------------------------------------------------------- checking
 
 
-def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[str]:
-    """What is wrong with a shard (or a packed file), a line each: nothing where every row is as it was written."""
-    try:
-        file = open_shard(path)
-    except DataError as error:
-        return [str(error)]
-    with file:
+class _StoredBytes(io.FileIO):
+    """A file opened to read that remembers the first error of the file system."""
+
+    error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
         try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        try:
+            return super().seek(position, whence)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with a shard (or a packed file), a line each; empty where every row is as it was written.
+
+    Only bytes that were read are judged. OSError where the file system does not let all of them
+    be read, and NewerFormat for a file of a newer version: neither says that the shard is bad.
+    """
+    with _StoredBytes(path) as stored:
+        problems = _problems(path, stored, identity)
+    if stored.error is not None:
+        number = stored.error.errno or errno.EIO
+        raise OSError(number, os.strerror(number), str(path))
+    return problems
+
+
+def _problems(path: Path, stored: _StoredBytes, identity: Mapping[str, Any] | None) -> list[str]:
+    try:
+        with open_shard(path, stored) as file:
             if file["features"].is_virtual:
                 return [f"{path} only points to shards; check the cache's folder"]
             rows = len(file["image_ids"])
@@ -441,5 +472,9 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
                     name = file["names"].asstr()[row]
                     problems.append(f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not as it was written")
             return problems
-        except (OSError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as error:
-            return [f"{path} cannot be read as a shard: {error}"]
+    except NewerFormat:
+        raise
+    except DataError as error:
+        return [str(error)]
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        return [f"{path} cannot be read as a shard: {error}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ import click
 import numpy as np
 
 from data import DataError
-from data.features import FeatureCache, cache_header, open_shard, shard_paths
+from data.features import FeatureCache, cache_header, reading_shard, shard_paths
 from data.shards import pack, verify_shard
 from pipeline.cli import UserError
 from pipeline.runtime import Machine, refuse_what_cannot_fit
@@ -23,16 +24,29 @@ SHOWN, LOOKED_AT = 3, 500  # sample rows that are shown, rows that the statistic
 
 
 def check(path: Path) -> dict[Path, list[str]]:
-    """What is wrong with each shard of a cache (or with a packed file), by file; every row is read."""
+    """What is wrong with each shard of a cache (or with a packed file), by file; every row is read.
+
+    UserError where the file system does not let a file be read: nothing is known of it then.
+    """
     files = [path] if path.is_file() else shard_paths(path)
     if not files:
         raise UserError(f"{path} holds no shard-*.h5; nothing to check")
-    problems, identity = {}, most_common_identity(files)
+    problems, unknown, identity = {}, [], most_common_identity(files)
     with progress(len(files), "shards", "verify") as bar:
         for file in files:
-            if found := verify_shard(file, identity):
-                problems[file] = found
+            try:
+                if found := verify_shard(file, identity):
+                    problems[file] = found
+            except OSError as error:
+                unknown.append(f"{file}: {error.strerror}")
             bar.step(1, f"{len(problems)} bad" if problems else "")
+    if unknown:
+        for line in itertools.chain.from_iterable(problems.values()):
+            click.echo(line)
+        raise UserError(
+            f"{len(unknown)} of {len(files)} files could not be read, which does not make them bad shards: "
+            f"{'; '.join(unknown[:5])}. Nothing was changed; mend the file system or its permissions and try again"
+        )
     return problems
 
 
@@ -40,8 +54,8 @@ def most_common_identity(files: Sequence[Path]) -> dict | None:
     """The identity that most files of a cache have: a file of another is foreign there."""
     found: Counter[str] = Counter()
     for file in files:
-        with contextlib.suppress(DataError, KeyError), open_shard(file) as opened:
-            found[opened.attrs["identity"]] += 1
+        with contextlib.suppress(DataError, OSError), reading_shard(file) as opened:
+            found[json.dumps(json.loads(opened.attrs["identity"]))] += 1
     return json.loads(found.most_common(1)[0][0]) if found else None
 
 
@@ -58,7 +72,10 @@ def verify_cache(path: Path) -> None:
 
 
 def repair_cache(path: Path, machine: Machine) -> None:
-    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them again."""
+    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them again.
+
+    Nothing is put aside unless all bytes of every shard were read.
+    """
     if machine.world > 1:
         raise UserError("--repair runs as one process; start it without torchrun, and go on with torchrun after it")
     if not shard_paths(path):
@@ -67,9 +84,15 @@ def repair_cache(path: Path, machine: Machine) -> None:
     if problems:
         (path / "features.h5").unlink(missing_ok=True)  # of rows that are gone it would read zeros; it is made again
     for file, found in problems.items():
-        aside = file.with_name(f"{file.name}.bad")
+        aside = unused_name(file)
         file.replace(aside)
         say(f"{found[0]}; put aside as {aside.name} and made again")
+
+
+def unused_name(shard: Path) -> Path:
+    """shard-00000.h5.bad, or .bad2, .bad3, ... where an earlier repair has put one aside."""
+    names = itertools.chain(["bad"], (f"bad{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := shard.with_name(f"{shard.name}.{name}")).exists())
 
 
 def inspect_cache(path: Path) -> None:

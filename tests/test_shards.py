@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,11 +17,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from data import DataError, shards
 from data.features import FeatureCache, Rows, packed_backbone, shard_paths
 from data.shards import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
+from pipeline import keeping
+from pipeline.cli import UserError
+from pipeline.runtime import Machine
 from tests.test_features import IDENTITY, cache, small_shards, some_images, write_plan  # noqa: F401  fixtures
+
+CPU = torch.device("cpu")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -323,3 +331,83 @@ def test_a_claim_is_given_back_only_by_its_owner(shard):
         claim_of(shard).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1"}))
         claims.release(shard.path)
         assert claim_of(shard).exists()
+
+
+# -------------------------------------------------------------------------------------------------------- file systems
+
+
+def test_a_cache_is_written_and_read_without_locks(cache, small_shards):  # noqa: F811
+    """A file system without locks answers each request for one with an error, as a taken lock does."""
+    with contextlib.ExitStack() as stack:
+        for path in shard_paths(cache):
+            descriptor = os.open(path, os.O_RDWR)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert len(FeatureCache(cache)) == 35
+        assert [verify_shard(path) for path in shard_paths(cache)] == [[]] * 4
+        shards.write_index(cache)
+        shards.pack(FeatureCache(cache), cache / "packed.h5")
+        assert len(plan_shards(some_images(35), cache)) == 4
+
+
+def unreadable_file(path: Path, how: str) -> None:
+    """Put something in place of a file that the system does not let be read."""
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how == "an I/O error":
+        path.symlink_to("/proc/self/mem")  # the kernel answers EIO where nothing is mapped
+    else:
+        path.symlink_to("loop.h5")
+        path.with_name("loop.h5").symlink_to(path.name)
+
+
+@pytest.mark.parametrize("how", ["a folder", "an I/O error", "a loop of links"])
+def test_a_file_that_cannot_be_read_is_not_called_bad_and_nothing_is_put_aside(cache, how):  # noqa: F811
+    path, other = cache / "shard-00001.h5", cache / "shard-00002.h5"
+    unreadable_file(path, how)
+    content = bytearray(other.read_bytes())
+    content[-100] ^= 1
+    other.write_bytes(content)
+    with pytest.raises(OSError):
+        verify_shard(path)
+    before = sorted(file.name for file in cache.iterdir())
+    for step in (keeping.verify_cache, lambda cache: keeping.repair_cache(cache, Machine(CPU, "fp32", 0, 1))):
+        with pytest.raises(UserError, match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed"):
+            step(cache)
+        assert sorted(file.name for file in cache.iterdir()) == before
+    assert other.read_bytes() == content
+
+
+def test_a_shard_of_a_newer_version_is_not_put_aside(cache):  # noqa: F811
+    with h5py.File(cache / "shard-00001.h5", "r+") as file:
+        file.attrs["format"] = 2
+    with pytest.raises(DataError, match="made by a newer version"):
+        keeping.repair_cache(cache, Machine(CPU, "fp32", 0, 1))
+    assert (cache / "shard-00001.h5").exists()
+
+
+def test_a_second_repair_keeps_what_the_first_put_aside(cache):  # noqa: F811
+    path = cache / "shard-00001.h5"
+    for content in (b"first", b"second", b"third"):
+        path.write_bytes(content)
+        keeping.repair_cache(cache, Machine(CPU, "fp32", 0, 1))
+    kept = sorted(file.name for file in cache.glob("*.bad*"))
+    assert kept == [f"shard-00001.h5.{end}" for end in ("bad", "bad2", "bad3")]
+    assert [(cache / name).read_bytes() for name in kept] == [b"first", b"second", b"third"]
+
+
+@pytest.mark.parametrize("name", ["features", "boxes", "counts", "image_ids", "names"])
+@pytest.mark.parametrize("damage", ["absent", "another shape", "a group"])
+def test_a_shard_whose_tables_are_not_as_written_is_one_plain_error(cache, name, damage):  # noqa: F811
+    path = cache / "shard-00001.h5"
+    with h5py.File(path, "r+") as file:
+        values = file[name][:]
+        del file[name]
+        if damage == "another shape":
+            file[name] = np.zeros((len(values), 7), np.float32)
+        elif damage == "a group":
+            file.create_group(name)
+    with pytest.raises(DataError, match=r"shard-00001.h5"):
+        FeatureCache(cache)
+    assert verify_shard(path)
