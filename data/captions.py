@@ -14,8 +14,8 @@ from torch import Tensor
 
 from data import DataError
 from data.features import FeatureCache, iterate
+from data.segmentation import segmented_all
 from data.sources import Image, check_captioned
-from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
@@ -76,14 +76,17 @@ class CachedImages(torch.utils.data.Dataset):
 class CaptionedImages:
     """Images of one split with tokenised captions, ready to be drawn in batches from a cache."""
 
-    def __init__(self, images: Sequence[Image], cache: FeatureCache, split: str) -> None:
+    def __init__(
+        self, images: Sequence[Image], cache: FeatureCache, split: str, segment: str = "words"
+    ) -> None:
         check_captioned(images, split)
         self.images, self.left_out = cache.select(images)
         if not self.images:
             raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
         self.cache = cache
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
-        words = iter(tokenize_all([caption for image in self.images for caption in image.captions]))
+        captions = [caption for image in self.images for caption in image.captions]
+        words = iter(segmented_all(captions, segment))
         self.tokens = [[tokens for _ in image.captions if (tokens := next(words))] for image in self.images]
         for image, tokens in zip(self.images, self.tokens, strict=True):
             if not tokens:

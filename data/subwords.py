@@ -12,20 +12,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data import DataError
+from data.segmentation import join_characters
 from data.vocabulary import SPECIALS, UNK, Vocabulary
 
 START = "▁"
 
 
 class Subwords(Vocabulary):
-    """Pieces by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. `tokenizer` is the text of a tokenizer.json."""
+    """Pieces by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. `tokenizer` is the text of a tokenizer.json.
 
-    def __init__(self, words: Sequence[str], tokenizer: str) -> None:
-        super().__init__(words)
+    With segment "characters" pieces are learnt on the joined text: a piece may be a word of several characters.
+    """
+
+    def __init__(self, words: Sequence[str], tokenizer: str, segment: str = "words") -> None:
+        super().__init__(words, segment)
         self.tokenizer = tokenizer
 
     @classmethod
-    def build(cls, captions: Iterable[Sequence[str]], size: int) -> Subwords:
+    def build(cls, captions: Iterable[Sequence[str]], size: int, segment: str = "words") -> Subwords:
         """Learn at most `size` pieces, the four special ones included, on tokenised captions."""
         if size <= len(SPECIALS):
             raise DataError(f"a vocabulary of {size} pieces has no room for one; raise --vocab-size")
@@ -35,12 +39,15 @@ class Subwords(Vocabulary):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=size, special_tokens=list(SPECIALS), limit_alphabet=size - len(SPECIALS), show_progress=False
         )
-        learnt.train_from_iterator((" ".join(words) for words in captions), trainer)
+        texts = (" ".join(words) for words in captions)
+        learnt.train_from_iterator(map(join_characters, texts) if segment == "characters" else texts, trainer)
         pieces = sorted((number, piece) for piece, number in learnt.get_vocab().items())
-        return cls([piece for _, piece in pieces], learnt.to_str())
+        return cls([piece for _, piece in pieces], learnt.to_str(), segment)
 
     def encode(self, tokens: Sequence[str]) -> list[int]:
         """Ids of the pieces of tokens, without <bos> and <eos>; letters never seen are <unk>."""
+        if self.segment == "characters":
+            tokens = join_characters(" ".join(tokens)).split()
         return [number for token in tokens for number in self._pieces(token)]
 
     @functools.cached_property
@@ -64,7 +71,8 @@ class Subwords(Vocabulary):
 
     def join(self, words: Sequence[str]) -> str:
         """Words from their pieces."""
-        return " ".join("".join(words).replace(START, " ").split())
+        text = " ".join("".join(words).replace(START, " ").split())
+        return join_characters(text) if self.segment == "characters" else text
 
 
 def _tokenizers() -> Any:

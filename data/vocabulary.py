@@ -6,22 +6,28 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from data import DataError
+from data.segmentation import join_characters
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 class Vocabulary:
-    """Words by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>."""
+    """Words by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>.
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = tuple(words)
+    segment: what its words are, as `data.segmentation` has it; captions of characters are joined without blanks.
+    """
+
+    def __init__(self, words: Sequence[str], segment: str = "words") -> None:
+        self.words, self.segment = tuple(words), segment
         if self.words[: len(SPECIALS)] != SPECIALS or len(set(self.words)) != len(self.words):
             raise DataError(f"no vocabulary: it must begin with {' '.join(SPECIALS)} and name each word once")
         self._ids = {word: number for number, word in enumerate(self.words) if number > UNK}  # an "<eos>" in a text is none
 
     @classmethod
-    def build(cls, captions: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
+    def build(
+        cls, captions: Iterable[Sequence[str]], min_count: int, segment: str = "words"
+    ) -> Vocabulary:
         """Words seen at least `min_count` times in tokenised captions, most frequent first, ties by alphabet."""
         counts = Counter(word for tokens in captions for word in tokens)
         words = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
@@ -29,7 +35,7 @@ class Vocabulary:
         if not words:
             seen = f"{len(counts)} different words, none {min_count} times" if counts else "no words at all"
             raise DataError(f"the vocabulary has no words: the train captions hold {seen}; lower --min-count")
-        return cls((*SPECIALS, *words))
+        return cls((*SPECIALS, *words), segment)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -49,4 +55,5 @@ class Vocabulary:
         return self.join(words)
 
     def join(self, words: Sequence[str]) -> str:
-        return " ".join(words)
+        text = " ".join(words)
+        return join_characters(text) if self.segment == "characters" else text

@@ -158,9 +158,15 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     words = _read_json(folder, "vocab.json", list)
     if not all(isinstance(word, str) for word in words):
         raise UserError(f"{folder}/vocab.json holds something that is no word")
+    segment = segment_of(load_record(folder)["training"])
     if (folder / "tokenizer.json").exists():
-        return Subwords(words, json.dumps(_read_json(folder, "tokenizer.json", dict)))
-    return Vocabulary(words)
+        return Subwords(words, json.dumps(_read_json(folder, "tokenizer.json", dict)), segment)
+    return Vocabulary(words, segment)
+
+
+def segment_of(training: Mapping[str, Any]) -> str:
+    """What a word was in the training that config.json records, as `data.segmentation` has it."""
+    return "characters" if training.get("segment") == "characters" else "words"
 
 
 def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from data.features import FeatureCache, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
+from data.segmentation import SEGMENTS, segmented_all, without_blanks
 from data.sources import DATASETS, Image, Source, check_captioned, open_source
-from data.tokens import tokenize_all
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
 from pipeline.options import DecodingOptions, by_option
@@ -43,6 +43,9 @@ class EvaluateConfig(DecodingOptions):
     against: Path | None = setting(None, "another results file over the same images: is the difference real?")
     df: Path | None = setting(None, "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]")
     train_captions: Path | None = setting(None, "training captions, for the share of novel ones  [the checkpoint's own]")
+    segment: str | None = setting(
+        None, "what a word is: characters for captions without blanks between words  [the run's, else words]", choices=SEGMENTS
+    )
     meteor: bool = setting(False, "METEOR too (Java)")
     spice: bool = setting(False, "SPICE too (Java)")
     bootstrap: int = setting(1000, "resamples for intervals and --against; 0: no intervals")
@@ -128,7 +131,7 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
     stems = [file.stem for file in config.captions]
     if config.out and len(set(stems)) < len(stems):
         raise UserError(f"several --captions are called {max(stems, key=stems.count)}.json, and so would be their scores")
-    train = train_tokens(config)
+    train = train_tokens(config, segment_of_file(config))
     opened: dict[tuple[int, ...], References] = {}
     for file in config.captions:
         captions = dict(list(read_results(file).items())[: config.limit])
@@ -166,7 +169,10 @@ def match(
         if not key:
             raise DataError(f"no image of {file} is in {config.references}")
         if key not in opened:
-            opened[key] = References(references_by_image(config, set(key)), frequencies=frequencies(config))
+            captions_of_key = references_by_image(config, set(key))
+            opened[key] = References(
+                captions_of_key, frequencies=frequencies(config), segment=segment_of_file(config)
+            )
         references = opened[key]
     return {image_id: captions[image_id] for image_id in references.rows}, references
 
@@ -174,13 +180,30 @@ def match(
 def open_references(config: EvaluateConfig) -> References:
     """The counted references of the whole file, or of --ids: read where they are kept, else counted and kept."""
     ids = read_ids(config.ids) if config.ids else None
-    parts = [json.dumps([config.split, ids, bool(config.df)]).encode(), config.df.read_bytes() if config.df else b""]
+    segment = segment_of_file(config)
+    parts = [
+        json.dumps([config.split, ids, bool(config.df), segment]).encode(),
+        config.df.read_bytes() if config.df else b"",
+    ]
     path = prepared_path(config.references, *parts)
     with contextlib.suppress(DataError, OSError):  # one that is not there or not whole is made again
         return References.load(path)
-    references = References(references_by_image(config), frequencies=frequencies(config))
+    captions = references_by_image(config)
+    if config.segment is None:
+        warn_without_blanks(caption for group in captions.values() for caption in group)
+    references = References(captions, frequencies=frequencies(config), segment=segment)
     keep(references, path)
     return references
+
+
+def segment_of_file(config: EvaluateConfig) -> str:
+    return config.segment or "words"
+
+
+def warn_without_blanks(captions: Iterable[str]) -> None:
+    if example := without_blanks(captions):
+        say(f"warning: the captions have no blanks between words (as {example[:40]!r}), so that each sentence is one word; "
+            "pass --segment characters")  # fmt: skip
 
 
 def references_by_image(config: EvaluateConfig, only: set[int] | None = None) -> dict[int, Sequence[str]]:
@@ -202,13 +225,15 @@ def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
     return found
 
 
-def train_tokens(config: EvaluateConfig, images: Iterable[Image] = ()) -> frozenset[tuple[str, ...]] | None:
+def train_tokens(
+    config: EvaluateConfig, segment: str, images: Iterable[Image] = ()
+) -> frozenset[tuple[str, ...]] | None:
     if config.train_captions:
         images = read_references(config.train_captions, "train")
     captions = [caption for image in images for caption in image.captions]
     if config.train_captions and not captions:
         raise DataError(f"--train-captions {config.train_captions} has no captions of a train split")
-    return frozenset(map(tuple, tokenize_all(captions))) if captions else None
+    return frozenset(map(tuple, segmented_all(captions, segment))) if captions else None
 
 
 def make_scorer(
@@ -264,8 +289,10 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
         say(f"all captions, with log-probabilities: {out.with_name(f'nbest-{split}.json')}")
     scorer = None
     if scored:
-        references = References({image.id: image.captions for image in images}, frequencies=frequencies(config))
-        train = train_tokens(config, [image for image in source.images if image.split == "train"])
+        segment = config.segment or checkpoint.vocabulary.segment
+        captions_by_image = {image.id: image.captions for image in images}
+        references = References(captions_by_image, frequencies=frequencies(config), segment=segment)
+        train = train_tokens(config, segment, [image for image in source.images if image.split == "train"])
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
     return Job(folder.name, captions, wanted, scorer, out, about)

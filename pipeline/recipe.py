@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.captions import CaptionedImages
+from data.segmentation import SEGMENTS
 from data.sources import DATASETS
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
@@ -33,6 +34,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 # With --scst, in place of a preset's.
 SCST: Mapping[str, Any] = {"lr": 1e-5, "batch": 20, "dropout": 0.0, "epochs": 15, "temperature": 0.5}
+# A data set of few images is passed over until it had so many steps, of a twentieth of its images each.
+SMALL_SET_STEPS, SMALLEST_BATCH = 1000, 8
+VALIDATION_STEPS = 50  # at least so many steps lie between two validations of a small set
+PATIENT_STEPS = 500  # steps before which --patience does not end a run
 SCHEDULES = ("cosine", "noam", "constant")
 # between a run and its resumption
 MAY_DIFFER = {"resume", "init", "out", "features", "root", "annotations", "images", "device", "cache_in", "compile",
@@ -70,12 +75,21 @@ class TrainConfig:
     scheduled_sampling: float = setting(0.0, "share of the words read that become the model's own, at the end; from 0 on")
     views: bool = setting(True, "draw from the views that the cache keeps (extract --views flip)")
     vocabulary: str = setting("word", "words, or pieces of words by byte-pair encoding", choices=("word", "bpe"))
+    segment: str | None = setting(
+        None, "what a word is: characters for captions without blanks between words  [words]", choices=SEGMENTS
+    )
     vocab_size: int = setting(4000, "pieces, with --vocabulary bpe")
-    max_length: int | None = setting(None, "words (bpe: pieces) of a caption; longer ones are cut  [20, bpe 30]")
+    max_length: int | None = setting(
+        None, "words (bpe: pieces) of a caption; longer ones are cut  [so that 99 % are whole; at least 20, bpe 30]"
+    )
     min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]")
-    epochs: int | None = setting(None, "passes over train  [300,000 captions in all, 12 to 60; sample: 18; with --scst 15]")
+    epochs: int | None = setting(
+        None, "passes over train  [300,000 captions in all, 12 to 60; of few images 1,000 steps; sample 18; --scst 15]"
+    )
     minutes: float | None = setting(None, "end after so long, validation included; whichever of this and --epochs is first")
-    batch: int | None = setting(None, "images a step, over all processes, with all captions  [by preset; with --scst 20]")
+    batch: int | None = setting(
+        None, "images a step, over all processes, with all captions  [by preset, of few images a 20th; with --scst 20]"
+    )
     accumulate: int = setting(1, "parts that a step's images are taken in: less memory, the same step")
     lr: float | None = setting(None, "peak learning rate  [by preset; with --scst 1e-5]")
     schedule: str = setting("cosine", "of the learning rate, after warm-up", choices=SCHEDULES)
@@ -86,8 +100,8 @@ class TrainConfig:
     ema: float = setting(0.0, "decay of a moving average of the weights, which is what is scored and kept; 0: none")
     compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one")
     cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
-    eval_steps: int | None = setting(None, "steps between validations on dev  [an epoch]")
-    patience: int = setting(5, "validations without a better CIDEr on dev before the early stop")
+    eval_steps: int | None = setting(None, "steps between validations on dev  [an epoch; for a small set 50]")
+    patience: int = setting(5, f"validations without a better CIDEr on dev before the early stop, from step {PATIENT_STEPS} on")
     train_on_dev: bool = setting(False, "train on dev too, where the recipe is fixed: the last epoch is kept")
     beam: int = setting(5, "beams on dev, and the run's default")
     length_penalty: float = setting(1.0, "exponent of the length that scores are divided by, and the run's default")
@@ -150,16 +164,9 @@ def settle(
 ) -> TrainConfig:
     """Choose what the options leave open from the number of captions and the machine. sizes, vocabulary: those of --init,
     which stay; UserError where an option has another."""
-    captions = train.captions
+    captions, images = train.captions, len(train)
     preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
-    epochs = 18 if config.dataset == "sample" else min(60, max(12, round(300_000 / captions)))
-    chosen = {
-        **PRESETS[preset],
-        "preset": preset,
-        "min_count": 5 if captions >= 10_000 else 1,
-        "epochs": None if config.minutes else epochs,
-        "max_length": 30 if config.vocabulary == "bpe" else 20,
-    }
+    chosen = {**PRESETS[preset], "preset": preset, "min_count": 5 if captions >= 10_000 else 1}
     if sizes:
         for name in (*SIZES[:-1], "max_length"):
             if getattr(config, name) not in (None, sizes[name]):
@@ -170,9 +177,22 @@ def settle(
         config._refuse_changed(f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size")
         config, chosen = replace(config, vocabulary=kind), chosen | sizes | {"preset": None, "min_count": None}
     if config.scst:
-        chosen |= SCST | {"epochs": None if config.minutes else SCST["epochs"]}
+        chosen |= SCST
         if config.samples == "beam":
             del chosen["temperature"]
+    if config.dataset != "sample":
+        chosen["batch"] = min(chosen["batch"], max(SMALLEST_BATCH, images // 20))
+    if not config.minutes:
+        chosen.setdefault("epochs", min(60, max(12, round(300_000 / captions))))
+    else:
+        chosen.pop("epochs", None)
+    if config.dataset == "sample":
+        chosen |= {"epochs": 18} if not (config.minutes or config.scst) else {}
+    elif (steps := -(-images // (config.batch or chosen["batch"]))) < VALIDATION_STEPS:
+        if "epochs" in chosen and not config.scst:
+            chosen["epochs"] = max(chosen["epochs"], -(-SMALL_SET_STEPS // steps))
+        if config.epochs is None:
+            chosen["eval_steps"] = VALIDATION_STEPS
     chosen = {name: chosen[name] for name in vars(config) if name in chosen and getattr(config, name) is None}
     return replace(config, **chosen, precision=machine.precision)
 

@@ -24,11 +24,11 @@ import numpy as np
 
 from data import DataError, tokens
 from data.features import written_whole
-from data.tokens import tokenize
+from data.segmentation import segmented
 
 ORDERS = 4
 MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
-FORMAT = 1  # of the file that `save` writes
+FORMAT = 2  # of the file that `save` writes
 TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
 
 
@@ -113,6 +113,7 @@ class References:
     vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as they come.
     frequencies: captions by image id whose document frequencies (images that have an n-gram, and the number of images)
         are used in place of the references' own, as where a small set is scored with those of a large one.
+    segment: how strings are cut into tokens, as `data.segmentation` has it.
     """
 
     def __init__(
@@ -120,14 +121,17 @@ class References:
         references: Mapping[int, Sequence[str | Sequence[str]]],
         vocabulary: Sequence[str] = (),
         frequencies: Mapping[int, Sequence[str | Sequence[str]]] | None = None,
+        segment: str = "words",
     ) -> None:
         if not references:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
-        self.vocabulary = Numbers(vocabulary)
+        self.vocabulary, self.segment = Numbers(vocabulary), segment
         if frequencies is not None and not frequencies:
             raise DataError("no captions to take document frequencies from")
-        self._count(tokens_by_image(references), tokens_by_image(frequencies or {}))
+        self._count(
+            tokens_by_image(references, segment), tokens_by_image(frequencies or {}, segment)
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -277,6 +281,7 @@ class References:
     def save(self, path: Path) -> None:
         """Keep the tables in one .npz file, written whole or not at all."""
         arrays = {name: getattr(self, name) for name in TABLES} | {"format": np.array(FORMAT), "words": np.array(self.words)}
+        arrays["segment"] = np.array(self.segment)
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
         with written_whole(path) as temporary, temporary.open("wb") as file:
@@ -292,6 +297,7 @@ class References:
                     raise DataError(f"{path} has format {file['format']}, this program reads {FORMAT}; delete it")
                 found.rows = {image_id: row for row, image_id in enumerate(file["image_ids"].tolist())}
                 found.vocabulary, found.words = Numbers(json.loads(file["vocabulary"].tobytes())), int(file["words"])
+                found.segment = str(file["segment"])
                 for name in TABLES:
                     setattr(found, name, file[name])
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
@@ -301,7 +307,9 @@ class References:
         return found
 
 
-def tokens_by_image(references: Mapping[int, Sequence[str | Sequence[str]]]) -> list[list[list[str]]]:
+def tokens_by_image(
+    references: Mapping[int, Sequence[str | Sequence[str]]], segment: str = "words"
+) -> list[list[list[str]]]:
     """The words of each caption by image; DataError for an image without captions and for what is no caption."""
     found = []
     for image_id, captions in references.items():
@@ -309,13 +317,13 @@ def tokens_by_image(references: Mapping[int, Sequence[str | Sequence[str]]]) -> 
             raise DataError(f"image {image_id}: the references are one string; pass a list of captions")
         if not len(captions):
             raise DataError(f"image {image_id} has no references")
-        found.append([words_of(image_id, caption) for caption in captions])
+        found.append([words_of(image_id, caption, segment) for caption in captions])
     return found
 
 
-def words_of(image_id: int, caption: str | Sequence[str]) -> list[str]:
+def words_of(image_id: int, caption: str | Sequence[str], segment: str = "words") -> list[str]:
     if isinstance(caption, str):
-        return tokenize(caption)
+        return segmented(caption, segment)
     if isinstance(caption, list | tuple) and all(isinstance(word, str) for word in caption):
         return list(caption)
     raise DataError(f"image {image_id}: a caption is {type(caption).__name__} {caption!r}, not a string")

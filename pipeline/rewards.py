@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data.captions import CaptionedImages
+from data.segmentation import characters
 from data.subwords import Subwords
 from data.vocabulary import EOS, Vocabulary
 from pipeline.cider import TokenCider
@@ -123,13 +124,19 @@ class Rewards:
         """As TokenCider.compare, on the words that pieces make."""
         end, known = self.vocabulary.words[EOS], self.references.vocabulary
         captions = [
-            [*self.vocabulary.decode(row).split(), *([end] if EOS in row else [])] for row in tokens.flatten(0, 1).tolist()
+            [*self._words(row), *([end] if EOS in row else [])] for row in tokens.flatten(0, 1).tolist()
         ]
         before = len(known)
         matches = self.references.compare(each, self.references.numbered(captions))
         while len(known) > before:  # pieces make ever new words, none of which any reference has
             known.popitem()
         return matches
+
+    def _words(self, row: Sequence[int]) -> list[str]:
+        words = self.vocabulary.decode(row).split()
+        if self.vocabulary.segment == "characters":
+            return [part for word in words for part in characters(word)]
+        return words
 
     def _called(self, name: str, image_ids: Sequence[int], tokens: Tensor) -> np.ndarray:
         captions = [self.vocabulary.decode(row) for row in tokens.flatten(0, 1).tolist()]

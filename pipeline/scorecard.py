@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from data.tokens import tokenize_all
+from data.segmentation import segmented_all
 from pipeline.java import Meteor, NotComputed, spice
 from pipeline.references import References
 from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
@@ -56,7 +56,7 @@ class Scorer:
             "refs": self.name,
             "nrefs": few if few == many else f"{few}-{many}",
             "case": "lower",
-            "tok": "ptb",
+            "tok": "ptb" if self.references.segment == "words" else "ptb+characters",
             "df": self.frequencies,
             "eos": "no",
             "bootstrap": f"{self.resamples}.seed{self.seed}" if self.resamples else "no",
@@ -84,7 +84,7 @@ def make_card(
     name: str, captions: Mapping[int, str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool
 ) -> Card:
     """Score one caption for each image of the references with everything that is asked for."""
-    tokenised = dict(zip(captions, tokenize_all(captions.values()), strict=True))
+    tokenised = dict(zip(captions, segmented_all(list(captions.values()), scorer.references.segment), strict=True))
     scores = score(tokenised, scorer.references)
     tokens = [tokenised[image_id] for image_id in scorer.references.rows]
     card = Card(name, dict(scores.values), {}, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, {}, scorer)

@@ -48,7 +48,8 @@ def score(candidates: Mapping[int, str | Sequence[str]], references: References 
     missing = [image_id for image_id in references.rows if image_id not in candidates]
     if missing:
         raise DataError(f"image {missing[0]} has references but no candidate ({len(missing)} such images)")
-    words = references.numbered([words_of(image_id, candidates[image_id]) for image_id in references.rows])
+    segment = references.segment
+    words = references.numbered([words_of(image_id, candidates[image_id], segment) for image_id in references.rows])
     rows = np.arange(len(references))
     matches = references.compare(rows, words)
     sums = bleu_sums(rows, matches, references)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data import DataError
 from data.captions import CaptionedImages
 from data.features import FeatureCache, differences
-from data.sources import Source, open_source
+from data.segmentation import without_blanks
+from data.sources import Image, Source, open_source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
 from models.captioner import Captioner, CaptionerConfig
@@ -39,13 +42,15 @@ from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
 from pipeline.hub import checkpoint_folder
 from pipeline.journal import Journal
-from pipeline.recipe import MAY_DIFFER, PRESETS, SIZES, TrainConfig, settle
+from pipeline.recipe import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
+EXTENDED = ("epochs", "eval_steps")  # what `--resume --epochs MORE` may change
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
+FEW_DEV_IMAGES = 20  # fewer say little
 
 
 @command(TrainConfig, presets=PRESETS)
@@ -58,8 +63,9 @@ def main(config: TrainConfig) -> None:
     with processes.joined(machine):
         with processes.first_alone(machine):  # it may draw the sample
             source, cache, folder = open_inputs(config)
-        train, dev = open_splits(config, source, cache)
         begun = open_init(config, folder, cache)
+        config = replace(config, segment=choose_segment(config, source, begun))
+        train, dev = open_splits(config, source, cache)
         config = settle(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, train, dev, begun)
@@ -112,16 +118,56 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun |
     return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
 
 
+def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> str | None:
+    """What a word is: the run's of --init, else as asked. UserError where captions have no blanks
+    between words and no option says what to do with them; pieces of words need none."""
+    if begun:
+        own = begun.vocabulary.segment
+        if config.segment not in (None, own):
+            raise UserError(f"--segment is {config.segment}, {config.init} has {own}")
+        return config.segment or (own if own != "words" else None)
+    if config.segment:
+        return config.segment
+    example = without_blanks(caption for image in source.images for caption in image.captions)
+    if example is None:
+        return None
+    what = f"the captions have no blanks between words (as {example[:40]!r})"
+    if config.vocabulary == "word":
+        raise UserError(
+            f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several characters, "
+            "or --segment words to take each sentence as one word"
+        )
+    say(f"{what}: pieces are learnt on the text as it is, scores take each character as a word")
+    return "characters"
+
+
 def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tuple[CaptionedImages, CaptionedImages | None]:
     """Train, and dev to choose by: none with --train-on-dev."""
-    train, dev = source.select("train")[: config.limit], source.select("dev")[: config.limit]
+    segment = config.segment or "words"
+    train, dev = source.select("train")[: config.limit], select_dev(config, source)[: config.limit]
     if config.train_on_dev:
-        found = [CaptionedImages([*train, *dev], cache, "train"), None]
+        found = [CaptionedImages([*train, *dev], cache, "train", segment), None]
     else:
-        found = [CaptionedImages(train, cache, "train"), CaptionedImages(dev[:DEV_IMAGES], cache, "dev")]
+        found = [
+            CaptionedImages(train, cache, "train", segment),
+            CaptionedImages(dev[:DEV_IMAGES], cache, "dev", segment),
+        ]
     if left_out := sum(part.left_out for part in found if part):
         say(f"{left_out} photographs are left out: {cache.path / 'unreadable.jsonl'} lists them")
     return found[0], found[1]
+
+
+def select_dev(config: TrainConfig, source: Source) -> list[Image]:
+    """The dev photographs; where there are none, that is an error unless nothing is chosen by them."""
+    try:
+        return source.select("dev")
+    except DataError as error:
+        if config.train_on_dev:
+            return []
+        raise UserError(
+            f"{error}. Choosing the best epoch needs a second photograph; pass --train-on-dev to train "
+            "without choosing"
+        ) from error
 
 
 def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[CaptionedImages], machine: Machine) -> None:
@@ -165,6 +211,8 @@ def open_run(
         vocabulary = begun.vocabulary
     else:
         vocabulary = processes.of_first(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
+    if config.max_length is None:
+        config = replace(config, max_length=choose_max_length(config, vocabulary, train))
     sizes = {name: getattr(config, name) for name in SIZES}
     model = CaptionerConfig(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length)
     captioner = Captioner(model)
@@ -192,10 +240,20 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: CaptionedImages) -
     """The vocabulary of the train captions; of pieces, a run's own is kept: another version of their package learns others."""
     captions = (words for group in train.tokens for words in group)
     if config.vocabulary == "word":
-        return Vocabulary.build(captions, config.min_count)
+        return Vocabulary.build(captions, config.min_count, config.segment or "words")
     if config.resume and (folder / "tokenizer.json").exists():
         return load_vocabulary(folder)
-    return Subwords.build(captions, config.vocab_size)
+    return Subwords.build(captions, config.vocab_size, config.segment or "words")
+
+
+def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: CaptionedImages) -> int:
+    """The length in words (or pieces) that 99 % of the train captions do not exceed, at least 20 (30)."""
+    least = 30 if config.vocabulary == "bpe" else 20
+    return max(least, int(np.percentile(caption_lengths(vocabulary, train), 99, method="higher")))
+
+
+def caption_lengths(vocabulary: Vocabulary, part: CaptionedImages) -> list[int]:
+    return [len(vocabulary.encode(words)) for group in part.tokens for words in group]
 
 
 def announce(run: Run, cache: FeatureCache) -> None:
@@ -210,6 +268,16 @@ def announce(run: Run, cache: FeatureCache) -> None:
     dev = f"dev {len(run.dev):,}" if run.dev else "dev among them: nothing is chosen by it"
     say(f"train {len(run.train):,} images, {run.train.captions:,} captions; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
+    lengths = caption_lengths(run.checkpoint.vocabulary, run.train)
+    if cut := sum(length > model.max_length for length in lengths):
+        say(f"{cut:,} of {len(lengths):,} train captions ({cut / len(lengths):.1%}) have more than {model.max_length} "
+            f"{pieces} and are cut there; the longest has {max(lengths):,}; --max-length changes it")  # fmt: skip
+    if run.dev and len(run.dev) < FEW_DEV_IMAGES:
+        say(
+            f"warning: dev has {len(run.dev)} images; of fewer than about {FEW_DEV_IMAGES} its scores are mostly "
+            "chance, and so is the choice of the best epoch. Add photographs, or pass --train-on-dev, which "
+            "trains on all of them and chooses nothing"
+        )
     if config.scst:
         how = "beams an image" if config.samples == "beam" else f"samples an image at temperature {config.temperature:g}"
         say(f"self-critical: {config.num_samples} {how}, reward {config.reward}, baseline {config.baseline}")
@@ -230,10 +298,22 @@ def unknown_share(vocabulary: Vocabulary, part: CaptionedImages) -> float:
     return found.count(UNK) / max(1, len(found))
 
 
+def best_of(scored: Sequence[dict[str, Any]]) -> int:
+    """The place of the best validation: the highest CIDEr on dev, of equal ones the lowest loss."""
+    return max(range(len(scored)), key=lambda at: (scored[at]["dev"]["CIDEr"], -scored[at]["dev"]["loss"]))
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether dev has not become better for --patience validations, after the first steps of the training."""
+    scored = run.journal.scored
+    counted = [at for at, line in enumerate(scored) if line["step"] - run.place.begin > PATIENT_STEPS]
+    return bool(scored) and sum(at > best_of(scored) for at in counted) >= run.config.patience
+
+
 def over(run: Run) -> bool:
-    """Whether all epochs are done, the time is up, or dev's CIDEr has not risen for so long."""
-    config, scores = run.config, [line["dev"]["CIDEr"] for line in run.journal.scored]
-    if scores and len(scores) - 1 - scores.index(max(scores)) >= config.patience:
+    """Whether all epochs are done, the time is up, or dev has not become better for so long."""
+    config = run.config
+    if stopped_early(run):
         say(f"no better CIDEr on dev for {config.patience} validations: stopped early")
         return True
     if config.epochs and run.place.epoch >= config.epochs:
@@ -248,8 +328,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
     start, config = time.monotonic(), run.config
     with averaged(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
-        best = max((line["dev"]["CIDEr"] for line in run.journal.scored), default=-1.0)
-        better = not dev or dev["CIDEr"] > best
+        better = not dev or best_of([*run.journal.scored, {"dev": dev}]) == len(run.journal.scored)
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
     run.reserve = time.monotonic() - start
@@ -309,10 +388,11 @@ def resume(run: Run) -> Run:
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
     began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
+    more = more_epochs(run, began)
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"
         for name, value in run.checkpoint.training.items()
-        if name not in MAY_DIFFER and began[name] != json.loads(json.dumps(value))
+        if name not in MAY_DIFFER and not (more and name in EXTENDED) and began[name] != json.loads(json.dumps(value))
     ]
     if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
         changed.append("the cache or the photographs")
@@ -328,9 +408,42 @@ def resume(run: Run) -> Run:
         run.journal.begin()
         return run
     restore(run)
+    if more:
+        extend(run, began)
     at = f"step {run.step:,}" if run.place.step else f"epoch {run.place.epoch}"
     say(f"going on with {run.folder} after {at}")
     return run
+
+
+def more_epochs(run: Run, began: Mapping[str, Any]) -> bool:
+    """Whether --resume asks for more epochs than the run was begun with."""
+    return bool(began["epochs"] and run.config.epochs and run.config.epochs > began["epochs"])
+
+
+def extend(run: Run, began: Mapping[str, Any]) -> None:
+    """Go on training a finished run for more epochs, with a new schedule of the learning rate.
+
+    UserError for a run that is not finished: other epochs would change the schedule that it is in.
+    """
+    scheduled, config = began["epochs"], run.config
+    run.config = replace(config, epochs=scheduled)
+    finished = run.place.epoch >= scheduled or run.place.ended or stopped_early(run)
+    run.config = config
+    if not finished:
+        raise UserError(
+            f"--resume: {run.folder} is in epoch {run.place.epoch + 1} of {scheduled}; let it end with "
+            f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
+        )
+    run.place.begin, run.place.ended = run.step, False
+    if config.eval_steps is None:
+        run.config = replace(config, eval_steps=began["eval_steps"])
+    run.checkpoint.training |= {"eval_steps": run.config.eval_steps, "resume": False}
+    save_progress(run)
+    if run.machine.rank == 0:
+        save_description(run.folder, run.checkpoint)
+    left = config.epochs - run.step / run.steps_an_epoch
+    say(f"{run.folder} had finished its {scheduled} epochs; the {left:.4g} epochs added get a new {config.schedule} schedule "
+        f"of the learning rate, from {config.lr:g} again")  # fmt: skip
 
 
 def leave(run: Run, signum: int) -> None:
@@ -346,7 +459,7 @@ def leave(run: Run, signum: int) -> None:
 def finish(run: Run) -> None:
     scored = run.journal.scored
     if scored:
-        best = max(scored, key=lambda line: line["dev"]["CIDEr"])
+        best = scored[best_of(scored)]
         at = f"epoch {best['epoch']:.4g}, step {best['step']:,}"
         say(f"best: {at}, dev CIDEr {best['dev']['CIDEr']:.3f}, kept in {run.folder}")
     else:

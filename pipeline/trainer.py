@@ -33,6 +33,8 @@ from pipeline.references import References
 from pipeline.runtime import Machine
 from pipeline.terminal import progress, say
 
+FEW_DOCUMENTS = 100  # images of dev below which CIDEr takes the document frequencies of train too
+
 
 class Stopped(Exception):
     """Somebody asked the run to stop (Ctrl-C, or a scheduler's SIGTERM); `signum` is the signal."""
@@ -44,7 +46,8 @@ class Stopped(Exception):
 @dataclass
 class Place:
     """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions (or samples) seen,
-    seconds of training and of waiting for data; `lr` of the last step; whether the time was up."""
+    seconds of training and of waiting for data; `lr` of the last step; whether the time was up; `begin`, the step at which
+    the schedule of the learning rate began."""
 
     seconds: float = 0.0
     ended: bool = False
@@ -54,9 +57,10 @@ class Place:
     training: float = 0.0
     waited: float = 0.0
     lr: float = 0.0
+    begin: int = 0
 
     def of_next_epoch(self) -> Place:
-        return Place(self.seconds, self.ended, self.epoch + 1, lr=self.lr)
+        return Place(self.seconds, self.ended, self.epoch + 1, lr=self.lr, begin=self.begin)
 
 
 @dataclass
@@ -98,8 +102,14 @@ class Run:
 
     @functools.cached_property
     def references(self) -> References:
-        """Dev's, counted once."""
-        return References({image.id: image.captions for image in self.dev.images})
+        """Dev's, counted once. A small dev takes the document frequencies of train and dev: of a few images
+        they would say nothing, and of one all CIDEr would be 0."""
+        captions = {image.id: image.captions for image in self.dev.images}
+        frequencies = None
+        if len(captions) < FEW_DOCUMENTS:
+            frequencies = {image.id: image.captions for image in self.train.images} | captions
+        segment = self.checkpoint.vocabulary.segment
+        return References(captions, frequencies=frequencies, segment=segment)
 
     @functools.cached_property
     def train_ids(self) -> list[list[list[int]]]:
@@ -146,7 +156,8 @@ class Run:
         step, so that neither the first nor the last has a learning rate of zero. By the first process's clock."""
         config, by_step, by_time = self.config, 0.0, 0.0
         if config.epochs:
-            by_step = (self.step + 0.5) / (config.epochs * self.steps_an_epoch)
+            begin = self.place.begin
+            by_step = (self.step - begin + 0.5) / (config.epochs * self.steps_an_epoch - begin)
         if config.minutes:
             by_time = self.seconds / max(config.minutes * 60 - self.reserve, 1e-9)
         return min(1.0, max(by_step, by_time))

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.sample import draw_sample
+from data.tokens import tokenize
 from pipeline import caption, extract, objectives, train, trainer
-from pipeline.recipe import PRESETS, TrainConfig, learning_rate
+from pipeline.recipe import PRESETS, TrainConfig, learning_rate, settle
 from tests.test_commands import SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -456,3 +457,138 @@ def test_the_share_of_unknown_words_is_shown(world, tmp_path):
     told = works(train.main, *options(world, tmp_path / "b", "--epochs", 1, "--min-count", 20))
     share = float(told.split("unknown: ")[1].split("%")[0])
     assert 0 < share < 100
+
+
+# ----------------------------------------------------------------------------------------------------- small data sets
+
+
+def few(world: Path, folder: Path, count: int, **more: object) -> Path:
+    """A folder of the first `count` scenes with one caption each, as people give them."""
+    folder.mkdir()
+    images = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"][:count]
+    lines = []
+    for number, image in enumerate(images):
+        (source,) = (world / "sample").rglob(image["filename"])
+        (folder / f"{number:03}.jpg").write_bytes(source.read_bytes())
+        lines.append(json.dumps({"file_name": f"{number:03}.jpg", "text": image["sentences"][0]["raw"]} | more))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    works(extract.main, "--dataset", "folder", "--root", folder, "--backbone", "test_resnet", "--weights", "scenes",
+          "--out", folder.with_name("few_cache"))  # fmt: skip
+    return folder
+
+
+def few_options(folder: Path, *more: object) -> list[object]:
+    run = folder.with_name("few_run")
+    return ["--dataset", "folder", "--root", folder, "--features", folder.with_name("few_cache"), "--out", run, *more]
+
+
+@pytest.mark.parametrize("images", [1, 2, 10, 90, 450, 900])
+def test_a_small_data_set_gets_enough_steps_and_few_validations(images):
+    class Train:
+        captions = images
+
+        def __len__(self) -> int:
+            return images
+
+    machine = types.SimpleNamespace(precision="fp32")
+    config = settle(TrainConfig(dataset="folder"), Train(), machine)
+    steps = -(-images // config.batch)
+    assert config.epochs * steps >= 1000 and config.eval_steps == 50
+    assert config.batch == min(50, max(8, images // 20))
+    asked = settle(TrainConfig(dataset="folder", epochs=7, batch=3), Train(), machine)
+    assert (asked.epochs, asked.batch, asked.eval_steps) == (7, 3, None)
+
+
+def scored(*lines: tuple[int, float, float]) -> list[dict]:
+    return [{"step": step, "dev": {"CIDEr": cider, "loss": loss}} for step, cider, loss in lines]
+
+
+def test_of_equal_cider_the_lower_loss_on_dev_is_the_better():
+    assert train.best_of(scored((1, 0.0, 3.0), (2, 0.0, 2.0), (3, 0.0, 2.5))) == 1
+    assert train.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0))) == 1
+
+
+@pytest.mark.parametrize(("first", "begin", "stops"), [(100, 0, False), (600, 0, True), (600, 400, False), (1000, 400, True)])
+def test_patience_counts_only_after_the_first_steps(first, begin, stops):
+    lines = scored(*((first + 50 * number, 0.5 - 0.1 * number, 1.0) for number in range(6)))
+    journal = types.SimpleNamespace(scored=lines)
+    run = types.SimpleNamespace(
+        journal=journal, place=types.SimpleNamespace(begin=begin), config=types.SimpleNamespace(patience=5)
+    )
+    assert train.stopped_early(run) is stops
+
+
+def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(world, tmp_path):
+    folder = few(world, tmp_path / "few", 12)
+    output = works(train.main, *few_options(folder, *SMALL, "--epochs", 60, "--eval-steps", 40, "--lr", 0.003))
+    assert "warning: dev has" in output
+    lines = [line for line in told(tmp_path / "few_run") if "dev" in line]
+    assert lines[-1]["step"] == 120 and lines[-1]["train"]["loss"] < 1.5
+    assert max(line["dev"]["CIDEr"] for line in lines) > 0
+
+
+def test_one_photograph_trains_with_train_on_dev_and_is_a_plain_error_without(world, tmp_path):
+    folder = few(world, tmp_path / "few", 1)
+    assert "--train-on-dev" in refused(train.main, *few_options(folder, *SMALL))
+    works(train.main, *few_options(folder, *SMALL, "--train-on-dev", "--epochs", 120, "--lr", 0.003))
+    caption_of = json.loads((folder / "metadata.jsonl").read_text())["text"]
+    written = works(caption.main, "--checkpoint", tmp_path / "few_run", folder / "000.jpg")
+    assert written.strip().endswith(" ".join(tokenize(caption_of)))
+
+
+def test_long_captions_are_whole_by_default_and_what_is_cut_is_counted(world, tmp_path):
+    folder = few(world, tmp_path / "few", 12)
+    long = " ".join(["a man in a red shirt and a woman with a dog walk along a road beside a field"] * 2)
+    lines = [json.dumps({"file_name": f"{n:03}.jpg", "text": f"{long} near {n} trees"}) for n in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for more in ([], ["--vocabulary", "bpe", "--vocab-size", 60]):
+        out = tmp_path / f"run{len(more)}"
+        options = [*few_options(folder, *SMALL, "--epochs", 1, *more)]
+        options[options.index("--out") + 1] = out
+        assert "are cut" not in works(train.main, *options)
+        assert json.loads((out / "config.json").read_text())["model"]["max_length"] > 38
+    options[options.index("--out") + 1] = tmp_path / "cut"
+    output = works(train.main, *options[:-4], "--max-length", 15)
+    assert "11 of 11 train captions (100.0%) have more than 15 words and are cut" in output
+
+
+# --------------------------------------------------------------------------------------------------------- more epochs
+
+
+def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tmp_path):
+    run = tmp_path / "run"
+    works(train.main, *options(world, run))
+    last = [line for line in told(run) if "dev" in line][-1]
+    output = works(train.main, *options(world, run, "--resume", "--epochs", 5))
+    assert "the 3 epochs added get a new cosine schedule" in output
+    lines = told(run)
+    steps = last["step"] // 2
+    assert [line["step"] for line in lines if "dev" in line] == [steps * epoch for epoch in range(1, 6)]
+    added = [line["train"]["lr"] for line in lines if line["step"] > last["step"]]
+    assert max(added) > 5 * last["train"]["lr"] and added[-1] < max(added)
+    assert json.loads((run / "config.json").read_text())["training"]["epochs"] == 5
+    before = load_file(run / "last.safetensors")
+    works(train.main, *options(world, run, "--resume", "--epochs", 5))  # nothing is left to do
+    after = load_file(run / "last.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_more_epochs_stopped_anywhere_go_on_exactly(world, tmp_path, monkeypatch):
+    for name in ("through", "stopped"):
+        works(train.main, *options(world, tmp_path / name))
+    works(train.main, *options(world, tmp_path / "through", "--resume", "--epochs", 4))
+    with monkeypatch.context() as patch:
+        interrupt_at(17, patch)
+        run_result = run(train.main, *options(world, tmp_path / "stopped", "--resume", "--epochs", 4))
+    assert run_result.exit_code == 128 + signal.SIGINT
+    works(train.main, *options(world, tmp_path / "stopped", "--resume", "--epochs", 4))
+    assert_same_run(tmp_path / "through", tmp_path / "stopped")
+
+
+def test_a_run_that_is_not_finished_takes_no_more_epochs(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        run(train.main, *options(world, tmp_path / "run"))
+    message = refused(train.main, *options(world, tmp_path / "run", "--resume", "--epochs", 5))
+    assert "is in epoch 1 of 2" in message
+    works(train.main, *options(world, tmp_path / "run", "--resume"))
