@@ -10,25 +10,32 @@ the first match is the longest.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
 
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
+from data.characters import DIGIT, DROPPED, LETTER, MARK, SPACE, classify
+
 # What coco-caption drops. Its bracket names are in upper case, so they never meet a lower-case token: brackets stay.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 TREEBANK = TreebankWordTokenizer()
-TAKEN = "\ue000"  # stands in Treebank's text for a token taken out; a private character, so no caption has it
+TAKEN = "\ue000"  # stands in Treebank's text for a token taken out; a private character: Java drops it from captions
 
 # Java's spelling of single signs, and of quotes that stand together.
 SIGNS = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''", "…": "...",
-    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&mdash;": "--", "&ndash;": "--",
-    "£": "#", "€": "$", "¤": "$", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-    **dict.fromkeys(["---", "----", "‒", "–", "—", "―"], "--"),
+    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&mdash;": "--", "&ndash;": "--", "&nbsp;": "",
+    "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$", "\x85": "...", "¢": "cents",
+    "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+    **dict.fromkeys(["---", "----", "–", "—", "―", "\x96", "\x97"], "--"),
 }  # fmt: skip
-CLEAN = str.maketrans({"\n": " ", "\r": " ", TAKEN: " ", "\u200b": " ", "\xad": None})
-QUOTES = str.maketrans({"‘": "`", "’": "'", "“": "``", "”": "''", "«": "``", "»": "''", "‹": "`", "›": "'"})
+LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))
+QUOTES = str.maketrans({
+    "‘": "`", "’": "'", "“": "``", "”": "''", "«": "``", "»": "''", "‹": "`", "›": "'", "‛": "`",
+    "\x91": "`", "\x92": "'", "\x93": "``", "\x94": "''",
+})  # fmt: skip
+
+PLAIN_QUOTES = str.maketrans("’\x92‘\x91‛", "''```")
 
 # Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next letter), those that
 # may not, those that ask for a capital first, and those that ask for a number after.
@@ -44,47 +51,59 @@ COUNTED = "art|ca|figs?|nos?|op|pp|prop"
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
     One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\."""
 
-L = r"(?-i:[^\W\d_²³¹¼-¾\u2070-\u2089\u2150-\u218f])"  # a letter: no superscript, no fraction
-A = rf"(?:{L}|\d)"
+# The rules read the caption as `classify` writes it: LETTER is any letter that is not ASCII, and so on.
+B = rf"[a-z{LETTER}]"  # a letter
+L = rf"[a-z{LETTER}{MARK}\xad]"  # what a word may begin with: a letter, a combining mark, a soft hyphen
+D = rf"[0-9{DIGIT}]"
+LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"
+A = rf"[a-z{LETTER}0-9{DIGIT}]"  # what stands between hyphens: Java takes no combining mark there
+S = rf"[\s\xa0{SPACE}]"
 Q = "['’`‘]"
 ACRONYM = r"[a-z](?:\.[a-z])+"
 STEM = "['’](?:[smd]|re|ve|ll)"  # of `it's`, `I'm`, `they're`; a plain quote may open a word instead
-REST = rf"(?:{STEM}(?:(?<=’.)|(?<=’..)|(?!{L})))"
+REST = rf"(?:{STEM}(?:(?<=’.)|(?<=’..)|(?![a-z])))"
 ELISION = rf"(?:[dol]{Q}(?={A}{A}))?"
-KEPT = r"(?:\.(?=[,;:]))"  # a dot inside a sentence
-NUMBER = r"(?:\d*(?:[.:,]\d+)+)"
+KEPT = r"(?:\.(?=[,;:、]))"  # a dot inside a sentence
+NUMBER = rf"(?:{D}*(?:[.:,٫\xad]{D}+)+)"
 NAME = r"[a-z][a-z0-9_:.-]*"
 URL = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
+# Java's range `,-_` in a host leaves out capitals, digits and hyphens; anything that is not ASCII may stand there.
+HOST = r"""(?:(?-i:[^\s"`'$!?(){}|,-_]+\.)+(?:com|net|org|edu)|www\.(?:[^\s"<>|.!?(){},]+\.)+[a-z]{2,4})"""
 
 WHOLE = rf"""
-    https?://{URL} | (?:{A}+\.)+(?:com|net|org|edu)/{URL}
-  | <?[a-z0-9][^\s"<>|(){{}}]*@(?:[^\s"<>|(){{}}.]+\.)*[^\s"<>|(){{}}.]+>?                  # mail
+    https?://{URL} | {HOST}(?:/{URL} | (?!{LD}|[.!?-]{L}|{KEPT}))
+  | <?[a-z0-9][^\s\xa0"<>|(){{}}]*@(?:[^\s\xa0"<>|(){{}}.]+\.)*[^\s\xa0"<>|(){{}}.]+>?      # mail
   | @[a-z_]\w* | \#{L}+ | [cf]\# | c\+\+                                                    # @name #tag C#
   | <(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *(?:'[^']*'|"[^"]*"|{NAME}))?)*\ */?)\ *>  # mark-up
   | [<>]?[:;=](?-i:[-o*'])?(?:(?-i:[DPdpO])|[()\\{{@|\[\]])(?![a-z0-9])                     # :-)
   | [-^x=~<>']_[-^x=~<>'] | \([-^x=~<>'][_.]?[-^x=~<>']\)                                   # ^_^
   | &\#\d+;
-  | \d{{1,4}}[-\ ]\d{{1,4}}[/⁄]\d{{1,4}} | \d{{1,4}}⁄\d{{1,4}}                              # 1 1/2
+  | {D}{{1,4}}[-\ \xa0]{D}{{1,4}}[/⁄]{D}{{1,4}} | {D}{{1,4}}⁄{D}{{1,4}}                     # 1 1/2
+  | (?:\(\d{{2,3}}\)[\ \xa0]?|(?:\+\+?)?(?:\d{{2,4}}[-\ \xa0])?\d{{2,4}}[-\ \xa0])\d{{3,4}}[-\ \xa0]?\d{{3,5}}  # telephone
   | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:\\?/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}                   # and/or
+  | {D}{{1,4}}/{D}{{1,4}} | {D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}}                          # in any digits
   | (?-i:[A-Z]+(?:(?:&amp;|&AMP;|[+&])[A-Z]+)+){KEPT}? | (?-i:[A-Z]+\$)                         # R&B US$
-  | (?=[a-z0-9-]+[.,])[a-z0-9][a-z0-9.,]*(?:-(?:{ACRONYM}\.|[a-z0-9]+))+{KEPT}?             # 5,000-lb u.s.-based
+  | (?=[a-z0-9-]+[.,\xad])[a-z0-9][a-z0-9.,\xad]*(?:-(?:{ACRONYM}\.|[a-z0-9\xad]+))+{KEPT}?   # 5,000-lb u.s.-based
   | cont'd\. | (?:dunkin|somethin|ol)(?!{STEM})['’] | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | o'o
-  | {ELISION}{A}+(?:[-_]{ELISION}{A}+)+{KEPT}? | [dol]{Q}{A}{{2,}}{KEPT}?                   # well-lit o'clock
-  | (?-i:[A-HJ-XZn])(?!{REST}(?!{L})){Q}{L}{{2,}}                                           # O'Brien
-  | [ldj](?!{STEM})['’] | y(?!{STEM})['’](?={L})                                            # y'all
-  | {L}+[aeiouy](?!{REST}(?!{L})){Q}(?-i:[aeiouA-Z]){L}*                                    # ma'am
+  | {ELISION}{A}+(?:[-_‐]{ELISION}{A}+)+{KEPT}? | [dol]{Q}{A}{{2,}}{KEPT}?                  # well-lit o'clock
+  | (?-i:[A-HJ-XZn])(?!{REST}(?!{B})){Q}{B}{{2,}}                                           # O'Brien
+  | [ldj](?!{STEM})['’] | y(?!{STEM})['’](?={B})                                            # y'all
+  | {B}+[aeiouy](?!{REST}(?!{B})){Q}(?-i:[aeiouA-Z]){B}*                                    # ma'am
   | {ACRONYM}\.(?!{L}) | (?:{TITLE})\.(?!{L})                                               # p.m. Dr.
-  | (?:{ENDING}|(?=(?-i:[A-Z]))(?:{CAPITAL}))\.(?!{L}(?:{A}|[.!?]{L})) | (?:{COUNTED})\.(?=\s?\d)
-  | [a-z]\.(?!{L}|\s+(?=(?-i:[A-Z]))(?:{OPENERS})\s)
-  | {L}{A}*(?:[.!?]{L}{A}*)+{KEPT}? | {A}+{KEPT}                                            # foo.bar
-  | {NUMBER} | (?<!-)[-+](?:{NUMBER}|\d+) | {A}*\d{A}*                                      # 5:54 -5 10am
-  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?!\S)) | 'n(?:['’]|(?!\S)) | ’n['’]?                     # 'em '80s 'n'
-  | n['’`]t(?!{L}) | 't(?=is|was)
+  | (?:{ENDING}|(?=(?-i:[A-Z]))(?:{CAPITAL}))\.(?!{L}(?:{LD}|[.!?]{L})) | (?:{COUNTED})\.(?={S}?{D})
+  | [a-z]\.(?!{L}|{S}+(?=(?-i:[A-Z]))(?:{OPENERS}){S})
+  | {L}{LD}*(?:[.!?]{L}{LD}*)+{KEPT}? | (?:{L}{LD}*|{A}+){KEPT}                             # foo.bar
+  | {L}+{D}{LD}* | {NUMBER} | (?<!-)[-+](?:{NUMBER}|{D}+) | {D}+{A}*                        # 5:54 -5 10am
+  | ⁺?(?:²+|₂+)
+  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?={S}|$)) | 'n(?:['’]|(?={S}|$)) | ’n['’]?               # 'em '80s 'n'
+  | n['’`]t(?!{B}) | 't(?=is|was) | {HOST}
 """
-WORD = rf"[a-z]*?[a-mo-z](?:n['’]t(?!{L})|(?=n{Q}t)) | (?:d'ye|more'n)(?!{L}) | n‘t(?!{L}) | {L}*{REST} | {L}+"
-SIGN = r"""[`‘’“”«»‹›]{1,2} | '' | -{2,} | \.{3,} | [?!]{2,} | (?:\\\*)+ | \*+ | @+ | \#+ | _+ | << | >>
-  | &(?:amp|lt|gt|quot|mdash|ndash); | \S"""
-SCAN = re.compile(rf"(?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", re.VERBOSE | re.IGNORECASE)
+WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | (?:d'ye|more'n)(?!{L}) | n‘t(?!{B})
+  | (?P<stem>{L}*){REST} | {L}+"""
+SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+ | << | >>
+  | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
+SCAN = re.compile(rf"(?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", re.VERBOSE | re.IGNORECASE | re.ASCII)
+UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # what Java drops where it stands alone
 
 # The short way. PLAIN, nine captions of ten: letters, spaces, commas, one last full stop. NEARLY, most of the rest: words
 # of two letters or more may also be joined by hyphens, or own something (`man's`). Treebank's contractions and a last
@@ -113,25 +132,41 @@ def tokenize_all(captions: Iterable[str]) -> list[list[str]]:
 
 def _tokenize_any(caption: str) -> list[str]:
     """Give the words of any caption; some 60 times as slow as the short way."""
+    caption = caption.translate(LINE_ENDS).replace("&apos;", "'")
     taken: list[str] = []
 
     def take(match: re.Match[str]) -> str:
-        token = match[0].lower()
+        token = caption[match.start() : match.end()]
         if match["word"] is not None:
-            return f" {token} ".replace("’", "'").replace("‘", "`")
+            return split(token, match["stem"])
         if match["whole"] is not None:
-            token = token.replace(" ", "\xa0").replace("&amp;", "&")
+            token = token.replace(" ", "\xa0").replace("&amp;", "&").lower()
             if not token.endswith(">"):  # brackets in mark-up stay, those of :-) do not
                 token = token.replace("(", SIGNS["("]).replace(")", SIGNS[")"])
+            if token[0] not in "<#" and "/" not in token and "@" not in token:
+                token = token.replace("\xad", "")
+        elif match[0] in UNKNOWN:
+            return " "
         else:
-            token = SIGNS.get(token) or token.translate(QUOTES)
-            if token > "\uffff" or unicodedata.category(token[0]).startswith("C"):  # Java drops emoji and controls
-                return " "
-        if token in PUNCTUATION or not token.strip("."):
+            token = SIGNS.get(token, token).translate(QUOTES).lower()
+        return keep(token)
+
+    def split(word: str, stem: str | None) -> str:
+        """Leave an English word to Treebank; one with other letters is whole but for its ending (`café's`)."""
+        plain = word.replace("\xad", "").translate(PLAIN_QUOTES).lower()
+        if plain.isascii() and (plain == word.lower() or plain.endswith("n't")):
+            return f" {plain} "
+        if stem is None:
+            return keep(plain)
+        stem, _, ending = plain.rpartition("'")
+        return f"{keep(stem)} '{ending} "
+
+    def keep(token: str) -> str:
+        if not token or token in PUNCTUATION or not token.strip("."):
             return " "
         taken.append(token)
         return f" {TAKEN} "
 
-    text = SCAN.sub(take, caption.translate(CLEAN).replace("&apos;", "'"))
+    text = SCAN.sub(take, classify(caption))
     rest = iter(taken)
     return [next(rest) if word == TAKEN else word for word in TREEBANK.tokenize(text) if word not in PUNCTUATION]
