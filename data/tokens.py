@@ -66,22 +66,24 @@ ELISION = rf"(?:[dol]{Q}(?={A}{A}))?"
 KEPT = r"(?:\.(?=[,;:、]))"  # a dot inside a sentence
 NUMBER = rf"(?:{D}*(?:[.:,٫\xad]{D}+)+)"
 NAME = r"[a-z][a-z0-9_:.-]*"
+MARKUP = rf"""<(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *(?:'[^']*'|"[^"]*"|{NAME}))?)*\ */?)\ *>"""
 URL = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
 # Java's range `,-_` in a host leaves out capitals, digits and hyphens; anything that is not ASCII may stand there.
-HOST = r"""(?:(?-i:[^\s"`'$!?(){}|,-_]+\.)+(?:com|net|org|edu)|www\.(?:[^\s"<>|.!?(){},]+\.)+[a-z]{2,4})"""
+HOST = rf"""(?!(?<={S})[\xa0{SPACE}])(?:(?-i:[^\s"`'$!?(){{}}|,-_]+\.)+(?:com|net|org|edu)|www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}})"""
 
 WHOLE = rf"""
-    https?://{URL} | {HOST}(?:/{URL} | (?!{LD}|[.!?-]{L}|{KEPT}))
+    https?://{URL} | {HOST}/{URL}
   | <?[a-z0-9][^\s\xa0"<>|(){{}}]*@(?:[^\s\xa0"<>|(){{}}.]+\.)*[^\s\xa0"<>|(){{}}.]+>?      # mail
+  | {HOST}(?!{LD}|[.!?-]{L}|{KEPT})
   | @[a-z_]\w* | \#{L}+ | [cf]\# | c\+\+                                                    # @name #tag C#
-  | <(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *(?:'[^']*'|"[^"]*"|{NAME}))?)*\ */?)\ *>  # mark-up
+  | {MARKUP}
   | [<>]?[:;=](?-i:[-o*'])?(?:(?-i:[DPdpO])|[()\\{{@|\[\]])(?![a-z0-9])                     # :-)
   | [-^x=~<>']_[-^x=~<>'] | \([-^x=~<>'][_.]?[-^x=~<>']\)                                   # ^_^
   | &\#\d+;
   | {D}{{1,4}}[-\ \xa0]{D}{{1,4}}[/⁄]{D}{{1,4}} | {D}{{1,4}}⁄{D}{{1,4}}                     # 1 1/2
   | (?:\(\d{{2,3}}\)[\ \xa0]?|(?:\+\+?)?(?:\d{{2,4}}[-\ \xa0])?\d{{2,4}}[-\ \xa0])\d{{3,4}}[-\ \xa0]?\d{{3,5}}  # telephone
   | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:\\?/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}                   # and/or
-  | {D}{{1,4}}/{D}{{1,4}} | {D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}}                          # in any digits
+  | {D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}} | {D}{{1,4}}/{D}{{1,4}}                          # ٣١/١٢/١٩٩٩
   | (?-i:[A-Z]+(?:(?:&amp;|&AMP;|[+&])[A-Z]+)+){KEPT}? | (?-i:[A-Z]+\$)                         # R&B US$
   | (?=[a-z0-9-]+[.,\xad])[a-z0-9][a-z0-9.,\xad]*(?:-(?:{ACRONYM}\.|[a-z0-9\xad]+))+{KEPT}?   # 5,000-lb u.s.-based
   | cont'd\. | (?:dunkin|somethin|ol)(?!{STEM})['’] | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | o'o
@@ -91,11 +93,11 @@ WHOLE = rf"""
   | {B}+[aeiouy](?!{REST}(?!{B})){Q}(?-i:[aeiouA-Z]){B}*                                    # ma'am
   | {ACRONYM}\.(?!{L}) | (?:{TITLE})\.(?!{L})                                               # p.m. Dr.
   | (?:{ENDING}|(?=(?-i:[A-Z]))(?:{CAPITAL}))\.(?!{L}(?:{LD}|[.!?]{L})) | (?:{COUNTED})\.(?={S}?{D})
-  | [a-z]\.(?!{L}|{S}+(?=(?-i:[A-Z]))(?:{OPENERS}){S})
+  | [a-z]\.(?!{L}|{S}+(?:(?=(?-i:[A-Z]))(?:{OPENERS})|{MARKUP})(?:{S}|$))
   | {L}{LD}*(?:[.!?]{L}{LD}*)+{KEPT}? | (?:{L}{LD}*|{A}+){KEPT}                             # foo.bar
-  | {L}+{D}{LD}* | {NUMBER} | (?<!-)[-+](?:{NUMBER}|{D}+) | {D}+{A}*                        # 5:54 -5 10am
+  | {NUMBER}(?![.:,٫\xad]?{LD}) | {L}+{D}{LD}* | {NUMBER} | (?<!-)[-+](?:{NUMBER}|{D}+) | {D}+{A}*                        # 5:54 -5 10am
   | ⁺?(?:²+|₂+)
-  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?={S}|$)) | 'n(?:['’]|(?={S}|$)) | ’n['’]?               # 'em '80s 'n'
+  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?={S}|$)) | 'n(?:['’]|(?=[\s\xa0]|$)) | ’n['’]?               # 'em '80s 'n'
   | n['’`]t(?!{B}) | 't(?=is|was) | {HOST}
 """
 WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | (?:d'ye|more'n)(?!{L}) | n‘t(?!{B})
@@ -140,7 +142,7 @@ def _tokenize_any(caption: str) -> list[str]:
         if match["word"] is not None:
             return split(token, match["stem"])
         if match["whole"] is not None:
-            token = token.replace(" ", "\xa0").replace("&amp;", "&").lower()
+            token = token.replace(" ", "\xa0").replace("&amp;", "&")
             if not token.endswith(">"):  # brackets in mark-up stay, those of :-) do not
                 token = token.replace("(", SIGNS["("]).replace(")", SIGNS[")"])
             if token[0] not in "<#" and "/" not in token and "@" not in token:
@@ -148,25 +150,36 @@ def _tokenize_any(caption: str) -> list[str]:
         elif match[0] in UNKNOWN:
             return " "
         else:
-            token = SIGNS.get(token, token).translate(QUOTES).lower()
+            token = SIGNS.get(token, token).translate(QUOTES)
         return keep(token)
 
     def split(word: str, stem: str | None) -> str:
-        """Leave an English word to Treebank; one with other letters is whole but for its ending (`café's`)."""
-        plain = word.replace("\xad", "").translate(PLAIN_QUOTES).lower()
-        if plain.isascii() and (plain == word.lower() or plain.endswith("n't")):
-            return f" {plain} "
-        if stem is None:
-            return keep(plain)
-        stem, _, ending = plain.rpartition("'")
-        return f"{keep(stem)} '{ending} "
+        """Leave an English word to Treebank; other words are whole but for their ending (`café's`)."""
+        plain = word.replace("\xad", "").translate(PLAIN_QUOTES)
+        if stem:
+            stem, _, ending = plain.rpartition("'")
+            return f"{keep(stem)} '{ending.lower()} "
+        if plain.isascii() and ("\xad" not in word or plain.lower().endswith("n't")):
+            return f" {plain.lower()} "
+        return keep(plain)
 
     def keep(token: str) -> str:
         if not token or token in PUNCTUATION or not token.strip("."):
             return " "
-        taken.append(token)
+        taken.append(_lower(token))
         return f" {TAKEN} "
 
     text = SCAN.sub(take, classify(caption))
     rest = iter(taken)
     return [next(rest) if word == TAKEN else word for word in TREEBANK.tokenize(text) if word not in PUNCTUATION]
+
+
+def _lower(token: str) -> str:
+    """Java's lower case. Its final sigma is Σ after a letter with case and before none, up to the token's ends."""
+    if "Σ" in token:
+        parts = token.split("Σ")
+        for place in range(len(parts) - 1):
+            before, after = ("Σ".join(part) for part in (parts[: place + 1], parts[place + 1 :]))
+            parts[place] += "ς" if before.lower() != before.upper() and after.lower() == after.upper() else "σ"
+        token = "".join(parts)
+    return token.lower()
