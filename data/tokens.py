@@ -51,12 +51,13 @@ COUNTED = "art|ca|figs?|nos?|op|pp|prop"
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
     One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\."""
 
-# The rules read the caption as `classify` writes it: LETTER is any letter that is not ASCII, and so on.
+# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII,
+# MARK for any combining mark, and so on.
 B = rf"[a-z{LETTER}]"  # a letter
-L = rf"[a-z{LETTER}{MARK}\xad]"  # what a word may begin with: a letter, a combining mark, a soft hyphen
 D = rf"[0-9{DIGIT}]"
-LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"
 A = rf"[a-z{LETTER}0-9{DIGIT}]"  # what stands between hyphens: Java takes no combining mark there
+L = rf"[a-z{LETTER}{MARK}\xad]"  # a letter of a word: combining marks and soft hyphens too
+LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"
 S = rf"[\s\xa0{SPACE}]"
 Q = "['’`‘]"
 ACRONYM = r"[a-z](?:\.[a-z])+"
@@ -66,45 +67,55 @@ ELISION = rf"(?:[dol]{Q}(?={A}{A}))?"
 KEPT = r"(?:\.(?=[,;:、]))"  # a dot inside a sentence
 NUMBER = rf"(?:{D}*(?:[.:,٫\xad]{D}+)+)"
 NAME = r"[a-z][a-z0-9_:.-]*"
-MARKUP = rf"""<(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *(?:'[^']*'|"[^"]*"|{NAME}))?)*\ */?)\ *>"""
+VALUE = rf"""(?:'[^']*'|"[^"]*"|{NAME})"""
+MARKUP = rf"<(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *{VALUE})?)*\ */?)\ *>"
+PHONE = r"""(?:\(\d{2,3}\)[\ \xa0]?|(?:\+\+?)?(?:\d{2,4}[-\ \xa0])?\d{2,4}[-\ \xa0])
+    \d{3,4}[-\ \xa0]?\d{3,5}"""
 URL = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
-# Java's range `,-_` in a host leaves out capitals, digits and hyphens; anything that is not ASCII may stand there.
-HOST = rf"""(?!(?<={S})[\xa0{SPACE}])(?:(?-i:[^\s"`'$!?(){{}}|,-_]+\.)+(?:com|net|org|edu)|www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}})"""
+# Java's range `,-_` leaves capitals, digits and hyphens out of a host; what is not ASCII may stand in it.
+HOST = rf"""(?!(?<={S})[\xa0{SPACE}])(?:
+    (?-i:[^\s"`'$!?(){{}}|,-_]+\.)+(?:com|net|org|edu)
+    | www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}})"""
 
 WHOLE = rf"""
-    https?://{URL} | {HOST}/{URL}
-  | <?[a-z0-9][^\s\xa0"<>|(){{}}]*@(?:[^\s\xa0"<>|(){{}}.]+\.)*[^\s\xa0"<>|(){{}}.]+>?      # mail
+    https?://{URL} | {HOST}/{URL}                                                       # addresses
+  | <?[a-z0-9][^\s\xa0"<>|(){{}}]*@(?:[^\s\xa0"<>|(){{}}.]+\.)*[^\s\xa0"<>|(){{}}.]+>?  # mail
   | {HOST}(?!{LD}|[.!?-]{L}|{KEPT})
-  | @[a-z_]\w* | \#{L}+ | [cf]\# | c\+\+                                                    # @name #tag C#
+  | @[a-z_]\w* | \#{L}+ | [cf]\# | c\+\+                                                # @name #tag C#
   | {MARKUP}
-  | [<>]?[:;=](?-i:[-o*'])?(?:(?-i:[DPdpO])|[()\\{{@|\[\]])(?![a-z0-9])                     # :-)
-  | [-^x=~<>']_[-^x=~<>'] | \([-^x=~<>'][_.]?[-^x=~<>']\)                                   # ^_^
+  | [<>]?[:;=](?-i:[-o*'])?(?:(?-i:[DPdpO])|[()\\{{@|\[\]])(?![a-z0-9])                 # :-)
+  | [-^x=~<>']_[-^x=~<>'] | \([-^x=~<>'][_.]?[-^x=~<>']\)                               # ^_^
   | &\#\d+;
-  | {D}{{1,4}}[-\ \xa0]{D}{{1,4}}[/⁄]{D}{{1,4}} | {D}{{1,4}}⁄{D}{{1,4}}                     # 1 1/2
-  | (?:\(\d{{2,3}}\)[\ \xa0]?|(?:\+\+?)?(?:\d{{2,4}}[-\ \xa0])?\d{{2,4}}[-\ \xa0])\d{{3,4}}[-\ \xa0]?\d{{3,5}}  # telephone
-  | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:\\?/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}                   # and/or
-  | {D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}} | {D}{{1,4}}/{D}{{1,4}}                          # ٣١/١٢/١٩٩٩
-  | (?-i:[A-Z]+(?:(?:&amp;|&AMP;|[+&])[A-Z]+)+){KEPT}? | (?-i:[A-Z]+\$)                         # R&B US$
-  | (?=[a-z0-9-]+[.,\xad])[a-z0-9][a-z0-9.,\xad]*(?:-(?:{ACRONYM}\.|[a-z0-9\xad]+))+{KEPT}?   # 5,000-lb u.s.-based
-  | cont'd\. | (?:dunkin|somethin|ol)(?!{STEM})['’] | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | o'o
-  | {ELISION}{A}+(?:[-_‐]{ELISION}{A}+)+{KEPT}? | [dol]{Q}{A}{{2,}}{KEPT}?                  # well-lit o'clock
-  | (?-i:[A-HJ-XZn])(?!{REST}(?!{B})){Q}{B}{{2,}}                                           # O'Brien
-  | [ldj](?!{STEM})['’] | y(?!{STEM})['’](?={B})                                            # y'all
-  | {B}+[aeiouy](?!{REST}(?!{B})){Q}(?-i:[aeiouA-Z]){B}*                                    # ma'am
-  | {ACRONYM}\.(?!{L}) | (?:{TITLE})\.(?!{L})                                               # p.m. Dr.
-  | (?:{ENDING}|(?=(?-i:[A-Z]))(?:{CAPITAL}))\.(?!{L}(?:{LD}|[.!?]{L})) | (?:{COUNTED})\.(?={S}?{D})
-  | [a-z]\.(?!{L}|{S}+(?:(?=(?-i:[A-Z]))(?:{OPENERS})|{MARKUP})(?:{S}|$))
-  | {L}{LD}*(?:[.!?]{L}{LD}*)+{KEPT}? | (?:{L}{LD}*|{A}+){KEPT}                             # foo.bar
-  | {NUMBER}(?![.:,٫\xad]?{LD}) | {L}+{D}{LD}* | {NUMBER} | (?<!-)[-+](?:{NUMBER}|{D}+) | {D}+{A}*                        # 5:54 -5 10am
-  | ⁺?(?:²+|₂+)
-  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?={S}|$)) | 'n(?:['’]|(?=[\s\xa0]|$)) | ’n['’]?               # 'em '80s 'n'
-  | n['’`]t(?!{B}) | 't(?=is|was) | {HOST}
+  | {D}{{1,4}}[-\ \xa0]{D}{{1,4}}[/⁄]{D}{{1,4}} | {D}{{1,4}}⁄{D}{{1,4}}                 # 1 1/2
+  | {PHONE}
+  | (?=[0-9/-]*{DIGIT})(?:{D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}}|{D}{{1,4}}/{D}{{1,4}}) # ٣١/١٢/١٩٩٩
+  | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:\\?/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}               # and/or
+  | (?-i:[A-Z]+(?:(?:&amp;|&AMP;|[+&])[A-Z]+)+){KEPT}? | (?-i:[A-Z]+\$)                 # R&B US$
+  | (?=[a-z0-9-]+[.,\xad])[a-z0-9][a-z0-9.,\xad]*
+    (?:-(?:{ACRONYM}\.|[a-z0-9\xad]+))+{KEPT}?                                          # 5,000-lb
+  | cont'd\. | (?:dunkin|somethin|ol)(?!{STEM})['’]
+  | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | o'o
+  | {ELISION}{A}+(?:[-_‐]{ELISION}{A}+)+{KEPT}? | [dol]{Q}{A}{{2,}}{KEPT}?              # well-lit o'clock
+  | (?-i:[A-HJ-XZn])(?!{REST}(?!{B})){Q}{B}{{2,}}                                       # O'Brien
+  | [ldj](?!{STEM})['’] | y(?!{STEM})['’](?={B})                                        # y'all
+  | {B}+[aeiouy](?!{REST}(?!{B})){Q}(?-i:[aeiouA-Z]){B}*                                # ma'am
+  | {ACRONYM}\.(?!{L}) | (?:{TITLE})\.(?!{L})                                           # p.m. Dr.
+  | (?:{ENDING}|(?=(?-i:[A-Z]))(?:{CAPITAL}))\.(?!{L}(?:{LD}|[.!?]{L}))                 # etc. Pa.
+  | (?:{COUNTED})\.(?={S}?{D})                                                          # no. 5
+  | [a-z]\.(?!{L}|{S}+(?:(?=(?-i:[A-Z]))(?:{OPENERS})|{MARKUP})(?:{S}|$))               # plan b.
+  | {L}{LD}*(?:[.!?]{L}{LD}*)+{KEPT}? | (?:{L}{LD}*|{A}+){KEPT}                         # foo.bar
+  | {NUMBER}(?![.:,٫\xad]?{LD}) | {L}+{D}{LD}* | {NUMBER}                               # 5:54 a4
+  | (?<!-)[-+](?:{NUMBER}|{D}+) | {D}+{A}* | ⁺?(?:²+|₂+)                                # -5 10am ²³
+  | ['’](?:till?|em|cause|[2-9]0s|\d\d(?={S}|$)) | 'n(?:['’]|(?=[\s\xa0]|$)) | ’n['’]?  # 'em '80s 'n'
+  | 't(?=is|was) | {HOST}
 """
-WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | (?:d'ye|more'n)(?!{L}) | n‘t(?!{B})
-  | (?P<stem>{L}*){REST} | {L}+"""
-SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+ | << | >>
-  | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
-SCAN = re.compile(rf"(?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", re.VERBOSE | re.IGNORECASE | re.ASCII)
+WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | n{Q}t(?!{B})
+  | (?:d'ye|more'n)(?!{L}) | (?P<stem>{L}*){REST} | {L}+"""
+SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+
+  | << | >> | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
+FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII  # ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
+# A run of letters before a blank is always a word: tried first, as most tokens are one.
+SCAN = re.compile(rf"(?P<alone>{L}+)(?=[\ \t]|$) | (?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", FLAGS)
 UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # what Java drops where it stands alone
 
 # The short way. PLAIN, nine captions of ten: letters, spaces, commas, one last full stop. NEARLY, most of the rest: words
@@ -139,7 +150,7 @@ def _tokenize_any(caption: str) -> list[str]:
 
     def take(match: re.Match[str]) -> str:
         token = caption[match.start() : match.end()]
-        if match["word"] is not None:
+        if (match["alone"] or match["word"]) is not None:
             return split(token, match["stem"])
         if match["whole"] is not None:
             token = token.replace(" ", "\xa0").replace("&amp;", "&")
@@ -175,11 +186,16 @@ def _tokenize_any(caption: str) -> list[str]:
 
 
 def _lower(token: str) -> str:
-    """Java's lower case. Its final sigma is Σ after a letter with case and before none, up to the token's ends."""
-    if "Σ" in token:
-        parts = token.split("Σ")
-        for place in range(len(parts) - 1):
-            before, after = ("Σ".join(part) for part in (parts[: place + 1], parts[place + 1 :]))
-            parts[place] += "ς" if before.lower() != before.upper() and after.lower() == after.upper() else "σ"
-        token = "".join(parts)
-    return token.lower()
+    """Java's lower case: where Python ends a word for the final sigma (`ΟΔΟΣ-ΕΡΜΟΥ`), Java may not."""
+    if "Σ" not in token:
+        return token.lower()
+
+    def small_sigma(match: re.Match[str]) -> str:
+        before, after = match.string[: match.start()], match.string[match.end() :]
+        return "ς" if _has_case(before) and not _has_case(after) else "σ"
+
+    return "".join(re.sub("Σ", small_sigma, part).lower() for part in re.split("([!?@/:&+=])", token))
+
+
+def _has_case(text: str) -> bool:
+    return text.lower() != text.upper()
