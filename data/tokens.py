@@ -4,7 +4,7 @@ coco-caption runs Stanford's PTBTokenizer (Java, `-preserveLines -lowerCase`) an
 Both that and nltk's Treebank tokenizer follow the Penn Treebank; they differ in what stays whole. So what Java leaves
 whole (`u.s.`, `1 1/2`, `well-lit`, `and/or`, `r&b`, `!!!`) is taken out first, and Treebank splits the words that are
 left (`do n't`, `can not`, `dog 's`). Of several rules that hold, Java takes the longest match; WHOLE is ordered so that
-the first match is the longest.
+the first match is the longest. What Java knows of characters outside ASCII stands in data/characters.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ QUOTES = str.maketrans({
     "‘": "`", "’": "'", "“": "``", "”": "''", "«": "``", "»": "''", "‹": "`", "›": "'", "‛": "`",
     "\x91": "`", "\x92": "'", "\x93": "``", "\x94": "''",
 })  # fmt: skip
-
 PLAIN_QUOTES = str.maketrans("’\x92‘\x91‛", "''```")
 
 # Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next letter), those that
@@ -46,6 +45,8 @@ TITLE = """adj|adm|adv|alex|assoc|asst|attys?|ave|brig|capt|cf|cie|cmdr|col|comd
     govs?|hon|insp|invt|jos|lieut|lt|maj|messrs|mfg|mlle|mme|mrs?|ms|msgr|mtg?|natl|pfc|ph|pres|profs?|pvt|reps?|rev|
     sens?|sfc|sgt|spc|ste?|supts?|treas|vs|wm"""
 CAPITAL = "ark|az|del|ill|la|mass|miss|ore|pa|tex|wash"
+SUFFIXES = """bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|
+    py|sql|tar|txt|wav|x|xml|zip"""  # of file names
 COUNTED = "art|ca|figs?|nos?|op|pp|prop"
 # A lone letter keeps its dot (`plan b.`) unless one of these opens a sentence after it.
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
@@ -90,12 +91,14 @@ WHOLE = rf"""
   | {PHONE}
   | (?=[0-9/-]*{DIGIT})(?:{D}{{1,2}}[-/]{D}{{1,2}}[-/]{D}{{2,4}}|{D}{{1,4}}/{D}{{1,4}}) # ٣١/١٢/١٩٩٩
   | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:\\?/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}               # and/or
+  | -[lr][rcs]b- | s&(?:amp;)?(?:p-500|ls) | cap['’]n | c['’]est                        # -lrb- s&p-500
   | (?-i:[A-Z]+(?:(?:&amp;|&AMP;|[+&])[A-Z]+)+){KEPT}? | (?-i:[A-Z]+\$)                 # R&B US$
   | (?=[a-z0-9-]+[.,\xad])[a-z0-9][a-z0-9.,\xad]*
     (?:-(?:{ACRONYM}\.|[a-z0-9\xad]+))+{KEPT}?                                          # 5,000-lb
   | cont'd\. | (?:dunkin|somethin|ol)(?!{STEM})['’]
   | nor'easter | c'mon | e'er | s'mores | ev'ry | li'l | nat'l | o'o
   | {ELISION}{A}+(?:[-_‐]{ELISION}{A}+)+{KEPT}? | [dol]{Q}{A}{{2,}}{KEPT}?              # well-lit o'clock
+  | (?:pro|anti)- | {D}{LD}*(?:\.{LD}+)*\.(?:{SUFFIXES})(?!{LD})                        # anti- 12.jpg
   | (?-i:[A-HJ-XZn])(?!{REST}(?!{B})){Q}{B}{{2,}}                                       # O'Brien
   | [ldj](?!{STEM})['’] | y(?!{STEM})['’](?={B})                                        # y'all
   | {B}+[aeiouy](?!{REST}(?!{B})){Q}(?-i:[aeiouA-Z]){B}*                                # ma'am
@@ -156,9 +159,9 @@ def _tokenize_any(caption: str) -> list[str]:
             token = token.replace(" ", "\xa0").replace("&amp;", "&")
             if not token.endswith(">"):  # brackets in mark-up stay, those of :-) do not
                 token = token.replace("(", SIGNS["("]).replace(")", SIGNS[")"])
-            if token[0] not in "<#" and "/" not in token and "@" not in token:
+            if token[0] not in "<#" and "/" not in token and "@" not in token:  # a word or a number
                 token = token.replace("\xad", "")
-        elif match[0] in UNKNOWN:
+        elif match[0] in UNKNOWN:  # match[0] is what `classify` wrote, token the caption's own characters
             return " "
         else:
             token = SIGNS.get(token, token).translate(QUOTES)
