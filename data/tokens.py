@@ -52,15 +52,15 @@ COUNTED = "art|ca|figs?|nos?|op|pp|prop"
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
     One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\."""
 
-# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII,
-# MARK for any combining mark, and so on.
+# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII, MARK for any
+# combining mark, `“` for any low or double quotation mark, and so on (data/characters.py).
 B = rf"[a-z{LETTER}]"  # a letter
-D = rf"[0-9{DIGIT}]"
+D = rf"[0-9{DIGIT}]"  # a digit
 A = rf"[a-z{LETTER}0-9{DIGIT}]"  # what stands between hyphens: Java takes no combining mark there
 L = rf"[a-z{LETTER}{MARK}\xad]"  # a letter of a word: combining marks and soft hyphens too
-LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"
-S = rf"[\s\xa0{SPACE}]"
-Q = "['’`‘]"
+LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"  # what a word goes on with: a letter of a word or a digit
+S = rf"[\s\xa0{SPACE}]"  # a blank
+Q = "['’`‘]"  # an apostrophe
 ACRONYM = r"[a-z](?:\.[a-z])+"
 STEM = "['’](?:[smd]|re|ve|ll)"  # of `it's`, `I'm`, `they're`; a plain quote may open a word instead
 REST = rf"(?:{STEM}(?:(?<=’.)|(?<=’..)|(?![a-z])))"

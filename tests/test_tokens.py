@@ -400,5 +400,5 @@ def test_line_ends_are_blanks():
 
 
 def test_long_lines_take_no_more_than_their_share():
-    for part in ["a.", "a-", "a'", "a/", "A&", "<a ", "x@", "1 "]:
+    for part in ["a.", "a-", "a'", "a/", "A&", "<a ", "x@", "1 ", "😀.", "\u0301", "é-", "\xada."]:
         tokenize(part * 1000)
