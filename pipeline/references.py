@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError, tokens
+from data import DataError, characters, tokens
 from data.features import written_whole
 from data.segmentation import segmented
 
@@ -342,7 +342,8 @@ def prepared_path(file: Path, *others: bytes) -> Path:
     again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    for part in (file.read_bytes(), Path(tokens.__file__).read_bytes(), *others):
+    rules = (Path(module.__file__).read_bytes() for module in (characters, tokens))
+    for part in (file.read_bytes(), *rules, *others):
         digest.update(hashlib.sha256(part).digest())
     name = f"{file.stem}.{digest.hexdigest()[:12]}.references.npz"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onceover"

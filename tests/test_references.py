@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError
+from data import DataError, characters
 from pipeline.references import TABLES, HashTable, References, keep, prepared_path
 from pipeline.scoring import score
 
@@ -129,3 +129,11 @@ def test_real_references_are_counted_alike_twice(real: Path):
     _, references = read_pair(real / "results" / "flickr30k_karpathy_test", "magic_result.json")
     one, two = References(references), References(dict(reversed(references.items())))
     assert one.idf.sum() == pytest.approx(two.idf.sum(), rel=1e-9) and len(one.keys) == len(two.keys)
+
+
+def test_a_changed_table_of_characters_has_another_name_for_the_counts(tmp_path, monkeypatch):
+    (tmp_path / "refs.json").write_text("one")
+    (tmp_path / "characters.py").write_text("another table")
+    first = prepared_path(tmp_path / "refs.json")
+    monkeypatch.setattr(characters, "__file__", str(tmp_path / "characters.py"))
+    assert prepared_path(tmp_path / "refs.json") != first

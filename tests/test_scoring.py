@@ -102,6 +102,15 @@ CORNERS = {
         {1: "a cut 1 1/2 inches wide", 2: "a cat"},
         {1: ["1 1/2 inches wide"], 2: ["1/2 a cat"]},
     ),
+    "combining marks, signs and wide spaces in words": (
+        {1: "\u0301a cre\u0300me \u2764\ufe0f", 2: "see http://a.com/x\u3000y now", 3: "مَدْرَسَةٌ جَمِيلَةٌ", 4: "দৌড়াচ্ছে"},
+        {
+            1: ["a cre\u0300me \u2764", "\u0301a creme"],
+            2: ["see http://a.com/x\u3000y", "y now"],
+            3: ["مدرسة جَمِيلَةٌ"],
+            4: ["এক দৌড়াচ্ছে", "\u200d"],
+        },
+    ),
 }
 
 

@@ -7,12 +7,13 @@ import json
 import random
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from data.tokens import SPLIT, _tokenize_any, tokenize, tokenize_all
+from data.tokens import LINE_ENDS, SPLIT, _tokenize_any, tokenize, tokenize_all
 
 # SHA-256 of Java's token lines of every caption of a file, in the file's order; no caption is left out.
 JAVA_SHA256 = {
@@ -42,6 +43,11 @@ JAVA_SHA256 = {
         "refs.json": "4124e56c1370afbb869ec24fca81eec415f3ba0ad0244c3abb7fe1d7b5f83b3f",
     },
 }
+# Captions in many scripts and with many signs, each with the SHA-256 of Java's token lines by normal form.
+SCRIPTS = json.loads((Path(__file__).parent / "scripts.json").read_text(encoding="utf-8"))
+FORMS = ["NFC", "NFD", "NFKC", "NFKD"]
+# SHA-256 of Java's token lines of `captions_of_characters("X aX1", 16)`.
+CHARACTERS_SHA256 = "c55364ceaf2efea1ba6eb89c0bc0837d60fa86b1fbd9365d0f4f8ab08832cb39"
 FILES = {f"{folder}/{name}": digest for folder, names in JAVA_SHA256.items() for name, digest in names.items()}
 
 # Caption and Java's answer, token by token. Where a caption has no word, so has the answer.
@@ -132,6 +138,42 @@ HARD = {
         ("a dog – a cat — a hen… end", "a dog a cat a hen end"),
         ("日本 dog 😀 cat ♥", "日本 dog cat ♥"),
     ],
+    "combining marks": [
+        ("a cre\u0300me bru\u0302le\u0301e on a table", "a cre\u0300me bru\u0302le\u0301e on a table"),
+        ("a jalapen\u0303o and a pin\u0303ata", "a jalapen\u0303o and a pin\u0303ata"),
+        ("a cre\u0300me-bru\u0302le\u0301e", "a cre\u0300me bru\u0302le\u0301e"),
+        ("the cafe\u0301's fiance\u0301e, isn't it", "the cafe\u0301 's fiance\u0301e is n't it"),
+        ("\u0301a a\u0301 \u0301 1\u0301 CAFE\u0301.", "\u0301a a\u0301 \u0301 1 \u0301 cafe\u0301"),
+        ("gonna\u0301 canno\u0301t", "gonna\u0301 canno\u0301t"),
+        ("a\u20dd 5\u20e3 a\u0488b", "a 5 a b"),
+    ],
+    "variation selectors and joiners": [
+        ("i love my dog \u2764\ufe0f so much", "i love my dog \u2764 so much"),
+        ("number 1\ufe0f\u20e3 shirt", "number 1 shirt"),
+        ("a\ufe0fb x\u200dy x\u200cy \u200d", "a b x y x y"),
+        ("a \U0001f468\u200d\U0001f469\u200d\U0001f467 don't\U0001f600 \U0001f1e9\U0001f1ea's", "a do n't 's"),
+    ],
+    "soft hyphens and blanks": [
+        ("soft\xadhyphen co\xad-op do\xadn't \xad 1\xad000", "softhyphen co-op do n't 1000"),
+        ("can\xadnot can\xadnot's", "cannot cannot 's"),
+        ("a\xa0b 1\xa01/2 cups\xa0. a\u3000b a\u202fb a\u1680b", "a b 1\xa01/2 cups a b a b a b"),
+        ("\ufeffa\u200bb\u200ec\x07d\x7fe\ue000f\U000f0000g", "a b c d e f g"),
+    ],
+    "digits and numbers of other scripts": [
+        ("\u0663:\u0664\u0665 \u0661\u066c\u0662\u066b\u0667", "\u0663:\u0664\u0665 \u0661\u066c\u0662\u066b\u0667"),
+        ("\u0661/\u0662 1/\u0662 \u0966-\u0967", "\u0661/\u0662 1/\u0662 \u0966-\u0967"),
+        ("x\xb2\xb3 \u2081\u2082 \u207b\xb9 \u2153 \u215b", "x \xb2\xb3 \u2081\u2082 \u207b\xb9 1/3 \u215b"),
+        ("(555) 123-4567", "-lrb-555-rrb-\xa0123-4567"),
+    ],
+    "final sigma": [
+        ("ΟΔΟΣ ΟΔΟΣ-ΕΡΜΟΥ ΟΔΟΣ's ΣΑΣ1 Σ", "οδος οδοσ-ερμου οδος 's σας1 σ"),
+    ],
+    "names": [
+        ("1.jpg 12.png photo1.jpeg 3.mp4 é.jpg", "1.jpg 12.png photo1.jpeg 3 mp4 é.jpg"),
+        ("pro- and anti-war, Cap'n, c'est, S&P-500", "pro- and anti-war cap'n c'est s&p-500"),
+        ("a man -lrb- left -RRB-", "a man -lrb- left -rrb-"),
+        ("www.日本.com 😀.com foo.community a@日本.jp", "www.日本.com 😀.com foo.community a@日本.jp"),
+    ],
     "emoticons": [
         (
             "hi :) :-( ;) :D =) :/ <3 ^_^ -_- (^_^) x_x",
@@ -157,6 +199,24 @@ def captions_of(path: Path) -> list[str]:
     return [each["caption"] for each in (found["annotations"] if isinstance(found, dict) else found)]
 
 
+def captions_of_script(script: str, form: str) -> list[str]:
+    return [unicodedata.normalize(form, caption) for caption in SCRIPTS[script]["captions"]]
+
+
+def captions_of_characters(places: str, step: int = 1) -> list[str]:
+    """Every character below U+10000 (of ideographs and Hangul syllables one in `step`) and some above it, in `places`."""
+    codes = [*range(1, 0x3400), *range(0x3400, 0xA000, step), *range(0xA000, 0xAC00), *range(0xAC00, 0xD7A4, step)]
+    codes += [*range(0xD7A4, 0xD800), *range(0xE000, 0xF900, step), *range(0xF900, 0x10000)]
+    codes += [*range(0x10000, 0x110000, 997), *range(0x1F1E6, 0x1F400)]
+    signs = [chr(code) for code in codes if chr(code) not in "\n\v\f\r\u2028\u2029"]  # Java ends a line at these
+    groups = [signs[at : at + 32] for at in range(0, len(signs), 32)]
+    return [f"a {' and '.join(places.replace('X', sign) for sign in group)} ." for group in groups]
+
+
+def sha256(captions: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256("\n".join(" ".join(words) for words in captions).encode()).hexdigest()
+
+
 def tokenize_with_java(captions: Sequence[str], folder: Path) -> list[list[str]]:
     """Ask coco-caption's tokenizer, with a neutral line between: it looks ahead across the end of a line."""
     if shutil.which("java") is None:
@@ -169,7 +229,7 @@ def tokenize_with_java(captions: Sequence[str], folder: Path) -> list[list[str]]
     command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", text]
     answer = subprocess.run(command, check=True, capture_output=True).stdout.decode().split("\n")
     assert len(answer) == len(lines)
-    return [[w for w in line.rstrip().split(" ") if w not in ptb.PUNCTUATIONS] for line in answer[::2]]
+    return [[w for w in line.rstrip().split(" ") if w and w not in ptb.PUNCTUATIONS] for line in answer[::2]]
 
 
 def differing(captions: Sequence[str], answers: Sequence[list[str]]) -> list[tuple[str, list[str], list[str]]]:
@@ -182,8 +242,17 @@ def differing(captions: Sequence[str], answers: Sequence[list[str]]) -> list[tup
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_real_caption_has_the_words_java_gave(real: Path, name: str):
-    lines = "\n".join(" ".join(words) for words in tokenize_all(captions_of(real / name)))
-    assert hashlib.sha256(lines.encode()).hexdigest() == FILES[name]
+    assert sha256(tokenize_all(captions_of(real / name))) == FILES[name]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_captions_of_every_script_have_the_words_java_gave(script: str, form: str):
+    assert sha256(tokenize_all(captions_of_script(script, form))) == SCRIPTS[script]["java_sha256"][form]
+
+
+def test_characters_of_every_kind_give_the_words_java_gave():
+    assert sha256(tokenize_all(captions_of_characters("X aX1", 16))) == CHARACTERS_SHA256
 
 
 @pytest.mark.parametrize(("caption", "words"), [case for cases in HARD.values() for case in cases])
@@ -196,6 +265,12 @@ def test_java_still_gives_the_words_of_the_hard_captions(tmp_path: Path):
     cases = [case for cases in HARD.values() for case in cases]
     answers = tokenize_with_java([caption for caption, _ in cases], tmp_path)
     assert [" ".join(words) for words in answers] == [words for _, words in cases]
+
+
+@pytest.mark.java
+def test_java_gives_our_words_for_every_script(tmp_path: Path):
+    captions = [caption for script in SCRIPTS for form in FORMS for caption in captions_of_script(script, form)]
+    assert differing(captions, tokenize_with_java(captions, tmp_path)) == []
 
 
 @pytest.mark.java
@@ -212,6 +287,33 @@ def test_java_gives_our_words_for_nearly_every_perturbed_caption(real: Path, tmp
     perturbed = [perturb(rng.choice(captions).replace("\n", " "), rng) for _ in range(100_000)]
     left = differing(perturbed, tokenize_with_java(perturbed, tmp_path))
     assert len(left) <= 500, left
+
+
+@pytest.mark.slow
+@pytest.mark.java
+def test_java_gives_our_words_for_every_character(tmp_path: Path):
+    captions = captions_of_characters("X and aX and Xa and aXb and a X b and 1X2 and X's and éXé and X.")
+    assert differing(captions, tokenize_with_java(captions, tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.java
+def test_java_gives_our_words_for_nearly_every_caption_with_signs_put_in(real: Path, tmp_path: Path):
+    captions = captions_of(real / "coco_annotations" / "captions_val2017.json")[::10]
+    captions += [caption for script in SCRIPTS for form in FORMS for caption in captions_of_script(script, form)]
+    signs = sorted({sign for group in ("Signs", "Emoji") for caption in SCRIPTS[group]["captions"] for sign in caption})
+    rng = random.Random(1184532097)
+    changed = [put_in(rng.choice(captions).translate(LINE_ENDS), signs, rng) for _ in range(20_000)]
+    left = differing(changed, tokenize_with_java(changed, tmp_path))
+    assert len(left) <= 20, left
+
+
+def put_in(caption: str, signs: Sequence[str], rng: random.Random) -> str:
+    """Put one to four signs at random places of a caption."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(caption) + 1)
+        caption = caption[:at] + rng.choice(signs) + caption[at:]
+    return caption
 
 
 MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~’‘“”–—…"
@@ -298,5 +400,5 @@ def test_line_ends_are_blanks():
 
 
 def test_long_lines_take_no_more_than_their_share():
-    for part in ["a.", "a-", "a'", "a/", "A&", "<a ", "x@", "1 "]:
+    for part in ["a.", "a-", "a'", "a/", "A&", "<a ", "x@", "1 ", "😀.", "\u0301", "é-", "\xada."]:
         tokenize(part * 1000)

@@ -25,6 +25,17 @@ def test_a_token_of_two_words_is_none_of_the_vocabulary():
     assert "1\xa01/2" not in Vocabulary.build([["1\xa01/2", "cups", "of", "1\xa01/2"]], 1).words
 
 
+# Tokens as captions in other scripts give them: a combining mark at the start, a sign, a blank inside, nothing at all.
+STRANGE = [["\u0301a", "cre\u0300me", "\u2764", "کتاب", "দৌড়াচ্ছে", "一只狗"], ["1\xa01/2", "cups", ""]]
+
+
+def test_words_with_marks_come_back_as_they_were_and_tokens_without_a_word_are_left_out():
+    vocabulary = Vocabulary.build(STRANGE, 1)
+    assert sorted(vocabulary.words[4:]) == sorted([*STRANGE[0], "cups"])
+    assert vocabulary.decode(vocabulary.encode(STRANGE[0])) == " ".join(STRANGE[0])
+    assert vocabulary.encode(STRANGE[1]) == [UNK, vocabulary.words.index("cups"), UNK]
+
+
 def test_words_are_ordered_by_count_then_alphabet_and_rare_ones_are_unknown():
     assert Vocabulary.build(CAPTIONS, 1).words == (*SPECIALS, "a", "dog", "cat", "runs")
     two = Vocabulary.build(CAPTIONS, 2)
@@ -163,6 +174,12 @@ def test_parts_of_a_batch_are_the_same_images_and_its_processes_share_them(tmp_p
 
 
 # ------------------------------------------------------------------------------------------------------ pieces of words
+
+
+def test_pieces_of_words_with_marks_are_joined_to_the_words_they_were_cut_from():
+    pieces = Subwords.build(STRANGE, 80)
+    assert pieces.decode(pieces.encode(STRANGE[0])) == " ".join(STRANGE[0])
+    assert pieces.decode(pieces.encode(STRANGE[1])) == "1 1/2 cups"  # the words of CIDEr
 
 
 def test_pieces_are_joined_to_the_words_they_were_cut_from_even_unseen_ones():
