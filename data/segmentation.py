@@ -28,25 +28,26 @@ BLANK_BESIDE = re.compile(f"(?<=[{UNSPACED}{WIDE_SIGNS}]) | (?=[{UNSPACED}{WIDE_
 
 def segmented(caption: str, segment: str = "words") -> list[str]:
     """The tokens of a caption; `segment` is one of SEGMENTS."""
-    tokens = tokenize(caption)
-    return [part for token in tokens for part in characters(token)] if segment == "characters" else tokens
+    if segment == "words" or not UNSPACED_RUN.search(caption):
+        return tokenize(caption)
+    tokens: list[str] = []
+    end = 0
+    for run in UNSPACED_RUN.finditer(caption):
+        tokens += tokenize(caption[end : run.start()])
+        tokens += characters(run[0])
+        end = run.end()
+    return tokens + tokenize(caption[end:])
 
 
-def characters(token: str) -> list[str]:
-    """A token cut before and after each character of an unspaced script; marks stay with their character."""
-    if token.isascii() or not UNSPACED_RUN.search(token):
-        return [token]
-    parts: list[str] = []
-    joined = False  # whether the part before may take another letter: it is of a script with blanks
-    for sign in token:
-        mark = unicodedata.category(sign).startswith("M")
-        alone = not mark and UNSPACED_RUN.match(sign) is not None
-        if parts and (mark or (joined and not alone)):
-            parts[-1] += sign
+def characters(run: str) -> list[str]:
+    """The characters of a run of unspaced scripts, each with the marks after it."""
+    found: list[str] = []
+    for sign in run:
+        if found and unicodedata.category(sign).startswith("M"):
+            found[-1] += sign
         else:
-            parts.append(sign)
-        joined = joined if mark else not alone
-    return parts
+            found.append(sign)
+    return found
 
 
 def join_characters(text: str) -> str:

@@ -20,6 +20,9 @@ from pipeline.runtime import Machine
 SIZES = ("width", "heads", "encoder_layers", "decoder_layers", "feedforward", "dropout")
 # Settings that stand under what --config and flags say; chosen by the number of captions where none is named.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # a few hundred photographs (docs/results.md): all that keeps a decoder from learning them by heart
+    "few": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.3,
+            "lr": 1e-3, "batch": 50, "region_dropout": 0.5, "ema": 0.99},
     "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1,
              "lr": 1e-3, "batch": 50},
     "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.3,
@@ -63,14 +66,14 @@ class TrainConfig:
     baseline: str = setting("mean", "rewards are held against the other samples' mean or that of greedy decoding, with --scst",
                             choices=("mean", "greedy"))  # fmt: skip
     reward: str = setting("CIDEr", "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable, with --scst")
-    preset: str | None = setting(None, "settings by name  [tiny, small or base by captions]", choices=tuple(PRESETS))
+    preset: str | None = setting(None, "settings by name  [few, tiny, small or base by captions]", choices=tuple(PRESETS))
     width: int | None = setting(None, "model width D  [by preset]")
     heads: int | None = setting(None, "attention heads  [by preset]")
     encoder_layers: int | None = setting(None, "layers over the regions  [by preset]")
     decoder_layers: int | None = setting(None, "layers over the words  [by preset]")
     feedforward: int | None = setting(None, "inner width of the feed-forward layers  [by preset]")
     dropout: float | None = setting(None, "dropout  [by preset; with --scst 0]")
-    region_dropout: float = setting(0.0, "share of an image's regions left out of a step")
+    region_dropout: float | None = setting(None, "share of an image's regions left out of a step  [by preset, else 0]")
     word_dropout: float = setting(0.0, "share of the words read that become <unk>")
     scheduled_sampling: float = setting(0.0, "share of the words read that become the model's own, at the end; from 0 on")
     views: bool = setting(True, "draw from the views that the cache keeps (extract --views flip)")
@@ -97,7 +100,9 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "of AdamW, on matrices only")
     label_smoothing: float = setting(0.1, "mass given to all words alike")
     clip: float = setting(1.0, "largest gradient norm")
-    ema: float = setting(0.0, "decay of a moving average of the weights, which is what is scored and kept; 0: none")
+    ema: float | None = setting(
+        None, "decay of a moving average of the weights, which is what is scored and kept; 0: none  [by preset, else 0]"
+    )
     compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one")
     cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"))
     eval_steps: int | None = setting(None, "steps between validations on dev  [an epoch; for a small set 50]")
@@ -155,6 +160,12 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} is {what}")
 
 
+def choose_preset(config: TrainConfig, captions: int) -> str:
+    if captions < 5_000 and config.dataset != "sample":
+        return "few"
+    return "tiny" if captions < 15_000 else "small" if captions < 100_000 else "base"
+
+
 def settle(
     config: TrainConfig,
     train: CaptionedImages,
@@ -165,8 +176,9 @@ def settle(
     """Choose what the options leave open from the number of captions and the machine. sizes, vocabulary: those of --init,
     which stay; UserError where an option has another."""
     captions, images = train.captions, len(train)
-    preset = config.preset or ("tiny" if captions < 15_000 else "small" if captions < 100_000 else "base")
-    chosen = {**PRESETS[preset], "preset": preset, "min_count": 5 if captions >= 10_000 else 1}
+    preset = config.preset or choose_preset(config, captions)
+    chosen = {"region_dropout": 0.0, "ema": 0.0, **PRESETS[preset], "preset": preset}
+    chosen["min_count"] = 5 if captions >= 10_000 else 1
     if sizes:
         for name in (*SIZES[:-1], "max_length"):
             if getattr(config, name) not in (None, sizes[name]):
@@ -176,6 +188,7 @@ def settle(
             raise UserError(f"--vocabulary is {config.vocabulary}, {config.init} has words")
         config._refuse_changed(f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size")
         config, chosen = replace(config, vocabulary=kind), chosen | sizes | {"preset": None, "min_count": None}
+        chosen |= {"region_dropout": 0.0, "ema": 0.0}
     if config.scst:
         chosen |= SCST
         if config.samples == "beam":

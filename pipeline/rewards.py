@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data.captions import CaptionedImages
-from data.segmentation import characters
+from data.segmentation import segmented
 from data.subwords import Subwords
 from data.vocabulary import EOS, Vocabulary
 from pipeline.cider import TokenCider
@@ -133,10 +133,8 @@ class Rewards:
         return matches
 
     def _words(self, row: Sequence[int]) -> list[str]:
-        words = self.vocabulary.decode(row).split()
-        if self.vocabulary.segment == "characters":
-            return [part for word in words for part in characters(word)]
-        return words
+        text = self.vocabulary.decode(row)
+        return segmented(text, "characters") if self.vocabulary.segment == "characters" else text.split()
 
     def _called(self, name: str, image_ids: Sequence[int], tokens: Tensor) -> np.ndarray:
         captions = [self.vocabulary.decode(row) for row in tokens.flatten(0, 1).tolist()]

@@ -45,10 +45,10 @@ def test_captions_of_scripts_with_blanks_are_left_alone(captions):
 
 
 def test_a_character_is_a_token_with_its_marks_and_other_words_stay_whole():
-    assert characters("一只dog狗5g") == ["一", "只", "dog", "狗", "5g"]
-    assert characters("ที่นี่") == ["ที่", "นี่"]
+    assert segmented("一只dog狗5g", "characters") == ["一", "只", "dog", "狗", "5g"]
+    assert characters("ที่นี่") == ["ที่", "นี่"] and characters("\U00020000一") == ["\U00020000", "一"]
     assert characters(unicodedata.normalize("NFD", "が行く")) == [unicodedata.normalize("NFD", "が"), "行", "く"]
-    assert characters("crème") == ["crème"] and characters("\U00020000一") == ["\U00020000", "一"]
+    assert segmented("crème 一", "characters") == ["crème", "一"]
     assert segmented("一只狗看着iPhone 12。", "characters") == ["一", "只", "狗", "看", "着", "iphone", "12", "。"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -523,7 +524,7 @@ def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(wo
     output = works(train.main, *few_options(folder, *SMALL, "--epochs", 60, "--eval-steps", 40, "--lr", 0.003))
     assert "warning: dev has" in output
     lines = [line for line in told(tmp_path / "few_run") if "dev" in line]
-    assert lines[-1]["step"] == 120 and lines[-1]["train"]["loss"] < 1.5
+    assert lines[-1]["step"] == 120 and lines[-1]["train"]["loss"] < 0.7 * lines[0]["train"]["loss"]
     assert max(line["dev"]["CIDEr"] for line in lines) > 0
 
 
@@ -549,7 +550,7 @@ def test_long_captions_are_whole_by_default_and_what_is_cut_is_counted(world, tm
         assert json.loads((out / "config.json").read_text())["model"]["max_length"] > 38
     options[options.index("--out") + 1] = tmp_path / "cut"
     output = works(train.main, *options[:-4], "--max-length", 15)
-    assert "11 of 11 train captions (100.0%) have more than 15 words and are cut" in output
+    assert re.search(r"(\d+) of \1 train captions \(100.0%\) have more than 15 words and are cut", output)
 
 
 # --------------------------------------------------------------------------------------------------------- more epochs
