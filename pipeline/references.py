@@ -13,8 +13,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from data.tokens import tokenize
 
 ORDERS = 4
 MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
+BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
 FORMAT = 1  # of the file that `save` writes
 TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
 
@@ -109,7 +111,7 @@ class Matches(NamedTuple):
 class References:
     """The references of a set of images, counted.
 
-    references: captions by image id, each a string, tokenised here, or a sequence of tokens.
+    references: captions by image id, each a string, tokenised here, or a list of tokens, as `words_of` reads them.
     vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as they come.
     frequencies: captions by image id whose document frequencies (images that have an n-gram, and the number of images)
         are used in place of the references' own, as where a small set is scored with those of a large one.
@@ -121,6 +123,9 @@ class References:
         vocabulary: Sequence[str] = (),
         frequencies: Mapping[int, Sequence[str | Sequence[str]]] | None = None,
     ) -> None:
+        for given in (references, frequencies):
+            if given is not None and not isinstance(given, Mapping):
+                raise DataError(f"references are {type(given).__name__}; pass a dict: lists of captions by image id")
         if not references:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
@@ -307,18 +312,40 @@ def tokens_by_image(references: Mapping[int, Sequence[str | Sequence[str]]]) -> 
     for image_id, captions in references.items():
         if isinstance(captions, str):
             raise DataError(f"image {image_id}: the references are one string; pass a list of captions")
-        if not len(captions):
-            raise DataError(f"image {image_id} has no references")
+        if isinstance(captions, bytes | Mapping) or not isinstance(captions, Iterable):
+            raise DataError(f"image {image_id}: the references are {_shown(captions)}; pass a list of captions")
         found.append([words_of(image_id, caption) for caption in captions])
+        if not found[-1]:
+            raise DataError(f"image {image_id} has no references")
     return found
 
 
 def words_of(image_id: int, caption: str | Sequence[str]) -> list[str]:
+    """The words of one caption: of a string, or of the list of its tokens; DataError for anything else.
+
+    A list with one string that is no token ("A dog runs.", "Running.") is that caption: other programs keep captions so.
+    Tokens may hold U+00A0, but none of BLANK.
+    """
+    if isinstance(caption, np.ndarray):
+        caption = caption.tolist()
     if isinstance(caption, str):
         return tokenize(caption)
-    if isinstance(caption, list | tuple) and all(isinstance(word, str) for word in caption):
-        return list(caption)
-    raise DataError(f"image {image_id}: a caption is {type(caption).__name__} {caption!r}, not a string")
+    if not isinstance(caption, list | tuple) or not all(isinstance(word, str) for word in caption):
+        raise DataError(f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens")
+    blank = BLANK.search("".join(caption))
+    if len(caption) == 1 and (blank or caption[0] != caption[0].lower() or caption[0].endswith((".", "!", "?", ","))):
+        return tokenize(caption[0])
+    if blank:
+        raise DataError(
+            f"image {image_id}: {len(caption)} sentences where one caption belongs, {_shown(caption)}; pass one string, or the "
+            "list of its tokens"
+        )
+    return list(caption)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:

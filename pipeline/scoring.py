@@ -40,7 +40,14 @@ class Scores:
 
 
 def score(candidates: Mapping[int, str | Sequence[str]], references: References | Mapping[int, Sequence[str]]) -> Scores:
-    """Score one caption for every image of the references: captions as written, or their tokens, by image id."""
+    """Score one caption for every image of the references.
+
+    candidates: by image id a caption as written, or the list of its tokens; ["A dog runs."] is that caption.
+    references: by image id a list of such captions; References where they are counted once for several calls.
+    DataError names an image that is missing on one side, and what is no caption.
+    """
+    if not isinstance(candidates, Mapping):
+        raise DataError(f"candidates are {type(candidates).__name__}; pass a dict: a caption by image id")
     if not isinstance(references, References):
         references = References(references)
     for image_id in candidates:
@@ -60,11 +67,13 @@ def score(candidates: Mapping[int, str | Sequence[str]], references: References 
 
 
 def cider(references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr [S] of each of S `captions` (their tokens) against its image's references; an image may come often."""
-    rows = np.array([references.row_of(int(image_id)) for image_id in image_ids], np.int64)
+    """CIDEr [S] of each of S `captions` (strings or their tokens) against its image's references; an image may come often."""
+    ids = list(image_ids)
+    rows = np.array([references.row_of(int(image_id)) for image_id in ids], np.int64)
     if len(rows) != len(captions):
         raise DataError(f"{len(captions)} captions for {len(rows)} image ids")
-    return cider_of_matches(rows, references.compare(rows, references.numbered(captions)), references)
+    words = references.numbered([words_of(*pair) for pair in zip(ids, captions, strict=True)])
+    return cider_of_matches(rows, references.compare(rows, words), references)
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:

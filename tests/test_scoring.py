@@ -175,6 +175,42 @@ def test_cider_of_many_samples_an_image_is_that_of_each_alone():
         assert value == pytest.approx(alone.per_image["CIDEr"][owner], abs=1e-12)
 
 
+# ---------------------------------------------------------------- how a caption may be given
+
+TWO = {7: ["A dog runs here.", "A brown dog runs."], 8: ["Running.", "There is a red car."]}
+SAID = {7: "A dog runs here.", 8: "Running."}
+
+
+@pytest.mark.parametrize(
+    "give",
+    [lambda c: [c], lambda c: (c,), np.str_, lambda c: np.array([c]), lambda c: np.array(c), lambda c: tokenize(c),
+     lambda c: tuple(tokenize(c)), lambda c: np.array(tokenize(c))],
+    ids=["list", "tuple", "numpy string", "array of one", "array", "tokens", "tuple of tokens", "array of tokens"],
+)  # fmt: skip
+def test_a_caption_may_be_a_string_a_list_with_it_or_its_tokens(give):
+    wanted = score(SAID, TWO)
+    references = {image_id: [give(caption) for caption in captions] for image_id, captions in TWO.items()}
+    for found in (score({i: give(caption) for i, caption in SAID.items()}, TWO), score(SAID, references)):
+        for name in NAMES:
+            np.testing.assert_array_equal(found.per_image[name], wanted.per_image[name], err_msg=name)
+
+
+def test_one_token_stays_that_token_and_may_hold_a_no_break_space():
+    references = {1: [["1\xa01/2"], ["m&m"]], 2: [["-lrb-"]], 3: [["<eos>"]]}
+    found = score({1: ["1\xa01/2"], 2: ["-lrb-"], 3: ["<eos>"]}, references)
+    assert found.per_image["ROUGE_L"].tolist() == pytest.approx([1, 1, 1])
+
+
+def test_no_tokens_are_an_empty_caption():
+    assert score({7: [], 8: ()}, TWO).values == score({7: "", 8: ""}, TWO).values
+
+
+def test_references_may_be_any_collection_of_captions():
+    wanted = score(SAID, TWO).values
+    for kind in (tuple, np.array, iter, set):
+        assert score(SAID, {i: kind(captions) for i, captions in TWO.items()}).values == pytest.approx(wanted)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -188,6 +224,23 @@ def test_cider_of_many_samples_an_image_is_that_of_each_alone():
         ({1: "a", 9: "b"}, {1: ["a"], 9: ["b", 3]}, "image 9: a caption is int 3, not a string"),
         ({1: "a", 2: "b"}, {1: ["a"], 2: "b"}, "image 2: the references are one string"),
         ({}, {}, "no references"),
+        ({1: ["A dog.", "A brown dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs, list .*A brown dog"),
+        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: "a"}, {1: [["A dog.", "A brown dog."]]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: 3.5}, {1: ["a"]}, "image 1: a caption is float 3.5, not a string"),
+        ({1: float("nan")}, {1: ["a"]}, "image 1: a caption is float nan, not a string"),
+        ({1: b"a dog"}, {1: ["a"]}, "image 1: a caption is bytes b'a dog', not a string"),
+        ({1: {"caption": "a dog"}}, {1: ["a"]}, "image 1: a caption is dict .*, not a string"),
+        ({1: ["a", None]}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: [["a", "dog"]]}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: np.array([1, 2])}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: "a"}, {1: None}, "image 1: the references are NoneType None; pass a list of captions"),
+        ({1: "a"}, {1: 5}, "image 1: the references are int 5; pass a list"),
+        ({1: "a"}, {1: {"caption": "a"}}, "image 1: the references are dict .*; pass a list"),
+        ({1: "a"}, {1: np.str_("a dog")}, "image 1: the references are one string"),
+        ({1: "a"}, {1: np.array([])}, "image 1 has no references"),
+        (["a"], {1: ["a"]}, "candidates are list; pass a dict: a caption by image id"),
+        ({1: "a"}, [["a"]], "references are list; pass a dict: lists of captions by image id"),
     ],
 )
 def test_bad_input_is_an_error_that_names_the_image(candidates: dict, references: dict, message: str):
@@ -200,6 +253,7 @@ def test_cider_of_an_unknown_image_is_an_error_that_names_it():
         cider(References({1: ["a"]}), [1, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="1 captions for 2 image ids"):
         cider(References({1: ["a"]}), [1, 1], [["a"]])
+    assert cider(References(TWO), [7], ["A dog runs here."]) == cider(References(TWO), [7], [["a", "dog", "runs", "here"]])
 
 
 @pytest.mark.parametrize("most", [3, 40, 64, 65, 150])
