@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import chain
@@ -30,8 +29,10 @@ from data.tokens import tokenize
 ORDERS = 4
 MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
 BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
-FORMAT = 1  # of the file that `save` writes
-TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
+FORMAT = 2  # of the file that `save` writes
+MOST = 1 << 30  # bytes of references that a cache folder keeps
+KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")  # its files, those half written too
+TABLES = ("documents", "k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
 
 
 class Words(NamedTuple):
@@ -213,7 +214,7 @@ class References:
         return known[found], at[near[found]]
 
     def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
-        """Fill the tables: of the captions
+        """Fill the tables: `documents`, the number of images that document frequencies are counted over; of the captions
 
         k [I], lengths [I,K] in words, tokens and counts as in `Words`;
 
@@ -231,7 +232,8 @@ class References:
         image = np.repeat(np.arange(len(k)), k)
         column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
         mine = image < images
-        self.k, self.words, documents = k[:images], len(self.vocabulary), len(frequencies) or images
+        self.k, self.words = k[:images], len(self.vocabulary)
+        self.documents = np.array(len(frequencies) or images)
         self.lengths = np.zeros((images, width), np.int64)
         self.lengths[image[mine], column[mine]] = words.lengths[mine]
         self.counts = words.counts[mine]
@@ -254,7 +256,7 @@ class References:
         entries, place = entry[new], np.cumsum(new) - 1
         counted = entries[entries >> 32 >= images] if frequencies else entries
         self.keys = np.concatenate(keys)
-        self.idf = np.log(documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
+        self.idf = np.log(self.documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
         mine = entry < images << 32
         counts = np.zeros((np.count_nonzero(entries < images << 32), width), np.min_scalar_type(times.max(initial=0)))
         counts[place[mine], column[mine]] = times[mine]  # one byte each, in practice
@@ -284,26 +286,37 @@ class References:
         arrays = {name: getattr(self, name) for name in TABLES} | {"format": np.array(FORMAT), "words": np.array(self.words)}
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
+        arrays["digest"] = _digest(path, arrays)
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> References:
-        """The tables that `save` kept; DataError where the file is not whole or of another format."""
+        """The tables that `save` kept; DataError where the file is not what it wrote under this name."""
         found = cls.__new__(cls)
         try:
             with np.load(path, allow_pickle=False) as file:
-                if file["format"] != FORMAT:
-                    raise DataError(f"{path} has format {file['format']}, this program reads {FORMAT}; delete it")
-                found.rows = {image_id: row for row, image_id in enumerate(file["image_ids"].tolist())}
-                found.vocabulary, found.words = Numbers(json.loads(file["vocabulary"].tobytes())), int(file["words"])
-                for name in TABLES:
-                    setattr(found, name, file[name])
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
+                arrays = {name: file[name] for name in file.files}
+            if arrays["format"] != FORMAT or not np.array_equal(arrays.pop("digest"), _digest(path, arrays)):
+                raise ValueError("it has another format, another name or another content than it was written with")
+            found.rows = {image_id: row for row, image_id in enumerate(arrays["image_ids"].tolist())}
+            found.vocabulary, found.words = Numbers(json.loads(arrays["vocabulary"].tobytes())), int(arrays["words"])
+            for name in TABLES:
+                setattr(found, name, arrays[name])
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises whatever the broken file leads it into
             raise DataError(f"{path} is not whole ({error}); delete it, it is made again") from error
         return found
+
+
+def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 of arrays by name, and of the name of the file that they are kept in."""
+    digest = hashlib.sha256(path.name.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array))
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def tokens_by_image(references: Mapping[int, Sequence[str | Sequence[str]]]) -> list[list[list[str]]]:
@@ -354,27 +367,52 @@ def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
     return (numbers[start:end] for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True))
 
 
-def prepared_path(file: Path, *others: bytes) -> Path:
-    """Where the counted references of a caption file are kept: beside it, else in the user's cache folder.
+def user_cache() -> Path | None:
+    """$XDG_CACHE_HOME/onceover, else ~/.cache/onceover; None for a user without a home."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # the XDG standard: such a path is ignored
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return folder / "onceover"
 
-    The name carries a digest of the file's content, of `others` and of the tokenizer, so that what has changed is counted
-    again.
+
+def kept_path(folder: Path, *parts: bytes) -> Path:
+    """Where the counted references of a caption file are kept in a cache folder.
+
+    The name is the digest of `parts`, all that the counts come from, and of the tokenizer, so that what has changed is
+    counted again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    for part in (file.read_bytes(), Path(tokens.__file__).read_bytes(), *others):
+    for part in (Path(tokens.__file__).read_bytes(), *parts):
         digest.update(hashlib.sha256(part).digest())
-    name = f"{file.stem}.{digest.hexdigest()[:12]}.references.npz"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onceover"
-    beside = file.parent / name
-    writable = os.access(file.parent, os.W_OK) and file.parent.stat().st_mode & 0o222  # root may, but was asked not to
-    return beside if beside.exists() or writable else home / name
+    return folder / f"references-{digest.hexdigest()}.npz"
+
+
+def load_kept(path: Path) -> References | None:
+    """The counted references at a path; None where they are not there, or not as `keep` left them."""
+    with contextlib.suppress(DataError, OSError):
+        if path.is_file():
+            references = References.load(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # those used last stay longest
+            return references
+    return None
 
 
 def keep(references: References, path: Path) -> None:
-    """Save where that can be; a full or read-only disk costs only the next run's second."""
+    """Save where that can be: a full or read-only disk costs only the next run's second. Of earlier ones in the folder
+    those used last stay, up to MOST bytes in all."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         references.save(path)
+        kept = {file: file.stat() for file in path.parent.iterdir() if KEPT.fullmatch(file.name) and file != path}
+        room = MOST - path.stat().st_size
+        for file in sorted(kept, key=lambda file: kept[file].st_mtime, reverse=True):
+            room -= kept[file].st_size
+            if room < 0:
+                file.unlink(missing_ok=True)
 
 
 def _count_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

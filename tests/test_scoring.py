@@ -58,9 +58,10 @@ def oracle(candidates: dict[int, str], references: dict[int, list[str]]) -> tupl
 def assert_equals_oracle(candidates: dict[int, str], references: dict[int, list[str]]) -> None:
     ours = score(candidates, references)
     values, per_image = oracle(candidates, references)
-    assert list(ours.values) == NAMES
+    names = NAMES if len(references) > 1 else NAMES[:-1]  # no CIDEr over one image
+    assert list(ours.values) == list(ours.per_image) == names
     assert ours.image_ids.tolist() == list(references)
-    for name in NAMES:
+    for name in names:
         assert ours.values[name] == pytest.approx(values[name], abs=1e-6), name
         np.testing.assert_allclose(ours.per_image[name], per_image[name], atol=1e-6, err_msg=name)
 
@@ -147,6 +148,26 @@ def test_published_figures_are_met_at_their_printed_precision(real: Path, name: 
     for metric in NAMES:
         digits = len(str(published[metric]).partition(".")[2])
         assert ours[metric] == pytest.approx(published[metric], abs=max(0.5001 * 10**-digits, 1e-6)), metric
+
+
+# ---------------------------------------------------------------- CIDEr over one image
+
+
+def test_cider_is_not_computed_with_the_document_frequencies_of_one_image():
+    one, three = {1: ["a dog runs", "the dog"]}, {1: ["a cat"], 2: ["a dog"], 3: ["a bird"]}
+    for references in (one, References(one), References({**one, 2: ["a cat"]}, frequencies={9: ["a dog runs"]})):
+        found = score({i: "a dog runs" for i in getattr(references, "rows", references)}, references)
+        assert list(found.values) == list(found.per_image) == NAMES[:-1] and found.values["ROUGE_L"] > 0
+        assert found.not_computed.keys() == {"CIDEr"} and "--df FILE" in found.not_computed["CIDEr"]
+    found = score({1: "a dog runs"}, References(one, frequencies=three))
+    assert found.values["CIDEr"] > 0 and not found.not_computed
+    with pytest.raises(DataError, match=r"CIDEr is not computed: .*--df FILE"):
+        cider(References(one), [1], ["a dog runs"])
+
+
+def test_cider_of_images_whose_captions_are_all_the_same_is_0_by_definition():
+    found = score({1: "a dog", 2: "a dog"}, {1: ["a dog"], 2: ["a dog"]})
+    assert found.values["CIDEr"] == 0 and not found.not_computed
 
 
 # ---------------------------------------------------------------- prepared once
@@ -250,9 +271,9 @@ def test_bad_input_is_an_error_that_names_the_image(candidates: dict, references
 
 def test_cider_of_an_unknown_image_is_an_error_that_names_it():
     with pytest.raises(DataError, match="image 5 has a candidate"):
-        cider(References({1: ["a"]}), [1, 5], [["a"], ["b"]])
+        cider(References({1: ["a"], 2: ["b"]}), [1, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="1 captions for 2 image ids"):
-        cider(References({1: ["a"]}), [1, 1], [["a"]])
+        cider(References({1: ["a"], 2: ["b"]}), [1, 1], [["a"]])
     assert cider(References(TWO), [7], ["A dog runs here."]) == cider(References(TWO), [7], [["a", "dog", "runs", "here"]])
 
 
