@@ -29,6 +29,7 @@ from data.tokens import tokenize
 ORDERS = 4
 MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
 BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
+ENDS = tuple(".!?,;:。！？，、؟।")  # what sentences end with
 FORMAT = 2  # of the file that `save` writes
 MOST = 1 << 30  # bytes of references that a cache folder keeps
 KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")  # its files, those half written too
@@ -315,7 +316,7 @@ def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     digest = hashlib.sha256(path.name.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)
 
 
@@ -346,7 +347,7 @@ def words_of(image_id: int, caption: str | Sequence[str]) -> list[str]:
     if not isinstance(caption, list | tuple) or not all(isinstance(word, str) for word in caption):
         raise DataError(f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens")
     blank = BLANK.search("".join(caption))
-    if len(caption) == 1 and (blank or caption[0] != caption[0].lower() or caption[0].endswith((".", "!", "?", ","))):
+    if len(caption) == 1 and (blank or caption[0] != caption[0].lower() or caption[0].endswith(ENDS)):
         return tokenize(caption[0])
     if blank:
         raise DataError(
@@ -385,7 +386,8 @@ def kept_path(folder: Path, *parts: bytes) -> Path:
     counted again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    for part in (Path(tokens.__file__).read_bytes(), *parts):
+    rules = (Path(module.__file__).read_bytes() for module in (tokens,))
+    for part in (*rules, *parts):
         digest.update(hashlib.sha256(part).digest())
     return folder / f"references-{digest.hexdigest()}.npz"
 

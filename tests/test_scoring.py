@@ -222,6 +222,12 @@ def test_one_token_stays_that_token_and_may_hold_a_no_break_space():
     assert found.per_image["ROUGE_L"].tolist() == pytest.approx([1, 1, 1])
 
 
+@pytest.mark.parametrize("text", ["Running.", "running!", "Dog", "狗在跑。", "a dog", "dog\n", " dog"])
+def test_one_string_in_a_list_that_is_no_token_is_a_caption(text: str):
+    references = {1: [text], 2: ["a cat"]}
+    assert score({1: [text], 2: "a cat"}, references).values == score({1: text, 2: "a cat"}, references).values
+
+
 def test_no_tokens_are_an_empty_caption():
     assert score({7: [], 8: ()}, TWO).values == score({7: "", 8: ""}, TWO).values
 
