@@ -6,7 +6,7 @@
 Ours and the twin encode the images; Hugging Face is given encoded regions, repeated for each caption, and has no encoder. All
 take turns in one process; figures are medians, ratios medians of the rounds' ratios. `of_limit` is the share of the best
 product's operations a second that went into operations that training needs: padding and repeated images do not count. Ours and
-the twin run in bf16 where the machine computes in it; else all is in fp32, with 20 images, and the report says so.
+the twin run in bf16 where the machine computes in it; else all is in fp32, with 10 images, and the report says so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pipeline.runtime import Machine, open_machine
 @click.command(context_settings={"show_default": True})
 @click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
               default="../shared/real", help="folder of Flickr8k's captions")  # fmt: skip
-@click.option("--images", type=int, help="images a step, five captions each  [50; 20 where all is in fp32]")
+@click.option("--images", type=int, help="images a step, five captions each  [50; 10 where all is in fp32]")
 @click.option("--rounds", type=int, help="[7; 3 where all is in fp32]")
 @click.option("--device", default="auto")
 @click.option("--compile", "compiled", is_flag=True, help="ours by torch.compile")
@@ -50,7 +50,7 @@ from pipeline.runtime import Machine, open_machine
 def main(real: Path, images: int | None, rounds: int | None, device: str, compiled: bool, out: Path | None) -> None:
     """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
     machine = open_machine(device)
-    images, rounds = images or (50 if machine.precision == "bf16" else 20), rounds or (7 if machine.precision == "bf16" else 3)
+    images, rounds = images or (50 if machine.precision == "bf16" else 10), rounds or (7 if machine.precision == "bf16" else 3)
     tokens = flickr8k_tokens(real, images)
     figures = header() | {"machine": str(machine), "torch": torch.__version__, "images": images,
                           "mean words": ((tokens != PAD).sum() / tokens[:, :, 0].numel() - 2).item(),
