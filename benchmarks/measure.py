@@ -33,8 +33,8 @@ def why_fp32(machine: Machine) -> dict[str, str]:
     """The line of the report that says why all is in fp32, where it is."""
     if machine.precision == "bf16":
         return {}
-    lacks = "no avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "no bf16"
-    return {"precision": f"fp32 on both sides: {machine.device.type} has {lacks} and would only emulate bf16"}
+    lacks = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
+    return {"precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 would only be emulated"}
 
 
 def _processor() -> str:
