@@ -5,22 +5,25 @@
 Beam 5, exactly 20 words, 10,000 words, random weights, from given encoder states; each at its best batch of 50, 100 or 200
 images, at one thread and at as many as there are cores (ours then decodes a batch in each). All take turns in one process;
 figures are medians, ratios medians of the rounds' ratios, of the thread setting that is the better one for ours. `of_limit` is
-the share of the operations a second of the best bf16 product with the rows of one step. With --checkpoint also a trained
+the share of the operations a second of the best product with the rows of one step. Ours and the twin run in bf16 where the
+machine computes in it; else all is in fp32, over fewer images, and the report says so. With --checkpoint also a trained
 captioner over real photographs, where captions end by themselves, against the same with 20 words each.
 """
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter
+from benchmarks.measure import header, in_turn, peak_above, precisions, ratio, report, seconds_of, waiter, why_fp32
 from benchmarks.peers import (
     WORDS,
     decoder_operations,
@@ -41,9 +44,20 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.decoding import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine
 
-BEAMS, LENGTH, IMAGES, BATCHES = 5, 20, 400, (50, 100, 200)
-THEIRS, TWINS = 200, 50  # images of a round of Hugging Face, and of the twin
+BEAMS, LENGTH = 5, 20
 FORCED = Generation(num_beams=BEAMS, min_length=LENGTH, max_length=LENGTH)
+
+
+class Sizes(NamedTuple):
+    """Images of a round of ours, of Hugging Face and of the twin, and the batches that are tried."""
+
+    ours: int
+    theirs: int
+    twin: int
+    batches: tuple[int, ...]
+
+
+SIZES = {"bf16": Sizes(400, 200, 50, (50, 100, 200)), "fp32": Sizes(50, 25, 5, (25,))}
 
 
 @click.command(context_settings={"show_default": True})
@@ -61,15 +75,16 @@ def main(
     if only_memory:
         click.echo(peak_memory(machine))
         return
-    figures = header() | {"machine": str(machine), "torch": torch.__version__}
+    figures = header() | {"machine": str(machine), "torch": torch.__version__, **why_fp32(machine)}
     cores = torch.get_num_threads()
     found = {}
     for threads in sorted({1, cores}) if machine.device.type == "cpu" else [cores]:
         torch.set_num_threads(threads)
         found[threads] = measure(machine, rounds)
         figures |= {f"{name} ({threads} threads)": value for name, value in found[threads].items()}
-    for name in ("ratio_hf_fp32", "ratio_hf_bf16", "ratio_twin", "ratio_hf_fp32_with_encoder", "of_limit"):
-        figures[name] = max(of[name] for of in found.values())
+    for name in found[cores]:
+        if name.startswith(("ratio_", "of_limit")):
+            figures[name] = max(of[name] for of in found.values())
     if sys.platform == "linux":
         command = [sys.executable, "-m", "benchmarks.decode", "--only-memory", "--device", "cpu"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -82,56 +97,55 @@ def main(
 def measure(machine: Machine, rounds: int) -> dict[str, float]:
     """Images a second of each at its best batch, and ratios."""
     device = machine.device
+    sizes = SIZES[machine.precision]
     captioner, twin = our_captioner().to(device).eval(), our_captioner().to(device).eval()
     lighten(captioner, machine)
-    peers = [hugging_face().to(device).eval() for _ in range(2)]
-    regions = random_regions(IMAGES)
-    encoded = torch.randn(IMAGES, 49, 512, device=device)
-    bf16 = replace(machine, precision="bf16")
+    peers = {precision: hugging_face().to(device).eval() for precision in precisions(machine)}
+    regions = random_regions(sizes.ours)
+    encoded = torch.randn(sizes.theirs, 49, 512, device=device)
 
     def ours(batch: int, with_encoder: bool = False) -> Callable[[], object]:
         parts = [Regions(*(part.to(device) for part in group)) for group in
                  zip(*(part.split(batch) for part in regions), strict=True)]  # fmt: skip
-        given = parts if with_encoder else [encode(captioner, part, bf16) for part in parts]
-        search = searcher(captioner, bf16, FORCED)
-        work = (lambda part: search(encode(captioner, part, bf16))) if with_encoder else search
+        given = parts if with_encoder else [encode(captioner, part, machine) for part in parts]
+        search = searcher(captioner, machine, FORCED)
+        work = (lambda part: search(encode(captioner, part, machine))) if with_encoder else search
         return lambda: list(on_every_core(work, given, machine))
 
-    def theirs(which: int, batch: int) -> Callable[[], object]:
+    def theirs(precision: str, batch: int) -> Callable[[], object]:
         def run() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=which == 1):
-                for part in encoded[:THEIRS].split(batch):
-                    hugging_face_beam_search(peers[which], part, BEAMS, LENGTH)
+            with replace(machine, precision=precision).autocast():
+                for part in encoded.split(batch):
+                    hugging_face_beam_search(peers[precision], part, BEAMS, LENGTH)
 
         return run
 
     def plainly() -> None:
-        with torch.inference_mode(), bf16.autocast():
+        with torch.inference_mode(), machine.autocast():
             plain_beam_search(twin, few, BEAMS, LENGTH)
 
-    few = encode(twin, Regions(*(part[:TWINS].to(device) for part in regions)), bf16)
-    makers = {
-        "ours": ours, "ours_with_encoder": lambda batch: ours(batch, True),
-        "hf_fp32": lambda batch: theirs(0, batch), "hf_bf16": lambda batch: theirs(1, batch),
-    }  # fmt: skip
+    few = encode(twin, Regions(*(part[: sizes.twin].to(device) for part in regions)), machine)
+    makers = {"ours": ours, "ours_with_encoder": lambda batch: ours(batch, True)}
+    makers |= {f"hf_{precision}": functools.partial(theirs, precision) for precision in peers}
     wait = waiter(device)
-    best: dict[str, int] = {}
-    for name, make in makers.items():
-        tried = {batch: make(batch) for batch in BATCHES}
-        tried[BATCHES[0]]()
-        best[name] = min(BATCHES, key=lambda batch, tried=tried: seconds_of(tried[batch], wait))
+    best = dict.fromkeys(makers, sizes.batches[0])
+    for name, make in makers.items() if len(sizes.batches) > 1 else ():
+        tried = {batch: make(batch) for batch in sizes.batches}
+        tried[sizes.batches[0]]()
+        best[name] = min(sizes.batches, key=lambda batch, tried=tried: seconds_of(tried[batch], wait))
     seconds = in_turn({name: makers[name](batch) for name, batch in best.items()} | {"twin": plainly}, rounds, wait)
-    for name, count in (("hf_fp32", THEIRS), ("hf_bf16", THEIRS), ("twin", TWINS)):
-        seconds[name] = [each * IMAGES / count for each in seconds[name]]
+    others = {**{f"hf_{precision}": sizes.theirs for precision in peers}, "twin": sizes.twin}
+    for name, count in others.items():
+        seconds[name] = [each * sizes.ours / count for each in seconds[name]]
     found: dict[str, float] = {}
     for name, each in seconds.items():
-        found[f"{name}, images/s at batch {best.get(name, 50)}"] = median_rate(IMAGES, each)
-    found |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in ("hf_fp32", "hf_bf16", "twin")}
+        found[f"{name}, images/s at batch {best.get(name, sizes.twin)}"] = median_rate(sizes.ours, each)
+    found |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in others}
     found["ratio_hf_fp32_with_encoder"] = ratio(seconds["hf_fp32"], seconds["ours_with_encoder"])
     rows = best["ours"] * BEAMS
-    top = limit([(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], device)
+    top = limit([(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], machine)
     operations = decoder_operations(captioner.config, (LENGTH - 1) / 2) * (1 + BEAMS * (LENGTH - 1))
-    rate = median_rate(IMAGES, seconds["ours"]) * operations
+    rate = median_rate(sizes.ours, seconds["ours"]) * operations
     return found | {"operations a second, GFLOP/s": rate / 1e9, "limit, GFLOP/s": top / 1e9, "of_limit": rate / top}
 
 

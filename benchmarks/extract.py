@@ -86,7 +86,8 @@ def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machin
     shutil.rmtree(cache)
     found["plain loop"] = plain_rate(name, backbone.size, paths[: 60 if not gpu else 500], machine)
     found["times the plain loop"] = found["stage"] / found["plain loop"]
-    found["cosine of bf16 and fp32 rows, least"] = cosine(recipe, paths[:64])
+    if machine.precision == "bf16":
+        found["cosine of bf16 and fp32 rows, least"] = cosine(recipe, paths[:64])
     for key, value in found.items():
         click.echo(f"  {key:<38} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
     return found

@@ -15,10 +15,26 @@ from pathlib import Path
 import click
 import torch
 
+from pipeline.runtime import Machine
+
 
 def header() -> dict[str, object]:
     """Hardware and date, for the report's first lines."""
     return {"hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today())}
+
+
+def precisions(machine: Machine) -> tuple[str, ...]:
+    """What to measure in: fp32, and bf16 where the machine computes in it. A CPU that only emulates bf16 takes many times as
+    long as in fp32, which says nothing of either side."""
+    return ("fp32", "bf16") if machine.precision == "bf16" else ("fp32",)
+
+
+def why_fp32(machine: Machine) -> dict[str, str]:
+    """The line of the report that says why all is in fp32, where it is."""
+    if machine.precision == "bf16":
+        return {}
+    lacks = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
+    return {"precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 would only be emulated"}
 
 
 def _processor() -> str:

@@ -22,6 +22,7 @@ from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD
 from models.captioner import Captioner, CaptionerConfig, Memory
 from models.grid import Regions, grid_boxes
+from pipeline.runtime import Machine
 
 REGIONS, CHANNELS, WORDS = 49, 2048, 10_000
 
@@ -72,12 +73,13 @@ def decoder_operations(config: CaptionerConfig, before: float) -> float:
     return config.decoder_layers * layer + 2 * width * config.words
 
 
-def limit(shapes: list[tuple[int, int, int]], device: torch.device, runs: int = 20) -> float:
-    """The most operations a second of bf16 products [m,k]x[k,n] of these shapes, best of `runs` each."""
+def limit(shapes: list[tuple[int, int, int]], machine: Machine) -> float:
+    """The most operations a second of products [m,k]x[k,n] of these shapes in the machine's precision, best of some runs."""
+    dtype, runs = (torch.bfloat16, 20) if machine.precision == "bf16" else (torch.float32, 5)
     best = 0.0
     for m, k, n in shapes:
-        a, b = (torch.randn(*shape, device=device).bfloat16() for shape in ((m, k), (n, k)))
-        seconds = min(seconds_of(lambda a=a, b=b: F.linear(a, b), waiter(device)) for _ in range(runs))
+        a, b = (torch.randn(*shape, device=machine.device).to(dtype) for shape in ((m, k), (n, k)))
+        seconds = min(seconds_of(lambda a=a, b=b: F.linear(a, b), waiter(machine.device)) for _ in range(runs))
         best = max(best, 2 * m * k * n / seconds)
     return best
 
@@ -157,13 +159,13 @@ def median_rate(count: int, seconds: list[float]) -> float:
     return count / statistics.median(seconds)
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor], bf16: bool, device: torch.device) -> Callable[[], None]:
-    """One update by AdamW, as a work to time."""
+def training_step(model: nn.Module, loss: Callable[[], Tensor], machine: Machine) -> Callable[[], None]:
+    """One update by AdamW in the machine's precision, as a work to time."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with machine.autocast():
             found = loss()
         optimizer.zero_grad(set_to_none=True)
         found.backward()

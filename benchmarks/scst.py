@@ -7,7 +7,8 @@ their limit of 20 words; references of Flickr8k's lengths with random words; dra
 
 twin       as people write it, fp32: each image's features repeated for each sample before the encoder, all words read again at
            every step, the gradient backwards through all those steps
-twin_kv    bf16, images encoded once and repeated, keys and values of the words kept, backwards through the steps as well
+twin_kv    in our precision (bf16 where the machine computes in it), images encoded once and repeated, keys and values of the
+           words kept, backwards through the steps as well
 
 All take turns in one process, medians of the rounds, ratios medians of the rounds' ratios; memory is the peak of a step beyond
 weights and optimiser (on a CPU each in a process of its own, on a GPU ours alone). Rewards are the same code for all three.
@@ -27,7 +28,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter
+from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter, why_fp32
 from benchmarks.peers import WORDS, flickr8k_tokens, our_captioner, random_regions
 from data.captions import Batch
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
@@ -76,6 +77,7 @@ def main(
     wait = waiter(machine.device)
     seconds = in_turn({name: work.step for name, work in works.items()}, rounds, wait)
     figures = header() | {"machine": str(machine), "torch": torch.__version__, "images": images, "samples": samples}
+    figures |= why_fp32(machine)
     figures |= {f"{name}, s a step": statistics.median(each) for name, each in seconds.items()}
     figures["ours, samples/s"] = images * samples / figures["ours, s a step"]
     figures |= {f"ratio_{name}": ratio(each, seconds["ours"]) for name, each in seconds.items() if name != "ours"}
@@ -197,7 +199,7 @@ class Growing(Layout):
 
 
 def twin_kv_loss(captioner: Captioner, machine: Machine, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
-    with torch.autocast(machine.device.type, torch.bfloat16):
+    with machine.autocast():
         memory = captioner.encode(Regions(batch.features, batch.boxes, batch.counts))
         each = torch.arange(memory.images, device=machine.device).repeat_interleave(samples)
         memory, cache = memory.keep(each), Growing(captioner.config.decoder_layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,10 +81,28 @@ class Backbone(nn.Module):
         regions = grid_regions(feature_map, frames)
         return regions._replace(features=regions.features.float())
 
+    def without_prefix(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+        """Weights by the backbone's own names, and the prefix taken off for that ("" where none is).
+
+        Wrappers put a prefix before all keys: `_orig_mod.` (torch.compile), `module.` (DataParallel), `model.` (Lightning).
+        Of the prefixes that all keys share, the one goes without which most keys are the backbone's.
+        """
+        own = {key: value for key, value in tensors.items() if key != "n_averaged"}  # the counter of AveragedModel
+        names = [key for key in own if not self._of_classifier(key)]
+        first, last = min(names, default="").split("."), max(names, default="").split(".")
+        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False)))
+        prefixes = ["".join(f"{part}." for part, _ in shared[:count]) for count in range(len(shared) + 1)]
+        wanted = self.network.state_dict()
+        best = max(prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in wanted for name in names))
+        return {key.removeprefix(best): value for key, value in own.items()}, best
+
+    def _of_classifier(self, key: str) -> bool:
+        return key.startswith(tuple(f"{name}." for name in self.classifier))
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> list[str]:
         """Load weights strictly, but for the classifier's tensors, whose names are returned; ModelError on a mismatch."""
-        left_out = sorted(key for key in tensors if key.startswith(tuple(f"{name}." for name in self.classifier)))
+        left_out = sorted(filter(self._of_classifier, tensors))
         wanted = self.network.state_dict()
         found = {key: value for key, value in tensors.items() if key not in left_out}
         for key in wanted:  # a counter that older files lack and that a frozen network never reads
@@ -98,8 +117,14 @@ class Backbone(nn.Module):
         ]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            missing, unknown = [key for key in wanted if key not in found], [key for key in found if key not in wanted]
+            names = f"; its keys are like {unknown[0]}, the backbone's like {missing[0]}" if missing and unknown else ""
+            for theirs in unknown if missing else ():
+                if same := next((key for key in missing if theirs.endswith(f".{key}")), None):
+                    names = f"; its key {theirs} is the backbone's {same} under another name"
+                    break
             raise ModelError(
-                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}; "
+                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}{names}; "
                 "pass the --backbone (and --backbone-arg) that these weights were made with"
             )
         self.network.load_state_dict(found)
@@ -189,8 +214,7 @@ def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tupl
 def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
     if ":" in name:
         raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and its weights by --weights FILE")
-    if not timm.is_model(name):
-        raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{_nearest(name, timm.list_models())}")
+    _check_timm_name(name)
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except TypeError as error:
@@ -205,11 +229,27 @@ def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
     return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
+def _check_timm_name(name: str) -> None:
+    """ModelError for a model or a tag (what stands after the first dot) that timm does not have, with the nearest."""
+    model, dot, tag = name.partition(".")
+    if not timm.is_model(name):
+        known = timm.list_models(include_tags=bool(dot))
+        near = _nearest(name.removeprefix("timm/"), known)
+        raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{near}")
+    tags = timm.list_models(f"{model}.*", include_tags=True) if dot else [name]
+    if name not in tags:
+        near = _nearest(name, tags, cutoff=0.0) if tags else f"; it has none, write {model}"
+        raise ModelError(f"backbone {model} has no weights with the tag {tag!r} in timm {timm.__version__}{near}")
+
+
 def _torchvision_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
     short = name.removeprefix("torchvision/")
     known = torchvision.models.list_models(module=torchvision.models)
     if short not in known:
-        raise ModelError(f"no backbone {name!r} in torchvision {torchvision.__version__}{_nearest(short, known)}")
+        model, dot, _ = short.partition(".")
+        near = _nearest(model, known, prefix="torchvision/")
+        tags = "; torchvision's names have no tags" if dot else ""
+        raise ModelError(f"no backbone {name!r} in torchvision {torchvision.__version__}{tags}{near}")
     weights = torchvision.models.get_model_weights(short).DEFAULT
     try:
         model = torchvision.models.get_model(short, weights=weights if pretrained else None, **arguments)
@@ -244,9 +284,10 @@ def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:
     return parts, tuple(key for key in children if key not in kept)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them"
+def _nearest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
+    library = prefix.rstrip("/") + ".models" if prefix else "timm"
+    return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else f"; {library}.list_models() lists them"
 
 
 def _no_hub(name: str, error: Exception) -> str:

@@ -9,7 +9,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,48 @@ from pipeline.terminal import say
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 LARGEST = 2048  # of a side of a backbone's input
+# names that training programs give the state dict of a model; of several in one file the first here is read
+STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "state_dict_ema", "model_ema", "ema")
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is not one."""
+    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is not one.
+
+    Of a checkpoint with more around it, as of Lightning or timm: its one state dict, or the first of STATE_DICTS.
+    """
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file; or pass 'pretrained' (the hub) or 'random'")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken file leads it into
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}") from error
-    for key in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    found = dict(state_dicts(checkpoint))
+    if not found:
         raise UserError(f"--weights {path} holds no state dict (tensors by name); re-save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    several = f"holds several state dicts ({', '.join(found)})"
+    for name in STATE_DICTS:
+        if name in found:
+            say(f"{path.name} {several}: {name} is read")
+            return found[name]
+    raise UserError(f"--weights {path} {several}; save the one to use in a file by itself")
+
+
+def state_dicts(value: Any, name: str = "", depth: int = 4) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Where in a checkpoint tensors stand by name, without those of optimisers: ("model.state_dict", tensors), ..."""
+    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value) or not depth:
+        return
+    if all(isinstance(each, Tensor) for each in value.values()):
+        yield name, dict(value)
+        return
+    for key, each in value.items():
+        if "optim" not in key:
+            yield from state_dicts(each, f"{name}.{key}" if name else key, depth - 1)
 
 
 def scenes_weights() -> Path:
@@ -74,7 +96,10 @@ def open_backbone(
     backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        left_out = backbone.load(read_weights(path), f"--weights {path}")
+        tensors, prefix = backbone.without_prefix(read_weights(path))
+        if prefix:
+            say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
+        left_out = backbone.load(tensors, f"--weights {path}")
         if left_out:
             say(f"left out of {path.name}, the classifier: {', '.join(left_out)}")
     return backbone

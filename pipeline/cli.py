@@ -13,13 +13,16 @@ printed as one message, without a traceback, and the command exits with 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import functools
 import json
+import math
+import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "bf16", "fp32")
-PLAIN_OS_ERRORS = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR,
-                   errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}  # fmt: skip
+LARGEST = 2**63 - 1  # of a whole number
+KINDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class UserError(click.ClickException):
@@ -90,25 +93,44 @@ def _take_preset(
     return name
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistakes and what the system refuses, as UserError; a mistake of ours keeps its traceback."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno is None or error.errno == errno.EPIPE:  # not of the system; `| head`, which click handles
+            raise
+        files = [os.fsdecode(name) if isinstance(name, str | bytes) else f"file descriptor {name}"
+                 for name in (error.filename, error.filename2) if name is not None]  # fmt: skip
+        reason = error.strerror or os.strerror(error.errno)
+        raise UserError(f"{' to '.join(files) or 'a file or folder (the system does not say which)'}: {reason}") from error
+
+
 class _Command(click.Command):
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with plain_errors():  # --config is read here
+            return super().make_context(*arguments, **more)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with plain_errors():
             return super().invoke(ctx)
-        except (DataError, ModelError) as error:
-            raise UserError(str(error)) from error
-        except OSError as error:
-            if error.errno not in PLAIN_OS_ERRORS:
-                raise
-            raise UserError(f"{error.filename or 'the output folder'}: {error.strerror}") from error
 
 
-def _option(item: Any, annotation: Any) -> click.Parameter:
+def _kind_of(annotation: Any) -> tuple[type, bool]:
+    """The type of an option's value, and whether it may be given several times."""
     members = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
     kind = members[0] if union else annotation
-    multiple = typing.get_origin(kind) is tuple
-    if multiple:
-        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
+def _option(item: Any, annotation: Any) -> click.Parameter:
+    kind, multiple = _kind_of(annotation)
     if item.metadata["name"]:  # a positional argument
         return click.Argument([item.name], nargs=-1, type=click.Path(path_type=Path), metavar=item.metadata["name"])
     flag = "--" + item.name.replace("_", "-")
@@ -116,9 +138,21 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=item.default, help=item.metadata["help"])
     if item.metadata["choices"]:
         kind = _Choice(item.metadata["choices"])
-    elif kind is Path:
-        kind = click.Path(path_type=Path)
+    else:
+        kind = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}.get(kind, kind)
     return click.Option([flag], type=kind, default=item.default, multiple=multiple, help=item.metadata["help"])
+
+
+class _Int(click.types.IntParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = super().convert(value, param, ctx)
+        return found if abs(found) <= LARGEST else self.fail("the number is too large", param, ctx)
+
+
+class _Float(click.types.FloatParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = super().convert(value, param, ctx)
+        return found if math.isfinite(found) else self.fail(f"{value!r} is not a finite number", param, ctx)
 
 
 class _Choice(click.Choice):
@@ -131,17 +165,20 @@ class _Choice(click.Choice):
 
 
 def _config_option(config_class: type) -> click.Option:
+    kinds = {name: _kind_of(annotation) for name, annotation in typing.get_type_hints(config_class).items()}
     names = [item.name for item in fields(config_class)]
 
     def load(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
         found = read_config(path)
-        for name in found:
+        for name, value in found.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
-                raise UserError(f"{path}: unknown setting {name!r}{hint}")
+                raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
+            if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
+                raise UserError(f"{path}: {name} is {wrong} (--{name.replace('_', '-')})")
         ctx.default_map = {**(ctx.default_map or {}), **{k: v for k, v in found.items() if v is not None}}
 
     kind = click.Path(path_type=Path)
@@ -149,16 +186,41 @@ def _config_option(config_class: type) -> click.Option:
     return click.Option(["--config"], type=kind, callback=load, is_eager=True, help=text)
 
 
+def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:
+    """What a setting's value is in place of what it should be; "" where it is right."""
+    if multiple and isinstance(value, list):
+        return next((f"a list with {wrong}" for each in value if (wrong := _what_is_wrong(each, kind, False))), "")
+    types_of = {Path: str, float: int | float}.get(kind, kind)
+    if multiple or not isinstance(value, types_of) or (isinstance(value, bool) and kind is not bool):
+        names = {dict: "a table", list: "a list"}
+        shown = names.get(type(value)) or f"{type(value).__name__} {str(value)[:80]!r}"
+        return f"{shown}, not {'a list, each ' if multiple else ''}{KINDS[kind]}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number that is too large"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, not a finite number"
+    if isinstance(value, str) and ("\0" in value or not _encodes(value)):
+        return "text with a character that no file name or caption has"
+    return ""
+
+
+def _encodes(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text)) or not text
+    except UnicodeEncodeError:
+        return False
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a TOML file, or of the config.json that an earlier run wrote (its `training` part)."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; --config takes a TOML file or an earlier run's config.json")
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        found = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of both languages, of the encoding, of numbers with 5,000 digits
         raise UserError(f"{path} cannot be read: {error}") from error
+    found = found.get("training", found) if isinstance(found, dict) else found
     if not isinstance(found, dict):
         raise UserError(f"{path} holds {type(found).__name__}, not settings by name")
-    found = found.get("training", found)
     return {name.replace("-", "_"): value for name, value in found.items()}

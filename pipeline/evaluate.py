@@ -17,8 +17,8 @@ from data.sources import DATASETS, Image, Source, check_captioned, open_source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
 from pipeline.options import DecodingOptions, by_option
-from pipeline.references import References, keep, prepared_path
-from pipeline.scorecard import FORMATS, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
+from pipeline.references import References, keep, kept_path, load_kept, user_cache
+from pipeline.scorecard import FORMATS, ON_REQUEST, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
@@ -42,6 +42,7 @@ class EvaluateConfig(DecodingOptions):
     ids: Path | None = setting(None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list")
     against: Path | None = setting(None, "another results file over the same images: is the difference real?")
     df: Path | None = setting(None, "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]")
+    cache_dir: Path | None = setting(None, "where counted references are kept  [$XDG_CACHE_HOME/onceover, ~/.cache/onceover]")
     train_captions: Path | None = setting(None, "training captions, for the share of novel ones  [the checkpoint's own]")
     segment: str | None = setting(
         None, "what a word is: characters for captions without blanks between words  [the run's, else words]", choices=SEGMENTS
@@ -178,22 +179,26 @@ def match(
 
 
 def open_references(config: EvaluateConfig) -> References:
-    """The counted references of the whole file, or of --ids: read where they are kept, else counted and kept."""
+    """The counted references of the whole file, or of --ids: read from the cache folder, else counted and kept there."""
+    folder = config.cache_dir or user_cache()
+    if folder is None:
+        return count_references(config)
     ids = read_ids(config.ids) if config.ids else None
     segment = segment_of_file(config)
-    parts = [
-        json.dumps([config.split, ids, bool(config.df), segment]).encode(),
-        config.df.read_bytes() if config.df else b"",
-    ]
-    path = prepared_path(config.references, *parts)
-    with contextlib.suppress(DataError, OSError):  # one that is not there or not whole is made again
-        return References.load(path)
+    options = json.dumps([config.split, ids, bool(config.df), segment]).encode()
+    path = kept_path(folder, config.references.read_bytes(), options, config.df.read_bytes() if config.df else b"")
+    references = load_kept(path)
+    if references is None:
+        references = count_references(config)
+        keep(references, path)
+    return references
+
+
+def count_references(config: EvaluateConfig) -> References:
     captions = references_by_image(config)
     if config.segment is None:
         warn_without_blanks(caption for group in captions.values() for caption in group)
-    references = References(captions, frequencies=frequencies(config), segment=segment)
-    keep(references, path)
-    return references
+    return References(captions, frequencies=frequencies(config), segment=segment_of_file(config))
 
 
 def segment_of_file(config: EvaluateConfig) -> str:
@@ -392,9 +397,9 @@ def send_to_server(config: EvaluateConfig, job: Job) -> None:
 
 
 def refuse_silence(cards: Iterable[Card]) -> None:
-    """A score that was asked for and is not there ends in an error, after all others are written."""
+    """A score that was asked for by its option and is not there ends in an error, after all others are written."""
     found: Mapping[str, str] = {
-        name: why for card in cards for name, why in card.not_computed.items() if name in card.values
+        name: why for card in cards for name, why in card.not_computed.items() if name in card.values and name in ON_REQUEST
     }
     if found:
         raise UserError("; ".join(found.values()))

@@ -13,8 +13,8 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import chain
 from pathlib import Path
@@ -22,14 +22,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError, characters, tokens
+from data import DataError, characters, segmentation, tokens
 from data.features import written_whole
 from data.segmentation import segmented
 
 ORDERS = 4
 MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
+BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
+ENDS = tuple(".!?,;:。！？，、؟।")  # what sentences end with
 FORMAT = 2  # of the file that `save` writes
-TABLES = ("k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
+MOST = 1 << 30  # bytes of references that a cache folder keeps
+KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")  # its files, those half written too
+TABLES = ("documents", "k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
 
 
 class Words(NamedTuple):
@@ -109,7 +113,7 @@ class Matches(NamedTuple):
 class References:
     """The references of a set of images, counted.
 
-    references: captions by image id, each a string, tokenised here, or a sequence of tokens.
+    references: captions by image id, each a string, tokenised here, or a list of tokens, as `words_of` reads them.
     vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as they come.
     frequencies: captions by image id whose document frequencies (images that have an n-gram, and the number of images)
         are used in place of the references' own, as where a small set is scored with those of a large one.
@@ -123,6 +127,9 @@ class References:
         frequencies: Mapping[int, Sequence[str | Sequence[str]]] | None = None,
         segment: str = "words",
     ) -> None:
+        for given in (references, frequencies):
+            if given is not None and not isinstance(given, Mapping):
+                raise DataError(f"references are {type(given).__name__}; pass a dict: lists of captions by image id")
         if not references:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
@@ -212,7 +219,7 @@ class References:
         return known[found], at[near[found]]
 
     def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
-        """Fill the tables: of the captions
+        """Fill the tables: `documents`, the number of images that document frequencies are counted over; of the captions
 
         k [I], lengths [I,K] in words, tokens and counts as in `Words`;
 
@@ -230,7 +237,8 @@ class References:
         image = np.repeat(np.arange(len(k)), k)
         column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
         mine = image < images
-        self.k, self.words, documents = k[:images], len(self.vocabulary), len(frequencies) or images
+        self.k, self.words = k[:images], len(self.vocabulary)
+        self.documents = np.array(len(frequencies) or images)
         self.lengths = np.zeros((images, width), np.int64)
         self.lengths[image[mine], column[mine]] = words.lengths[mine]
         self.counts = words.counts[mine]
@@ -253,7 +261,7 @@ class References:
         entries, place = entry[new], np.cumsum(new) - 1
         counted = entries[entries >> 32 >= images] if frequencies else entries
         self.keys = np.concatenate(keys)
-        self.idf = np.log(documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
+        self.idf = np.log(self.documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
         mine = entry < images << 32
         counts = np.zeros((np.count_nonzero(entries < images << 32), width), np.min_scalar_type(times.max(initial=0)))
         counts[place[mine], column[mine]] = times[mine]  # one byte each, in practice
@@ -284,27 +292,38 @@ class References:
         arrays["segment"] = np.array(self.segment)
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
+        arrays["digest"] = _digest(path, arrays)
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> References:
-        """The tables that `save` kept; DataError where the file is not whole or of another format."""
+        """The tables that `save` kept; DataError where the file is not what it wrote under this name."""
         found = cls.__new__(cls)
         try:
             with np.load(path, allow_pickle=False) as file:
-                if file["format"] != FORMAT:
-                    raise DataError(f"{path} has format {file['format']}, this program reads {FORMAT}; delete it")
-                found.rows = {image_id: row for row, image_id in enumerate(file["image_ids"].tolist())}
-                found.vocabulary, found.words = Numbers(json.loads(file["vocabulary"].tobytes())), int(file["words"])
-                found.segment = str(file["segment"])
-                for name in TABLES:
-                    setattr(found, name, file[name])
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
+                arrays = {name: file[name] for name in file.files}
+            if arrays["format"] != FORMAT or not np.array_equal(arrays.pop("digest"), _digest(path, arrays)):
+                raise ValueError("it has another format, another name or another content than it was written with")
+            found.rows = {image_id: row for row, image_id in enumerate(arrays["image_ids"].tolist())}
+            found.vocabulary, found.words = Numbers(json.loads(arrays["vocabulary"].tobytes())), int(arrays["words"])
+            found.segment = str(arrays["segment"])
+            for name in TABLES:
+                setattr(found, name, arrays[name])
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises whatever the broken file leads it into
             raise DataError(f"{path} is not whole ({error}); delete it, it is made again") from error
         return found
+
+
+def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 of arrays by name, and of the name of the file that they are kept in."""
+    digest = hashlib.sha256(path.name.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def tokens_by_image(
@@ -315,18 +334,40 @@ def tokens_by_image(
     for image_id, captions in references.items():
         if isinstance(captions, str):
             raise DataError(f"image {image_id}: the references are one string; pass a list of captions")
-        if not len(captions):
-            raise DataError(f"image {image_id} has no references")
+        if isinstance(captions, bytes | Mapping) or not isinstance(captions, Iterable):
+            raise DataError(f"image {image_id}: the references are {_shown(captions)}; pass a list of captions")
         found.append([words_of(image_id, caption, segment) for caption in captions])
+        if not found[-1]:
+            raise DataError(f"image {image_id} has no references")
     return found
 
 
 def words_of(image_id: int, caption: str | Sequence[str], segment: str = "words") -> list[str]:
+    """The words of one caption: of a string, or of the list of its tokens; DataError for anything else.
+
+    A list with one string that is no token ("A dog runs.", "Running.") is that caption: other programs keep captions so.
+    Tokens may hold U+00A0, but none of BLANK.
+    """
+    if isinstance(caption, np.ndarray):
+        caption = caption.tolist()
     if isinstance(caption, str):
         return segmented(caption, segment)
-    if isinstance(caption, list | tuple) and all(isinstance(word, str) for word in caption):
-        return list(caption)
-    raise DataError(f"image {image_id}: a caption is {type(caption).__name__} {caption!r}, not a string")
+    if not isinstance(caption, list | tuple) or not all(isinstance(word, str) for word in caption):
+        raise DataError(f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens")
+    blank = BLANK.search("".join(caption))
+    if len(caption) == 1 and (blank or caption[0] != caption[0].lower() or caption[0].endswith(ENDS)):
+        return segmented(caption[0], segment)
+    if blank:
+        raise DataError(
+            f"image {image_id}: {len(caption)} sentences where one caption belongs, {_shown(caption)}; pass one string, or the "
+            "list of its tokens"
+        )
+    return list(caption)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
@@ -335,28 +376,53 @@ def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
     return (numbers[start:end] for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True))
 
 
-def prepared_path(file: Path, *others: bytes) -> Path:
-    """Where the counted references of a caption file are kept: beside it, else in the user's cache folder.
+def user_cache() -> Path | None:
+    """$XDG_CACHE_HOME/onceover, else ~/.cache/onceover; None for a user without a home."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # the XDG standard: such a path is ignored
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return folder / "onceover"
 
-    The name carries a digest of the file's content, of `others` and of the tokenizer, so that what has changed is counted
-    again.
+
+def kept_path(folder: Path, *parts: bytes) -> Path:
+    """Where the counted references of a caption file are kept in a cache folder.
+
+    The name is the digest of `parts`, all that the counts come from, and of the tokenizer, so that what has changed is
+    counted again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    rules = (Path(module.__file__).read_bytes() for module in (characters, tokens))
-    for part in (file.read_bytes(), *rules, *others):
+    rules = (Path(module.__file__).read_bytes() for module in (characters, segmentation, tokens))
+    for part in (*rules, *parts):
         digest.update(hashlib.sha256(part).digest())
-    name = f"{file.stem}.{digest.hexdigest()[:12]}.references.npz"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onceover"
-    beside = file.parent / name
-    writable = os.access(file.parent, os.W_OK) and file.parent.stat().st_mode & 0o222  # root may, but was asked not to
-    return beside if beside.exists() or writable else home / name
+    return folder / f"references-{digest.hexdigest()}.npz"
+
+
+def load_kept(path: Path) -> References | None:
+    """The counted references at a path; None where they are not there, or not as `keep` left them."""
+    with contextlib.suppress(DataError, OSError):
+        if path.is_file():
+            references = References.load(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # those used last stay longest
+            return references
+    return None
 
 
 def keep(references: References, path: Path) -> None:
-    """Save where that can be; a full or read-only disk costs only the next run's second."""
+    """Save where that can be: a full or read-only disk costs only the next run's second. Of earlier ones in the folder
+    those used last stay, up to MOST bytes in all."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         references.save(path)
+        kept = {file: file.stat() for file in path.parent.iterdir() if KEPT.fullmatch(file.name) and file != path}
+        room = MOST - path.stat().st_size
+        for file in sorted(kept, key=lambda file: kept[file].st_mtime, reverse=True):
+            room -= kept[file].st_size
+            if room < 0:
+                file.unlink(missing_ok=True)
 
 
 def _count_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

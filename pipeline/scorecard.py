@@ -23,6 +23,7 @@ from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
 from pipeline.scoring import BLEU, Scores, bleu, score
 
 NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
+ON_REQUEST = ("METEOR", "SPICE")  # by options of these names
 FORMATS = ("table", "json", "latex")
 # Articles, prepositions and conjunctions, after which more must come; not those that are adverbs too ("a dog looks up").
 UNFINISHED = (
@@ -87,7 +88,8 @@ def make_card(
     tokenised = dict(zip(captions, segmented_all(list(captions.values()), scorer.references.segment), strict=True))
     scores = score(tokenised, scorer.references)
     tokens = [tokenised[image_id] for image_id in scorer.references.rows]
-    card = Card(name, dict(scores.values), {}, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, {}, scorer)
+    values, missing = scores.values | dict.fromkeys(scores.not_computed), dict(scores.not_computed)
+    card = Card(name, values, missing, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, {}, scorer)
     _add_java(card, [" ".join(words) for words in tokens], scorer, meteor, want_spice)
     resampled = card.resampled = resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
     card.record = {
@@ -102,7 +104,7 @@ def make_card(
 
 
 def _statistics(scores: Scores) -> list[Statistic]:
-    means = [mean_of(name, scores.per_image[name]) for name in ("ROUGE_L", "CIDEr")]
+    means = [mean_of(name, scores.per_image[name]) for name in ("ROUGE_L", "CIDEr") if name in scores.per_image]
     return [Statistic(BLEU, scores.bleu_sums, bleu), *means]
 
 
@@ -173,10 +175,10 @@ def compare(card: Card, other: Card) -> dict[str, Any]:
 
 def image_lines(card: Card, captions: Mapping[int, str]) -> str:
     """Each image's caption and scores, as JSON lines in the order of the references."""
-    lines = []
+    lines, nothing = [], np.full(len(card.image_ids), np.nan)
     for row, image_id in enumerate(card.image_ids.tolist()):
-        scores = {name: float(card.per_image[name][row]) for name in NAMES if name in card.per_image}
-        scores = {name: None if np.isnan(value) else value for name, value in scores.items()}
+        found = {name: float(card.per_image.get(name, nothing)[row]) for name in NAMES if name in card.values}
+        scores = {name: None if np.isnan(value) else value for name, value in found.items()}
         line = {"image_id": image_id, "caption": captions[image_id], "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
@@ -194,9 +196,16 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
             cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in names]
             name = re.sub(r"([&%$#_{}])", r"\\\1", card.name)
             click.echo(" & ".join([name, *cells]) + r" \\")
+            for line in _missing(card):
+                click.echo(f"% {line}")
     else:
         for line in _table(cards):
             click.echo(line)
+
+
+def _missing(card: Card) -> list[str]:
+    """Why scores that belong to the card are not there."""
+    return [f"{name} not computed: {why}" for name, why in card.not_computed.items() if name in card.values]
 
 
 def _names(cards: Sequence[Card]) -> list[str]:
@@ -236,19 +245,23 @@ def _table(cards: Sequence[Card]) -> list[str]:
             *([f"{about['empty']} empty"] if about["empty"] else []),
         ]
         lines.append(f"{card.name}: {', '.join(parts)}")
-        lines += [f"{name} not computed: {why}" for name, why in card.not_computed.items() if name in card.values]
+        lines += _missing(card)
         lines.append(f"signature {card.record['signature']}")
     return lines
 
 
 def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: bool) -> None:
-    """The `count` captions with the lowest and the highest CIDEr, each with its references; `aside`: on stderr."""
-    order = np.argsort(card.per_image["CIDEr"], kind="stable")
+    """The `count` captions with the lowest and the highest CIDEr, each with its references; `aside`: on stderr.
+
+    Where CIDEr is not computed, ROUGE-L stands for it.
+    """
+    name = "CIDEr" if "CIDEr" in card.per_image else "ROUGE_L"
+    order = np.argsort(card.per_image[name], kind="stable")
     ids, texts = card.image_ids.tolist(), card.scorer.texts
     for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
         for row in rows.tolist():
-            cider = card.per_image["CIDEr"][row]
-            click.echo(f"{what}  image {ids[row]}  CIDEr {cider:.3f}  {captions[ids[row]]}", err=aside)
+            value = card.per_image[name][row]
+            click.echo(f"{what}  image {ids[row]}  {name} {value:.3f}  {captions[ids[row]]}", err=aside)
             for text in texts[row]:
                 click.echo(f"         {text}", err=aside)
 

@@ -12,7 +12,7 @@ Letters: I images, K references an image, S captions to score, N = 4 n-gram leng
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from pipeline.references import MASK, MISSING, ORDERS, Matches, References, Word
 SIGMA = 6.0
 BETA = 1.2
 TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0/0; they show in the scores of very short captions
+ONE_DOCUMENT = (
+    "it weighs an n-gram by how few images have it in their references, and of one image all weights are 0; count over more "
+    "images: --df FILE (in Python: References(references, frequencies=captions_by_image))"
+)
 BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
 
 
@@ -29,6 +33,7 @@ BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
 class Scores:
     """Corpus `values` by name and, by the same names, `per_image` [I] float64 in the order of `image_ids` [I].
 
+    not_computed: the reason, by name, of a score that is not among them: CIDEr where document frequencies are of one image.
     bleu_sums: [I,2N+2] what BLEU is made of once summed over images: clipped matches and n-grams by length, words,
         words of the closest reference.
     """
@@ -37,10 +42,18 @@ class Scores:
     per_image: dict[str, np.ndarray]
     image_ids: np.ndarray
     bleu_sums: np.ndarray
+    not_computed: dict[str, str] = field(default_factory=dict)
 
 
 def score(candidates: Mapping[int, str | Sequence[str]], references: References | Mapping[int, Sequence[str]]) -> Scores:
-    """Score one caption for every image of the references: captions as written, or their tokens, by image id."""
+    """Score one caption for every image of the references.
+
+    candidates: by image id a caption as written, or the list of its tokens; ["A dog runs."] is that caption.
+    references: by image id a list of such captions; References where they are counted once for several calls.
+    DataError names an image that is missing on one side, and what is no caption. Over one image CIDEr is not computed.
+    """
+    if not isinstance(candidates, Mapping):
+        raise DataError(f"candidates are {type(candidates).__name__}; pass a dict: a caption by image id")
     if not isinstance(references, References):
         references = References(references)
     for image_id in candidates:
@@ -54,18 +67,25 @@ def score(candidates: Mapping[int, str | Sequence[str]], references: References 
     matches = references.compare(rows, words)
     sums = bleu_sums(rows, matches, references)
     per_image = dict(zip(BLEU, bleu(sums).T, strict=True))
-    per_image |= {"ROUGE_L": _rouge(words, references), "CIDEr": cider_of_matches(rows, matches, references)}
+    per_image["ROUGE_L"] = _rouge(words, references)
+    if computed := references.documents > 1:
+        per_image["CIDEr"] = cider_of_matches(rows, matches, references)
     values = dict(zip(BLEU, bleu(sums.sum(0)).tolist(), strict=True))
-    values |= {name: float(per_image[name].mean()) for name in ("ROUGE_L", "CIDEr")}
-    return Scores(values, per_image, np.array(list(references.rows)), sums)
+    values |= {name: float(per_image[name].mean()) for name in per_image if name not in values}
+    not_computed = {} if computed else {"CIDEr": ONE_DOCUMENT}
+    return Scores(values, per_image, np.array(list(references.rows)), sums, not_computed)
 
 
 def cider(references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr [S] of each of S `captions` (their tokens) against its image's references; an image may come often."""
-    rows = np.array([references.row_of(int(image_id)) for image_id in image_ids], np.int64)
+    """CIDEr [S] of each of S `captions` (strings or their tokens) against its image's references; an image may come often."""
+    ids = list(image_ids)
+    rows = np.array([references.row_of(int(image_id)) for image_id in ids], np.int64)
     if len(rows) != len(captions):
         raise DataError(f"{len(captions)} captions for {len(rows)} image ids")
-    return cider_of_matches(rows, references.compare(rows, references.numbered(captions)), references)
+    if references.documents < 2:
+        raise DataError(f"CIDEr is not computed: {ONE_DOCUMENT}")
+    words = references.numbered([words_of(*pair) for pair in zip(ids, captions, strict=True)])
+    return cider_of_matches(rows, references.compare(rows, words), references)
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:

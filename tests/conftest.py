@@ -13,6 +13,14 @@ REAL = Path(os.environ.get("ONCEOVER_REAL") or Path(__file__).resolve().parents[
 ABSENT = "real data absent: set ONCEOVER_REAL to its folder"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache folder of all tests and of the commands that they start: nothing goes into the real one."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real() -> Path:
     """The folder of real photographs, captions and weights; the test is skipped where it is absent."""

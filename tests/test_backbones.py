@@ -66,6 +66,28 @@ def test_an_unknown_backbone_is_answered_with_the_nearest(name):
         create_backbone(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50.a1_in1", "backbone resnet50 has no weights with the tag 'a1_in1' .* did you mean resnet50.a1_in1k or"),
+        ("resnet50.nope", "no weights with the tag 'nope' .* did you mean resnet50[.]"),
+        ("resnet50.", "no weights with the tag ''"),
+        ("resnet50.A1_in1k", "did you mean resnet50.a1_in1k or"),
+        ("resnet50x4_clip.opanai", "did you mean resnet50x4_clip.openai"),
+        ("ResNet50", "no backbone 'ResNet50' .* did you mean resnet50 or"),
+        ("resnet5O.a1_in1k", "no backbone .* did you mean resnet50.a1_in1k or"),
+        ("timm/resnet50.a1_in1k", "no backbone .* did you mean resnet50.a1_in1k or"),
+        ("torchvision/resnet50.IMAGENET1K_V2", "names have no tags; did you mean torchvision/resnet50 or"),
+        ("torchvision/ResNet50", "did you mean torchvision/resnet50 or"),
+        ("torchvision/zzz", "torchvision.models.list_models()"),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_an_unknown_tag_or_spelling_is_answered_with_the_nearest(name, message, pretrained):
+    with pytest.raises(ModelError, match=message):
+        create_backbone(name, pretrained=pretrained)
+
+
 def test_an_argument_the_model_does_not_take_is_named():
     with pytest.raises(ModelError, match=r"--backbone-arg: resnet18 does not take .*colour"):
         create_backbone("resnet18", {"colour": 1})
@@ -89,6 +111,93 @@ def test_classifier_tensors_are_left_out_with_one_line_and_anything_else_is_an_e
         save_file(wrong, tmp_path / "w.safetensors")
         with pytest.raises(ModelError, match=r"w.safetensors does not fit backbone test_resnet: .*(extra|conv1.0.weight)"):
             open_backbone("test_resnet", str(tmp_path / "w.safetensors"), {})
+
+
+def save_weights(path, weights, suffix):
+    file = path / f"w{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(weights, file)
+    return str(file)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model.", "backbone.", "encoder.", "model.encoder.0.", "conv1."]
+)
+def test_a_prefix_common_to_all_keys_is_taken_off_and_said(tmp_path, capsys, prefix, suffix):
+    weights = timm.create_model("test_resnet", num_classes=7).state_dict()
+    file = save_weights(tmp_path, {prefix + key: value for key, value in weights.items()}, suffix)
+    found = open_backbone("test_resnet", file, {}).network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in found.items())
+    assert f"w{suffix}: the prefix '{prefix}' was taken off its keys\n" in capsys.readouterr().err
+
+
+def test_wrapped_weights_of_torch_itself_are_read(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=0)
+    for wrapped in (torch.nn.DataParallel(network), torch.optim.swa_utils.AveragedModel(network)):
+        found = open_backbone("test_resnet", save_weights(tmp_path, wrapped.state_dict(), ".pth"), {}).network.state_dict()
+        assert all(torch.equal(value, network.state_dict()[key]) for key, value in found.items())
+
+
+def test_a_prefix_that_the_backbone_has_itself_stays():
+    backbone = create_backbone("torchvision/squeezenet1_1")
+    weights = backbone.network.state_dict()
+    assert all(key.startswith("features.") for key in weights)
+    assert backbone.without_prefix(weights) == (weights, "")
+    wrapped = {f"features.{key}": value for key, value in weights.items()}
+    assert backbone.without_prefix(wrapped) == (weights, "features.")
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda key: key if key.startswith("layer1") else f"net.{key}",
+         "its key net.conv1.0.weight is the backbone's conv1.0.weight under another name"),
+        (lambda key: key.replace("layer", "stage"), r"its keys are like stage1\S+, the backbone's like layer1\S+"),
+        (lambda key: f"a.b.{key}".replace("conv", "c").replace("layer", "l").replace("bn", "b"),
+         r"its keys are like a.b.c1.0.weight, the backbone's like conv1.0.weight"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_fit_are_shown_beside_the_backbones(tmp_path, rename, message):
+    weights = timm.create_model("test_resnet", num_classes=0).state_dict()
+    file = save_weights(tmp_path, {rename(key): value for key, value in weights.items()}, ".pth")
+    with pytest.raises(ModelError, match=rf"does not fit backbone test_resnet: .*{message}; pass the --backbone"):
+        open_backbone("test_resnet", file, {})
+
+
+def around(weights):
+    """What training programs save around a model's weights."""
+    state = {"state": {0: {"step": torch.ones(1), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    other = {key: value + 1 for key, value in weights.items()}
+    return {
+        "lightning": {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in weights.items()}, "loops": {"a": {}},
+                      "optimizer_states": [state], "hyper_parameters": {"lr": 0.1}},
+        "nested": {"state_dict": {"model": weights}, "optimizer": state},
+        "custom name": {"net_g": weights, "optim_state": {"a": torch.ones(1)}, "args": {"lr": 1}},
+        "model_state_dict": {"model_state_dict": weights, "optimizer_state_dict": state, "loss": torch.ones(1)},
+        "timm": {"arch": "test_resnet", "state_dict_ema": other, "state_dict": weights},
+        "accelerate": {"module": {f"module.{k}": v for k, v in weights.items()}, "step": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(around({})))
+def test_weights_are_found_in_checkpoints_of_training_programs(tmp_path, capsys, kind):
+    weights = timm.create_model("test_resnet", num_classes=7).state_dict()
+    backbone = open_backbone("test_resnet", save_weights(tmp_path, around(weights)[kind], ".pth"), {})
+    assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+    both = "w.pth holds several state dicts (state_dict_ema, state_dict): state_dict is read"
+    assert (both in capsys.readouterr().err) == (kind == "timm")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"student": {"a": torch.ones(1)}, "teacher": {"a": torch.ones(1)}}, "several state dicts \\(student, teacher\\)"),
+     ({0: torch.ones(1)}, "no state dict"), ({"a": torch.ones(1), "epoch": 3}, "no state dict"), ({}, "no state dict"),
+     ({"optimizer": {"a": torch.ones(1)}}, "no state dict"), ([torch.ones(1)], "no state dict")],
+)  # fmt: skip
+def test_a_file_without_one_clear_state_dict_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.pth")
 
 
 def test_a_weights_file_with_code_in_it_runs_none(tmp_path):
@@ -177,7 +286,7 @@ def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_it
 
 
 def test_bf16_features_stay_near_fp32(real):
-    photos = sorted((real / "flickr8k" / "images").iterdir())[::120]
+    photos = sorted((real / "flickr8k" / "images").iterdir())[::600]  # few: some CPUs only emulate bf16
     weights = str(real / "weights" / "mobilenetv2_100_onnx7_features.pth")
     from data.images import Framing, read_image
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.coco import read
-from pipeline import evaluate, references
+from pipeline import evaluate
 from pipeline.java import NotComputed
 from pipeline.scorecard import NAMES
 from tests.test_commands import refused, run, works
@@ -110,7 +110,7 @@ def test_document_frequencies_of_another_file_change_cider_and_the_signature(at)
     shutil.copy(at / "refs.json", at / "same.json")
     works(evaluate.main, *files(at), "--df", at / "same.json", "--out", at / "out.json")
     assert record(at)["scores"] == own["scores"] and "df:same.json" in record(at)["signature"]
-    other = {**COCO, "annotations": [{**COCO["annotations"][0], "caption": "a cat"}]}
+    other = {**COCO, "annotations": [{**each, "caption": "a cat"} for each in COCO["annotations"][:4]]}
     (at / "other.json").write_text(json.dumps(other))
     works(evaluate.main, *files(at), "--df", at / "other.json", "--out", at / "out.json")
     assert record(at)["scores"]["CIDEr"] != own["scores"]["CIDEr"]
@@ -155,24 +155,89 @@ def test_several_files_each_get_their_scores_in_a_folder(at):
     assert "must be a folder" in message
 
 
-def test_nothing_is_written_without_out_but_the_counted_references(at):
-    before = {path.name for path in at.iterdir()}
+def in_cache(folder: Path) -> list[Path]:
+    return list(folder.glob("*"))
+
+
+def test_nothing_is_written_beside_the_files_and_counted_references_go_into_the_cache_folder(at, monkeypatch):
+    before = sorted(at.iterdir())
+    works(evaluate.main, *files(at), "--cache-dir", at.parent / "named")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(at.parent / "xdg"))
     works(evaluate.main, *files(at))
-    new = {path.name for path in at.iterdir()} - before
-    assert len(new) == 1 and next(iter(new)).startswith("refs.") and next(iter(new)).endswith(".references.npz")
+    assert sorted(at.iterdir()) == before
+    (named,), (user,) = in_cache(at.parent / "named"), in_cache(at.parent / "xdg" / "onceover")
+    assert named.name == user.name and named.name.startswith("references-")
 
 
 def test_counted_references_are_read_again_and_a_broken_file_is_made_again(at, monkeypatch):
-    works(evaluate.main, *files(at), "--out", at / "out.json")
+    cache = ["--cache-dir", at / "cache", "--out", at / "out.json"]
+    works(evaluate.main, *files(at), *cache)
     first = record(at)["scores"]
-    (kept,) = at.glob("*.npz")
-    monkeypatch.setattr(evaluate, "references_by_image", lambda *_: pytest.fail("counted again"))
+    (kept,) = in_cache(at / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "references_by_image", lambda *_: pytest.fail("counted again"))
+        works(evaluate.main, *files(at), *cache)
+    assert record(at)["scores"] == first
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])
+    works(evaluate.main, *files(at), *cache)
+    assert record(at)["scores"] == first and kept.read_bytes() == whole
+
+
+def test_a_cache_folder_that_cannot_be_used_is_gone_without(at, monkeypatch):
+    works(evaluate.main, *files(at), "--cache-dir", at / "res.json", "--out", at / "out.json")
+    first = record(at)["scores"]
+    monkeypatch.setattr(evaluate, "user_cache", lambda: None)
     works(evaluate.main, *files(at), "--out", at / "out.json")
     assert record(at)["scores"] == first
-    monkeypatch.undo()
-    kept.write_bytes(kept.read_bytes()[:100])
-    works(evaluate.main, *files(at), "--out", at / "out.json")
-    assert record(at)["scores"] == first and references.References.load(kept).rows
+
+
+# ---------------------------------------------------------------------------------------------------- CIDEr over one image
+
+
+@pytest.fixture
+def one(at) -> Path:
+    put(at / "res.json", {1: CAPTIONS[1]})
+    return at
+
+
+def test_cider_over_one_image_is_null_with_the_reason_and_the_rest_is_scored(one):
+    for options in (["--ids", one / "ids.txt"], ["--limit", 1], []):
+        (one / "ids.txt").write_text("1")
+        output = works(evaluate.main, *files(one), *options, "--out", one / "out.json")
+        found = record(one)
+        assert found["scores"].pop("CIDEr") is None
+        assert found["scores"] == pytest.approx(dict.fromkeys(found["scores"], 1))
+        assert "CIDEr" not in found["intervals"] and "--df FILE" in found["not_computed"]["CIDEr"]
+        assert "CIDEr not computed: " in output and "--df FILE" in output
+    line = json.loads((one / "out-images.jsonl").read_text())
+    assert line["scores"]["CIDEr"] is None and line["scores"]["ROUGE_L"] == pytest.approx(1)
+
+
+def test_cider_over_one_image_is_computed_with_the_document_frequencies_of_several(one):
+    works(evaluate.main, *files(one), "--df", one / "refs.json", "--out", one / "out.json")
+    found = record(one)
+    assert found["scores"]["CIDEr"] > 1 and "CIDEr" in found["intervals"] and "CIDEr" not in found["not_computed"]
+
+
+def test_a_df_of_one_image_gives_no_cider_either(at):
+    put_one = {**COCO, "annotations": COCO["annotations"][:3]}
+    (at / "one.json").write_text(json.dumps(put_one))
+    works(evaluate.main, *files(at), "--df", at / "one.json", "--out", at / "out.json")
+    assert record(at)["scores"]["CIDEr"] is None and record(at)["images"] == 4
+
+
+def test_all_that_is_printed_and_compared_stands_a_missing_cider(one):
+    put(one / "other.json", {1: "a dog"})
+    options = ["--against", one / "other.json", "--examples", 1, "--out", one / "out.json"]
+    output = works(evaluate.main, *files(one), *options)
+    found = record(one)["against"]
+    assert found["scores"]["CIDEr"] is None and "CIDEr" not in found["differences"] and "ROUGE_L" in found["differences"]
+    assert "worst  image 1  ROUGE_L 1.000" in output
+    printed = run(evaluate.main, *files(one), *options, "--format", "json")
+    assert printed.exit_code == 0 and json.loads(printed.stdout)["scores"]["CIDEr"] is None
+    latex = run(evaluate.main, *files(one), "--captions", one / "other.json", "--format", "latex").stdout.splitlines()
+    assert latex[1].endswith(r"& -- \\") and latex[2].startswith("% CIDEr not computed: ") and len(latex) == 5
 
 
 # ----------------------------------------------------------------------------------------------------- which images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, characters
-from pipeline.references import TABLES, HashTable, References, keep, prepared_path
+from data import DataError, characters, segmentation, tokens
+from pipeline import references
+from pipeline.references import TABLES, HashTable, References, keep, kept_path, load_kept, user_cache
 from pipeline.scoring import score
 
 REFERENCES = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits on 1 1/2 mats"]}
@@ -53,34 +55,82 @@ def test_a_kept_file_that_is_not_whole_is_an_error_that_names_it(tmp_path):
             References.load(tmp_path / "kept.npz")
 
 
-def test_a_changed_file_has_another_name_for_its_counts(tmp_path):
-    file = tmp_path / "refs.json"
-    file.write_text("one")
-    first = prepared_path(file)
-    assert first.parent == tmp_path and prepared_path(file) == first
-    assert prepared_path(file, b"ids") != first
-    file.write_text("two")
-    assert prepared_path(file) != first
+def test_whatever_the_counts_come_from_is_in_the_name(tmp_path):
+    path = kept_path(tmp_path, b"file", b"ids")
+    assert path.parent == tmp_path and kept_path(tmp_path, b"file", b"ids") == path
+    others = ([b"file"], [b"file", b"other"], [b"fi", b"leids"], [b"two", b"ids"])
+    assert len({path, *(kept_path(tmp_path, *parts) for parts in others)}) == 5
 
 
-def test_counts_of_a_folder_that_is_read_only_are_kept_in_the_user_s_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "refs.json").write_text("[]")
-    folder.chmod(0o555)
-    try:
-        path = prepared_path(folder / "refs.json")
-        assert path.parent == tmp_path / "home" / "onceover"
+def test_the_user_s_cache_folder_is_that_of_the_xdg_standard(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert user_cache() == tmp_path / "xdg" / "onceover"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for relative in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert user_cache() == tmp_path / "home" / ".cache" / "onceover"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert user_cache() is None
+
+
+def tampered(path: Path) -> None:
+    """A whole file of the right form whose idf is another."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path.open("wb"), **{**arrays, "idf": arrays["idf"] + 1})
+
+
+def of_other_references(path: Path) -> None:
+    References({1: ["other"]}).save(path.with_name("other.npz"))
+    path.with_name("other.npz").replace(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [tampered, of_other_references, lambda path: path.write_bytes(path.read_bytes()[:500]), lambda path: path.write_bytes(b""),
+     lambda path: path.write_text("no archive"), lambda path: np.save(path.open("wb"), np.zeros(3)),
+     lambda path: np.savez(path.open("wb"), idf=np.zeros(3)), lambda path: (path.unlink(), path.mkdir())],
+)  # fmt: skip
+def test_kept_counts_that_are_not_as_they_were_left_are_not_used(tmp_path, damage):
+    path = kept_path(tmp_path, b"file")
+    keep(References(REFERENCES), path)
+    assert load_kept(path).rows == References(REFERENCES).rows
+    damage(path)
+    assert load_kept(path) is None
+
+
+def test_a_cache_folder_keeps_what_was_used_last_and_touches_no_other_file(tmp_path, monkeypatch):
+    one, two, three, four = (kept_path(tmp_path, name) for name in (b"1", b"2", b"3", b"4"))
+    (tmp_path / "mine.npz").write_bytes(bytes(10**6))
+    for hours, path in enumerate((one, two, three), start=1):
         keep(References(REFERENCES), path)
-        assert path.exists() and os.listdir(folder) == ["refs.json"]
-    finally:
-        folder.chmod(0o755)
+        os.utime(path, (3600 * hours, 3600 * hours))
+    load_kept(one)  # now the newest
+    begun = tmp_path / f".{one.name}.{'0' * 32}.tmp"  # writing that was interrupted
+    begun.write_bytes(bytes(100))
+    os.utime(begun, (0, 0))
+    monkeypatch.setattr(references, "MOST", int(2.5 * one.stat().st_size))
+    keep(References(REFERENCES), four)
+    assert {path.name for path in tmp_path.iterdir()} == {one.name, four.name, "mine.npz"}
+    monkeypatch.setattr(references, "MOST", 0)
+    keep(References(REFERENCES), four)
+    assert {path.name for path in tmp_path.iterdir()} == {four.name, "mine.npz"}
 
 
-def test_a_place_that_cannot_be_written_costs_nothing(tmp_path):
+def test_a_place_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     keep(References(REFERENCES), tmp_path / "file" / "below" / "kept.npz")
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    keep(References(REFERENCES), kept_path(tmp_path / "full", b""))
+    assert not list((tmp_path / "full").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- document frequencies
@@ -131,9 +181,9 @@ def test_real_references_are_counted_alike_twice(real: Path):
     assert one.idf.sum() == pytest.approx(two.idf.sum(), rel=1e-9) and len(one.keys) == len(two.keys)
 
 
-def test_a_changed_table_of_characters_has_another_name_for_the_counts(tmp_path, monkeypatch):
-    (tmp_path / "refs.json").write_text("one")
-    (tmp_path / "characters.py").write_text("another table")
-    first = prepared_path(tmp_path / "refs.json")
-    monkeypatch.setattr(characters, "__file__", str(tmp_path / "characters.py"))
-    assert prepared_path(tmp_path / "refs.json") != first
+@pytest.mark.parametrize("module", [characters, segmentation, tokens], ids=lambda module: module.__name__)
+def test_a_changed_rule_about_words_has_another_name_for_the_counts(tmp_path, monkeypatch, module):
+    (tmp_path / "changed.py").write_text("another rule")
+    first = kept_path(tmp_path, b"one")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    assert kept_path(tmp_path, b"one") != first

@@ -58,9 +58,10 @@ def oracle(candidates: dict[int, str], references: dict[int, list[str]]) -> tupl
 def assert_equals_oracle(candidates: dict[int, str], references: dict[int, list[str]]) -> None:
     ours = score(candidates, references)
     values, per_image = oracle(candidates, references)
-    assert list(ours.values) == NAMES
+    names = NAMES if len(references) > 1 else NAMES[:-1]  # no CIDEr over one image
+    assert list(ours.values) == list(ours.per_image) == names
     assert ours.image_ids.tolist() == list(references)
-    for name in NAMES:
+    for name in names:
         assert ours.values[name] == pytest.approx(values[name], abs=1e-6), name
         np.testing.assert_allclose(ours.per_image[name], per_image[name], atol=1e-6, err_msg=name)
 
@@ -158,6 +159,26 @@ def test_published_figures_are_met_at_their_printed_precision(real: Path, name: 
         assert ours[metric] == pytest.approx(published[metric], abs=max(0.5001 * 10**-digits, 1e-6)), metric
 
 
+# ---------------------------------------------------------------- CIDEr over one image
+
+
+def test_cider_is_not_computed_with_the_document_frequencies_of_one_image():
+    one, three = {1: ["a dog runs", "the dog"]}, {1: ["a cat"], 2: ["a dog"], 3: ["a bird"]}
+    for references in (one, References(one), References({**one, 2: ["a cat"]}, frequencies={9: ["a dog runs"]})):
+        found = score({i: "a dog runs" for i in getattr(references, "rows", references)}, references)
+        assert list(found.values) == list(found.per_image) == NAMES[:-1] and found.values["ROUGE_L"] > 0
+        assert found.not_computed.keys() == {"CIDEr"} and "--df FILE" in found.not_computed["CIDEr"]
+    found = score({1: "a dog runs"}, References(one, frequencies=three))
+    assert found.values["CIDEr"] > 0 and not found.not_computed
+    with pytest.raises(DataError, match=r"CIDEr is not computed: .*--df FILE"):
+        cider(References(one), [1], ["a dog runs"])
+
+
+def test_cider_of_images_whose_captions_are_all_the_same_is_0_by_definition():
+    found = score({1: "a dog", 2: "a dog"}, {1: ["a dog"], 2: ["a dog"]})
+    assert found.values["CIDEr"] == 0 and not found.not_computed
+
+
 # ---------------------------------------------------------------- prepared once
 
 
@@ -184,6 +205,48 @@ def test_cider_of_many_samples_an_image_is_that_of_each_alone():
         assert value == pytest.approx(alone.per_image["CIDEr"][owner], abs=1e-12)
 
 
+# ---------------------------------------------------------------- how a caption may be given
+
+TWO = {7: ["A dog runs here.", "A brown dog runs."], 8: ["Running.", "There is a red car."]}
+SAID = {7: "A dog runs here.", 8: "Running."}
+
+
+@pytest.mark.parametrize(
+    "give",
+    [lambda c: [c], lambda c: (c,), np.str_, lambda c: np.array([c]), lambda c: np.array(c), lambda c: tokenize(c),
+     lambda c: tuple(tokenize(c)), lambda c: np.array(tokenize(c))],
+    ids=["list", "tuple", "numpy string", "array of one", "array", "tokens", "tuple of tokens", "array of tokens"],
+)  # fmt: skip
+def test_a_caption_may_be_a_string_a_list_with_it_or_its_tokens(give):
+    wanted = score(SAID, TWO)
+    references = {image_id: [give(caption) for caption in captions] for image_id, captions in TWO.items()}
+    for found in (score({i: give(caption) for i, caption in SAID.items()}, TWO), score(SAID, references)):
+        for name in NAMES:
+            np.testing.assert_array_equal(found.per_image[name], wanted.per_image[name], err_msg=name)
+
+
+def test_one_token_stays_that_token_and_may_hold_a_no_break_space():
+    references = {1: [["1\xa01/2"], ["m&m"]], 2: [["-lrb-"]], 3: [["<eos>"]]}
+    found = score({1: ["1\xa01/2"], 2: ["-lrb-"], 3: ["<eos>"]}, references)
+    assert found.per_image["ROUGE_L"].tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("text", ["Running.", "running!", "Dog", "狗在跑。", "a dog", "dog\n", " dog"])
+def test_one_string_in_a_list_that_is_no_token_is_a_caption(text: str):
+    references = {1: [text], 2: ["a cat"]}
+    assert score({1: [text], 2: "a cat"}, references).values == score({1: text, 2: "a cat"}, references).values
+
+
+def test_no_tokens_are_an_empty_caption():
+    assert score({7: [], 8: ()}, TWO).values == score({7: "", 8: ""}, TWO).values
+
+
+def test_references_may_be_any_collection_of_captions():
+    wanted = score(SAID, TWO).values
+    for kind in (tuple, np.array, iter, set):
+        assert score(SAID, {i: kind(captions) for i, captions in TWO.items()}).values == pytest.approx(wanted)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -197,6 +260,23 @@ def test_cider_of_many_samples_an_image_is_that_of_each_alone():
         ({1: "a", 9: "b"}, {1: ["a"], 9: ["b", 3]}, "image 9: a caption is int 3, not a string"),
         ({1: "a", 2: "b"}, {1: ["a"], 2: "b"}, "image 2: the references are one string"),
         ({}, {}, "no references"),
+        ({1: ["A dog.", "A brown dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs, list .*A brown dog"),
+        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: "a"}, {1: [["A dog.", "A brown dog."]]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: 3.5}, {1: ["a"]}, "image 1: a caption is float 3.5, not a string"),
+        ({1: float("nan")}, {1: ["a"]}, "image 1: a caption is float nan, not a string"),
+        ({1: b"a dog"}, {1: ["a"]}, "image 1: a caption is bytes b'a dog', not a string"),
+        ({1: {"caption": "a dog"}}, {1: ["a"]}, "image 1: a caption is dict .*, not a string"),
+        ({1: ["a", None]}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: [["a", "dog"]]}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: np.array([1, 2])}, {1: ["a"]}, "image 1: a caption is list .*, not a string"),
+        ({1: "a"}, {1: None}, "image 1: the references are NoneType None; pass a list of captions"),
+        ({1: "a"}, {1: 5}, "image 1: the references are int 5; pass a list"),
+        ({1: "a"}, {1: {"caption": "a"}}, "image 1: the references are dict .*; pass a list"),
+        ({1: "a"}, {1: np.str_("a dog")}, "image 1: the references are one string"),
+        ({1: "a"}, {1: np.array([])}, "image 1 has no references"),
+        (["a"], {1: ["a"]}, "candidates are list; pass a dict: a caption by image id"),
+        ({1: "a"}, [["a"]], "references are list; pass a dict: lists of captions by image id"),
     ],
 )
 def test_bad_input_is_an_error_that_names_the_image(candidates: dict, references: dict, message: str):
@@ -206,9 +286,10 @@ def test_bad_input_is_an_error_that_names_the_image(candidates: dict, references
 
 def test_cider_of_an_unknown_image_is_an_error_that_names_it():
     with pytest.raises(DataError, match="image 5 has a candidate"):
-        cider(References({1: ["a"]}), [1, 5], [["a"], ["b"]])
+        cider(References({1: ["a"], 2: ["b"]}), [1, 5], [["a"], ["b"]])
     with pytest.raises(DataError, match="1 captions for 2 image ids"):
-        cider(References({1: ["a"]}), [1, 1], [["a"]])
+        cider(References({1: ["a"], 2: ["b"]}), [1, 1], [["a"]])
+    assert cider(References(TWO), [7], ["A dog runs here."]) == cider(References(TWO), [7], [["a", "dog", "runs", "here"]])
 
 
 @pytest.mark.parametrize("most", [3, 40, 64, 65, 150])
