@@ -322,7 +322,7 @@ def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
         ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "image 99"),
         ({"annotations": [{"id": 7, "image_id": 1, "caption": ["x"]}]}, "annotation 7 "),
         ({"annotations": [{"id": 7, "image_id": 1}]}, "the caption is null, not a string"),
-        ({"annotations": [{"image_id": 1, "caption": "x"}]}, "an annotation has no id"),
+        ({"annotations": [{"id": 7, "caption": "x"}]}, "annotation number 0 has no image_id"),
         ({"annotations": {}}, 'no list of objects "annotations"'),
         ({"images": None}, 'no list of objects "images"'),
         ({"images": ["a.jpg"]}, 'no list of objects "images"'),
@@ -459,7 +459,7 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
     [
         ("metadata.jsonl", '{"file_name": "a.jpg"}\n{"file_name": \n', "line 2: not JSON"),
         ("metadata.jsonl", '\n["a.jpg"]', "line 2: not an object"),
-        ("metadata.jsonl", '{"caption": "x"}', "line 1: None is not a file name"),
+        ("metadata.jsonl", '{"caption": "x"}', "line 1: has no column file_name; its columns: caption"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "captions": ["x", 3]}', "line 1: the caption is 3, not a string"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
         ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
@@ -467,7 +467,7 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
         ("metadata.csv", "file_name,caption\na.jpg,a dog, a cat\n", "line 2: more cells"),
         ("metadata.csv", "file_name,captions\na.jpg,\"['a dog']\"\n", "line 2: \"['a dog']\" begins like a JSON list"),
         ("metadata.csv", 'file_name,caption\na.jpg,"a dog\n', "line 2: "),
-        ("metadata.csv", "name,caption\na.jpg,x\n", "line 2: None is not a file name"),
+        ("metadata.csv", "name,caption\na.jpg,x\n", ": has no column file_name; its columns: name, caption"),
     ],
 )
 def test_a_metadata_row_that_is_wrong_is_named_by_file_and_line(tmp_path, name, text, message):
