@@ -203,19 +203,19 @@ def _suffix_lowered(name: str) -> str:
 
 def loose(name: str) -> str:
     """The same for names that differ in case or Unicode normal form."""
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 class Listing:
     """Which files are under a root. A folder is listed once, so 100,000 questions need no stat."""
 
-    FORMS = (_composed, _suffix_lowered, loose)  # what may differ: the normal form, then the suffix's case, then any case
-
     def __init__(self, root: Path) -> None:
         self.root = root
         self.folders: dict[str, set[str]] = {}
         self.real: dict[str, str | None] = {"": ""}  # the folder on the disk of a folder as it is written
-        self.forms: dict[str, list[dict[str, list[str]]]] = {}
+        self.loose: dict[str, dict[str, list[str]]] = {}  # by folder and loose name
 
     def __contains__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
@@ -226,9 +226,11 @@ class Listing:
         or case. None where there is none, or several that are equally near."""
         if name in self:
             return name
-        parts = [part for part in _slashes(name).split("/") if part not in ("", ".")]
-        folder = self._folder("/".join(parts[:-1]))
-        file = self._nearest(folder, parts[-1]) if parts and folder is not None else None
+        if "\\" in name:
+            name = "/".join(part for part in _slashes(name).split("/") if part not in ("", "."))
+        folder, _, file = name.rpartition("/")
+        folder = self._folder(folder)
+        file = None if folder is None else self._nearest(folder, file)
         return None if file is None else f"{folder}/{file}" if folder else file
 
     def similar(self, name: str) -> list[str]:
@@ -262,15 +264,13 @@ class Listing:
         names = self.names(folder)
         if name in names or not names:
             return name if name in names else None
-        if folder not in self.forms:
-            self.forms[folder] = []
-            for form in self.FORMS:
-                by_form: dict[str, list[str]] = {}
-                for each in names:
-                    by_form.setdefault(form(each), []).append(each)
-                self.forms[folder].append(by_form)
-        for form, by_form in zip(self.FORMS, self.forms[folder], strict=True):
-            if same := by_form.get(form(name)):
+        if folder not in self.loose:
+            self.loose[folder] = {}
+            for each in names:
+                self.loose[folder].setdefault(loose(each), []).append(each)
+        near = self.loose[folder].get(loose(name), ())
+        for form in (_composed, _suffix_lowered, loose):  # the normal form alone, the suffix's case too, any case
+            if same := [each for each in near if form(each) == form(name)]:
                 return same[0] if len(same) == 1 else None
         return None
 
@@ -285,14 +285,17 @@ def on_disk(wanted: Sequence[Sequence[str]], disk: Listing) -> list[str | None]:
     near: dict[int, tuple[str, str]] = {}  # number: the name that was found, and how it was written
     for number, names in enumerate(wanted):
         if found[number] is None:
-            near |= next(({number: (name, _composed(_slashes(each)))} for each in names if (name := disk.find(each))), {})
+            for written in names:
+                if name := disk.find(written):
+                    near[number] = name, _composed(_slashes(written))
+                    break
     if near:
-        written = {name: {_composed(name)} for name in found if name is not None}
-        for name, form in near.values():
-            written.setdefault(name, set()).add(form)
         exact = {name for name in found if name is not None}
+        forms: dict[str, set[str]] = {}
+        for name, form in near.values():
+            forms.setdefault(name, {_composed(name)} if name in exact else set()).add(form)
         for number, (name, form) in near.items():
-            if len(written[name]) == 1 or (name in exact and form == _composed(name)):
+            if len(forms[name]) == 1 or (name in exact and form == _composed(name)):
                 found[number] = name
     return found
 

@@ -92,10 +92,10 @@ def do_not_wait_for_an_absent_hub() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def framing_of(backbone: Backbone, resize: str) -> Framing:
+def framing_of(backbone: Backbone, resize: str, max_pixels: int | None = None) -> Framing:
     """How photographs become this backbone's input; what is filled around them has its weights' mean colour."""
     red, green, blue = (round(255 * mean) for mean in backbone.mean)
-    return Framing(backbone.size, backbone.interpolation, resize, (red, green, blue))
+    return Framing(backbone.size, backbone.interpolation, resize, (red, green, blue), max_pixels)
 
 
 def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any], resize: str = "stretch") -> dict[str, Any]:

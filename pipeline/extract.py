@@ -16,7 +16,7 @@ import torchvision
 from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
 from data.images import DECODE_PATH, RESIZES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
-from data.sources import DATASETS, Image, Source, open_source
+from data.sources import DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
 from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -25,6 +25,7 @@ from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
 from pipeline.stream import Recipe, decoding_workers, extract_shards
 from pipeline.terminal import Progress, human_bytes, progress, say
 
+MAX_PIXELS_HELP = "photographs of more are unreadable; about 8 bytes of memory a pixel for each worker  [89 million]"
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
 
 
@@ -55,15 +56,16 @@ class ExtractConfig:
     batch: int = setting(32, "photographs a forward pass")
     workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]")
     limit: int | None = setting(None, "take only the first N photographs")
+    max_pixels: int | None = setting(None, MAX_PIXELS_HELP)
     device: str = setting("auto", "where the backbone runs", choices=DEVICES)
     precision: str = setting("auto", "of the forward pass", choices=PRECISIONS)
     seed: int = setting(0, "for --weights random")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "limit"):
+        for name in ("batch", "limit", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
-
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {getattr(self, name)}, it must be at least 1")
         for name in ("size", "grid"):
             cells(name, getattr(self, name))
         if self.workers is not None and self.workers < 0:
@@ -95,6 +97,8 @@ def main(config: ExtractConfig) -> None:
         return look_after(config, cache)
     machine = open_machine(config.device, config.seed, config.precision)
     source = open_photographs(config)
+    for note in source.notes:
+        say(note)
     images = source.select(config.split)[: config.limit]
     missing = missing_photographs(source, images, config.allow_missing)
     recipe = choose_recipe(config, machine, missing)
@@ -102,7 +106,8 @@ def main(config: ExtractConfig) -> None:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
     shards = plan_shards(images, cache)
-    again = plan_retry(images, cache, config.retry_unreadable, shards) if machine.rank == 0 else []
+    every = config.retry_unreadable or config.max_pixels is not None  # too large before, perhaps not now
+    again = plan_retry(images, cache, every, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, config, recipe)
     with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
@@ -162,12 +167,18 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
     absent = {image.id for image in source.missing}
     missing = [image for image in images if image.id in absent]
     if missing and not allowed:
-        first = ", ".join(image.name for image in missing[:5])
+        disk = Listing(source.root)
+        first = ", ".join(image.name + there_is(disk.similar(image.name)) for image in missing[:5])
         raise UserError(
             f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: {first}"
             f"{', ...' if len(missing) > 5 else ''}; put them there, or pass --allow-missing to go on without them"
         )
     return {image.id for image in missing}
+
+
+def there_is(similar: Sequence[str]) -> str:
+    """The files that a photograph that is not there may be, in brackets."""
+    return f" (there is {', '.join(similar[:3])})" if similar else ""
 
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
@@ -181,7 +192,7 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) ->
     workers = decoding_workers(config.workers)
     provenance = describe_versions(machine) | ({} if config.views == "none" else {"views": [config.views]})
     return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, provenance,
-                  config.batch, workers, config.strict, frozenset(missing))  # fmt: skip
+                  config.batch, workers, config.strict, frozenset(missing), config.max_pixels)  # fmt: skip
 
 
 def weights_of(config: ExtractConfig) -> str:
