@@ -69,7 +69,7 @@ class Framing:
 
     stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in the middle that has the
     shape of `size`. letterbox: the whole photograph in its own shape, the rest filled with `fill` (RGB).
-    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 8 bytes a pixel while it is decoded.
+    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a pixel while it is decoded.
     """
 
     size: tuple[int, int]
@@ -98,7 +98,7 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         if isinstance(photograph, np.ndarray):
             photograph = PillowImage.fromarray(photograph)
         if isinstance(photograph, PillowImage.Image):
-            return _frame(*_upright(photograph, framing), framing)
+            return _frame(*_upright(photograph, framing, keep=True), framing)
         if isinstance(photograph, bytes):
             return _frame(*_decode(io.BytesIO(photograph), framing), framing)
         return _read_file(photograph, framing)
@@ -142,25 +142,26 @@ def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]
         hint = "it is HEIC, which pip install -e '.[heic]' reads" if heic else "not an image that Pillow reads"
         raise UnreadableImage(hint) from error
     with opened:
-        needed = GAP * max(framing.size)
-        if min(opened.size) >= 2 * needed:
-            full = opened.size
-            opened.draft(None, (needed, needed))  # of JPEGs alone
-            return _upright(opened, framing, full)
         return _upright(opened, framing)
 
 
 def _upright(
-    opened: PillowImage.Image, framing: Framing, full: tuple[int, int] | None = None
+    opened: PillowImage.Image, framing: Framing, keep: bool = False
 ) -> tuple[PillowImage.Image, tuple[int, int]]:
-    """An opened photograph upright in RGB, and the (height, width) that it has in full, of the (width, height) `full`."""
-    width, height = full or opened.size
+    """An opened photograph upright in RGB, and the (height, width) that it has in full.
+
+    keep: `opened` stays as it is, which takes a copy of it.
+    """
+    width, height = opened.size
     limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise PillowImage.DecompressionBombError(f"{width * height} pixels")
-    transparent = _transparent(opened)
-    photo = ImageOps.exif_transpose(opened)
-    if photo.size != opened.size and photo.size == opened.size[::-1]:
+    needed = GAP * max(framing.size)
+    if not keep and min(width, height) >= 2 * needed:
+        opened.draft(None, (needed, needed))  # of JPEGs alone
+    transparent, decoded = _transparent(opened), opened.size
+    photo = ImageOps.exif_transpose(opened, in_place=not keep) or opened  # None in place
+    if photo.size != decoded and photo.size == decoded[::-1]:
         width, height = height, width
     if transparent is not None:
         photo.info["transparency"] = transparent
@@ -169,14 +170,15 @@ def _upright(
 
 def _transparent(opened: PillowImage.Image) -> object:
     """The value that is transparent, if an image has one, on the scale of its pixels: Pillow gives a PNG's as the file has it,
-    in 1, 2, 4 or 16 bits, beside pixels of 8."""
+    in 2, 4 or 16 bits, beside pixels of 8."""
     value = opened.info.get("transparency")
-    if opened.format != "PNG":
+    tiles = getattr(opened, "tile", ())  # none once it is loaded
+    if opened.format != "PNG" or not tiles:
         return value
-    depth = opened.tile[0][3] if opened.tile else opened.mode  # none once it is loaded
+    depth = tiles[0][3]
     if isinstance(value, tuple):
         return tuple(each >> 8 for each in value) if depth == "RGB;16B" else value
-    return value * {"1": 255, "L;2": 85, "L;4": 17}.get(depth, 1) if isinstance(value, int) else value
+    return value * {"L;2": 85, "L;4": 17}.get(depth, 1) if isinstance(value, int) else value
 
 
 def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
@@ -184,7 +186,7 @@ def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
     if photo.mode.startswith("I") or photo.mode == "F":
         return _eight_bits(photo, kind).convert("RGB")
     if not photo.has_transparency_data:
-        return photo.convert("RGB")
+        return photo if photo.mode == "RGB" else photo.convert("RGB")
     photo = (photo.convert("LA") if photo.mode == "La" else photo).convert("RGBA")
     white = PillowImage.new("RGB", photo.size, "white")
     white.paste(photo, mask=photo)
@@ -195,7 +197,7 @@ def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image
     """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits: 16 bits by 257; 32 bits, whole
     or real, by the range that the values lie in: 0..1 (real), 0..255, 0..65535, else from their least to their greatest."""
     values = np.asarray(photo)
-    found = values.astype(np.float32)
+    found = values.astype(np.float64)
     if photo.mode.startswith("I;16") or kind in ("PNG", "PPM"):  # the two have 16 bits at most
         found = found / 257
     elif not np.isfinite(found).all():

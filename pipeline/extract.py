@@ -25,7 +25,7 @@ from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
 from pipeline.stream import Recipe, decoding_workers, extract_shards
 from pipeline.terminal import Progress, human_bytes, progress, say
 
-MAX_PIXELS_HELP = "photographs of more are unreadable; about 8 bytes of memory a pixel for each worker  [89 million]"
+MAX_PIXELS_HELP = "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
 
 
