@@ -14,9 +14,8 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +62,10 @@ class UnreadableImage(DataError):
     """A photograph that cannot be decoded; the message is the reason, without the name."""
 
 
+class NotAPhotograph(DataError, TypeError):
+    """A value of a type that no photograph is given as."""
+
+
 @dataclass(frozen=True)
 class Framing:
     """How a photograph becomes a backbone's input.
@@ -88,7 +91,37 @@ class Photo(NamedTuple):
     frame: tuple[float, float, float, float]
 
 
-Photograph = Path | str | bytes | PillowImage.Image | np.ndarray
+Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
+TAKEN = "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or [H,W,4], or a list of these"
+
+
+def as_photographs(given: object) -> tuple[list[Photograph], bool]:
+    """One photograph or several as a list, and whether it was one. Raises NotAPhotograph."""
+    one = isinstance(given, Photograph | bytearray | memoryview)
+    several = not one and isinstance(given, Iterable) and not hasattr(given, "read") and not hasattr(given, "shape")
+    photographs = list(given) if several else [given]
+    for number, each in enumerate(photographs):
+        if isinstance(each, bytearray | memoryview):
+            photographs[number] = bytes(each)
+            continue
+        what = type(each).__name__
+        if isinstance(each, np.ndarray):
+            if each.dtype == np.uint8 and (each.ndim == 2 or (each.ndim == 3 and each.shape[2] in (3, 4))):
+                continue
+            what = f"array of {each.dtype} {list(each.shape)}"
+        elif isinstance(each, Photograph):
+            continue
+        at = f"photograph number {number} is" if several else "the photograph is"
+        raise NotAPhotograph(f"{at} of type {what}; taken are {TAKEN}")
+    return photographs, not several
+
+
+def describe(photograph: Photograph, number: int) -> str:
+    """A photograph by its path, or by what it is and its place in a list."""
+    if isinstance(photograph, os.PathLike | str):
+        return os.fspath(photograph)
+    kinds = {bytes: "bytes", np.ndarray: "array"}
+    return f"photograph number {number} ({kinds.get(type(photograph), 'PIL image')})"
 
 
 def read_image(photograph: Photograph, framing: Framing) -> Photo:
@@ -115,7 +148,7 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
-def _read_file(path: Path, framing: Framing) -> Photo:
+def _read_file(path: os.PathLike | str, framing: Framing) -> Photo:
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
         raise UnreadableImage("not a regular file")
     for _ in range(3):

@@ -29,6 +29,7 @@ from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+MAX_PIXELS_HELP = "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
 LARGEST = 2048  # of a side of a backbone's input
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 

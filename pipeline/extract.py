@@ -18,14 +18,13 @@ from data.images import DECODE_PATH, RESIZES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
-from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
+from pipeline.backbone import MAX_PIXELS_HELP, SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.keeping import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
 from pipeline.stream import Recipe, decoding_workers, extract_shards
 from pipeline.terminal import Progress, human_bytes, progress, say
 
-MAX_PIXELS_HELP = "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
 
 
