@@ -74,7 +74,7 @@ def main(config: CaptionConfig) -> None:
                         texts[write_text(photo.path, captions[0].text, config.prefix)] += 1
             bar.step(len(chosen))
     if config.write_txt:
-        kept = f"; {texts[False]:,} were there before and stay as they are" if texts[False] else ""
+        kept = f"; {texts[False]:,} photographs have one already, which stays as it is" if texts[False] else ""
         say(f"{texts[True]:,} .txt files written beside the photographs{kept}")
     report(config, records, unreadable)
 
