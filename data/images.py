@@ -243,6 +243,7 @@ def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image
             found = found / 257
         elif photo.mode == "F" and greatest <= 1:
             found = found * 255
+        found = np.rint(found)
     pixels = found.clip(0, 255).astype(np.uint8)
     if isinstance(transparent := photo.info.get("transparency"), int):
         pixels[values == transparent] = 255
