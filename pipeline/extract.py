@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
-from data.images import DECODE_PATH, RESIZES
+from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
@@ -176,8 +176,9 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
 
 
 def there_is(similar: Sequence[str]) -> str:
-    """The files that a photograph that is not there may be, in brackets."""
-    return f" (there is {', '.join(similar[:3])})" if similar else ""
+    """The photographs, of files with `similar` names, that one that is not there may be, in brackets."""
+    photographs = [name for name in similar if Path(name).suffix.lower() in {*SUFFIXES, *HEIC}]
+    return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
