@@ -74,8 +74,7 @@ def main(config: CaptionConfig) -> None:
                         texts[write_text(photo.path, captions[0].text, config.prefix)] += 1
             bar.step(len(chosen))
     if config.write_txt:
-        kept = f"; {texts[False]:,} photographs have one already, which stays as it is" if texts[False] else ""
-        say(f"{texts[True]:,} .txt files written beside the photographs{kept}")
+        say_written(texts[True], texts[False])
     report(config, records, unreadable)
 
 
@@ -86,6 +85,11 @@ def write_text(photograph: Path, caption: str, prefix: str) -> bool:
         return False
     write_whole(path, " ".join([*prefix.split(), caption]) + "\n")
     return True
+
+
+def say_written(written: int, kept: int) -> None:
+    stays = f"; {kept:,} photographs have one already, which stays as it is" if kept else ""
+    say(f"{written:,} .txt files written beside the photographs{stays}")
 
 
 def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:

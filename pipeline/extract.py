@@ -71,6 +71,11 @@ class ExtractConfig:
             raise UserError(f"--workers is {self.workers}, it must be at least 0")
 
     @property
+    def retry_all(self) -> bool:
+        """Whether unreadable photographs are tried again that have not changed: with another limit they may be readable."""
+        return self.retry_unreadable or self.max_pixels is not None
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """`--backbone-arg` by name, values read as Python literals where they are, else as text."""
         found = {}
@@ -96,8 +101,6 @@ def main(config: ExtractConfig) -> None:
         return look_after(config, cache)
     machine = open_machine(config.device, config.seed, config.precision)
     source = open_photographs(config)
-    for note in source.notes:
-        say(note)
     images = source.select(config.split)[: config.limit]
     missing = missing_photographs(source, images, config.allow_missing)
     recipe = choose_recipe(config, machine, missing)
@@ -105,8 +108,7 @@ def main(config: ExtractConfig) -> None:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
     shards = plan_shards(images, cache)
-    every = config.retry_unreadable or config.max_pixels is not None  # too large before, perhaps not now
-    again = plan_retry(images, cache, every, shards) if machine.rank == 0 else []
+    again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, config, recipe)
     with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
@@ -158,7 +160,10 @@ def open_photographs(config: ExtractConfig) -> Source:
     if config.dataset == "sample" and root is None:
         root = SAMPLE_ROOT
         say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset folder --root PHOTOGRAPHS")
-    return open_source(config.dataset, root, config.annotations, config.images)
+    source = open_source(config.dataset, root, config.annotations, config.images)
+    for note in source.notes:
+        say(note)
+    return source
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:
