@@ -5,11 +5,13 @@ The official layout, read as `coco2014` and `coco2017`, the year in every name; 
     root/annotations/captions_train2017.json, captions_val2017.json
     root/train2017/000000000009.jpg, root/val2017/000000000139.jpg     (2014: train2014/COCO_train2014_000000000009.jpg)
 
-`coco` is any other file of that form, with the folder its file names are relative to. An image may carry a `split`.
+`coco` is any other file of that form, with the folder its file names are relative to. An image may carry a `split`. An
+annotation needs no `id` of its own.
 """
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -24,6 +26,7 @@ from data.sources import (
     check_id,
     check_name,
     check_split,
+    on_disk,
     read_json,
 )
 
@@ -67,8 +70,13 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
 
 
 def _source(dataset: str, base: Path, found: list[Image], annotations: Path) -> Source:
-    disk = Listing(base)
-    return Source(dataset, base, tuple(found), tuple(i for i in found if i.name not in disk), annotations)
+    names = on_disk([[image.name] for image in found], Listing(base))
+    missing = tuple(image for image, name in zip(found, names, strict=True) if name is None)
+    found = [
+        image if name in (None, image.name) else replace(image, name=name, path=base / name)
+        for image, name in zip(found, names, strict=True)
+    ]
+    return Source(dataset, base, tuple(found), missing, annotations)
 
 
 def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
@@ -84,9 +92,13 @@ def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
         id_ = check_id(entry["id"], f"{file}")
         images.append((id_, check_name(entry["file_name"], f"image {id_} in {file}"), entry.get("split")))
     known = {id_ for id_, _, _ in images}
-    for entry in content["annotations"]:
-        if not isinstance(entry.get("id"), int | str) or "image_id" not in entry:
-            raise DataError(f"{file}: an annotation has no id or no image_id: {str(entry)[:80]}")
+    annotations = []
+    for number, entry in enumerate(content["annotations"]):
+        if not isinstance(entry.get("id"), int | str):  # captions need none, pycocotools wants one
+            entry = {**entry, "id": f"number {number}"}
+        annotations.append(entry)
+        if "image_id" not in entry:
+            raise DataError(f"{file}: annotation number {number} has no image_id: {str(content['annotations'][number])[:80]}")
         where = f"annotation {entry['id']!r} in {file}"
         if check_id(entry["image_id"], where) not in known:
             raise DataError(f'{where} is of image {entry["image_id"]}, which is not among its "images"; '
@@ -94,7 +106,7 @@ def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
         check_caption(entry.get("caption"), where)
     # Not COCO(file), which reads in the locale's encoding; no categories, which converters add and COCO trips over.
     coco = COCO()
-    coco.dataset = {"images": content["images"], "annotations": content["annotations"]}
+    coco.dataset = {"images": content["images"], "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     return [

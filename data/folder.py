@@ -1,72 +1,176 @@
-"""Any folder of photographs, at any depth, in the form of Hugging Face's imagefolder.
+"""Any folder of photographs, at any depth, in the form of Hugging Face's imagefolder, or with caption files of other forms.
 
-    root/**/*.jpg                       hidden files and folders are left out; order is that of the relative path
-    root/train/ validation/ test/       splits, where top-level folders are called so (val and dev mean validation)
-    root/metadata.jsonl or .csv         captions, and splits in a column; also in the split folders, for their files
+    root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are left out; the order is
+                                        that of the relative path
+    root/train/ validation/ test/       splits, where top-level folders have a name of `data.sources.SPLITS`
+    **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named relative to its own folder
+    **/captions.txt                     Kaggle's: CSV with the columns image and caption
+    **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where Flickr_8k.trainImages.txt,
+                                        devImages or testImages stand beside it, they name the splits and the photographs
+    **/*.txt                            with --captions-from txt: the captions of the photograph of the same name, one a line
 
-A metadata row has `file_name` (relative to the metadata's folder) and, as it likes, `split` and one of `caption`,
-`captions`, `text`: a string, in JSON also a list of strings. Several rows may name one file; a CSV cell under
-`captions` may hold a JSON list. Without splits everything is train. Where only some photographs have a split, the
-others are train as long as nothing is called train; beside photographs called train that is a DataError.
+A metadata row has `file_name` and, as it likes, `split` and one of `caption`, `captions`, `text`: a string, in JSON also a
+list of strings. Several rows may name one file; a CSV cell under `captions` may hold a JSON list. The photographs of
+captions.txt and Flickr8k.token.txt are beside the file or beside its folder, there or in one of PHOTO_FOLDERS. A caption
+that two files give to one photograph counts once.
+
+Without splits everything is train. Where only some photographs have a split, the others are train as long as nothing is
+called train; beside photographs called train that is a DataError.
 """
 
 import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from data import DataError
-from data.sources import SPLITS, Image, Source, check_caption, check_name, check_split, image_id, read_text
+from data.images import HEIC, SUFFIXES
+from data.sources import (
+    SPLITS,
+    Image,
+    Listing,
+    Source,
+    check_caption,
+    check_name,
+    check_split,
+    image_id,
+    loose,
+    on_disk,
+    read_text,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("caption", "captions", "text")
+KAGGLE, FLICKR8K = "captions.txt", "flickr8k.token.txt"
+FLICKR8K_SPLITS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
+PHOTO_FOLDERS = ("", "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset")  # "Flicker" is the official spelling
+CAPTION_SUFFIXES = (".json", ".jsonl", ".csv")  # of caption files in general: no photographs that were left out
+SIDECARS = (".txt", ".json", ".caption")
 
 
-def read(dataset: str, root: Path | None, annotations: Path | None, images: Path | None) -> Source:
+class Files(NamedTuple):
+    """The files below a folder by relative name, hidden ones left out: `photographs`, by name whether each is a file (a link
+    may lead nowhere), and all `others`."""
+
+    photographs: dict[str, bool]
+    others: list[str]
+
+    def left_out(self, named: Iterable[str] = ()) -> str:
+        """How many files are neither photographs nor captions nor `named`, by suffix, and what would read them; empty where
+        none is."""
+        stems, named = {loose(_stem(name)) for name in self.photographs}, {*named}
+        flickr8k = {posixpath.dirname(name) for name in self.others if _is(name, FLICKR8K)}  # with more texts beside it
+        counts: Counter[str] = Counter()
+        for name in self.others:
+            suffix = _suffix(name)
+            captions = suffix in CAPTION_SUFFIXES or _is(name, KAGGLE)
+            sidecar = suffix in SIDECARS and loose(_stem(name)) in stems
+            if not (name in named or captions or sidecar or (suffix == ".txt" and posixpath.dirname(name) in flickr8k)):
+                counts[suffix or "without suffix"] += 1
+        if not counts:
+            return ""
+        total, heic = sum(counts.values()), [suffix for suffix in HEIC if suffix in counts]
+        most = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+        parts = ", ".join(f"{suffix} {count:,}" for suffix, count in most)
+        hint = f"; pip install -e '.[heic]' reads {', '.join(heic)}" if heic else ""
+        return f"{total:,} file{'' if total == 1 else 's'} left out: {parts}{hint}"
+
+
+class Row(NamedTuple):
+    """What a caption file says of a photograph: the names it may have (likeliest first), captions, perhaps its split."""
+
+    file: Path
+    where: str
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    split: str | None = None
+
+
+def read(
+    dataset: str, root: Path | None, annotations: Path | None, images: Path | None, captions_from: str = "auto"
+) -> Source:
     """Read a folder. An image's id is `image_id` of its relative path; a row without its file is in `missing`."""
     if annotations is not None:
-        raise DataError(f"{dataset} reads metadata.jsonl or metadata.csv beside the photographs; "
-                        f"for {annotations} use --dataset coco or karpathy")  # fmt: skip
+        raise DataError(f"{dataset} reads metadata.jsonl, metadata.csv, captions.txt or Flickr8k.token.txt beside the "
+                        f"photographs; for {annotations} use --dataset coco or karpathy")  # fmt: skip
     base = images or root
-    names = photographs_under(base)
-    captions: dict[str, list[str]] = {name: [] for name in names}
-    splits = {name: SPLITS[top] for name in names if (top := _top_folder(name)) in SPLITS}
-    metadata = list(_metadata_files(base))
-    for file in metadata:
-        folder = file.parent.relative_to(base).as_posix()
-        for where, row in _rows(file):
-            name = check_name(row.get("file_name"), where)
-            name = name if folder == "." else f"{folder}/{name}"
-            captions.setdefault(name, []).extend(_captions(row, where))
-            named = [check_split(row["split"], where)] if row.get("split") else []
-            named += [SPLITS[_top_folder(name)]] if _top_folder(name) in SPLITS else []
-            for split in named:
-                if splits.setdefault(name, split) != split:
-                    raise DataError(f"{where}: {name} is in split {split} and in {splits[name]}; keep one of them")
-    loose = next((name for name in sorted(captions) if name not in splits), None)
-    if loose is not None and "train" in splits.values():
-        raise DataError(f"{loose} in {base} is in no split, others are in train; move it into a split's folder, "
+    files, disk = list_files(base), Listing(base)
+    captions: dict[str, list[str]] = {name: [] for name in files.photographs}
+    splits = {name: SPLITS[top] for name in files.photographs if (top := _top_folder(name)) in SPLITS}
+
+    caption_files, rows, notes = _metadata(base, files.others)
+    given_splits = False
+    for file, listed in _caption_lists(base, files.others, notes):
+        caption_files.append(file)
+        if split_of := _flickr8k_splits(file, base, disk):
+            given_splits, listed = True, _with_splits(file, listed, split_of)
+        rows += _placed(listed, base, disk, notes)
+    first_file: dict[tuple[str, str], Path] = {}
+    for row, there in zip(rows, on_disk([row.names for row in rows], disk), strict=True):
+        name = there or row.names[0]
+        known = captions.setdefault(name, [])
+        known += [each for each in row.captions if first_file.setdefault((name, each), row.file) == row.file]
+        named = [row.split] if row.split else []
+        named += [SPLITS[_top_folder(name)]] if _top_folder(name) in SPLITS else []
+        for split in named:
+            if splits.setdefault(name, split) != split:
+                raise DataError(f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one of them")
+
+    if given_splits and (unchosen := [name for name in captions if name not in splits]):
+        notes.append(f"{len(unchosen):,} photographs are in none of Flickr_8k's files of splits and are left out: "
+                     f"{_first(unchosen)}")  # fmt: skip
+        captions = {name: of_photo for name, of_photo in captions.items() if name in splits}
+    if captions_from == "txt":
+        captions = _sidecar_captions(base, files, disk, captions)
+    elif captions and not any(captions.values()) and (beside := _sidecars(files, disk)):
+        notes.append(f"{len(beside):,} photographs have a .txt beside them; train and evaluate read their captions with "
+                     "--captions-from txt")  # fmt: skip
+
+    left_out = files.left_out(captions)
+    if not captions:
+        raise DataError(f"{dataset} has no images in {base} ({left_out or 'no file that is one'}); check the path")
+    unsplit = next((name for name in sorted(captions) if name not in splits), None)
+    if unsplit is not None and "train" in splits.values():
+        raise DataError(f"{unsplit} in {base} is in no split, others are in train; move it into a split's folder, "
                         "name its split in metadata, or take it away")  # fmt: skip
     found = tuple(
         Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
         for name in sorted(captions)
     )
-    missing = tuple(i for i in found if not names.get(i.name) and not i.path.is_file())
-    return Source(dataset, base, found, missing, metadata[0] if len(metadata) == 1 else None)
+    missing = tuple(i for i in found if not files.photographs.get(i.name) and not i.path.is_file())
+    annotations = caption_files[0] if len(caption_files) == 1 else None
+    return Source(dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes])))
 
 
 def _top_folder(name: str) -> str:
     return name.partition("/")[0].lower() if "/" in name else ""
 
 
-def photographs_under(root: Path) -> dict[str, bool]:
-    """Names of the image files below `root`, and whether each is a file (a link may lead nowhere).
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
 
-    Links to folders are followed, each real folder once and real paths first, so a loop of links ends.
-    """
-    found, seen, folders, links = {}, set(), [""], []
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _is(name: str, file: str) -> bool:
+    return posixpath.basename(name).lower() == file.lower()
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def list_files(root: Path) -> Files:
+    """The files below `root`. Links to folders are followed, each real folder once and real paths first, so a loop of links
+    ends."""
+    found, others, seen, folders, links = {}, [], set(), [""], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         status = os.stat(root / folder)
@@ -81,45 +185,83 @@ def photographs_under(root: Path) -> dict[str, bool]:
                 link = entry.is_symlink()
                 if os.path.isdir(entry.path) if link else entry.is_dir():
                     (links if link else folders).append(name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif _suffix(name) in SUFFIXES:
                     found[check_name(name, str(root))] = os.path.isfile(entry.path) if link else entry.is_file()
-    return found
+                else:
+                    others.append(name)
+    return Files(found, sorted(others))
 
 
-def _metadata_files(root: Path) -> Iterator[Path]:
-    """The metadata files of the root and of its split folders, at most one in each."""
-    tops = sorted(entry for entry in root.iterdir() if entry.name.lower() in SPLITS and entry.is_dir())
-    for folder in (root, *tops):
-        files = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-        if len(files) > 1:
-            raise DataError(f"{folder} has metadata.jsonl and metadata.csv; keep one of them")
-        yield from files
+# ------------------------------------------------------------------------------------------------------------- metadata
+
+
+def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row], list[str]]:
+    """The metadata files of all folders, at most one in each, their rows, and notes."""
+    names = [name for name in others if posixpath.basename(name) in METADATA]
+    names.sort(key=lambda name: (name.count("/"), name))
+    folders = Counter(map(posixpath.dirname, names))
+    for twice in (folder for folder, count in folders.items() if count > 1):
+        raise DataError(f"{base / twice} has metadata.jsonl and metadata.csv; keep one of them")
+    rows, notes = [], []
+    for name in names:
+        folder, columns = posixpath.dirname(name), {}
+        for where, row in _rows(base / name):
+            columns |= dict.fromkeys(row)
+            if "file_name" not in row:
+                raise DataError(f"{where}: {_lacks('file_name', row)}")
+            photo = check_name(row["file_name"], where)
+            split = check_split(row["split"], where) if row.get("split") else None
+            rows.append(Row(base / name, where, (posixpath.join(folder, photo),), tuple(_captions(row, where)), split))
+        if columns.keys() - {"file_name", "split"} and not columns.keys() & {*CAPTION_COLUMNS}:
+            notes.append(f"{base / name} gives no captions: it {_lacks('caption, captions or text', columns)}")
+    return [base / name for name in names], rows, notes
+
+
+def _lacks(column: str, columns: Iterable[str]) -> str:
+    return f"has no column {column}; its columns: {', '.join(columns) or 'none'}"
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a metadata file, each with "file, line N" for errors."""
+    """The rows of a metadata file, columns in small letters, each with "file, line N" for errors."""
     text = read_text(file)
+    if not text.strip():
+        raise DataError(f"{file} is empty; write its rows, or take it away")
     if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in row:
-                    raise DataError(f"{where}: more cells than the header has; put a caption with commas in quotes")
-                yield where, row
-        except csv.Error as error:
-            raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
+        yield from _csv_rows(file, text, "file_name")
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f'{file}, line {number}: not an object like {{"file_name": "a.jpg", "caption": "..."}}')
-        yield f"{file}, line {number}", row
+        columns: dict[str, object] = {}
+        for key in sorted(row, key=lambda key: key != key.strip().lower()):  # one that is written so comes first
+            columns.setdefault(key.strip().lower(), row[key])
+        yield f"{file}, line {number}", columns
+
+
+def _csv_rows(file: Path, text: str, needed: str) -> Iterator[tuple[str, dict]]:
+    """The rows of CSV text, columns in small letters; DataError where `needed` is not among them."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
+        if needed not in columns:
+            raise DataError(f"{file}: {_lacks(needed, columns)}")
+        for column, count in Counter(columns).items():
+            if column and count > 1:
+                raise DataError(f"{file} has column {column} {count} times; give each caption its own row")
+        reader.fieldnames = columns
+        for row in reader:
+            where = f"{file}, line {reader.line_num}"
+            if None in row:
+                raise DataError(f"{where}: more cells than the header has; put a caption with commas in quotes")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
 
 
 def _captions(row: dict, where: str) -> list[str]:
@@ -132,3 +274,111 @@ def _captions(row: dict, where: str) -> list[str]:
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: {value[:60]!r} begins like a JSON list of captions, but is none") from error
     return [check_caption(caption, where) for caption in (value if isinstance(value, list) else [value])]
+
+
+# ------------------------------------------------------------------------------------------ captions.txt, Flickr8k's files
+
+
+def _caption_lists(base: Path, others: Iterable[str], notes: list[str]) -> Iterator[tuple[Path, list[Row]]]:
+    """Each captions.txt and Flickr8k.token.txt, with its rows by the bare names that it has."""
+    for name in others:
+        if _is(name, KAGGLE):
+            file = base / name
+            text = read_text(file)
+            header = [column.strip().lower() for column in text.partition("\n")[0].split(",")]
+            if not {"image", "caption"} <= {*header}:
+                notes.append(f"{file} is not read: its first line is {text.partition(chr(10))[0][:60]!r}, not image,caption")
+                continue
+            listed = []
+            for where, row in _csv_rows(file, text, "image"):
+                caption = check_caption(row["caption"] or "", where)
+                listed.append(Row(file, where, (check_name(row["image"].strip(), where),), (caption,) if caption else ()))
+            yield file, listed
+        elif _is(name, FLICKR8K):
+            yield base / name, list(_token_rows(base / name))
+
+
+def _token_rows(file: Path) -> Iterator[Row]:
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            name, tab, caption = line.partition("\t")
+            name, sign, _ = name.rpartition("#")
+            if not (tab and sign):
+                raise DataError(f"{where}: {line[:60]!r} is not a name, #, a number, a tab and a caption")
+            yield Row(file, where, (check_name(name.strip(), where),), (check_caption(caption.strip(), where),))
+
+
+def _places(file: Path, base: Path, name: str) -> tuple[str, ...]:
+    """Names below `base` that a photograph of a caption list may have."""
+    folder = file.parent.relative_to(base).as_posix()
+    folders = [folder] if folder == "." else [folder, posixpath.dirname(folder)]
+    return tuple(posixpath.normpath(posixpath.join(each, place, name)) for each in folders for place in PHOTO_FOLDERS)
+
+
+def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> list[Row]:
+    """The rows of one caption list by the photographs' names below `base`. Those of names that are neither there nor a
+    photograph's, as one of Flickr8k's own is, are left out, which is noted."""
+    if not listed:
+        return []
+    file = listed[0].file
+    found = on_disk([_places(file, base, row.names[0]) for row in listed], disk)
+    home = next((posixpath.dirname(name) for name in found if name), None)
+    if home is None:
+        folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
+        mend = "unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it" if _is(file.name, FLICKR8K) else (
+            "put Images/ beside the file")  # fmt: skip
+        raise DataError(f"{file} names {len({row.names for row in listed}):,} photographs, none of them is in {base} "
+                        f"({folders}); {mend}")  # fmt: skip
+    rows, broken = [], []
+    for row, name in zip(listed, found, strict=True):
+        if name is None and _suffix(row.names[0]) not in (*SUFFIXES, *HEIC):
+            broken.append(row.names[0])
+        else:
+            rows.append(row._replace(names=(name or posixpath.join(home, row.names[0]),)))
+    if broken:
+        notes.append(f"{len(broken):,} captions in {file} are left out, of what is no photograph: "
+                     f"{_first(list(dict.fromkeys(broken)))}")  # fmt: skip
+    return rows
+
+
+def _flickr8k_splits(file: Path, base: Path, disk: Listing) -> dict[str, str]:
+    """The split of each photograph by its bare name, where Flickr_8k.trainImages.txt, devImages or testImages stand beside
+    Flickr8k.token.txt."""
+    found: dict[str, str] = {}
+    if not _is(file.name, FLICKR8K):
+        return found
+    for split, beside in FLICKR8K_SPLITS.items():
+        there = disk.find((file.parent.relative_to(base) / beside).as_posix())
+        for name in read_text(base / there).split() if there else ():
+            if found.setdefault(check_name(name, str(base / there)), split) != split:
+                raise DataError(f"{base / there}: {name} is in {FLICKR8K_SPLITS[found[name]]} too; keep one of them")
+    return found
+
+
+def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[Row]:
+    """The rows with the splits of their photographs, and a row for each photograph of a split that has none."""
+    rows = [row._replace(split=splits.get(row.names[0])) for row in listed]
+    bare = splits.keys() - {row.names[0] for row in listed}
+    return rows + [Row(file, str(file), (name,), (), splits[name]) for name in sorted(bare)]
+
+
+# ------------------------------------------------------------------------------------------- captions beside photographs
+
+
+def _sidecars(files: Files, disk: Listing) -> dict[str, str]:
+    """The .txt of each photograph that has one of its name beside it."""
+    if not any(_suffix(name) == ".txt" for name in files.others):
+        return {}
+    return {name: text for name in files.photographs if (text := disk.find(f"{_stem(name)}.txt"))}
+
+
+def _sidecar_captions(base: Path, files: Files, disk: Listing, names: Iterable[str]) -> dict[str, list[str]]:
+    beside = _sidecars(files, disk)
+    if not beside:
+        raise DataError(f"--captions-from txt: no photograph in {base} has a .txt of its name beside it")
+    captions = {}
+    for name in names:
+        lines = read_text(base / beside[name]).split("\n") if name in beside else ()
+        captions[name] = [check_caption(line.strip(), str(base / beside[name])) for line in lines if line.strip()]
+    return captions

@@ -2,30 +2,35 @@
 
 Pillow decodes (JPEGs of more than twice the size that is needed at a reduced scale, as its thumbnails are), torch's uint8
 kernel resizes: within one step of 255 of Pillow's own, five times as fast. Threads do both side by side: neither holds the
-interpreter. The decode path recorded in a cache is `DECODE_PATH`: rows made by another differ in their last digits.
+interpreter. What is transparent shows white; greyscale of more than 8 bits is scaled to 8. The decode path recorded in a
+cache is `DECODE_PATH`: rows made by another differ in their last digits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image as PillowImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from data import DataError
 
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
+HEIC = (".heic", ".heif", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 GAP = 2  # a JPEG is decoded at a reduced scale that is still so many times the size needed
 FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # lanczos is Pillow's
 
@@ -33,10 +38,32 @@ FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicub
 warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken tags in files that are read all the same
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors keep histories of megabytes as PNG text
+
+with contextlib.suppress(ImportError):  # the extra [heic]
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
+def _readable_suffixes() -> frozenset[str]:
+    """The suffixes of formats that Pillow decodes by itself."""
+    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # recognised only, or given to another program
+    registered = PillowImage.registered_extensions()
+    return frozenset(
+        suffix for suffix, kind in registered.items() if kind == "MPO" or (kind in PillowImage.OPEN and kind not in no_decoder)
+    )
+
+
+SUFFIXES = _readable_suffixes()
 
 
 class UnreadableImage(DataError):
     """A photograph that cannot be decoded; the message is the reason, without the name."""
+
+
+class NotAPhotograph(DataError, TypeError):
+    """A value of a type that no photograph is given as."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +72,14 @@ class Framing:
 
     stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in the middle that has the
     shape of `size`. letterbox: the whole photograph in its own shape, the rest filled with `fill` (RGB).
+    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a pixel while it is decoded.
     """
 
     size: tuple[int, int]
     interpolation: str = "bicubic"
     resize: str = "stretch"
     fill: tuple[int, int, int] = (0, 0, 0)
+    max_pixels: int | None = None
 
 
 class Photo(NamedTuple):
@@ -62,50 +91,163 @@ class Photo(NamedTuple):
     frame: tuple[float, float, float, float]
 
 
-def read_image(path: Path, framing: Framing) -> Photo:
-    """Decode, turn upright (EXIF) and frame one photograph. Raises UnreadableImage."""
+Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
+TAKEN = "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or [H,W,4], or a list of these"
+
+
+def as_photographs(given: object) -> tuple[list[Photograph], bool]:
+    """One photograph or several as a list, and whether it was one. Raises NotAPhotograph."""
+    one = isinstance(given, Photograph | bytearray | memoryview)
+    several = not one and isinstance(given, Iterable) and not hasattr(given, "read") and not hasattr(given, "shape")
+    photographs = list(given) if several else [given]
+    for number, each in enumerate(photographs):
+        if isinstance(each, bytearray | memoryview):
+            photographs[number] = bytes(each)
+            continue
+        what = type(each).__name__
+        if isinstance(each, np.ndarray):
+            if each.dtype == np.uint8 and (each.ndim == 2 or (each.ndim == 3 and each.shape[2] in (3, 4))):
+                continue
+            what = f"array of {each.dtype} {list(each.shape)}"
+        elif isinstance(each, Photograph):
+            continue
+        at = f"photograph number {number} is" if several else "the photograph is"
+        raise NotAPhotograph(f"{at} of type {what}; taken are {TAKEN}")
+    return photographs, not several
+
+
+def describe(photograph: Photograph, number: int) -> str:
+    """A photograph by its path, or by what it is and its place in a list."""
+    if isinstance(photograph, os.PathLike | str):
+        return os.fspath(photograph)
+    kinds = {bytes: "bytes", np.ndarray: "array"}
+    return f"photograph number {number} ({kinds.get(type(photograph), 'PIL image')})"
+
+
+def read_image(photograph: Photograph, framing: Framing) -> Photo:
+    """Decode, turn upright (EXIF) and frame one photograph: a path, the bytes of a file, a PIL image or a uint8 array [H,W],
+    [H,W,3] or [H,W,4]. Raises UnreadableImage."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-            raise UnreadableImage("not a regular file")
-        for _ in range(3):
-            with open(path, "rb") as file:
-                before = os.fstat(file.fileno())
-                photo, original = _decode(file, framing)
-                after = os.stat(path)
-            if (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns):
-                return _frame(photo, original, framing)
+        if isinstance(photograph, np.ndarray):
+            photograph = PillowImage.fromarray(photograph)
+        if isinstance(photograph, PillowImage.Image):
+            return _frame(*_upright(photograph, framing, keep=True), framing)
+        if isinstance(photograph, bytes):
+            return _frame(*_decode(io.BytesIO(photograph), framing), framing)
+        return _read_file(photograph, framing)
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("not an image that Pillow reads") from error
     except PillowImage.DecompressionBombError as error:
-        raise UnreadableImage(f"more than {PillowImage.MAX_IMAGE_PIXELS:,} pixels") from error
+        pixels = re.search(r"\d+", str(error))
+        limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
+        raise UnreadableImage(
+            f"{int(pixels[0]) if pixels else 0:,} pixels, more than {limit:,}; --max-pixels N raises the limit"
+        ) from error
     except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImage(reason or type(error).__name__) from error
+
+
+def _read_file(path: os.PathLike | str, framing: Framing) -> Photo:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise UnreadableImage("not a regular file")
+    for _ in range(3):
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            photo, original = _decode(file, framing)
+            after = os.stat(path)
+        if (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns):
+            return _frame(photo, original, framing)
     raise UnreadableImage("it changed while it was read")
 
 
 def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]:
     """The upright photograph in RGB, perhaps at a reduced scale, and the (height, width) it has in full."""
-    with PillowImage.open(file) as opened:
-        width, height = opened.size
-        if width * height > PillowImage.MAX_IMAGE_PIXELS:
-            raise PillowImage.DecompressionBombError
-        needed = GAP * max(framing.size)
-        if min(width, height) >= 2 * needed:
-            opened.draft(None, (needed, needed))  # of JPEGs alone
-        photo = ImageOps.exif_transpose(opened)
-        if photo.size != opened.size and photo.size == opened.size[::-1]:
-            width, height = height, width
-        return _eight_bits(photo).convert("RGB"), (height, width)
+    if framing.max_pixels and PillowImage.MAX_IMAGE_PIXELS:
+        # Pillow's limit is one for the process, so it is only raised; `_upright` holds each photograph to its own.
+        PillowImage.MAX_IMAGE_PIXELS = max(PillowImage.MAX_IMAGE_PIXELS, framing.max_pixels)
+    try:
+        opened = PillowImage.open(file)
+    except UnidentifiedImageError as error:
+        file.seek(0)
+        head = file.read(12)
+        heic = head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS and ".heic" not in SUFFIXES
+        hint = "it is HEIC, which pip install -e '.[heic]' reads" if heic else "not an image that Pillow reads"
+        raise UnreadableImage(hint) from error
+    with opened:
+        return _upright(opened, framing)
 
 
-def _eight_bits(photo: PillowImage.Image) -> PillowImage.Image:
-    """16-bit greyscale scaled to 8 bits (Pillow's own conversion clips it to white); anything else as it is."""
-    if not photo.mode.startswith("I"):
-        return photo
-    return PillowImage.fromarray((np.asarray(photo).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+def _upright(
+    opened: PillowImage.Image, framing: Framing, keep: bool = False
+) -> tuple[PillowImage.Image, tuple[int, int]]:
+    """An opened photograph upright in RGB, and the (height, width) that it has in full.
+
+    keep: `opened` stays as it is, which takes a copy of it.
+    """
+    width, height = opened.size
+    limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise PillowImage.DecompressionBombError(f"{width * height} pixels")
+    needed = GAP * max(framing.size)
+    if not keep and min(width, height) >= 2 * needed:
+        opened.draft(None, (needed, needed))  # of JPEGs alone
+    transparent, decoded = _transparent(opened), opened.size
+    photo = ImageOps.exif_transpose(opened, in_place=not keep) or opened  # None in place
+    if photo.size != decoded and photo.size == decoded[::-1]:
+        width, height = height, width
+    if transparent is not None:
+        photo.info["transparency"] = transparent
+    return _to_rgb(photo, opened.format), (height, width)
+
+
+def _transparent(opened: PillowImage.Image) -> object:
+    """The value that is transparent, if an image has one, on the scale of its pixels: Pillow gives a PNG's as the file has it,
+    in 2, 4 or 16 bits, beside pixels of 8."""
+    value = opened.info.get("transparency")
+    tiles = getattr(opened, "tile", ())  # none once it is loaded
+    if opened.format != "PNG" or not tiles:
+        return value
+    depth = tiles[0][3]
+    if isinstance(value, tuple):
+        return tuple(each >> 8 for each in value) if depth == "RGB;16B" else value
+    return value * {"L;2": 85, "L;4": 17}.get(depth, 1) if isinstance(value, int) else value
+
+
+def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
+    """A photograph of any mode as RGB: on white where it is transparent, scaled where it has more than 8 bits."""
+    if photo.mode.startswith("I") or photo.mode == "F":
+        return _eight_bits(photo, kind).convert("RGB")
+    if not photo.has_transparency_data:
+        return photo if photo.mode == "RGB" else photo.convert("RGB")
+    photo = (photo.convert("LA") if photo.mode == "La" else photo).convert("RGBA")
+    white = PillowImage.new("RGB", photo.size, "white")
+    white.paste(photo, mask=photo)
+    return white
+
+
+def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
+    """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits: 16 bits by 257; 32 bits, whole
+    or real, by the range that the values lie in: 0..1 (real), 0..255, 0..65535, else from their least to their greatest."""
+    values = np.asarray(photo)
+    found = values.astype(np.float64)
+    if photo.mode.startswith("I;16") or kind in ("PNG", "PPM"):  # the two have 16 bits at most
+        found = found / 257
+    elif not np.isfinite(found).all():
+        raise UnreadableImage("it has values that are infinite or no numbers (NaN)")
+    else:
+        least, greatest = float(found.min()), float(found.max())
+        if least < 0 or greatest > 65535:
+            found = (found - least) * (255 / ((greatest - least) or 1))
+        elif greatest > 255:
+            found = found / 257
+        elif photo.mode == "F" and greatest <= 1:
+            found = found * 255
+        found = np.rint(found)
+    pixels = found.clip(0, 255).astype(np.uint8)
+    if isinstance(transparent := photo.info.get("transparency"), int):
+        pixels[values == transparent] = 255
+    return PillowImage.fromarray(pixels)
 
 
 def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
@@ -143,10 +285,10 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.n
     return np.ascontiguousarray(found.permute(1, 2, 0).numpy())
 
 
-def try_image(path: Path, framing: Framing) -> tuple[Photo | None, str]:
+def try_image(photograph: Photograph, framing: Framing) -> tuple[Photo | None, str]:
     """(photo, "") of a photograph, or (None, reason) for one that cannot be read."""
     try:
-        return read_image(path, framing), ""
+        return read_image(photograph, framing), ""
     except UnreadableImage as error:
         return None, str(error)
 
@@ -154,14 +296,14 @@ def try_image(path: Path, framing: Framing) -> tuple[Photo | None, str]:
 class Photographs(Dataset):
     """Decoded photographs: item i is (Photo, ""), or (None, reason) for one that cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], framing: Framing) -> None:
-        self.paths, self.framing = list(paths), framing
+    def __init__(self, photographs: Sequence[Photograph], framing: Framing) -> None:
+        self.photographs, self.framing = list(photographs), framing
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.photographs)
 
     def __getitem__(self, index: int) -> tuple[Photo | None, str]:
-        return try_image(self.paths[index], self.framing)
+        return try_image(self.photographs[index], self.framing)
 
 
 def stack(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from data import DataError
-from data.sources import Image, Listing, Source, check_caption, check_id, check_name, check_split, read_json
+from data.sources import Image, Listing, Source, check_caption, check_id, check_name, check_split, on_disk, read_json
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
 COCO_PLACES = (
@@ -25,19 +25,22 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
     if file.is_dir():
         raise DataError(f"{file} is a folder; --annotations names the file of {dataset}")
     base = images or root
-    disk, found, missing = Listing(base), [], []
-    for number, entry in enumerate(read_json(file)["images"]):
+    entries = read_json(file)["images"]
+    wheres, places = [], []
+    for number, entry in enumerate(entries):
         if "filename" not in entry:
             raise DataError(f"{file}: image number {number} has no filename; "
                             "a COCO caption file is read with --dataset coco")  # fmt: skip
-        where = f"{entry['filename']} in {file}"
-        places = _places(entry, where)
-        name = next((place for place in places if place in disk), places[0])
+        wheres.append(f"{entry['filename']} in {file}")
+        places.append(_places(entry, wheres[-1]))
+    found, missing = [], []
+    for entry, where, names, there in zip(entries, wheres, places, on_disk(places, Listing(base)), strict=True):
+        name = there or names[0]
         id_ = check_id(entry.get("cocoid", entry.get("imgid")), where)
         split = check_split(entry.get("split"), where)
         image = Image(id_, name, base / name, split, tuple(_captions(entry, where)))
         found.append(image)
-        if name not in disk:
+        if there is None:
             missing.append(image)
     return Source(dataset, base, tuple(found), tuple(missing), file)
 

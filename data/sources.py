@@ -4,6 +4,9 @@ A source lists photographs in a fixed order, each with its id, its name below th
 it opens no photograph. The readers stand beside (`coco`, `karpathy`, `folder`), each `read*(dataset, root,
 annotations, images) -> Source`; what they share is here. Every mistake in the input is a `DataError`.
 
+A photograph's name is the one that it has on the disk. A caption file may write it in another Unicode normal form, in
+other case, or with backslashes: `on_disk` finds it.
+
 Splits are `train`, `val`, `test`, or `all` where a COCO file names none. `dev` is what a run may be tuned on: val
 where there is a test split to report, else about a tenth of the train photographs, chosen by their file names.
 """
@@ -13,7 +16,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +25,12 @@ from pathlib import Path
 from data import DataError
 
 DATASETS = ("coco2014", "coco2017", "coco", "karpathy", "folder", "sample")
-SPLITS = {"train": "train", "restval": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
+CAPTIONS_FROM = ("auto", "txt")  # of a folder: caption files by their names, or the .txt beside each photograph
+SPLITS = {  # Karpathy's names and those of Hugging Face's imagefolder
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,7 @@ class Source:
     images: tuple[Image, ...] = field(repr=False)
     missing: tuple[Image, ...] = field(repr=False)  # named by the captions, not on the disk; in `images` too
     annotations: Path | None  # the caption file, or the folder of COCO's two
+    notes: tuple[str, ...] = field(default=(), repr=False)  # what the reader left out, a line each, to be printed
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -111,13 +121,18 @@ class Source:
 
 
 def open_source(
-    dataset: str, root: Path | None, annotations: Path | None = None, images: Path | None = None
+    dataset: str,
+    root: Path | None,
+    annotations: Path | None = None,
+    images: Path | None = None,
+    captions_from: str = "auto",
 ) -> Source:
     """Open `dataset` (one of DATASETS) under `root`.
 
     annotations: the caption file, where it is not the one found under the root (coco needs it; for coco2014 and
         coco2017 the folder of the two).
     images: the folder of the photographs, where that is not the root.
+    captions_from: one of CAPTIONS_FROM, for a folder; "txt" reads the .txt beside each photograph.
     Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that a caption file
     names and the disk lacks are no error here: see `Source.missing`.
     """
@@ -127,6 +142,8 @@ def open_source(
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
+    if captions_from != "auto" and dataset != "folder":
+        raise DataError(f"--captions-from {captions_from} reads --dataset folder; {dataset} has its own caption file")
     if root is None and images is None:
         raise DataError(f"{dataset} needs a root: pass --root, the folder of the photographs and their captions")
     try:
@@ -141,7 +158,8 @@ def open_source(
             raise DataError(f"{annotations} does not exist; --annotations names the captions of {dataset}")
         readers = {"coco": coco.read, "karpathy": karpathy.read, "folder": folder.read, "sample": karpathy.read}
         read = readers.get(dataset, coco.read_official)
-        return read(dataset, *(None if place is None else Path(place) for place in (root, annotations, images)))
+        places = [None if place is None else Path(place) for place in (root, annotations, images)]
+        return read(dataset, *places, *([captions_from] if dataset == "folder" else []))
     except OSError as error:
         raise DataError(f"{dataset}: {error.filename or root or images}: {error.strerror or error}") from error
 
@@ -152,11 +170,13 @@ def image_id(name: str) -> int:
 
 
 def same_photograph(a: str, b: str) -> bool:
-    """Whether two names can be one photograph: 2014 and 2017 name a COCO photograph differently, folders aside."""
-    return _plain(a) == _plain(b)
+    """Whether two names can be one photograph: folders, the Unicode normal form and case do not matter, and 2014 and 2017
+    name a COCO photograph differently."""
+    return _plain(a) == _plain(b) or loose(_plain(_slashes(a))) == loose(_plain(_slashes(b)))
 
 
 def _plain(name: str) -> str:
+    """The name as `Source.digest` counts it, which old runs recorded."""
     return re.sub(r"^COCO_(train|val|test)20\d\d_", "", name.rpartition("/")[2])
 
 
@@ -167,24 +187,117 @@ def _name_hash(name: str) -> str:
 # What the readers share.
 
 
+def _slashes(name: str) -> str:
+    """A name with the slashes of POSIX: metadata made on Windows has backslashes."""
+    return name.replace("\\", "/")
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _suffix_lowered(name: str) -> str:
+    stem, suffix = os.path.splitext(_composed(name))
+    return stem + suffix.lower()
+
+
+def loose(name: str) -> str:
+    """The same for names that differ in case or Unicode normal form."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
 class Listing:
-    """Which files are under a root: `name in listing`. A folder is listed once, so 100,000 questions need no stat."""
+    """Which files are under a root. A folder is listed once, so 100,000 questions need no stat."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.folders = root, {}
+        self.root = root
+        self.folders: dict[str, set[str]] = {}
+        self.real: dict[str, str | None] = {"": ""}  # the folder on the disk of a folder as it is written
+        self.loose: dict[str, dict[str, list[str]]] = {}  # by folder and loose name
 
     def __contains__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
-        if folder not in self.folders:
-            self.folders[folder] = self._names(folder)
-        return file in self.folders[folder]
+        return file in self.names(folder)
 
-    def _names(self, folder: str) -> set[str]:
+    def find(self, name: str) -> str | None:
+        """The file that `name` means: itself, else the one whose name differs only in the slashes, the Unicode normal form
+        or case. None where there is none, or several that are equally near."""
+        if name in self:
+            return name
+        if "\\" in name:
+            name = "/".join(part for part in _slashes(name).split("/") if part not in ("", "."))
+        folder, _, file = name.rpartition("/")
+        folder = self._folder(folder)
+        file = None if folder is None else self._nearest(folder, file)
+        return None if file is None else f"{folder}/{file}" if folder else file
+
+    def similar(self, name: str) -> list[str]:
+        """Files in the folder of `name` that have its name but for case, normal form and suffix."""
+        folder, _, file = _slashes(name).rpartition("/")
+        folder, stem = self._folder(folder), loose(os.path.splitext(file)[0])
+        names = self.names(folder) if folder is not None else ()
+        return sorted(each for each in names if loose(os.path.splitext(each)[0]) == stem)
+
+    def names(self, folder: str) -> set[str]:
+        if folder not in self.folders:
+            self.folders[folder] = self._list(folder)
+        return self.folders[folder]
+
+    def _list(self, folder: str) -> set[str]:
         try:
             with os.scandir(self.root / folder) as entries:  # a link that leads nowhere is no file
                 return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}
         except (FileNotFoundError, NotADirectoryError):
             return set()
+
+    def _folder(self, name: str) -> str | None:
+        if name not in self.real:
+            above, _, last = name.rpartition("/")
+            above = self._folder(above)
+            found = None if above is None else self._nearest(above, last)
+            self.real[name] = None if found is None else f"{above}/{found}" if above else found
+        return self.real[name]
+
+    def _nearest(self, folder: str, name: str) -> str | None:
+        names = self.names(folder)
+        if name in names or not names:
+            return name if name in names else None
+        if folder not in self.loose:
+            self.loose[folder] = {}
+            for each in names:
+                self.loose[folder].setdefault(loose(each), []).append(each)
+        near = self.loose[folder].get(loose(name), ())
+        for form in (_composed, _suffix_lowered, loose):  # the normal form alone, the suffix's case too, any case
+            if same := [each for each in near if form(each) == form(name)]:
+                return same[0] if len(same) == 1 else None
+        return None
+
+
+def on_disk(wanted: Sequence[Sequence[str]], disk: Listing) -> list[str | None]:
+    """For each photograph, by the names that it may have (likeliest first), its name on the disk; None where it is absent.
+
+    A name that is there as written comes before one that `Listing.find` finds. Two names that differ in more than the
+    normal form never mean one file: it belongs to the name that is written as it is, else to neither.
+    """
+    found = [next((name for name in names if name in disk), None) for names in wanted]
+    near: dict[int, tuple[str, str]] = {}  # number: the name that was found, and how it was written
+    for number, names in enumerate(wanted):
+        if found[number] is None:
+            for written in names:
+                if name := disk.find(written):
+                    near[number] = name, _composed(_slashes(written))
+                    break
+    if near:
+        exact = {name for name in found if name is not None}
+        forms: dict[str, set[str]] = {}
+        for name, form in near.values():
+            forms.setdefault(name, {_composed(name)} if name in exact else set()).add(form)
+        for number, (name, form) in near.items():
+            if len(forms[name]) == 1 or (name in exact and form == _composed(name)):
+                found[number] = name
+    return found
 
 
 def read_text(file: Path) -> str:
@@ -228,7 +341,7 @@ def check_name(name: object, where: str) -> str:
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"{where}: {name!r} is not a file name; it must be a path relative to the root")
     parts = name.split("/")
-    if not parts[0] or ".." in parts:
+    if not parts[0] or ".." in _slashes(name).split("/"):
         raise DataError(f"{where}: {name!r} leads out of the root; names are relative to the root, without '..'")
     try:
         name.encode()
@@ -238,21 +351,26 @@ def check_name(name: object, where: str) -> str:
 
 
 def check_split(value: object, where: str) -> str:
-    """The split that `value` means (restval is train, validation and dev are val); DataError for an unknown one."""
-    split = SPLITS.get(value.lower()) if isinstance(value, str) else None
+    """The split that `value` means, one of SPLITS in any case; DataError for an unknown one."""
+    split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if split is None:
-        raise DataError(f"{where}: no split {value!r}; there are train, val (validation, dev), test and restval")
+        raise DataError(f"{where}: no split {value!r}; there are {', '.join(SPLITS)}")
     return split
 
 
 def check_captioned(images: Iterable[Image], split: str) -> None:
-    """DataError naming the first of `images` that has no caption."""
-    for image in images:
-        if not image.captions:
-            raise DataError(
-                f"image {image.id} ({image.name}) has no caption in split {split!r}; "
-                "give it one (in a folder: a line of metadata.jsonl), or leave it out of the images"
-            )
+    """DataError where some of `images` have no caption: how many, and the first five."""
+    bare = [image for image in images if not image.captions]
+    if not bare:
+        return
+    first = ", ".join(f"image {image.id} ({image.name})" for image in bare[:5])
+    said = f"{first} has no caption in split {split!r}"
+    if len(bare) > 1:
+        said = f"{len(bare):,} images have no caption in split {split!r}: {first}{', ...' if len(bare) > 5 else ''}"
+    raise DataError(
+        f"{said}; give each one (in a folder: a line of metadata.jsonl, or a .txt beside it with --captions-from txt), "
+        "or leave it out of the images"
+    )
 
 
 def check_caption(caption: object, where: str) -> str:

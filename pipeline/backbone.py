@@ -29,6 +29,7 @@ from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+MAX_PIXELS_HELP = "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
 LARGEST = 2048  # of a side of a backbone's input
 # names that training programs give the state dict of a model; of several in one file the first here is read
 STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "state_dict_ema", "model_ema", "ema")
@@ -117,10 +118,10 @@ def do_not_wait_for_an_absent_hub() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def framing_of(backbone: Backbone, resize: str) -> Framing:
+def framing_of(backbone: Backbone, resize: str, max_pixels: int | None = None) -> Framing:
     """How photographs become this backbone's input; what is filled around them has its weights' mean colour."""
     red, green, blue = (round(255 * mean) for mean in backbone.mean)
-    return Framing(backbone.size, backbone.interpolation, resize, (red, green, blue))
+    return Framing(backbone.size, backbone.interpolation, resize, (red, green, blue), max_pixels)
 
 
 def backbone_identity(backbone: Backbone, arguments: Mapping[str, Any], resize: str = "stretch") -> dict[str, Any]:

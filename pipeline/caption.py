@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from data.features import iterate, write_whole
-from data.folder import photographs_under
+from data.folder import list_files
 from data.sources import image_id
+from pipeline.backbone import MAX_PIXELS_HELP
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import Caption, load_captioner
 from pipeline.options import DecodingOptions, by_option
@@ -24,19 +26,24 @@ class CaptionConfig(DecodingOptions):
     photographs: tuple[Path, ...] = setting((), "photographs, and folders of them", name="PHOTO_OR_FOLDER...")
     checkpoint: Path = setting(Path("runs/sample"), "folder that pipeline.train wrote")
     out: Path | None = setting(None, "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities")
+    write_txt: bool = setting(False, "write a .txt with the caption beside each photograph that has none")
+    prefix: str = setting("", "text before each caption in a .txt, as a trigger word; with --write-txt")
     batch: int = setting(16, "photographs captioned together")
     limit: int | None = setting(None, "caption only the first N photographs")
+    max_pixels: int | None = setting(None, MAX_PIXELS_HELP)
     device: str = setting("auto", "where to run", choices=DEVICES)
     precision: str = setting("auto", "of products", choices=PRECISIONS)
     seed: int = setting(0, "of --sample (whose captions depend on --batch too)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("batch", 1), ("limit", 1), ("seed", 0)):
+        for name, least in (("batch", 1), ("limit", 1), ("max_pixels", 1), ("seed", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be at least {least}")
         if not self.photographs:
             raise UserError("no photograph named; pass photographs or folders of them")
+        if self.prefix and not self.write_txt:
+            raise UserError("--prefix is put before the captions in .txt files; pass --write-txt with it")
 
 
 class Photo(NamedTuple):
@@ -52,7 +59,8 @@ def main(config: CaptionConfig) -> None:
     """Caption photographs, and folders of them: one line a photograph, and JSON with --out."""
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
-    records, unreadable = [], []
+    captioner.max_pixels = config.max_pixels
+    records, unreadable, texts = [], [], {True: 0, False: 0}
     with by_option(), progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
         for number, chosen in enumerate(iterate(photos, config.batch)):
             paths = [photo.path for photo in chosen]
@@ -62,8 +70,26 @@ def main(config: CaptionConfig) -> None:
                     unreadable.append(f"{photo.path}: {reason}")
                 else:
                     records.append(tell(photo, captions, config.nbest is not None))
+                    if config.write_txt:
+                        texts[write_text(photo.path, captions[0].text, config.prefix)] += 1
             bar.step(len(chosen))
+    if config.write_txt:
+        say_written(texts[True], texts[False])
     report(config, records, unreadable)
+
+
+def write_text(photograph: Path, caption: str, prefix: str) -> bool:
+    """Write the caption beside a photograph, on one line; False where a .txt of its name is there, which is left alone."""
+    path = photograph.with_suffix(".txt")
+    if os.path.lexists(path):
+        return False
+    write_whole(path, " ".join([*prefix.split(), caption]) + "\n")
+    return True
+
+
+def say_written(written: int, kept: int) -> None:
+    stays = f"; {kept:,} photographs have one already, which stays as it is" if kept else ""
+    say(f"{written:,} .txt files written beside the photographs{stays}")
 
 
 def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
@@ -83,10 +109,14 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
     for place in places:
         if not (place.is_file() or place.is_dir()):
             raise UserError(f"{place} is neither a file nor a folder; pass photographs or folders of them")
-        names = photographs_under(place) if place.is_dir() else [place.name]
-        folder = place if place.is_dir() else place.parent
-        if not names:
-            raise UserError(f"folder {place} holds no photograph")
+        names, folder = [place.name], place.parent
+        if place.is_dir():
+            files = list_files(place)
+            names, folder, left_out = files.photographs, place, files.left_out()
+            if not names:
+                raise UserError(f"folder {place} holds no photograph ({left_out or 'no file that is one'})")
+            if left_out:
+                say(left_out)
         for name in names:
             photo = Photo(folder / name, name, image_id(name))
             if photo.id in photos:

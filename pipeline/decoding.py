@@ -1,7 +1,7 @@
 """Captions from regions and from photographs: what train's validation, evaluate and caption share.
 
     captioner = load_captioner("runs/f8k")
-    captioner.caption(["photo.jpg"])                               # ["a dog runs through the grass"]
+    captioner.caption("photo.jpg")                                 # "a dog runs through the grass"
     captioner.generate(regions, num_beams=5, min_length=8)         # for each image its captions with their log p
 """
 
@@ -20,7 +20,7 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from data.features import FeatureCache, iterate
-from data.images import Photographs, UnreadableImage, stack
+from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
 from data.tokens import tokenize
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
@@ -222,6 +222,8 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
 
     _hub_mixin_config: Any = {}  # noqa: RUF012  (the mixin makes none of its own of what __init__ takes)
 
+    max_pixels: int | None = None  # photographs of more are unreadable; None: Pillow's limit
+
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path) -> None:
         self.checkpoint, self.machine, self.folder = checkpoint, machine, folder
         self.captioner = checkpoint.captioner.to(machine.device)
@@ -236,20 +238,29 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
             self.writers = {asked: make_writer(self.captioner, self.checkpoint, self.machine, options, seed)}
         return self.writers[asked](regions, number)
 
-    def caption(self, photos: Sequence[Path | str], batch: int = 16, **options: Any) -> list[str]:
-        """One caption a photograph; UnreadableImage, with the path in front, for the first that cannot be read."""
+    def caption(
+        self, photos: Photograph | Sequence[Photograph], batch: int = 16, **options: Any
+    ) -> str | list[str]:
+        """The caption of a photograph, or the captions of a list of them.
+
+        A photograph is a path, a PIL image, the bytes of an image file or a uint8 array [H,W], [H,W,3] or [H,W,4]; a list
+        may mix them. Raises NotAPhotograph (a TypeError) for anything else, and UnreadableImage, with the path in front, for
+        the first photograph that cannot be read.
+        """
+        photographs, one = as_photographs(photos)
         captions: list[str] = []
-        for number, chosen in enumerate(iterate(list(photos), batch)):
-            found = self.try_caption([Path(photo) for photo in chosen], number=number, **options)
+        for number, chosen in enumerate(iterate(photographs, batch)):
+            found = self.try_caption(chosen, number=number, **options)
             for photo, (written, reason) in zip(chosen, found, strict=True):
                 if reason:
-                    raise UnreadableImage(f"{photo}: {reason}")
+                    raise UnreadableImage(f"{describe(photo, len(captions))}: {reason}")
                 captions.append(written[0].text)
-        return captions
+        return captions[0] if one else captions
 
-    def try_caption(self, photos: Sequence[Path], **options: Any) -> list[tuple[list[Caption], str]]:
+    def try_caption(self, photos: Sequence[Photograph], **options: Any) -> list[tuple[list[Caption], str]]:
         """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
-        read = [*Photographs(photos, framing_of(self.backbone, self.checkpoint.identity["resize"]))]
+        framing = framing_of(self.backbone, self.checkpoint.identity["resize"], self.max_pixels)
+        read = [*Photographs(photos, framing)]
         good = [i for i, (photo, _) in enumerate(read) if photo is not None]
         captions: list[list[Caption]] = []
         if good:

@@ -13,7 +13,7 @@ from data import DataError
 from data.features import FeatureCache, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
 from data.segmentation import SEGMENTS, segmented_all, without_blanks
-from data.sources import DATASETS, Image, Source, check_captioned, open_source
+from data.sources import CAPTIONS_FROM, DATASETS, Image, Source, check_captioned, open_source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
 from pipeline.options import DecodingOptions, by_option
@@ -36,6 +36,8 @@ class EvaluateConfig(DecodingOptions):
     root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample]")
     annotations: Path | None = setting(None, "caption file, where the layout does not name it")
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
+    captions_from: str = setting("auto", "of --dataset folder: its caption files, or the .txt beside each photograph",
+                                 choices=CAPTIONS_FROM)  # fmt: skip
     split: str | None = setting(None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all"))
     captions: tuple[Path, ...] = setting((), "score this file in COCO results format, no checkpoint; may be repeated")
     references: Path | None = setting(None, "what --captions are scored against: a COCO captions file, or Karpathy's")
@@ -268,7 +270,9 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
         if each.vocabulary.words != checkpoint.vocabulary.words:
             raise UserError(f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on the same captions")
     root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
-    source = open_source(config.dataset, root, config.annotations, config.images)
+    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
+    for note in source.notes:
+        say(note)
     split = config.split or choose_split(source, checkpoint)
     if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
         say("warning: this checkpoint was trained on dev too; its scores there say nothing of other photographs")

@@ -14,11 +14,11 @@ import torch
 import torchvision
 
 from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
-from data.images import DECODE_PATH, RESIZES
+from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
-from data.sources import DATASETS, Image, Source, open_source
+from data.sources import DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
-from pipeline.backbone import SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
+from pipeline.backbone import MAX_PIXELS_HELP, SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.keeping import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
@@ -55,19 +55,25 @@ class ExtractConfig:
     batch: int = setting(32, "photographs a forward pass")
     workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]")
     limit: int | None = setting(None, "take only the first N photographs")
+    max_pixels: int | None = setting(None, MAX_PIXELS_HELP)
     device: str = setting("auto", "where the backbone runs", choices=DEVICES)
     precision: str = setting("auto", "of the forward pass", choices=PRECISIONS)
     seed: int = setting(0, "for --weights random")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "limit"):
+        for name in ("batch", "limit", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
-
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {getattr(self, name)}, it must be at least 1")
         for name in ("size", "grid"):
             cells(name, getattr(self, name))
         if self.workers is not None and self.workers < 0:
             raise UserError(f"--workers is {self.workers}, it must be at least 0")
+
+    @property
+    def retry_all(self) -> bool:
+        """Whether unreadable photographs are tried again that have not changed: with another limit they may be readable."""
+        return self.retry_unreadable or self.max_pixels is not None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def main(config: ExtractConfig) -> None:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
     shards = plan_shards(images, cache)
-    again = plan_retry(images, cache, config.retry_unreadable, shards) if machine.rank == 0 else []
+    again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, config, recipe)
     with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
@@ -154,7 +160,10 @@ def open_photographs(config: ExtractConfig) -> Source:
     if config.dataset == "sample" and root is None:
         root = SAMPLE_ROOT
         say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset folder --root PHOTOGRAPHS")
-    return open_source(config.dataset, root, config.annotations, config.images)
+    source = open_source(config.dataset, root, config.annotations, config.images)
+    for note in source.notes:
+        say(note)
+    return source
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:
@@ -162,12 +171,19 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
     absent = {image.id for image in source.missing}
     missing = [image for image in images if image.id in absent]
     if missing and not allowed:
-        first = ", ".join(image.name for image in missing[:5])
+        disk = Listing(source.root)
+        first = ", ".join(image.name + there_is(disk.similar(image.name)) for image in missing[:5])
         raise UserError(
             f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: {first}"
             f"{', ...' if len(missing) > 5 else ''}; put them there, or pass --allow-missing to go on without them"
         )
     return {image.id for image in missing}
+
+
+def there_is(similar: Sequence[str]) -> str:
+    """The photographs, of files with `similar` names, that one that is not there may be, in brackets."""
+    photographs = [name for name in similar if Path(name).suffix.lower() in {*SUFFIXES, *HEIC}]
+    return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
@@ -181,7 +197,7 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) ->
     workers = decoding_workers(config.workers)
     provenance = describe_versions(machine) | ({} if config.views == "none" else {"views": [config.views]})
     return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, provenance,
-                  config.batch, workers, config.strict, frozenset(missing))  # fmt: skip
+                  config.batch, workers, config.strict, frozenset(missing), config.max_pixels)  # fmt: skip
 
 
 def weights_of(config: ExtractConfig) -> str:

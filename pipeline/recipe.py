@@ -10,7 +10,7 @@ from typing import Any
 
 from data.captions import CaptionedImages
 from data.segmentation import SEGMENTS
-from data.sources import DATASETS
+from data.sources import CAPTIONS_FROM, DATASETS
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
@@ -56,6 +56,8 @@ class TrainConfig:
     root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample]")
     annotations: Path | None = setting(None, "caption file, where the layout does not name it")
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
+    captions_from: str = setting("auto", "of --dataset folder: its caption files, or the .txt beside each photograph",
+                                 choices=CAPTIONS_FROM)  # fmt: skip
     out: Path | None = setting(None, "folder of the run  [runs/DATASET]")
     resume: bool = setting(False, "go on with the run in --out")
     init: Path | None = setting(None, "begin with the weights, sizes and words of this run (or hf-hub:user/name)")

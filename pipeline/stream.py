@@ -71,6 +71,7 @@ class Recipe:
     workers: int
     strict: bool = False
     missing: frozenset[int] = frozenset()  # ids of photographs that the disk lacks, and may
+    max_pixels: int | None = None  # as Framing has it
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -122,7 +123,7 @@ class ShardRows:
 
 def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress) -> list[Path]:
     """Make every shard that is not there and that nobody else is making; the paths of those made."""
-    framing = framing_of(recipe.backbone, recipe.resize)
+    framing = framing_of(recipe.backbone, recipe.resize, recipe.max_pixels)
     work = _batches(shards, claims, recipe)
     decoded = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
     rows, made, unreadable = None, [], 0

@@ -92,7 +92,10 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache, Path]:
     folder = config.out or Path("runs") / config.dataset
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(f"{folder} holds a run; pass --resume to go on with it, or another --out")
-    return open_source(config.dataset, root, config.annotations, config.images), cache, folder
+    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
+    for note in source.notes:
+        say(note)
+    return source, cache, folder
 
 
 class Begun(NamedTuple):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import click
@@ -18,9 +19,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 
+from data import DataError, folder
 from data.features import FeatureCache
 from data.sample import draw_sample
-from data.sources import image_id
+from data.sources import image_id, open_source
 from models.grid import Regions
 from pipeline import caption, evaluate, extract, train
 from pipeline.decoding import load_captioner
@@ -308,6 +310,119 @@ def test_captioning_from_python_takes_the_names_of_hugging_face(world):
     assert [len(captions) for captions in found] == [2, 2, 2]
     assert all(len(c.text.split()) >= 7 and "left" not in c.text for captions in found for c in captions)
     assert captioner.caption(photos(world, 2), num_beams=1, max_length=3)[0].count(" ") <= 2
+
+
+def test_captioning_from_python_takes_a_photograph_in_any_form_and_gives_one_caption(world):
+    captioner, path = load_captioner(world / "run", precision="fp32"), photos(world, 1)[0]
+    text = captioner.caption(path)
+    assert isinstance(text, str) and text
+    opened = Image.open(path)
+    forms = [path, str(path), opened, np.asarray(opened), path.read_bytes()]
+    assert [captioner.caption(form) for form in forms] == captioner.caption(forms) == [text] * 5
+    assert captioner.caption([path]) == [text] and captioner.caption([]) == []
+    with pytest.raises(TypeError, match="photograph number 1 is of type NoneType; taken are a path"):
+        captioner.caption([path, None])
+    with pytest.raises(DataError, match=r"photograph number 1 \(bytes\): not an image"):
+        captioner.caption([path, b"nothing"], batch=1)
+    with pytest.raises(DataError, match=r"^gone\.jpg: No such file"):
+        captioner.caption("gone.jpg")
+
+
+def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_path):
+    for name, source in zip(("a.jpg", "sub/b.jpg", "c.jpg"), photos(world, 3), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / name)
+    (tmp_path / "c.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    common = [tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json"]
+    output = works(caption.main, *common, "--prefix", "sks,\n")
+    assert "2 .txt files written beside the photographs; 1 photographs have one already" in output
+    captions = {each["file_name"]: each["caption"] for each in json.loads((tmp_path / "out.json").read_text())}
+    assert len(captions) == 3
+    written = {name: (tmp_path / name).with_suffix(".txt").read_text() for name in ("a.jpg", "sub/b.jpg")}
+    assert written == {name: f"sks, {captions[name]}\n" for name in written}
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["a.jpg", "a.txt", "b.jpg", "b.txt", "c.jpg", "c.txt", "out.json", "sub"]
+    )
+    assert "0 .txt files written beside the photographs; 3 photographs" in works(caption.main, *common)
+    assert "left out" not in output  # sidecars are not counted
+    assert "--write-txt" in refused(caption.main, tmp_path, "--checkpoint", world / "run", "--prefix", "sks")
+
+
+def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SUFFIXES", folder.SUFFIXES - {".heic"})
+    for name, source in zip(("a.jfif", "b.JPE"), photos(world, 2), strict=True):
+        shutil.copy(source, tmp_path / name)
+    (tmp_path / "c.heic").write_bytes(b"x")
+    line = "1 file left out: .heic 1; pip install -e '.[heic]' reads .heic"
+    output = works(caption.main, tmp_path, "--checkpoint", world / "run")
+    assert line in output and "a.jfif: " in output and "b.JPE: " in output
+    small = ["--dataset", "folder", "--backbone", "test_resnet", "--weights", "scenes"]
+    assert line in works(extract.main, *small, "--root", tmp_path, "--out", tmp_path / "cache")
+    (tmp_path / "none").mkdir()
+    shutil.copy(tmp_path / "c.heic", tmp_path / "none")
+    assert line in refused(caption.main, tmp_path / "none", "--checkpoint", world / "run")
+    assert line in refused(extract.main, *small, "--root", tmp_path / "none", "--out", tmp_path / "cache2")
+    assert "c.heic" in refused(caption.main, tmp_path / "c.heic", "--checkpoint", world / "run")
+
+
+def test_max_pixels_reads_what_was_too_large(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (tmp_path / "photos").mkdir()
+    shutil.copy(photos(world, 1)[0], tmp_path / "photos/a.jpg")
+    here = [tmp_path / "photos", "--checkpoint", world / "run"]
+    assert "--max-pixels" in refused(caption.main, *here)
+    assert "a.jpg: " in works(caption.main, *here, "--max-pixels", 10**6)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    common = ["--dataset", "folder", "--root", tmp_path / "photos", "--backbone", "test_resnet", "--weights", "scenes",
+              "--out", tmp_path / "cache"]  # fmt: skip
+    assert "--max-pixels N raises the limit" in works(extract.main, *common)
+    assert "--max-pixels" in (tmp_path / "cache/unreadable.jsonl").read_text()
+    works(extract.main, *common, "--max-pixels", 10**6)
+    assert len(FeatureCache(tmp_path / "cache")) == 1 and not (tmp_path / "cache/unreadable.jsonl").read_text()
+    assert "--max-pixels is 0" in refused(extract.main, *common, "--max-pixels", 0)
+
+
+def test_names_in_another_unicode_form_are_extracted_and_trained_on(tmp_path):
+    for number in range(4):
+        name = unicodedata.normalize("NFD", f"café_{number}.JPG")
+        Image.new("RGB", (32, 32), (60 * number, 90, 30)).save(tmp_path / name, "JPEG")
+    rows = [{"file_name": f"café_{number}.jpg", "text": f"picture {number}"} for number in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = ["--dataset", "folder", "--root", tmp_path]
+    works(extract.main, *common, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache")
+    source = open_source("folder", tmp_path)
+    assert len(FeatureCache(tmp_path / "cache").select(source.images)[0]) == 4
+    images = [{"id": image.id, "file_name": f"café_{n}.jpg"} for n, image in enumerate(source.images)]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images}))  # captions by other names, without photographs
+    (tmp_path / "empty").mkdir()
+    elsewhere = open_source("coco", tmp_path / "empty", tmp_path / "c.json")
+    assert len(FeatureCache(tmp_path / "cache").select(elsewhere.images)[0]) == 4
+
+
+def test_a_photograph_that_is_not_there_is_named_with_the_file_that_is(tmp_path):
+    for name in ("aB.jpg", "Ab.jpg", "c.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    (tmp_path / "d.txt").touch()
+    rows = [{"file_name": name, "text": "x"} for name in ("ab.jpg", "c.jpg", "d.jpg")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = refused(extract.main, "--dataset", "folder", "--root", tmp_path, "--backbone", "test_resnet", "--weights", "scenes")
+    assert "ab.jpg (there is Ab.jpg, aB.jpg), c.jpg (there is c.png), d.jpg;" in told
+
+
+def test_captions_from_txt_are_trained_on_and_scored(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 90, 30)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"picture {number}\nthe picture {number}\n")
+    common = ["--dataset", "folder", "--root", tmp_path]
+    output = works(extract.main, *common, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache")
+    assert "4 photographs have a .txt beside them" in output
+    common += ["--features", tmp_path / "cache"]
+    told = refused(train.main, *common, "--out", tmp_path / "none", *QUICK)
+    assert "3 images have no caption in split 'train'" in told and "--captions-from txt" in told
+    works(train.main, *common, "--captions-from", "txt", "--out", tmp_path / "run", *QUICK)
+    works(evaluate.main, *common, "--captions-from", "txt", "--checkpoint", tmp_path / "run", "--split", "all")
 
 
 def test_bare_commands_run_on_the_embedded_sample_and_say_so(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@ import hashlib
 import json
 import os
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from data import DataError, folder
-from data.sources import DATASETS, image_id, open_source, same_photograph
+from data.images import HEIC
+from data.sources import DATASETS, check_captioned, image_id, open_source, same_photograph
 
 # Small data sets, written by the tests: an image file is empty, for a source opens none.
 
@@ -322,7 +324,7 @@ def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
         ({"annotations": [{"id": 7, "image_id": 99, "caption": "x"}]}, "image 99"),
         ({"annotations": [{"id": 7, "image_id": 1, "caption": ["x"]}]}, "annotation 7 "),
         ({"annotations": [{"id": 7, "image_id": 1}]}, "the caption is null, not a string"),
-        ({"annotations": [{"image_id": 1, "caption": "x"}]}, "an annotation has no id"),
+        ({"annotations": [{"id": 7, "caption": "x"}]}, "annotation number 0 has no image_id"),
         ({"annotations": {}}, 'no list of objects "annotations"'),
         ({"images": None}, 'no list of objects "images"'),
         ({"images": ["a.jpg"]}, 'no list of objects "images"'),
@@ -395,9 +397,12 @@ def test_links_out_of_the_folder_are_followed(tmp_path):
     assert [(i.name, i.split) for i in source.images] == [("val/a.jpg", "val")]
 
 
-@pytest.mark.parametrize("val", ["val", "dev", "validation", "Validation"])
-def test_top_level_folders_called_so_are_splits(tmp_path, val):
-    touch(tmp_path, "train/1.jpg", "train/deep/2.jpg", f"{val}/3.jpg", "test/4.jpg")
+@pytest.mark.parametrize("train, val, test", [
+    ("train", "val", "test"), ("training", "valid", "testing"), ("Train", "dev", "eval"),
+    ("TRAINING", "Validation", "Evaluation"),
+])  # fmt: skip
+def test_top_level_folders_called_so_are_splits(tmp_path, train, val, test):
+    touch(tmp_path, f"{train}/1.jpg", f"{train}/deep/2.jpg", f"{val}/3.jpg", f"{test}/4.jpg")
     source = open_source("folder", tmp_path)
     assert {i.name[-5]: i.split for i in source.images} == {"1": "train", "2": "train", "3": "val", "4": "test"}
     assert source.reported() == "test" and source.select("dev") == source.select("val")
@@ -459,7 +464,7 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
     [
         ("metadata.jsonl", '{"file_name": "a.jpg"}\n{"file_name": \n', "line 2: not JSON"),
         ("metadata.jsonl", '\n["a.jpg"]', "line 2: not an object"),
-        ("metadata.jsonl", '{"caption": "x"}', "line 1: None is not a file name"),
+        ("metadata.jsonl", '{"caption": "x"}', "line 1: has no column file_name; its columns: caption"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "captions": ["x", 3]}', "line 1: the caption is 3, not a string"),
         ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
         ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
@@ -467,7 +472,7 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
         ("metadata.csv", "file_name,caption\na.jpg,a dog, a cat\n", "line 2: more cells"),
         ("metadata.csv", "file_name,captions\na.jpg,\"['a dog']\"\n", "line 2: \"['a dog']\" begins like a JSON list"),
         ("metadata.csv", 'file_name,caption\na.jpg,"a dog\n', "line 2: "),
-        ("metadata.csv", "name,caption\na.jpg,x\n", "line 2: None is not a file name"),
+        ("metadata.csv", "name,caption\na.jpg,x\n", ": has no column file_name; its columns: name, caption"),
     ],
 )
 def test_a_metadata_row_that_is_wrong_is_named_by_file_and_line(tmp_path, name, text, message):
@@ -484,9 +489,248 @@ def test_a_row_may_not_contradict_its_split_folder(tmp_path):
     assert "train/a.jpg" in told and "test" in told and "line 1" in told
 
 
-def test_two_metadata_files_in_one_folder_are_refused(tmp_path):
-    touch(tmp_path, "a.jpg", "metadata.csv", "metadata.jsonl")
-    assert "keep one" in refusal("folder", tmp_path)
+@pytest.mark.parametrize("place", [".", "train", "a/b"])
+def test_two_metadata_files_in_one_folder_are_refused(tmp_path, place):
+    touch(tmp_path / place, "a.jpg", "metadata.csv", "metadata.jsonl")
+    told = refusal("folder", tmp_path)
+    assert "keep one" in told and str(tmp_path / place) in told
+
+
+def test_metadata_of_every_folder_names_photographs_from_its_own_folder(tmp_path):
+    touch(tmp_path, "dogs/a.jpg", "people/old/a.jpg", "train/cats/a.jpg", "eval/b.jpg", ".hidden/a.jpg")
+    for place in ("train/cats", ".hidden"):
+        write(tmp_path / place / "metadata.jsonl", json.dumps({"file_name": "a.jpg", "text": f"in {place}"}))
+    write(tmp_path / "eval/metadata.csv", "file_name,text\nb.jpg,in eval\n")
+    write(tmp_path / "dogs/metadata.jsonl", json.dumps({"file_name": "a.jpg", "text": "in dogs", "split": "Training"}))
+    write(tmp_path / "people/old/metadata.jsonl", '{"file_name": "a.jpg", "text": "in people/old", "split": "Valid"}')
+    source = open_source("folder", tmp_path)
+    assert {i.name: (i.split, i.captions) for i in source.images} == {
+        "dogs/a.jpg": ("train", ("in dogs",)),
+        "eval/b.jpg": ("test", ("in eval",)),
+        "people/old/a.jpg": ("val", ("in people/old",)),
+        "train/cats/a.jpg": ("train", ("in train/cats",)),
+    }
+    assert source.notes == ()
+
+
+def test_a_photograph_in_two_metadata_files_has_the_captions_of_both_once(tmp_path):
+    touch(tmp_path, "dogs/a.jpg")
+    write(tmp_path / "metadata.csv", "file_name,text\ndogs/a.jpg,one\ndogs/a.jpg,two\ndogs/a.jpg,two\n")
+    write(tmp_path / "dogs/metadata.csv", "file_name,text\na.jpg,two\na.jpg,three\n")
+    assert open_source("folder", tmp_path).images[0].captions == ("one", "two", "two", "three")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.csv", "\ufeff File_Name , Caption \na.jpg,one\n"),
+    ("metadata.jsonl", '\ufeff{" FILE_NAME": "a.jpg", "Caption ": "one"}'),
+])  # fmt: skip
+def test_columns_are_known_with_blanks_capitals_and_a_byte_order_mark(tmp_path, name, text):
+    touch(tmp_path, "a.jpg")
+    write(tmp_path / name, text)
+    assert open_source("folder", tmp_path).images[0].captions == ("one",)
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("metadata.csv", "image,caption\na.jpg,one\n", "has no column file_name; its columns: image, caption"),
+    ("metadata.csv", "image,caption\n", "has no column file_name; its columns: image, caption"),
+    ("metadata.csv", "", "is empty"),
+    ("metadata.jsonl", "\n", "is empty"),
+    ("metadata.jsonl", '{"file_name": "a.jpg"}\n{"image": "a.jpg", "text": "x"}',
+     "line 2: has no column file_name; its columns: image, text"),
+    ("metadata.csv", "file_name,text,text\na.jpg,one,two\n", "has column text 2 times"),
+])  # fmt: skip
+def test_metadata_without_the_columns_that_are_needed_names_those_it_has(tmp_path, name, text, message):
+    touch(tmp_path, "sub/a.jpg")
+    write(tmp_path / "sub" / name, text)
+    told = refusal("folder", tmp_path)
+    assert message in told and str(tmp_path / "sub" / name) in told
+
+
+def test_metadata_without_a_column_of_captions_is_said(tmp_path):
+    touch(tmp_path, "a.jpg")
+    write(tmp_path / "metadata.csv", "file_name,prompt\na.jpg,one\n")
+    assert "has no column caption, captions or text; its columns: file_name, prompt" in open_source("folder", tmp_path).notes[0]
+    write(tmp_path / "metadata.csv", "file_name,split\na.jpg,test\n")
+    assert open_source("folder", tmp_path).notes == ()
+
+
+def test_what_is_no_photograph_is_counted_by_suffix_and_captions_are_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SUFFIXES", folder.SUFFIXES - {*HEIC})
+    touch(tmp_path, "a.jpg", "a.txt", "a.json", "b/c.png", "b/C.txt", "x.heic", "b/y.heic", "clip.MP4", "LICENSE")
+    touch(tmp_path, ".hidden.zip", "dataset_x.json", "notes.txt", "metadata.parquet")
+    write(tmp_path / "captions.txt", "image,caption\na.jpg,one\n")
+    write(tmp_path / "b/metadata.csv", "file_name,text\nc.png,two\n")
+    files = "6 files left out: .heic 2, .mp4 1, .parquet 1, .txt 1, without suffix 1"
+    assert open_source("folder", tmp_path).notes == (files + "; pip install -e '.[heic]' reads .heic",)
+
+
+def test_a_file_that_metadata_names_is_an_image_whatever_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "SUFFIXES", frozenset({".jpg"}))
+    touch(tmp_path, "a.jpg", "b.heic", "c.heic")
+    write(tmp_path / "metadata.csv", "file_name,text\nb.heic,one\n")
+    source = open_source("folder", tmp_path)
+    assert [i.name for i in source.images] == ["a.jpg", "b.heic"] and source.missing == ()
+    assert source.notes == ("1 file left out: .heic 1; pip install -e '.[heic]' reads .heic",)
+
+
+# Kaggle's and Flickr8k's caption files, and captions beside the photographs
+
+
+@pytest.mark.parametrize("photos", [".", "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset"])
+@pytest.mark.parametrize("below", [".", "archive"])
+def test_kaggles_captions_txt_names_photographs_beside_it(tmp_path, photos, below):
+    touch(tmp_path / below / photos, "1.jpg", "2.jpg")
+    text = '\ufeffimage,caption\r\n1.jpg,"A dog , running ."\r\n1.jpg,A dog .\r\n2.jpg,A cat .\r\n'
+    (tmp_path / below / "captions.txt").write_bytes(text.encode())
+    source = open_source("folder", tmp_path)
+    assert {i.name.rpartition("/")[2]: i.captions for i in source.images} == {
+        "1.jpg": ("A dog , running .", "A dog ."), "2.jpg": ("A cat .",),
+    }  # fmt: skip
+    assert source.missing == source.notes == () and source.annotations == tmp_path / below / "captions.txt"
+    assert all(i.path.is_file() and i.path == tmp_path / i.name for i in source.images)
+
+
+def test_a_captions_txt_of_another_form_is_not_read_and_it_is_said(tmp_path):
+    touch(tmp_path, "a.jpg")
+    write(tmp_path / "captions.txt", "my holiday\n")
+    source = open_source("folder", tmp_path)
+    assert "captions.txt is not read: its first line is 'my holiday'" in source.notes[0] and source.images[0].captions == ()
+
+
+def flickr8k(root: Path, names: list[str], text: str = ".", photos: str = "Flicker8k_Dataset") -> Path:
+    lines = [f"{name}#{n}\t{word} {name} ." for name in names for n, word in enumerate(("First", "Second"))]
+    write(root / text / "Flickr8k.token.txt", "\n".join(lines) + "\n")
+    touch(root / text, "Flickr8k.lemma.token.txt", "readme.txt", "ExpertAnnotations.txt")
+    touch(root / photos, *(name for name in names if name.endswith(".jpg")))
+    return root
+
+
+@pytest.mark.parametrize("text", [".", "Flickr8k_text"])
+@pytest.mark.parametrize("photos", ["Flicker8k_Dataset", "Images"])
+def test_flickr8ks_own_files_are_read_and_its_broken_name_is_counted(tmp_path, text, photos):
+    broken = "2258277193_586949ec62.jpg.1"
+    source = open_source("folder", flickr8k(tmp_path, ["1.jpg", broken, "2.jpg"], text, photos))
+    assert [(i.name, i.captions) for i in source.images] == [
+        (f"{photos}/{n}.jpg", (f"First {n}.jpg .", f"Second {n}.jpg .")) for n in (1, 2)
+    ]
+    assert source.missing == () and source.splits == ("train",) and len(source.notes) == 1
+    assert source.notes[0].startswith("2 captions in ") and broken in source.notes[0]
+
+
+def test_flickr8ks_files_of_splits_say_which_photographs_there_are(tmp_path):
+    flickr8k(tmp_path, [f"{n}.jpg" for n in range(6)], "Flickr8k_text")
+    for split, names in {"train": "0.jpg\r\n1.jpg\r\n", "dev": "2.jpg\n", "test": "3.jpg\ngone.jpg\n"}.items():
+        write(tmp_path / f"Flickr8k_text/Flickr_8k.{split}Images.txt", names)
+    source = open_source("folder", tmp_path)
+    assert {i.name.rpartition("/")[2]: i.split for i in source.images} == {
+        "0.jpg": "train", "1.jpg": "train", "2.jpg": "val", "3.jpg": "test", "gone.jpg": "test",
+    }  # fmt: skip
+    assert [i.name for i in source.missing] == ["Flicker8k_Dataset/gone.jpg"]
+    assert source.notes[0].startswith("2 photographs are in none of Flickr_8k's files of splits")
+    write(tmp_path / "Flickr8k_text/Flickr_8k.devImages.txt", "0.jpg\n")
+    assert "0.jpg is in Flickr_8k.trainImages.txt too" in refusal("folder", tmp_path)
+
+
+def test_flickr8k_without_its_photographs_names_their_folder(tmp_path):
+    flickr8k(tmp_path, ["1.jpg"], photos="elsewhere")
+    told = refusal("folder", tmp_path)
+    assert "Flicker8k_Dataset" in told and "Flickr8k_Dataset.zip" in told and "1 photographs" in told
+
+
+def test_a_token_file_line_that_is_wrong_is_named(tmp_path):
+    flickr8k(tmp_path, ["1.jpg"])
+    write(tmp_path / "Flickr8k.token.txt", "1.jpg#0\tA dog .\n1.jpg A dog .\n")
+    assert "line 2: '1.jpg A dog .' is not a name" in refusal("folder", tmp_path)
+
+
+def test_captions_from_txt_are_the_lines_of_the_file_beside_each_photograph(tmp_path):
+    touch(tmp_path, "a.jpg", "sub/b.PNG", unicodedata.normalize("NFD", "é.jpg"), "bare.jpg")
+    write(tmp_path / "a.txt", "\ufeffsks dog, running\r\n\r\n a dog \r\n")
+    write(tmp_path / "sub/b.TXT", "a cat")
+    write(tmp_path / unicodedata.normalize("NFC", "é.txt"), "a bird\n")
+    write(tmp_path / "metadata.csv", "file_name,text,split\na.jpg,other,test\n")
+    source = open_source("folder", tmp_path, captions_from="txt")
+    assert [i.captions for i in source.images] == [("sks dog, running", "a dog"), (), ("a bird",), ("a cat",)]
+    assert source.images[0].split == "test" and source.notes == ()
+    (tmp_path / "metadata.csv").unlink()
+    source = open_source("folder", tmp_path)
+    assert all(i.captions == () for i in source.images)
+    assert source.notes == (
+        "3 photographs have a .txt beside them; train and evaluate read their captions with --captions-from txt",
+    )
+
+
+def test_captions_from_txt_wants_a_folder_with_such_files(tmp_path):
+    touch(tmp_path, "a.jpg", "b.txt")
+    assert "no photograph in" in refusal("folder", tmp_path, captions_from="txt")
+    assert "--dataset folder" in refusal("karpathy", tmp_path, captions_from="txt")
+
+
+# Names that differ only in Unicode's normal form, in case or in slashes
+
+NFC, NFD = (unicodedata.normalize(form, "café.jpg") for form in ("NFC", "NFD"))
+SAME = [
+    ([NFC], NFD, NFD), ([NFD], NFC, NFC),
+    (["a.jpg"], "a.JPG", "a.JPG"), (["IMG_1.JPG"], "img_1.jpg", "img_1.jpg"),
+    (["a.JPG"], ["a.jpg", "A.JPG"], "a.jpg"),
+    (["sub\\a.jpg"], "sub/a.jpg", "sub/a.jpg"), ([".\\sub\\a.jpg"], "Sub/A.jpg", "Sub/A.jpg"),
+    (["./sub//a.jpg"], "sub/a.jpg", "sub/a.jpg"),
+    ([f"été/{NFC}"], unicodedata.normalize("NFD", f"été/{NFC}"), unicodedata.normalize("NFD", f"été/{NFC}")),
+    (["a\\b.jpg"], ["a\\b.jpg", "a/b.jpg"], "a\\b.jpg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["folder", "coco", "karpathy"])
+@pytest.mark.parametrize("named, there, found", SAME)
+def test_a_name_that_differs_only_in_form_case_or_slash_is_found_as_it_is_on_the_disk(tmp_path, dataset, named, there, found):
+    touch(tmp_path, *([there] if isinstance(there, str) else there))
+    if dataset == "folder":
+        write(tmp_path / "metadata.jsonl", json.dumps({"file_name": named[0], "text": "one"}))
+        source = open_source("folder", tmp_path)
+    else:
+        content = coco_json({1: named[0]}) if dataset == "coco" else karpathy_json(named, ["train"])
+        source = open_source(dataset, tmp_path, write(tmp_path / "c.json", content))
+    image = next(image for image in source.images if image.captions)
+    assert image.name == found and image.path == tmp_path / found and source.missing == ()
+    assert same_photograph(named[0], found)
+    if dataset == "folder":
+        assert image.id == image_id(found)
+
+
+@pytest.mark.parametrize("names, there, missing", [
+    (["aB.jpg", "Ab.jpg"], ["ab.jpg"], ["aB.jpg", "Ab.jpg"]),  # which of the two it is, nobody knows
+    (["ab.jpg", "Ab.jpg"], ["ab.jpg"], ["Ab.jpg"]),
+    (["AB.jpg"], ["ab.jpg", "Ab.jpg"], ["AB.jpg"]),
+])  # fmt: skip
+def test_a_name_that_may_mean_two_photographs_is_missing(tmp_path, names, there, missing):
+    touch(tmp_path, *there)
+    source = open_source("coco", tmp_path, write(tmp_path / "c.json", coco_json(dict(enumerate(names)))))
+    assert [image.name for image in source.missing] == missing
+
+
+def test_backslashes_do_not_lead_out_of_the_root(tmp_path):
+    touch(tmp_path, "a.jpg", "root/b.jpg")
+    write(tmp_path / "root/metadata.jsonl", json.dumps({"file_name": "..\\a.jpg", "text": "x"}))
+    assert "leads out of the root" in refusal("folder", tmp_path / "root")
+
+
+def test_images_without_captions_are_counted_and_five_are_named(tmp_path):
+    touch(tmp_path, *(f"{n}.jpg" for n in range(7)))
+    images = open_source("folder", tmp_path).images
+    with pytest.raises(DataError) as told:
+        check_captioned(images, "train")
+    assert "7 images have no caption in split 'train'" in str(told.value) and str(told.value).count(".jpg") == 5
+    with pytest.raises(DataError, match=r"^image \d+ \(0.jpg\) has no caption in split 'dev'"):
+        check_captioned(images[:1], "dev")
+
+
+def test_an_annotation_of_coco_needs_no_id(tmp_path):
+    content = coco_json({1: "a.jpg", 2: "b.jpg"})
+    for entry, id_ in zip(content["annotations"], (None, 1.5, [], "x"), strict=True):
+        entry["id"] = id_
+    del content["annotations"][0]["id"]
+    source = open_source("coco", tmp_path, write(tmp_path / "c.json", content))
+    assert [i.captions for i in source.images] == [("first of 1", "second of 1"), ("first of 2", "second of 2")]
 
 
 def test_two_names_with_one_hash_are_both_named(tmp_path, monkeypatch):
@@ -509,7 +753,7 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
     touch(tmp_path, "notes.txt")
     told = refusal("folder", tmp_path)
-    assert "no images" in told and str(tmp_path) in told
+    assert "no images" in told and str(tmp_path) in told and "1 file left out: .txt 1" in told
 
 
 def test_an_unknown_dataset_is_answered_with_the_nearest(tmp_path):
