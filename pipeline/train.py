@@ -256,7 +256,9 @@ def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: Captio
 
 
 def caption_lengths(vocabulary: Vocabulary, part: CaptionedImages) -> list[int]:
-    return [len(vocabulary.encode(words)) for group in part.tokens for words in group]
+    """The length of each caption in words, or in pieces of words."""
+    captions = (words for group in part.tokens for words in group)
+    return [len(vocabulary.encode(words) if isinstance(vocabulary, Subwords) else words) for words in captions]
 
 
 def announce(run: Run, cache: FeatureCache) -> None:
