@@ -141,7 +141,7 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         pixels = re.search(r"\d+", str(error))
         limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
         raise UnreadableImage(
-            f"{int(pixels[0]) if pixels else 0:,} pixels, more than {limit:,}; --max-pixels N raises the limit"
+            f"more than {limit:,} pixels ({int(pixels[0]) if pixels else 0:,}); --max-pixels N raises the limit"
         ) from error
     except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

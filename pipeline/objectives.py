@@ -57,7 +57,7 @@ class CrossEntropy:
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
         config = self.config
-        noise = Noise(config.region_dropout, config.word_dropout, config.scheduled_sampling * done, UNK)
+        noise = Noise(config.region_dropout or 0.0, config.word_dropout, config.scheduled_sampling * done, UNK)
         with self.machine.autocast():
             regions = Regions(part.features, part.boxes, part.counts)
             loss, _ = caption_loss(forward, regions, part.tokens, PAD, config.label_smoothing, noise)
@@ -98,7 +98,7 @@ class SelfCritical:
 
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; UserError for a reward that is not finite."""
-        regions = drop_regions(Regions(part.features, part.boxes, part.counts), self.config.region_dropout)
+        regions = drop_regions(Regions(part.features, part.boxes, part.counts), self.config.region_dropout or 0.0)
         with self.machine.autocast():
             memory = self.captioner.encode(regions)
         samples = self.draw(memory, part.image_ids, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -64,21 +65,18 @@ def main(config: TrainConfig) -> None:
         with processes.first_alone(machine):  # it may draw the sample
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
-        config = replace(config, segment=choose_segment(config, source, begun))
+        config = choose_segment(config, source, begun)
         train, dev = open_splits(config, source, cache)
         config = settle(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, train, dev, begun)
         announce(run, cache)
-        try:
-            with stopping_on_signals(run):
-                try:
-                    while not over(run):
-                        validate(run, train_until_due(run))
-                except Stopped as stopped:
-                    leave(run, stopped.signum)
-        finally:
-            run.journal.close()
+        with contextlib.closing(run.journal), stopping_on_signals(run):
+            try:
+                while not over(run):
+                    validate(run, train_until_due(run))
+            except Stopped as stopped:
+                leave(run, stopped.signum)
         finish(run)
 
 
@@ -121,19 +119,20 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun |
     return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
 
 
-def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> str | None:
-    """What a word is: the run's of --init, else as asked. UserError where captions have no blanks
-    between words and no option says what to do with them; pieces of words need none."""
+def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> TrainConfig:
+    """The settings with what a word is: as it was in the run of --init, else as asked.
+
+    UserError where captions have no blanks between words and no option says what to do with them;
+    with pieces of words, scores take each character as a word.
+    """
     if begun:
         own = begun.vocabulary.segment
         if config.segment not in (None, own):
             raise UserError(f"--segment is {config.segment}, {config.init} has {own}")
-        return config.segment or (own if own != "words" else None)
-    if config.segment:
-        return config.segment
-    example = without_blanks(caption for image in source.images for caption in image.captions)
-    if example is None:
-        return None
+        return replace(config, segment=own) if own != "words" else config
+    captions = (caption for image in source.images for caption in image.captions)
+    if config.segment or (example := without_blanks(captions)) is None:
+        return config
     what = f"the captions have no blanks between words (as {example[:40]!r})"
     if config.vocabulary == "word":
         raise UserError(
@@ -141,7 +140,7 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
             "or --segment words to take each sentence as one word"
         )
     say(f"{what}: pieces are learnt on the text as it is, scores take each character as a word")
-    return "characters"
+    return replace(config, segment="characters")
 
 
 def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tuple[CaptionedImages, CaptionedImages | None]:

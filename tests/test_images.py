@@ -371,10 +371,10 @@ def test_heic_is_read_through_the_extra_or_names_it(tmp_path):
 def test_max_pixels_raises_and_lowers_pillows_limit_and_the_reason_names_it(tmp_path, monkeypatch):
     halves(100, 30).save(tmp_path / "p.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses from twice as many on
-    with pytest.raises(UnreadableImage, match=r"^3,000 pixels, more than 1,000; --max-pixels N raises the limit$"):
+    with pytest.raises(UnreadableImage, match=r"^more than 1,000 pixels \(3,000\); --max-pixels N raises the limit$"):
         read_image(tmp_path / "p.png", PLAIN)
     assert read_image(tmp_path / "p.png", Framing((8, 8), max_pixels=3000)).original == (30, 100)
-    with pytest.raises(UnreadableImage, match="3,000 pixels, more than 2,999"):
+    with pytest.raises(UnreadableImage, match="more than 2,999 pixels"):
         read_image(tmp_path / "p.png", Framing((8, 8), max_pixels=2999))
 
 
