@@ -90,10 +90,16 @@ class Writer:
             if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}") from error
-        return [
+        captions = [
             [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
             for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
         ]
+        if not all(captions):
+            raise UserError(
+                "no caption of an image has a finite probability: its features or the weights hold numbers that are too large "
+                "or not finite; check the cache with pipeline.extract --verify, or train with a lower --lr"
+            )
+        return captions
 
     def agreed(self, memory: Memory, draws: torch.Generator) -> Captions:
         """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""
