@@ -162,7 +162,7 @@ def _attribute(file: h5py.File, name: str) -> Any:
         value = file.attrs[name]
     except (KeyError, OSError, RuntimeError, TypeError, ValueError):
         return "none"
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 @contextlib.contextmanager

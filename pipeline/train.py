@@ -391,6 +391,8 @@ def resume(run: Run) -> Run:
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
     began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
+    if wrong := [name for name in EXTENDED if type(began[name]) not in (int, type(None))]:
+        raise UserError(f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again")
     more = more_epochs(run, began)
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"
