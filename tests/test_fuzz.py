@@ -310,7 +310,7 @@ def weights_files(draw: Draw, case: Path) -> list[Command]:
 
 # What is left alone: options that ask for hours of work, for the network, or for a program that is not here.
 UNTRIED = {"epochs", "minutes", "patience", "compile", "wandb", "meteor", "spice", "photographs", "bootstrap", "examples", "init",
-           "checkpoint", "preset", "scst", "eval_steps", "save_every", "num_samples", "consensus"}  # fmt: skip
+           "checkpoint", "preset", "write_txt", "scst", "eval_steps", "save_every", "num_samples", "consensus"}  # fmt: skip
 ODD_NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1e300", "1e-300", "inf", "nan", "9" * 30, "1000000000", "2147483648", "1e3")
 # No system passes on a NUL or half a character; \udcff stands for a byte that is not UTF-8.
 ODD = (*(text for text in TEXTS if "\0" not in text and "\ud800" not in text and "escaped" not in text), "\udcff", *ODD_NUMBERS, "7x7", "1x9999", "0x10", "a=b", "in_chans=1", "block_args=None", "CIDEr:0", "no.such:thing")
