@@ -38,6 +38,8 @@ from data.sources import Image, same_photograph
 FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
 VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
+# What h5py, json and the checks here raise for a file that is not what extraction writes.
+BROKEN = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError)
 PER_VIEW = ("features", "boxes", "counts", "crc32")
 
 
@@ -173,7 +175,7 @@ def reading_shard(path: Path) -> Iterator[h5py.File]:
             yield file
         except DataError:
             raise
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as error:
+        except BROKEN as error:
             if getattr(error, "errno", None) or "errno = " in str(error):
                 raise
             raise DataError(

@@ -30,6 +30,7 @@ import numpy as np
 
 from data import DataError
 from data.features import (
+    BROKEN,
     FORMAT,
     PER_VIEW,
     FeatureCache,
@@ -485,5 +486,5 @@ def _problems(path: Path, stored: _StoredBytes, identity: Mapping[str, Any] | No
         raise
     except DataError as error:
         return [str(error)]
-    except (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+    except BROKEN as error:
         return [f"{path} cannot be read as a shard: {error}"]

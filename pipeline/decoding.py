@@ -32,7 +32,7 @@ from models.grid import Regions
 from models.search import generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.cli import UserError
+from pipeline.cli import UserError, is_out_of_memory
 from pipeline.consensus import Frequencies, expected_cider
 from pipeline.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.options import NAMES
@@ -86,8 +86,8 @@ class Writer:
                     found = self.agreed(memory, draws)
                 else:
                     found = generate(self.captioner, memory, self.options, draws, self.search)
-        except RuntimeError as error:
-            if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise UserError(f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}") from error
         captions = [

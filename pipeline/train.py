@@ -45,6 +45,7 @@ from pipeline.journal import Journal
 from pipeline.recipe import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
+from pipeline.tensors import require_utf8
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
@@ -90,6 +91,7 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache, Path]:
         say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset ... --root ... --features ... --out ...")
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
     folder = config.out or Path("runs") / config.dataset
+    require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(f"{folder} holds a run; pass --resume to go on with it, or another --out")
     source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)

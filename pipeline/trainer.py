@@ -405,7 +405,8 @@ def restore(run: Run) -> None:
         run.sums, run.place = tensors["sums"].view(run.sums.shape).double(), Place.of_record(record["place"])
         epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
         for line in epochs:
-            numbers = [line["step"], line["seconds"]["validation"], *(line["dev"][name] for name in ("CIDEr", "loss") if run.dev)]
+            numbers = [line["step"], line["seconds"]["validation"]]
+            numbers += [line["dev"]["CIDEr"], line["dev"]["loss"]] if run.dev else []
             if not all(type(number) in (int, float) for number in numbers):
                 raise TypeError(f"an epoch is {line}")
         run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0

@@ -231,9 +231,11 @@ LAYOUT_FAULTS = [
     *(retyped(name, "f8") for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
     *(reshaped(name) for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
     a_group, counted(-1), counted(5), recorded("provenance", []), recorded("provenance", {"views": 3}),
-    recorded("identity", [1]), recorded("identity", IDENTITY | {"grid": [2.0, 2]}), recorded("identity", IDENTITY | {"grid": []}),
+    recorded("identity", [1]), recorded("identity", IDENTITY | {"grid": [2.0, 2]}),
+    recorded("identity", IDENTITY | {"grid": []}),
     recorded("identity", IDENTITY | {"channels": "3"}), recorded("unreadable", [[]]), recorded("unreadable", [[1]]),
-    lambda file: file.attrs.__setitem__("format", np.ones((2, 3))), lambda file: file.attrs.__setitem__("format", h5py.Empty("f")),
+    lambda file: file.attrs.__setitem__("format", np.ones((2, 3))),
+    lambda file: file.attrs.__setitem__("format", h5py.Empty("f")),
 ]  # fmt: skip
 
 

@@ -386,7 +386,7 @@ def test_what_a_spoilt_run_folder_records_is_named_when_it_goes_on(world, tmp_pa
     with safe_open(last, "pt") as file:
         record = json.loads(file.metadata()["record"])
     (line,), state = record["epochs"], load_file(last)
-    places = [{"epoch": "1"}, {"step": 1.5}, {"step": -1}, {"epoch": 10**300}, {"seconds": float("nan")}, {"ended": 1}, {"more": 1}]
+    places = [{"epoch": "1"}, {"step": 1.5}, {"step": -1}, {"epoch": 10**300}, {"seconds": float("nan")}, {"ended": 1}]
     lines = [[3], [{}], {"a": 1}, "text", [line | {"step": "1"}], [line | {"seconds": 3}], [line | {"dev": {"CIDEr": None}}]]
     wrong = [record | {"place": record["place"] | place} for place in places] + [record | {"epochs": each} for each in lines]
     for each in [*wrong, [], 3, record | {"place": []}]:
