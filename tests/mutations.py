@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 Draw = Callable[[st.SearchStrategy], Any]
 
 TEXTS = (
-    "", " ", ".", "..", "../escaped.jpg", "a/../../escaped.jpg", "/no/such/escaped.jpg", "\\\\host\\escaped.jpg", "C:\\escaped.jpg",
-    "a\0b", "\ud800", "\x1b[31m", "\r\n", "\t", "\u2028", "e\u0301", "İ", "ﬃ", "<eos>", "<unk>", "%s{}", "nan", "-1",
+    "", " ", ".", "..", "../escaped.jpg", "a/../../escaped.jpg", "/no/such/escaped.jpg", "\\\\host\\escaped.jpg",
+    "C:\\escaped.jpg", "a\0b", "\ud800", "\x1b[31m", "\r\n", "\t", "\u2028", "e\u0301", "İ", "ﬃ", "<eos>", "<unk>", "%s{}", "nan", "-1",
     "x" * 5000, "a " * 3000, "/".join("a" * 300), "dog\xa0runs", "狗在跑", "🐕" * 50,
 )  # fmt: skip
 NUMBERS = (
