@@ -25,8 +25,8 @@ Draw = Callable[[st.SearchStrategy], Any]
 
 TEXTS = (
     "", " ", ".", "..", "../escaped.jpg", "a/../../escaped.jpg", "/no/such/escaped.jpg", "\\\\host\\escaped.jpg",
-    "C:\\escaped.jpg", "a\0b", "\ud800", "\x1b[31m", "\r\n", "\t", "\u2028", "e\u0301", "İ", "ﬃ", "<eos>", "<unk>", "%s{}", "nan", "-1",
-    "x" * 5000, "a " * 3000, "/".join("a" * 300), "dog\xa0runs", "狗在跑", "🐕" * 50,
+    "C:\\escaped.jpg", "a\0b", "\ud800", "\x1b[31m", "\r\n", "\t", "\u2028", "e\u0301", "İ", "ﬃ", "<eos>", "<unk>", "%s{}",
+    "nan", "-1", "x" * 5000, "a " * 3000, "/".join("a" * 300), "dog\xa0runs", "狗在跑", "🐕" * 50,
 )  # fmt: skip
 NUMBERS = (
     0, -1, 1, 2, 3, 7, 255, 256, 65535, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**400, 0.5, -0.5, 1.0, 1e-300,
