@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow install
+.PHONY: demo test test-slow fuzz install
 
 demo: install
 	$(BIN)/python -m pipeline.demo
@@ -12,6 +12,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -n auto -m slow
+
+fuzz: install
+	ONCEOVER_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q -s tests/test_fuzz.py
 
 install: .venv/installed
 

@@ -38,6 +38,8 @@ from data.sources import Image, same_photograph
 FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
 VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
+# What h5py, json and the checks here raise for a file that is not what extraction writes.
+BROKEN = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError)
 PER_VIEW = ("features", "boxes", "counts", "crc32")
 
 
@@ -162,7 +164,7 @@ def _attribute(file: h5py.File, name: str) -> Any:
         value = file.attrs[name]
     except (KeyError, OSError, RuntimeError, TypeError, ValueError):
         return "none"
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 @contextlib.contextmanager
@@ -173,7 +175,7 @@ def reading_shard(path: Path) -> Iterator[h5py.File]:
             yield file
         except DataError:
             raise
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except BROKEN as error:
             if getattr(error, "errno", None) or "errno = " in str(error):
                 raise
             raise DataError(
@@ -186,8 +188,16 @@ def cache_header(cache: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Identity and provenance of a cache by its first shard, None where it has no shard yet."""
     for path in shard_paths(cache):
         with reading_shard(path) as file:
-            return json.loads(file.attrs["identity"]), json.loads(file.attrs["provenance"])
+            return read_object(file, "identity"), read_object(file, "provenance")
     return None
+
+
+def read_object(file: h5py.File, name: str) -> dict[str, Any]:
+    """The JSON object of an attribute; ValueError where it is none."""
+    found = json.loads(file.attrs[name])
+    if not isinstance(found, dict):
+        raise ValueError(f"its attribute {name} is no JSON object")
+    return found
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str] = ()) -> list[str]:
@@ -204,7 +214,12 @@ def has_same_cells(identity: Mapping[str, Any]) -> bool:
 def packed_backbone(file: Path) -> bytes | None:
     """The backbone's weights that a packed cache carries, as the bytes of a safetensors file."""
     with reading_shard(file) as opened:
-        return opened["backbone"][:].tobytes() if "backbone" in opened else None
+        if "backbone" not in opened:
+            return None
+        weights = opened["backbone"]
+        if weights.dtype != np.uint8 or weights.ndim != 1:
+            raise ValueError(f"backbone is {weights.dtype} {weights.shape}, not the bytes of a file")
+        return weights[:].tobytes()
 
 
 class FeatureCache:
@@ -233,14 +248,12 @@ class FeatureCache:
             with reading_shard(path) as file:
                 if identity is None:
                     identity = file.attrs["identity"]
-                    self.identity: dict[str, Any] = json.loads(identity)
-                    self.provenance: dict[str, Any] = json.loads(file.attrs["provenance"])
+                    self.identity, self.provenance = read_object(file, "identity"), read_object(file, "provenance")
                     self.views = views_of(self.provenance)
                     self._maps = [[] for _ in endings(self.views)]
-                    rows, columns = self.identity["grid"]
-                    self.shape = (rows * columns, int(self.identity["channels"]))
+                    self.shape = _shape_of(self.identity)
                 elif file.attrs["identity"] != identity:
-                    what = "; ".join(differences(self.identity, json.loads(file.attrs["identity"])))
+                    what = "; ".join(differences(self.identity, read_object(file, "identity")))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
                 self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
@@ -257,15 +270,15 @@ class FeatureCache:
             return
         number = len(self._files)
         self._files.append(path)
-        for maps, end in zip(self._maps, endings(self.views), strict=True):
+        for end in endings(self.views):
             if f"features{end}" not in file:
                 raise DataError(f"{path} has no features{end}, as its cache's other files have; remove it and extract again")
+        _check_layout(path, file, len(ids), self.shape, self.views)
+        for maps, end in zip(self._maps, endings(self.views), strict=True):
             features, boxes = _map(file[f"features{end}"], path), _map(file[f"boxes{end}"], path)
             counts = file[f"counts{end}"][:]
-            regions, channels = self.shape
-            wanted = ((len(ids), regions, channels), (len(ids), regions, 4), (len(ids),))
-            if (features.shape, boxes.shape, counts.shape) != wanted or features.dtype != np.float16:
-                raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its identity")
+            if counts.min() < 0 or counts.max() > self.shape[0]:
+                raise ValueError(f"counts{end} are not all in 0 to {self.shape[0]}")
             maps.append((features, boxes, counts))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (number, row)
@@ -397,6 +410,34 @@ class FeatureCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
+
+
+def _shape_of(identity: Mapping[str, Any]) -> tuple[int, int]:
+    """(regions, channels) of an identity; ValueError where it has none."""
+    rows, columns, channels = *identity["grid"], identity["channels"]
+    if any(type(number) is not int or number < 1 for number in (rows, columns, channels)):
+        raise ValueError(f"its identity has grid {identity['grid']!r} and channels {channels!r}")
+    return rows * columns, channels
+
+
+def _check_layout(
+    path: Path, file: h5py.File, rows: int, shape: tuple[int, int], views: Iterable[str]
+) -> None:
+    """DataError unless a file's datasets have the types and shapes that extraction gives them."""
+    regions, channels = shape
+    if file["features"].shape != (rows, regions, channels):
+        raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its identity")
+    wanted = {"image_ids": ("i8", (rows,)), "sizes": ("i4", (rows, 2))}
+    for end in endings(views):
+        wanted[f"features{end}"] = "f2", (rows, regions, channels)
+        wanted[f"boxes{end}"] = "f4", (rows, regions, 4)
+        wanted[f"counts{end}"] = "i2", (rows,)
+        wanted[f"crc32{end}"] = "u4", (rows,)
+    for name, (kind, size) in wanted.items():
+        if (file[name].dtype, file[name].shape) != (np.dtype(kind), size):
+            raise ValueError(f"{name} is {file[name].dtype} {file[name].shape}, not {np.dtype(kind)} {size}")
+    if h5py.check_string_dtype(file["names"].dtype) is None or file["names"].shape != (rows,):
+        raise ValueError(f"names is {file['names'].dtype} {file['names'].shape}, not text {(rows,)}")
 
 
 def _map(data: h5py.Dataset, path: Path) -> np.ndarray:

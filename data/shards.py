@@ -30,6 +30,7 @@ import numpy as np
 
 from data import DataError
 from data.features import (
+    BROKEN,
     FORMAT,
     PER_VIEW,
     FeatureCache,
@@ -40,6 +41,7 @@ from data.features import (
     endings,
     has_same_cells,
     open_shard,
+    read_object,
     reading_shard,
     shard_paths,
     system_errors,
@@ -78,7 +80,7 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     first, after, foreign, held = None, 0, set(), set()
     for path in shard_paths(cache):
         with reading_shard(path) as file:
-            plan, ids = json.loads(file.attrs["plan"]), file["image_ids"][:].tolist()
+            plan, ids = _read_plan(file), file["image_ids"][:].tolist()
             held.update(ids, (record[0] for record in json.loads(file.attrs["unreadable"])))
             after = max(after, plan["first"] + plan["shards"])
             if plan["digest"] == digest:
@@ -105,6 +107,14 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     return shards
 
 
+def _read_plan(file: h5py.File) -> dict[str, Any]:
+    """The plan that a shard was written by; ValueError where it is none."""
+    plan = read_object(file, "plan")
+    if not all(type(plan[name]) is int and 0 <= plan[name] < 2**31 for name in ("first", "shards")):
+        raise ValueError(f"its plan is {plan}")
+    return plan
+
+
 def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()) -> list[Shard]:
     """One more shard for photographs that could not be read and have changed on disk since (`every`: all such), but for
     those that unfinished shards of `planned` will try anyway."""
@@ -120,7 +130,7 @@ def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Seque
     numbers = []
     for path in paths:
         with reading_shard(path) as file:
-            plan = json.loads(file.attrs["plan"])
+            plan = _read_plan(file)
             numbers.append(plan["first"] + plan["shards"])
     first = max(numbers)
     return [Shard(cache / f"shard-{first:05d}.h5", {"digest": f"retry {first}", "first": first, "shards": 1}, tuple(again))]
@@ -476,5 +486,5 @@ def _problems(path: Path, stored: _StoredBytes, identity: Mapping[str, Any] | No
         raise
     except DataError as error:
         return [str(error)]
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except BROKEN as error:
         return [f"{path} cannot be read as a shard: {error}"]

@@ -23,6 +23,7 @@ from models.generation import Captions, Generation
 from models.grid import Regions
 from models.search import generate
 
+MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears
 BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart
 
 
@@ -46,6 +47,9 @@ class CaptionerConfig:
         for name in ("words", "channels", "width", "heads", "decoder_layers", "feedforward", "max_length"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}, it must be at least 1")
+        for name, most in {name: MOST_LAYERS if name.endswith("layers") else MOST for name in vars(self)}.items():
+            if getattr(self, name) > most:
+                raise ModelError(f"{name} is {getattr(self, name)}, it must be at most {most}")
         if self.width % self.heads:
             raise ModelError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not 0 <= self.dropout < 1:

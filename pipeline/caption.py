@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from data.features import iterate, write_whole
 from data.folder import list_files
-from data.sources import image_id
+from data.sources import check_name, image_id
 from pipeline.backbone import MAX_PIXELS_HELP
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding import Caption, load_captioner
@@ -42,6 +42,8 @@ class CaptionConfig(DecodingOptions):
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be at least {least}")
         if not self.photographs:
             raise UserError("no photograph named; pass photographs or folders of them")
+        if self.out and self.out.is_dir():
+            raise UserError(f"--out {self.out} is a folder; name the file, as {self.out / 'captions.json'}")
         if self.prefix and not self.write_txt:
             raise UserError("--prefix is put before the captions in .txt files; pass --write-txt with it")
 
@@ -109,7 +111,7 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
     for place in places:
         if not (place.is_file() or place.is_dir()):
             raise UserError(f"{place} is neither a file nor a folder; pass photographs or folders of them")
-        names, folder = [place.name], place.parent
+        names, folder = [check_name(place.name, str(place.parent))] if place.is_file() else [], place.parent
         if place.is_dir():
             files = list_files(place)
             names, folder, left_out = files.photographs, place, files.left_out()

@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,11 @@ def plain_errors() -> Iterator[None]:
         yield
     except (DataError, ModelError) as error:
         raise UserError(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "the system gives no more"
+        raise UserError(f"out of memory: {reason}; smaller sizes or a smaller --batch need less") from error
     except OSError as error:
         if error.errno is None or error.errno == errno.EPIPE:  # not of the system; `| head`, which click handles
             raise
@@ -109,12 +115,19 @@ def plain_errors() -> Iterator[None]:
         raise UserError(f"{' to '.join(files) or 'a file or folder (the system does not say which)'}: {reason}") from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is numpy's or torch's (on a CPU or a GPU) for arrays that are too large."""
+    return isinstance(error, MemoryError) or "alloc" in str(error) or "size calculation overflowed" in str(error)
+
+
 class _Command(click.Command):
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         with plain_errors():  # --config is read here
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if hasattr(sys.stdout, "reconfigure"):  # a name or a caption that the terminal has no characters for ends nothing
+            sys.stdout.reconfigure(errors="backslashreplace")
         with plain_errors():
             return super().invoke(ctx)
 

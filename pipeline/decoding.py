@@ -32,7 +32,7 @@ from models.grid import Regions
 from models.search import generate
 from pipeline.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.cli import UserError
+from pipeline.cli import UserError, is_out_of_memory
 from pipeline.consensus import Frequencies, expected_cider
 from pipeline.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.options import NAMES
@@ -86,14 +86,20 @@ class Writer:
                     found = self.agreed(memory, draws)
                 else:
                     found = generate(self.captioner, memory, self.options, draws, self.search)
-        except RuntimeError as error:
-            if "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise UserError(f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}") from error
-        return [
+        captions = [
             [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
             for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
         ]
+        if not all(captions):
+            raise UserError(
+                "no caption of an image has a finite probability: its features or the weights hold numbers that are too large "
+                "or not finite; check the cache with pipeline.extract --verify, or train with a lower --lr"
+            )
+        return captions
 
     def agreed(self, memory: Memory, draws: torch.Generator) -> Captions:
         """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""

@@ -79,12 +79,13 @@ class Journal:
             self.wandb.finish()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines on the disk; a last one that a killed process left half-written is left out."""
+        """The lines on the disk; what is no line of a journal, as a last one that a killed process left half-written, is left
+        out."""
         found = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError):
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(text))
-        return found
+        return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
 
     @staticmethod
     def _import_wandb() -> Any:

@@ -17,6 +17,7 @@ from pipeline.cli import UserError
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write tensors under a temporary name, fsync, rename; `header` is text by name beside them."""
+    require_utf8(path)
     # clones, because tensors that share memory (a tied layer) are refused otherwise
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     try:
@@ -44,7 +45,16 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} is broken ({error}); copy it again, or make it again") from error
 
 
+def require_utf8(path: Path) -> None:
+    """UserError for a path that safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: its name, or a folder's, is not UTF-8, which safetensors files need; rename it") from error
+
+
 def _require(path: Path) -> None:
+    require_utf8(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole")
 

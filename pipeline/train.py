@@ -46,6 +46,7 @@ from pipeline.journal import Journal
 from pipeline.recipe import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
+from pipeline.tensors import require_utf8
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
@@ -88,6 +89,7 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache, Path]:
         say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset ... --root ... --features ... --out ...")
     cache = FeatureCache(config.features or Path("cache") / config.dataset)
     folder = config.out or Path("runs") / config.dataset
+    require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(f"{folder} holds a run; pass --resume to go on with it, or another --out")
     source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
@@ -392,6 +394,8 @@ def resume(run: Run) -> Run:
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
     began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
+    if wrong := [name for name in EXTENDED if type(began[name]) not in (int, type(None))]:
+        raise UserError(f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again")
     more = more_epochs(run, began)
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ class Place:
     waited: float = 0.0
     lr: float = 0.0
     begin: int = 0
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Place:
+        """The place that last.safetensors records; TypeError where a value is not of its kind."""
+        place = cls(**record)
+        for item in fields(cls):
+            value, kinds = getattr(place, item.name), {float: (int, float)}.get(type(item.default), (type(item.default),))
+            if type(value) not in kinds or not 0 <= value < 2**53:
+                raise TypeError(f"{item.name} is {value!r}")
+        return place
 
     def of_next_epoch(self) -> Place:
         return Place(self.seconds, self.ended, self.epoch + 1, lr=self.lr, begin=self.begin)
@@ -389,13 +399,18 @@ def restore(run: Run) -> None:
                 value = tensors[f"optimizer.{name}.{key}"]
                 if value.shape != (torch.Size() if key == "step" else weight.shape):
                     raise RuntimeError(f"optimizer.{name}.{key} is {tuple(value.shape)}")
-                run.optimizer.state[weight][key] = value.to(weight.device)
+                run.optimizer.state[weight][key] = value.to(weight)
             if run.average is not None:
                 run.average[number].copy_(tensors[f"average.{name}"].view(weight.shape))
-        run.sums, run.place = tensors["sums"].view(run.sums.shape), Place(**record["place"])
+        run.sums, run.place = tensors["sums"].view(run.sums.shape).double(), Place.of_record(record["place"])
         epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
+        for line in epochs:
+            numbers = [line["step"], line["seconds"]["validation"]]
+            numbers += [line["dev"]["CIDEr"], line["dev"]["loss"]] if run.dev else []
+            if not all(type(number) in (int, float) for number in numbers):
+                raise TypeError(f"an epoch is {line}")
         run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0
-    except (KeyError, TypeError, RuntimeError, IndexError) as error:
+    except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(f"{run.folder / 'last.safetensors'} does not fit the run: {error}; start the run anew") from error
     if world != run.machine.world:
         say(f"warning: begun by {world} processes, now {run.machine.world}: what is drawn is not what it would have been")

@@ -317,3 +317,10 @@ def test_noise_reaches_the_loss_and_a_loss_without_it_is_unchanged():
     for noise in (Noise(regions=0.5), Noise(words=0.5, unknown=3), Noise(sampled=0.9)):
         torch.manual_seed(0)
         assert not close(caption_loss(captioner, regions, tokens, 0, 0.0, noise)[0], plain), noise
+
+
+@pytest.mark.parametrize("name", ["words", "channels", "width", "heads", "encoder_layers", "decoder_layers", "feedforward",
+                                  "max_length"])  # fmt: skip
+def test_a_size_that_no_machine_has_room_for_is_named_at_once(name):
+    with pytest.raises(ModelError, match=f"{name} is .* at most"):
+        CaptionerConfig(**{"words": 10, "channels": 8, "heads": 1, name: 2**63 - 1})

@@ -53,6 +53,32 @@ def run(*arguments: str):
     return CliRunner().invoke(main, list(arguments))
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), MemoryError("Unable to allocate 3 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA out of memory. Tried to allocate 3 GiB"),
+    RuntimeError("Storage size calculation overflowed with sizes=[2]"),
+])  # fmt: skip
+def test_too_little_memory_is_one_plain_message(error):
+    failing.append(error)
+    result = run()
+    assert result.exit_code == 2 and result.stderr.count("Error:") == 1 and "out of memory" in result.stderr
+
+
+def test_another_runtime_error_keeps_its_traceback():
+    failing.append(RuntimeError("our own mistake"))
+    assert isinstance(run().exception, RuntimeError)
+
+
+def test_names_that_stdout_has_no_characters_for_are_printed_all_the_same():
+    @command(Config)
+    def tell(config: Config) -> None:
+        """Print."""
+        print("caf\udce9.png: 狗在跑")
+
+    result = CliRunner(charset="ascii").invoke(tell, [])
+    assert result.exit_code == 0 and result.stdout == "caf\\udce9.png: \\u72d7\\u5728\\u8dd1\n"
+
+
 def test_flags_become_fields_with_their_types():
     run("--word", "folder", "--place", "a/b", "--number", "5", "--tags", "x=1", "--tags", "y=2", "--quiet")
     assert seen[-1] == Config("folder", Path("a/b"), 5, ("x=1", "y=2"), True)

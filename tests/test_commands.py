@@ -687,3 +687,21 @@ def test_decoding_in_bf16_is_near_fp32_on_a_real_split(real, tmp_path):
     same = np.mean([a == b for a, b in zip(found["bf16"][0], found["fp32"][0], strict=True)])
     assert same >= 0.9 and abs(found["bf16"][1] - found["fp32"][1]) <= 0.005, (same, found["bf16"][1], found["fp32"][1])
     assert len(set(found["fp32"][0])) > 15  # little trained, but no single caption
+
+
+def test_names_that_are_not_utf8_are_named_or_work(world, tmp_path):
+    photo, odd = tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copy(photos(world)[0], photo)
+    assert "is not UTF-8; rename the file" in refused(caption.main, photo, "--checkpoint", world / "run")
+    odd.mkdir()
+    shutil.copytree(world / "cache", odd / "cache")
+    assert "caf" in works(extract.main, "--inspect", odd / "cache")
+    message = refused(train.main, *at(world), "--features", world / "cache", "--out", odd / "run", *QUICK)
+    assert "is not UTF-8" in message and not (odd / "run").exists()
+    shutil.copytree(world / "run", odd / "copied")
+    assert "is not UTF-8" in refused(caption.main, photos(world)[0], "--checkpoint", odd / "copied")
+
+
+@pytest.mark.parametrize("out", [".", ""])
+def test_captions_are_not_written_over_a_folder(world, out):
+    assert "is a folder; name the file" in refused(caption.main, photos(world)[0], "--checkpoint", world / "run", "--out", out)

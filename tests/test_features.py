@@ -190,6 +190,76 @@ def test_a_spoiled_shard_is_named_with_what_mends_it(cache, damage):
         FeatureCache(cache)
 
 
+def retyped(name: str, kind: str):
+    def change(file: h5py.File) -> None:
+        values = np.zeros(file[name].shape, kind)
+        del file[name]
+        file[name] = values
+
+    return change
+
+
+def reshaped(name: str):
+    def change(file: h5py.File) -> None:
+        values = file[name][:][:-1]
+        del file[name]
+        file[name] = values
+
+    return change
+
+
+def a_group(file: h5py.File) -> None:
+    del file["sizes"]
+    file.create_group("sizes")
+
+
+def recorded(attribute: str, value: object):
+    def change(file: h5py.File) -> None:
+        file.attrs[attribute] = json.dumps(value)
+
+    return change
+
+
+def counted(count: int):
+    def change(file: h5py.File) -> None:
+        file["counts"][3] = count
+
+    return change
+
+
+LAYOUT_FAULTS = [
+    *(retyped(name, "f8") for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
+    *(reshaped(name) for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
+    a_group, counted(-1), counted(5), recorded("provenance", []), recorded("provenance", {"views": 3}),
+    recorded("identity", [1]), recorded("identity", IDENTITY | {"grid": [2.0, 2]}),
+    recorded("identity", IDENTITY | {"grid": []}),
+    recorded("identity", IDENTITY | {"channels": "3"}), recorded("unreadable", [[]]), recorded("unreadable", [[1]]),
+    lambda file: file.attrs.__setitem__("format", np.ones((2, 3))),
+    lambda file: file.attrs.__setitem__("format", h5py.Empty("f")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LAYOUT_FAULTS)
+def test_a_shard_whose_datasets_or_attributes_are_not_of_the_format_is_named(cache, change):
+    path = cache / "shard-00001.h5"
+    for other in shard_paths(cache):
+        if other != path:
+            other.unlink()
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(DataError, match=r"shard-00001\.h5"):
+        FeatureCache(cache)
+
+
+@pytest.mark.parametrize("plan", [[], {}, {"digest": "", "first": "0", "shards": 1}, {"digest": "", "first": -1, "shards": 1},
+                                  {"digest": "", "first": 1e300, "shards": 1}, {"digest": "", "first": 0, "shards": 2**63}])
+def test_a_plan_that_no_extraction_makes_is_an_error_that_names_the_shard(cache, plan):
+    with h5py.File(cache / "shard-00001.h5", "r+") as file:
+        file.attrs["plan"] = json.dumps(plan)
+    with pytest.raises(DataError, match=r"shard-00001\.h5"):
+        plan_shards(some_images(50), cache)
+
+
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
 def test_a_folder_that_is_no_cache_is_named_with_the_command_that_makes_one(tmp_path, make):
     make(tmp_path / "cache")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data.sample import draw_sample
@@ -377,6 +378,36 @@ def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
     assert "last.safetensors is not what a run saved" in refused(train.main, *again)
     save_file(state, tmp_path / "run" / "last.safetensors", metadata={"record": json.dumps({"place": {}, "epochs": 3})})
     assert "last.safetensors does not fit the run" in refused(train.main, *again)
+
+
+def test_what_a_spoilt_run_folder_records_is_named_when_it_goes_on(world, tmp_path):
+    works(train.main, *options(world, tmp_path / "run", "--epochs", 1))
+    again, last = options(world, tmp_path / "run", "--epochs", 1, "--resume"), tmp_path / "run" / "last.safetensors"
+    with safe_open(last, "pt") as file:
+        record = json.loads(file.metadata()["record"])
+    (line,), state = record["epochs"], load_file(last)
+    places = [{"epoch": "1"}, {"step": 1.5}, {"step": -1}, {"epoch": 10**300}, {"seconds": float("nan")}, {"ended": 1}]
+    lines = [[3], [{}], {"a": 1}, "text", [line | {"step": "1"}], [line | {"seconds": 3}], [line | {"dev": {"CIDEr": None}}]]
+    wrong = [record | {"place": record["place"] | place} for place in places] + [record | {"epochs": each} for each in lines]
+    for each in [*wrong, [], 3, record | {"place": []}]:
+        save_file(state, last, metadata={"record": json.dumps(each)})
+        assert "last.safetensors does not fit the run" in refused(train.main, *again)
+    save_file(state | {"sums": state["sums"].half()}, last, metadata={"record": json.dumps(record)})
+    before = told(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:  # what is no line of a journal is left out
+        file.write(b'\xff\xfe\n[]\n3\n{"step": "a"}\n{"train": {}}\n' + b"[" * 100_000)
+    works(train.main, *again)
+    assert told(tmp_path / "run") == before
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name, value in (("epochs", "1"), ("epochs", [1]), ("eval_steps", "2")):
+        changed = config | {"training": config["training"] | {name: value}}
+        (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+        assert "config.json" in refused(train.main, *again[:-1], "--epochs", 2, "--resume")
+
+
+def test_weights_too_large_for_a_caption_are_named(world, tmp_path):
+    message = refused(train.main, *options(world, tmp_path / "run", "--lr", 1e9, "--epochs", 1))
+    assert "lower --lr" in message
 
 
 def trained_in(tmp_path: Path) -> str:
