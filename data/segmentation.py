@@ -23,6 +23,9 @@ UNSPACED = (
 )
 WIDE_SIGNS = "\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # 。 、 「 ！
 UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
+EAST_ASIAN = re.compile(
+    "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 BLANK_BESIDE = re.compile(f"(?<=[{UNSPACED}{WIDE_SIGNS}]) | (?=[{UNSPACED}{WIDE_SIGNS}])")
 
 
@@ -56,28 +59,32 @@ def join_characters(text: str) -> str:
 
 
 def without_blanks(captions: Iterable[str]) -> str | None:
-    """The first caption that shows that most of them have no blanks between words; None where they have.
+    """A caption that shows that they have no blanks between words; None where they have.
 
-    Captions that somebody has cut into words have runs of two or three characters; sentences have
-    longer ones. Thai sentences have a blank now and then.
+    What stands between two blanks is a word, of two characters in the mean (Chinese, Japanese) or
+    four (Thai and others), or a clause, which is longer. A quarter of the captions must be of such
+    scripts.
     """
-    runs = lengths = whole = count = 0
-    example, total = None, 0
+    total = 0
+    found: dict[bool, list[tuple[str, list[int]]]] = {True: [], False: []}  # by whether of East Asia
     for caption in captions:
         total += 1
-        found = [sum(not unicodedata.category(sign).startswith("M") for sign in run)
-                 for run in UNSPACED_RUN.findall(caption)]  # fmt: skip
-        if not found:
+        if UNSPACED_RUN.search(caption):
+            pieces = [sum(map(_is_character, piece)) for piece in caption.split()]
+            found[EAST_ASIAN.search(caption) is not None].append((caption, [n for n in pieces if n]))
+    for east_asian, group in found.items():
+        if 4 * len(group) < max(total, 1):
             continue
-        pieces = [piece for piece in caption.split() if UNSPACED_RUN.search(piece)]
-        count, runs, lengths = count + 1, runs + len(pieces), lengths + sum(found)
-        whole += len(pieces) == 1
-        if example is None and len(pieces) == 1:
-            example = caption
-    if not runs or 2 * count < total or example is None:
-        return None
-    mean = lengths / runs
-    return example if mean > 6 or (mean > 2 and whole > 0.9 * count) else None
+        lengths = [length for _, pieces in group for length in pieces]
+        mean = sum(lengths) / max(len(lengths), 1)
+        whole = sum(len(pieces) == 1 for _, pieces in group) > 0.9 * len(group)
+        if mean > (3 if east_asian else 5) or (whole and mean > 2):
+            return max(group, key=lambda each: max(each[1], default=0) / len(each[0]))[0]
+    return None
+
+
+def _is_character(sign: str) -> bool:
+    return UNSPACED_RUN.match(sign) is not None and not unicodedata.category(sign).startswith("M")
 
 
 def segmented_all(captions: Sequence[str], segment: str = "words") -> list[list[str]]:

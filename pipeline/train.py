@@ -50,7 +50,6 @@ from pipeline.tensors import require_utf8
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
-EXTENDED = ("epochs", "eval_steps")  # what `--resume --epochs MORE` may change
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 FEW_DEV_IMAGES = 20  # fewer say little
 
@@ -135,7 +134,7 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
     captions = (caption for image in source.images for caption in image.captions)
     if config.segment or (example := without_blanks(captions)) is None:
         return config
-    what = f"the captions have no blanks between words (as {example[:40]!r})"
+    what = f"captions have no blanks between words (as {example[:40]!r})"
     if config.vocabulary == "word":
         raise UserError(
             f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several characters, "
@@ -394,13 +393,16 @@ def resume(run: Run) -> Run:
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
     began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
-    if wrong := [name for name in EXTENDED if type(began[name]) not in (int, type(None))]:
+    if wrong := [name for name in ("epochs", "eval_steps") if type(began[name]) not in (int, type(None))]:
         raise UserError(f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again")
+    if run.config.eval_steps is None:  # not asked for: a small data set's own was chosen with its epochs
+        run.config = replace(run.config, eval_steps=began["eval_steps"])
+        run.checkpoint.training["eval_steps"] = began["eval_steps"]
     more = more_epochs(run, began)
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"
         for name, value in run.checkpoint.training.items()
-        if name not in MAY_DIFFER and not (more and name in EXTENDED) and began[name] != json.loads(json.dumps(value))
+        if name not in MAY_DIFFER and not (more and name == "epochs") and began[name] != json.loads(json.dumps(value))
     ]
     if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
         changed.append("the cache or the photographs")
@@ -408,7 +410,10 @@ def resume(run: Run) -> Run:
     if load_vocabulary(run.folder).words != run.checkpoint.vocabulary.words:
         changed.append("the captions: they have another vocabulary")
     if changed:
-        raise UserError(f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)})")
+        raise UserError(
+            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); its own are taken by: "
+            f"python -m pipeline.train --config {run.folder}/config.json --out {run.folder} --resume"
+        )
     if run.machine.rank == 0:
         sweep(run.folder)
     if not (run.folder / "last.safetensors").exists():
@@ -431,27 +436,30 @@ def more_epochs(run: Run, began: Mapping[str, Any]) -> bool:
 def extend(run: Run, began: Mapping[str, Any]) -> None:
     """Go on training a finished run for more epochs, with a new schedule of the learning rate.
 
-    UserError for a run that is not finished: other epochs would change the schedule that it is in.
+    UserError for a run that is not finished, since other epochs would change the schedule that it
+    is in, and for one with --minutes, whose time is spent.
     """
     scheduled, config = began["epochs"], run.config
-    run.config = replace(config, epochs=scheduled)
-    finished = run.place.epoch >= scheduled or run.place.ended or stopped_early(run)
-    run.config = config
-    if not finished:
+    if config.minutes:
+        raise UserError(
+            f"--resume: {run.folder} ends by its --minutes, more epochs do not change that; train its weights further "
+            f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out ANOTHER_FOLDER"
+        )
+    begun = 0 < run.place.begin == run.step  # by a start that was killed before its first step
+    if not (begun or run.place.epoch >= scheduled or stopped_early(run)):
         raise UserError(
             f"--resume: {run.folder} is in epoch {run.place.epoch + 1} of {scheduled}; let it end with "
             f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
         )
-    run.place.begin, run.place.ended = run.step, False
-    if config.eval_steps is None:
-        run.config = replace(config, eval_steps=began["eval_steps"])
-    run.checkpoint.training |= {"eval_steps": run.config.eval_steps, "resume": False}
+    run.place.begin = run.step
+    processes.wait()  # until all have read what is written now
     save_progress(run)
     if run.machine.rank == 0:
+        run.checkpoint.training["resume"] = False
         save_description(run.folder, run.checkpoint)
-    left = config.epochs - run.step / run.steps_an_epoch
-    say(f"{run.folder} had finished its {scheduled} epochs; the {left:.4g} epochs added get a new {config.schedule} schedule "
-        f"of the learning rate, from {config.lr:g} again")  # fmt: skip
+    done = run.step / run.steps_an_epoch
+    say(f"{run.folder} had ended after epoch {done:.4g} of {scheduled}; the {config.epochs - done:.4g} epochs added get a new "
+        f"{config.schedule} schedule of the learning rate, up to {config.lr:g} again")  # fmt: skip
 
 
 def leave(run: Run, signum: int) -> None:

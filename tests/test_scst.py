@@ -58,7 +58,7 @@ def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp
     """A rate that ruins everything: what is left is what it began with."""
     works(train.main, *critical(world, begun, tmp_path / "run", "--lr", 0.5, "--clip", 1000))
     scores = [line["dev"]["CIDEr"] for line in told(tmp_path / "run") if "dev" in line]
-    assert scores[0] == max(scores) > 4 * scores[-1]
+    assert scores[0] == max(scores) > scores[-1] + 0.1
     kept, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", begun))
     assert kept.keys() == first.keys() and all(torch.equal(kept[name], first[name]) for name in kept)
 
