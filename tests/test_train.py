@@ -552,7 +552,8 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
 
 def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(world, tmp_path):
     folder = few(world, tmp_path / "few", 12)
-    output = works(train.main, *few_options(folder, "--preset", "tiny", *SMALL, "--epochs", 60, "--eval-steps", 40, "--lr", 0.003))
+    tiny = ["--preset", "tiny", *SMALL, "--batch", 8, "--epochs", 60, "--eval-steps", 40, "--lr", 0.003]
+    output = works(train.main, *few_options(folder, *tiny))
     assert "warning: dev has" in output
     lines = [line for line in told(tmp_path / "few_run") if "dev" in line]
     assert lines[-1]["step"] == 120 and lines[-1]["train"]["loss"] < 0.7 * lines[0]["train"]["loss"]
@@ -562,7 +563,8 @@ def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(wo
 def test_one_photograph_trains_with_train_on_dev_and_is_a_plain_error_without(world, tmp_path):
     folder = few(world, tmp_path / "few", 1)
     assert "--train-on-dev" in refused(train.main, *few_options(folder, *SMALL))
-    works(train.main, *few_options(folder, "--preset", "tiny", *SMALL, "--dropout", 0, "--train-on-dev", "--epochs", 120, "--lr", 0.005))
+    tiny = ["--preset", "tiny", *SMALL, "--dropout", 0, "--epochs", 120, "--lr", 0.005]
+    works(train.main, *few_options(folder, *tiny, "--train-on-dev"))
     caption_of = json.loads((folder / "metadata.jsonl").read_text())["text"]
     written = works(caption.main, "--checkpoint", tmp_path / "few_run", folder / "000.jpg")
     assert written.strip().endswith(" ".join(tokenize(caption_of)))
