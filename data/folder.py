@@ -2,7 +2,8 @@
 
     root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are left out; the order is
                                         that of the relative path
-    root/train/ validation/ test/       splits, where top-level folders have a name of `data.sources.SPLITS`
+    **/train/ validation/ test-2017/    splits, where a folder at any depth has one name of `data.sources.SPLITS` in its own,
+                                        between blanks, digits, dots, dashes or underscores
     **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named relative to its own folder
     **/captions.txt                     Kaggle's: CSV with the columns image and caption
     **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where Flickr_8k.trainImages.txt,
@@ -19,10 +20,12 @@ called train; beside photographs called train that is a DataError.
 """
 
 import csv
+import functools
 import io
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,7 +104,7 @@ def read(
     base = images or root
     files, disk = list_files(base), Listing(base)
     captions: dict[str, list[str]] = {name: [] for name in files.photographs}
-    splits = {name: SPLITS[top] for name in files.photographs if (top := _top_folder(name)) in SPLITS}
+    splits = {name: split for name in files.photographs if (split := _folder_split(posixpath.dirname(name), base))}
 
     caption_files, rows, notes = _metadata(base, files.others)
     given_splits = False
@@ -116,7 +119,7 @@ def read(
         known = captions.setdefault(name, [])
         known += [each for each in row.captions if first_file.setdefault((name, each), row.file) == row.file]
         named = [row.split] if row.split else []
-        named += [SPLITS[_top_folder(name)]] if _top_folder(name) in SPLITS else []
+        named += filter(None, [_folder_split(posixpath.dirname(name), base)])
         for split in named:
             if splits.setdefault(name, split) != split:
                 raise DataError(f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one of them")
@@ -147,8 +150,17 @@ def read(
     return Source(dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes])))
 
 
-def _top_folder(name: str) -> str:
-    return name.partition("/")[0].lower() if "/" in name else ""
+@functools.lru_cache(1 << 16)
+def _folder_split(folder: str, base: Path) -> str | None:
+    """The split that the names in a folder's path tell, as Hugging Face's imagefolder reads them; DataError for two."""
+    found: dict[str, str] = {}
+    for name in folder.split("/"):
+        told = {SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLITS}
+        if len(told) == 1:  # "train-test" tells none
+            found[told.pop()] = name
+    if len(found) > 1:
+        raise DataError(f"{base / folder} lies in the folders of two splits, {' and '.join(found.values())}; rename one of them")
+    return next(iter(found), None)
 
 
 def _suffix(name: str) -> str:

@@ -401,17 +401,37 @@ def test_links_out_of_the_folder_are_followed(tmp_path):
     ("train", "val", "test"), ("training", "valid", "testing"), ("Train", "dev", "eval"),
     ("TRAINING", "Validation", "Evaluation"),
 ])  # fmt: skip
-def test_top_level_folders_called_so_are_splits(tmp_path, train, val, test):
+def test_folders_called_so_are_splits(tmp_path, train, val, test):
     touch(tmp_path, f"{train}/1.jpg", f"{train}/deep/2.jpg", f"{val}/3.jpg", f"{test}/4.jpg")
     source = open_source("folder", tmp_path)
     assert {i.name[-5]: i.split for i in source.images} == {"1": "train", "2": "train", "3": "val", "4": "test"}
     assert source.reported() == "test" and source.select("dev") == source.select("val")
 
 
+@pytest.mark.parametrize("folder, split", [
+    ("images/train", "train"), ("data/Images/Validation/cats", "val"), ("test-2017", "test"), ("train_2017", "train"),
+    ("val.1", "val"), ("val2017", "val"), ("my test photos", "test"), ("a/2017-TEST/b", "test"), ("val/validation", "val"),
+    ("train-test-split/test", "test"), ("train_val", None), ("trains", None), ("contest", None), ("test.jpg_", "test"),
+])  # fmt: skip
+def test_a_folder_at_any_depth_tells_the_split_as_in_imagefolder(tmp_path, folder, split):
+    touch(tmp_path / "train", f"{folder}/1.jpg")  # the root's own name tells nothing
+    (image,) = open_source("folder", tmp_path / "train").images
+    assert image.split == (split or "train")
+    touch(tmp_path / "train", "other/2.jpg")
+    if split == "train":  # the split was told, not only the default
+        assert "other/2.jpg" in refusal("folder", tmp_path / "train")
+
+
+def test_a_path_through_folders_of_two_splits_is_refused_with_both(tmp_path):
+    touch(tmp_path, "images/test-2017/train/1.jpg")
+    told = refusal("folder", tmp_path)
+    assert "test-2017 and train" in told and "images/test-2017/train" in told and "rename" in told
+
+
 def test_images_outside_split_folders_are_train_unless_train_is_one(tmp_path):
     touch(tmp_path, "val/1.jpg", "cats/val/2.jpg", "3.jpg")
     source = open_source("folder", tmp_path)
-    assert {i.name: i.split for i in source.images} == {"3.jpg": "train", "cats/val/2.jpg": "train", "val/1.jpg": "val"}
+    assert {i.name: i.split for i in source.images} == {"3.jpg": "train", "cats/val/2.jpg": "val", "val/1.jpg": "val"}
     touch(tmp_path, "train/4.jpg")
     told = refusal("folder", tmp_path)
     assert "3.jpg" in told and str(tmp_path) in told and "train" in told
