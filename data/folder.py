@@ -125,14 +125,14 @@ def read(
                 raise DataError(f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one of them")
 
     if given_splits and (unchosen := [name for name in captions if name not in splits]):
-        notes.append(f"{len(unchosen):,} photographs are in none of Flickr_8k's files of splits and are left out: "
+        notes.append(f"{_photographs(len(unchosen), 'is', 'are')} in none of Flickr_8k's files of splits and left out: "
                      f"{_first(unchosen)}")  # fmt: skip
         captions = {name: of_photo for name, of_photo in captions.items() if name in splits}
     if captions_from == "txt":
         captions = _sidecar_captions(base, files, disk, captions)
     elif captions and not any(captions.values()) and (beside := _sidecars(files, disk)):
-        notes.append(f"{len(beside):,} photographs have a .txt beside them; train and evaluate read their captions with "
-                     "--captions-from txt")  # fmt: skip
+        notes.append(f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; train and evaluate read "
+                     "their captions with --captions-from txt")  # fmt: skip
 
     left_out = files.left_out(captions)
     if not captions:
@@ -173,6 +173,16 @@ def _stem(name: str) -> str:
 
 def _is(name: str, file: str) -> bool:
     return posixpath.basename(name).lower() == file.lower()
+
+
+def is_caption_list(name: str) -> bool:
+    """Whether a file of this name is read as one of Kaggle's or Flickr8k's, whatever photographs are beside it."""
+    return any(_is(name, each) for each in (KAGGLE, FLICKR8K, *FLICKR8K_SPLITS.values()))
+
+
+def _photographs(count: int, *verbs: str) -> str:
+    """The count with the noun, and the verb for one or that for several."""
+    return f"{count:,} photograph{'' if count == 1 else 's'}" + (f" {verbs[count != 1]}" if verbs else "")
 
 
 def _first(names: Sequence[str]) -> str:
@@ -340,7 +350,7 @@ def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> l
         folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
         mend = "unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it" if _is(file.name, FLICKR8K) else (
             "put Images/ beside the file")  # fmt: skip
-        raise DataError(f"{file} names {len({row.names for row in listed}):,} photographs, none of them is in {base} "
+        raise DataError(f"{file} names {_photographs(len({row.names for row in listed}))}, none of them is in {base} "
                         f"({folders}); {mend}")  # fmt: skip
     rows, broken = [], []
     for row, name in zip(listed, found, strict=True):
