@@ -134,6 +134,11 @@ def read(
         notes.append(f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; train and evaluate read "
                      "their captions with --captions-from txt")  # fmt: skip
 
+    if not all(captions.values()) and (unread := _unread(base, files, caption_files)):
+        what = "may hold captions and are" if len(unread) > 1 else "may hold captions and is"
+        notes.append(f"{len(unread):,} file{'s' if len(unread) > 1 else ''} {what} not read: {_first(unread)}; read are "
+                     "metadata.jsonl, metadata.csv, captions.txt and Flickr8k.token.txt")  # fmt: skip
+
     left_out = files.left_out(captions)
     if not captions:
         raise DataError(f"{dataset} has no images in {base} ({left_out or 'no file that is one'}); check the path")
@@ -249,7 +254,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
     if not text.strip():
         raise DataError(f"{file} is empty; write its rows, or take it away")
     if file.suffix == ".csv":
-        yield from _csv_rows(file, text, "file_name")
+        yield from _csv_rows(file, io.StringIO(text, newline=""), "file_name")
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -266,12 +271,39 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
         yield f"{file}, line {number}", columns
 
 
-def _csv_rows(file: Path, text: str, needed: str) -> Iterator[tuple[str, dict]]:
-    """The rows of CSV text, columns in small letters; DataError where `needed` is not among them."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _header(line: str, separator: str) -> list[str]:
+    return [column.strip().strip('"').strip().lower() for column in line.split(separator)]
+
+
+def _refuse_separator(file: Path, header: str, *needed: str) -> None:
+    """DataError where the first line has the columns that are needed, by another separator than a comma."""
+    for sign in (";", "\t", "|"):
+        if {*needed} <= {*_header(header, sign)}:
+            name = "a tab" if sign == "\t" else repr(sign)
+            raise DataError(f"{file}: its columns are separated by {name}, this reads commas; save it with commas")
+
+
+def _quoted(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of the CSV columns image and caption, with quotes around captions that have commas and no quotes: there all after
+    the first comma is the caption."""
+    inside = False  # a quoted caption of several lines
+    for line in lines:
+        name, _, caption = line.partition(",")
+        if inside or name.startswith('"') or caption.startswith('"'):
+            inside ^= line.count('"') % 2 == 1
+        elif "," in caption:
+            caption = caption.rstrip("\r\n").replace('"', '""')
+            line = f'{name},"{caption}"\n'
+        yield line
+
+
+def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[str, dict]]:
+    """The rows of CSV, columns in small letters; DataError where `needed` is not among them."""
+    reader = csv.DictReader(lines, strict=True)
     try:
         columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
         if needed not in columns:
+            _refuse_separator(file, ",".join(columns), needed)
             raise DataError(f"{file}: {_lacks(needed, columns)}")
         for column, count in Counter(columns).items():
             if column and count > 1:
@@ -307,12 +339,15 @@ def _caption_lists(base: Path, others: Iterable[str], notes: list[str]) -> Itera
         if _is(name, KAGGLE):
             file = base / name
             text = read_text(file)
-            header = [column.strip().lower() for column in text.partition("\n")[0].split(",")]
+            first = text.partition("\n")[0]
+            header = _header(first, ",")
             if not {"image", "caption"} <= {*header}:
-                notes.append(f"{file} is not read: its first line is {text.partition(chr(10))[0][:60]!r}, not image,caption")
+                _refuse_separator(file, first, "image", "caption")
+                notes.append(f"{file} is not read: its first line is {first[:60]!r}, not image,caption")
                 continue
             listed = []
-            for where, row in _csv_rows(file, text, "image"):
+            lines = io.StringIO(text, newline="")
+            for where, row in _csv_rows(file, _quoted(lines) if header == ["image", "caption"] else lines, "image"):
                 caption = check_caption(row["caption"] or "", where)
                 listed.append(Row(file, where, (check_name(row["image"].strip(), where),), (caption,) if caption else ()))
             yield file, listed
@@ -386,6 +421,16 @@ def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[
 
 
 # ------------------------------------------------------------------------------------------- captions beside photographs
+
+
+def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
+    """Files that by their names may hold captions, besides those that were read."""
+    stems = {loose(_stem(name)) for name in files.photographs}
+    return [
+        name for name in files.others
+        if (_suffix(name) in (*CAPTION_SUFFIXES, ".tsv", ".token") or (_suffix(name) == ".caption" and loose(_stem(name)) in stems))
+        and not _is(name, FLICKR8K) and base / name not in read
+    ]  # fmt: skip
 
 
 def _sidecars(files: Files, disk: Listing) -> dict[str, str]:

@@ -145,6 +145,8 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         ) from error
     except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if "MAX_TEXT" in reason or "text chunks" in reason:
+            reason = "the text or colour profile in the PNG is of more than 64 MB; save it without metadata"
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
