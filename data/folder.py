@@ -164,7 +164,7 @@ def _folder_split(folder: str, base: Path) -> str | None:
         if len(told) == 1:  # "train-test" tells none
             found[told.pop()] = name
     if len(found) > 1:
-        raise DataError(f"{base / folder} lies in the folders of two splits, {' and '.join(found.values())}; rename one of them")
+        raise DataError(f"{base / folder} lies in folders of two splits, {' and '.join(found.values())}; rename one of them")
     return next(iter(found), None)
 
 
@@ -426,11 +426,13 @@ def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[
 def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
     """Files that by their names may hold captions, besides those that were read."""
     stems = {loose(_stem(name)) for name in files.photographs}
-    return [
-        name for name in files.others
-        if (_suffix(name) in (*CAPTION_SUFFIXES, ".tsv", ".token") or (_suffix(name) == ".caption" and loose(_stem(name)) in stems))
-        and not _is(name, FLICKR8K) and base / name not in read
-    ]  # fmt: skip
+    found = []
+    for name in files.others:
+        suffix, beside = _suffix(name), loose(_stem(name)) in stems
+        by_name = suffix == ".caption" if beside else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
+        if by_name and base / name not in read:
+            found.append(name)
+    return found
 
 
 def _sidecars(files: Files, disk: Listing) -> dict[str, str]:

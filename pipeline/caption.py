@@ -108,9 +108,10 @@ class Texts:
                 self.failed.append(f"{path}: {error.strerror or error}")
 
     def report(self) -> None:
-        stays = f"; {self.kept:,} {'photograph has' if self.kept == 1 else 'photographs have'} one already" if self.kept else ""
+        have = "photograph has" if self.kept == 1 else "photographs have"
+        stays = f"; {self.kept:,} {have} one already, which stays as it is" if self.kept else ""
         files = "file" if len(self.written) == 1 else "files"
-        say(f"{len(self.written):,} .txt {files} written beside the photographs{stays}{', which stays as it is' if stays else ''}")
+        say(f"{len(self.written):,} .txt {files} written beside the photographs{stays}")
         for line in [*self.not_written, *self.failed]:
             say(f".txt not written: {line}")
 
