@@ -25,6 +25,7 @@ from data.sample import draw_sample
 from data.sources import image_id, open_source
 from models.grid import Regions
 from pipeline import caption, evaluate, extract, train
+from pipeline.cli import UserError
 from pipeline.decoding import load_captioner
 
 SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
@@ -348,6 +349,23 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
     assert "0 .txt files written beside the photographs; 3 photographs" in works(caption.main, *common)
     assert "left out" not in output  # sidecars are not counted
     assert "--write-txt" in refused(caption.main, tmp_path, "--checkpoint", world / "run", "--prefix", "sks")
+
+
+def test_extract_takes_the_option_captions_from_as_train_does(tmp_path):
+    shown = works(extract.main, "--help")
+    assert "--captions-from [auto|txt]" in shown
+    (tmp_path / "a.jpg").touch()
+    config = extract.ExtractConfig(dataset="folder", root=tmp_path, captions_from="txt")
+    with pytest.raises(DataError, match=r"no photograph in .* has a \.txt"):
+        extract.open_photographs(config)
+    (tmp_path / "a.txt").write_text("a dog")
+    assert extract.open_photographs(config).images[0].captions == ("a dog",)
+
+
+def test_evaluate_of_one_photograph_names_the_split_to_pass(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match=r"split 'dev' has no images.*pass --split train"):
+        evaluate.choose_split(open_source("folder", tmp_path), None)
 
 
 def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, capsys):
