@@ -385,7 +385,7 @@ def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> l
         folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
         mend = "unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it" if _is(file.name, FLICKR8K) else (
             "put Images/ beside the file")  # fmt: skip
-        raise DataError(f"{file} names {_photographs(len({row.names for row in listed}))}, none of them is in {base} "
+        raise DataError(f"{file} names {_photographs(len({row.names for row in listed}))}, none of which is in {base} "
                         f"({folders}); {mend}")  # fmt: skip
     rows, broken = [], []
     for row, name in zip(listed, found, strict=True):
