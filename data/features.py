@@ -69,7 +69,8 @@ class Unreadable(NamedTuple):
 def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever sees half of a file.
     sync: not before it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    begin = path.name.encode(errors="ignore")[:100].decode(errors="ignore")  # a name has at most 255 bytes
+    temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         if sync:

@@ -2,7 +2,8 @@
 
     root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are left out; the order is
                                         that of the relative path
-    root/train/ validation/ test/       splits, where top-level folders have a name of `data.sources.SPLITS`
+    **/train/ validation/ test-2017/    splits, where a folder at any depth has one name of `data.sources.SPLITS` in its own,
+                                        between blanks, digits, dots, dashes or underscores
     **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named relative to its own folder
     **/captions.txt                     Kaggle's: CSV with the columns image and caption
     **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where Flickr_8k.trainImages.txt,
@@ -19,10 +20,12 @@ called train; beside photographs called train that is a DataError.
 """
 
 import csv
+import functools
 import io
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,7 +104,7 @@ def read(
     base = images or root
     files, disk = list_files(base), Listing(base)
     captions: dict[str, list[str]] = {name: [] for name in files.photographs}
-    splits = {name: SPLITS[top] for name in files.photographs if (top := _top_folder(name)) in SPLITS}
+    splits = {name: split for name in files.photographs if (split := _folder_split(posixpath.dirname(name), base))}
 
     caption_files, rows, notes = _metadata(base, files.others)
     given_splits = False
@@ -116,20 +119,25 @@ def read(
         known = captions.setdefault(name, [])
         known += [each for each in row.captions if first_file.setdefault((name, each), row.file) == row.file]
         named = [row.split] if row.split else []
-        named += [SPLITS[_top_folder(name)]] if _top_folder(name) in SPLITS else []
+        named += filter(None, [_folder_split(posixpath.dirname(name), base)])
         for split in named:
             if splits.setdefault(name, split) != split:
                 raise DataError(f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one of them")
 
     if given_splits and (unchosen := [name for name in captions if name not in splits]):
-        notes.append(f"{len(unchosen):,} photographs are in none of Flickr_8k's files of splits and are left out: "
+        notes.append(f"{_photographs(len(unchosen), 'is', 'are')} in none of Flickr_8k's files of splits and left out: "
                      f"{_first(unchosen)}")  # fmt: skip
         captions = {name: of_photo for name, of_photo in captions.items() if name in splits}
     if captions_from == "txt":
         captions = _sidecar_captions(base, files, disk, captions)
     elif captions and not any(captions.values()) and (beside := _sidecars(files, disk)):
-        notes.append(f"{len(beside):,} photographs have a .txt beside them; train and evaluate read their captions with "
-                     "--captions-from txt")  # fmt: skip
+        notes.append(f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; train and evaluate read "
+                     "their captions with --captions-from txt")  # fmt: skip
+
+    if not all(captions.values()) and (unread := _unread(base, files, caption_files)):
+        what = "may hold captions and are" if len(unread) > 1 else "may hold captions and is"
+        notes.append(f"{len(unread):,} file{'s' if len(unread) > 1 else ''} {what} not read: {_first(unread)}; read are "
+                     "metadata.jsonl, metadata.csv, captions.txt and Flickr8k.token.txt")  # fmt: skip
 
     left_out = files.left_out(captions)
     if not captions:
@@ -147,8 +155,17 @@ def read(
     return Source(dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes])))
 
 
-def _top_folder(name: str) -> str:
-    return name.partition("/")[0].lower() if "/" in name else ""
+@functools.lru_cache(1 << 16)
+def _folder_split(folder: str, base: Path) -> str | None:
+    """The split that the names in a folder's path tell, as Hugging Face's imagefolder reads them; DataError for two."""
+    found: dict[str, str] = {}
+    for name in folder.split("/"):
+        told = {SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLITS}
+        if len(told) == 1:  # "train-test" tells none
+            found[told.pop()] = name
+    if len(found) > 1:
+        raise DataError(f"{base / folder} lies in folders of two splits, {' and '.join(found.values())}; rename one of them")
+    return next(iter(found), None)
 
 
 def _suffix(name: str) -> str:
@@ -161,6 +178,16 @@ def _stem(name: str) -> str:
 
 def _is(name: str, file: str) -> bool:
     return posixpath.basename(name).lower() == file.lower()
+
+
+def is_caption_list(name: str) -> bool:
+    """Whether a file of this name is read as one of Kaggle's or Flickr8k's, whatever photographs are beside it."""
+    return any(_is(name, each) for each in (KAGGLE, FLICKR8K, *FLICKR8K_SPLITS.values()))
+
+
+def _photographs(count: int, *verbs: str) -> str:
+    """The count with the noun, and the verb for one or that for several."""
+    return f"{count:,} photograph{'' if count == 1 else 's'}" + (f" {verbs[count != 1]}" if verbs else "")
 
 
 def _first(names: Sequence[str]) -> str:
@@ -227,7 +254,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
     if not text.strip():
         raise DataError(f"{file} is empty; write its rows, or take it away")
     if file.suffix == ".csv":
-        yield from _csv_rows(file, text, "file_name")
+        yield from _csv_rows(file, io.StringIO(text, newline=""), "file_name")
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -244,12 +271,39 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
         yield f"{file}, line {number}", columns
 
 
-def _csv_rows(file: Path, text: str, needed: str) -> Iterator[tuple[str, dict]]:
-    """The rows of CSV text, columns in small letters; DataError where `needed` is not among them."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _header(line: str, separator: str) -> list[str]:
+    return [column.strip().strip('"').strip().lower() for column in line.split(separator)]
+
+
+def _refuse_separator(file: Path, header: str, *needed: str) -> None:
+    """DataError where the first line has the columns that are needed, by another separator than a comma."""
+    for sign in (";", "\t", "|"):
+        if {*needed} <= {*_header(header, sign)}:
+            name = "a tab" if sign == "\t" else repr(sign)
+            raise DataError(f"{file}: its columns are separated by {name}, this reads commas; save it with commas")
+
+
+def _quoted(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of the CSV columns image and caption, with quotes around captions that have commas and no quotes: there all after
+    the first comma is the caption."""
+    inside = False  # a quoted caption of several lines
+    for line in lines:
+        name, _, caption = line.partition(",")
+        if inside or name.startswith('"') or caption.startswith('"'):
+            inside ^= line.count('"') % 2 == 1
+        elif "," in caption:
+            caption = caption.rstrip("\r\n").replace('"', '""')
+            line = f'{name},"{caption}"\n'
+        yield line
+
+
+def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[str, dict]]:
+    """The rows of CSV, columns in small letters; DataError where `needed` is not among them."""
+    reader = csv.DictReader(lines, strict=True)
     try:
         columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
         if needed not in columns:
+            _refuse_separator(file, ",".join(columns), needed)
             raise DataError(f"{file}: {_lacks(needed, columns)}")
         for column, count in Counter(columns).items():
             if column and count > 1:
@@ -285,12 +339,15 @@ def _caption_lists(base: Path, others: Iterable[str], notes: list[str]) -> Itera
         if _is(name, KAGGLE):
             file = base / name
             text = read_text(file)
-            header = [column.strip().lower() for column in text.partition("\n")[0].split(",")]
+            first = text.partition("\n")[0]
+            header = _header(first, ",")
             if not {"image", "caption"} <= {*header}:
-                notes.append(f"{file} is not read: its first line is {text.partition(chr(10))[0][:60]!r}, not image,caption")
+                _refuse_separator(file, first, "image", "caption")
+                notes.append(f"{file} is not read: its first line is {first[:60]!r}, not image,caption")
                 continue
             listed = []
-            for where, row in _csv_rows(file, text, "image"):
+            lines = io.StringIO(text, newline="")
+            for where, row in _csv_rows(file, _quoted(lines) if header == ["image", "caption"] else lines, "image"):
                 caption = check_caption(row["caption"] or "", where)
                 listed.append(Row(file, where, (check_name(row["image"].strip(), where),), (caption,) if caption else ()))
             yield file, listed
@@ -328,7 +385,7 @@ def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> l
         folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
         mend = "unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it" if _is(file.name, FLICKR8K) else (
             "put Images/ beside the file")  # fmt: skip
-        raise DataError(f"{file} names {len({row.names for row in listed}):,} photographs, none of them is in {base} "
+        raise DataError(f"{file} names {_photographs(len({row.names for row in listed}))}, none of which is in {base} "
                         f"({folders}); {mend}")  # fmt: skip
     rows, broken = [], []
     for row, name in zip(listed, found, strict=True):
@@ -364,6 +421,18 @@ def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[
 
 
 # ------------------------------------------------------------------------------------------- captions beside photographs
+
+
+def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
+    """Files that by their names may hold captions, besides those that were read."""
+    stems = {loose(_stem(name)) for name in files.photographs}
+    found = []
+    for name in files.others:
+        suffix, beside = _suffix(name), loose(_stem(name)) in stems
+        by_name = suffix == ".caption" if beside else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
+        if by_name and base / name not in read:
+            found.append(name)
+    return found
 
 
 def _sidecars(files: Files, disk: Listing) -> dict[str, str]:

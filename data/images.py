@@ -145,6 +145,8 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         ) from error
     except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if "MAX_TEXT" in reason or "text chunks" in reason:
+            reason = "the text or colour profile in the PNG is of more than 64 MB; save it without metadata"
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
@@ -227,22 +229,26 @@ def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
 
 
 def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
-    """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits: 16 bits by 257; 32 bits, whole
-    or real, by the range that the values lie in: 0..1 (real), 0..255, 0..65535, else from their least to their greatest."""
+    """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits.
+
+    16 bits are divided by 257, or where all values are below 4096 scaled from 8, 10 or 12 bits. 32 bits, whole or real, are
+    scaled from their least to their greatest value. Those that fill a usual range stay in it: 0..1 (real) or 0..255, where
+    the greatest value is in the upper half.
+    """
     values = np.asarray(photo)
     found = values.astype(np.float64)
-    if photo.mode.startswith("I;16") or kind in ("PNG", "PPM"):  # the two have 16 bits at most
+    least, greatest = float(found.min()), float(found.max())
+    if kind == "PPM":  # Pillow scales it to 16 bits by the range that the file names
         found = found / 257
+    elif photo.mode.startswith("I;16") or kind == "PNG":  # 16 bits at most
+        found = found * (255 / next((top for top in (255, 1023, 4095) if greatest <= top), 65535))
     elif not np.isfinite(found).all():
         raise UnreadableImage("it has values that are infinite or no numbers (NaN)")
     else:
-        least, greatest = float(found.min()), float(found.max())
-        if least < 0 or greatest > 65535:
-            found = (found - least) * (255 / ((greatest - least) or 1))
-        elif greatest > 255:
-            found = found / 257
-        elif photo.mode == "F" and greatest <= 1:
+        if photo.mode == "F" and least >= 0 and (0.5 <= greatest <= 1 or least == greatest <= 1):
             found = found * 255
+        elif least < greatest and not (least >= 0 and 128 <= greatest <= 255):
+            found = (found - least) * (255 / (greatest - least))
         found = np.rint(found)
     pixels = found.clip(0, 255).astype(np.uint8)
     if isinstance(transparent := photo.info.get("transparency"), int):

@@ -302,6 +302,10 @@ def on_disk(wanted: Sequence[Sequence[str]], disk: Listing) -> list[str | None]:
 
 def read_text(file: Path) -> str:
     """The text of a caption file: UTF-8, with or without a byte order mark; else DataError."""
+    with open(file, "rb") as opened:
+        start = opened.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:  # a byte order mark, or a letter of two bytes
+        raise DataError(f"{file} is UTF-16; save it as UTF-8")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

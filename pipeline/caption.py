@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.features import iterate, write_whole
-from data.folder import list_files
+from data.folder import is_caption_list, list_files
 from data.sources import check_name, image_id
 from pipeline.backbone import MAX_PIXELS_HELP
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -62,7 +62,7 @@ def main(config: CaptionConfig) -> None:
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
-    records, unreadable, texts = [], [], {True: 0, False: 0}
+    records, unreadable, texts = [], [], Texts(config.prefix)
     with by_option(), progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
         for number, chosen in enumerate(iterate(photos, config.batch)):
             paths = [photo.path for photo in chosen]
@@ -73,25 +73,47 @@ def main(config: CaptionConfig) -> None:
                 else:
                     records.append(tell(photo, captions, config.nbest is not None))
                     if config.write_txt:
-                        texts[write_text(photo.path, captions[0].text, config.prefix)] += 1
+                        texts.write(photo.path, captions[0].text)
             bar.step(len(chosen))
     if config.write_txt:
-        say_written(texts[True], texts[False])
+        texts.report()
     report(config, records, unreadable)
+    if texts.failed:
+        raise UserError(f"{len(texts.failed):,} .txt could not be written: {'; '.join(texts.failed[:5])}; all else is done")
 
 
-def write_text(photograph: Path, caption: str, prefix: str) -> bool:
-    """Write the caption beside a photograph, on one line; False where a .txt of its name is there, which is left alone."""
-    path = photograph.with_suffix(".txt")
-    if os.path.lexists(path):
-        return False
-    write_whole(path, " ".join([*prefix.split(), caption]) + "\n")
-    return True
+class Texts:
+    """The .txt files beside photographs: what was written and what was not, and why."""
 
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.kept = prefix.split(), 0
+        self.written: dict[Path, Path] = {}  # the photograph of each .txt
+        self.not_written: list[str] = []
+        self.failed: list[str] = []
 
-def say_written(written: int, kept: int) -> None:
-    stays = f"; {kept:,} photographs have one already, which stays as it is" if kept else ""
-    say(f"{written:,} .txt files written beside the photographs{stays}")
+    def write(self, photograph: Path, caption: str) -> None:
+        """Write the caption on one line. A .txt that is there stays as it is, and a failure does not end the run."""
+        path = photograph.with_suffix(".txt")
+        if other := self.written.get(path):
+            self.not_written.append(f"{photograph}: its .txt would be that of {other}; rename one of the two")
+        elif os.path.lexists(path):
+            self.kept += 1
+        elif is_caption_list(path.name):
+            self.not_written.append(f"{photograph}: {path.name} is the name of a file of captions; rename the photograph")
+        else:
+            try:
+                write_whole(path, " ".join([*self.prefix, caption]) + "\n")
+                self.written[path] = photograph
+            except OSError as error:
+                self.failed.append(f"{path}: {error.strerror or error}")
+
+    def report(self) -> None:
+        have = "photograph has" if self.kept == 1 else "photographs have"
+        stays = f"; {self.kept:,} {have} one already, which stays as it is" if self.kept else ""
+        files = "file" if len(self.written) == 1 else "files"
+        say(f"{len(self.written):,} .txt {files} written beside the photographs{stays}")
+        for line in [*self.not_written, *self.failed]:
+            say(f".txt not written: {line}")
 
 
 def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:

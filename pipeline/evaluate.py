@@ -313,6 +313,10 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
     if split == "all" and checkpoint.trained_on == source.digest:
         split = "dev"
     if split in ("dev", "all"):
+        try:
+            source.select(split)
+        except DataError as error:  # one photograph, which is train
+            raise UserError(f"{error}; to score what was trained on, pass --split train") from error
         say(f"{source.root} names no test or val: scoring {split}; dev is what pipeline.train keeps from training")
     return split
 

@@ -16,7 +16,7 @@ import torchvision
 from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
 from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
-from data.sources import DATASETS, Image, Listing, Source, open_source
+from data.sources import CAPTIONS_FROM, DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
 from pipeline.backbone import MAX_PIXELS_HELP, SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -36,6 +36,7 @@ class ExtractConfig:
     root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample, drawn if absent]")
     annotations: Path | None = setting(None, "caption file, where the layout does not name it")
     images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
+    captions_from: str = setting("auto", "as of pipeline.train, which reads the captions", choices=CAPTIONS_FROM)
     split: str = setting("all", "which part", choices=("train", "dev", "val", "test", "all"))
     backbone: str | None = setting(None, "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]")
     backbone_arg: tuple[str, ...] = setting((), "KEY=VALUE for timm's create_model, any number of times")
@@ -160,7 +161,7 @@ def open_photographs(config: ExtractConfig) -> Source:
     if config.dataset == "sample" and root is None:
         root = SAMPLE_ROOT
         say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset folder --root PHOTOGRAPHS")
-    source = open_source(config.dataset, root, config.annotations, config.images)
+    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
     for note in source.notes:
         say(note)
     return source

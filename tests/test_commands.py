@@ -25,6 +25,7 @@ from data.sample import draw_sample
 from data.sources import image_id, open_source
 from models.grid import Regions
 from pipeline import caption, evaluate, extract, train
+from pipeline.cli import UserError
 from pipeline.decoding import load_captioner
 
 SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
@@ -336,7 +337,7 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     common = [tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json"]
     output = works(caption.main, *common, "--prefix", "sks,\n")
-    assert "2 .txt files written beside the photographs; 1 photographs have one already" in output
+    assert "2 .txt files written beside the photographs; 1 photograph has one already, which stays as it is" in output
     captions = {each["file_name"]: each["caption"] for each in json.loads((tmp_path / "out.json").read_text())}
     assert len(captions) == 3
     written = {name: (tmp_path / name).with_suffix(".txt").read_text() for name in ("a.jpg", "sub/b.jpg")}
@@ -348,6 +349,60 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
     assert "0 .txt files written beside the photographs; 3 photographs" in works(caption.main, *common)
     assert "left out" not in output  # sidecars are not counted
     assert "--write-txt" in refused(caption.main, tmp_path, "--checkpoint", world / "run", "--prefix", "sks")
+
+
+def test_extract_takes_the_option_captions_from_as_train_does(tmp_path):
+    shown = works(extract.main, "--help")
+    assert "--captions-from [auto|txt]" in shown
+    (tmp_path / "a.jpg").touch()
+    config = extract.ExtractConfig(dataset="folder", root=tmp_path, captions_from="txt")
+    with pytest.raises(DataError, match=r"no photograph in .* has a \.txt"):
+        extract.open_photographs(config)
+    (tmp_path / "a.txt").write_text("a dog")
+    assert extract.open_photographs(config).images[0].captions == ("a dog",)
+
+
+def test_evaluate_of_one_photograph_names_the_split_to_pass(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match=r"split 'dev' has no images.*pass --split train"):
+        evaluate.choose_split(open_source("folder", tmp_path), None)
+
+
+def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, capsys):
+    texts = caption.Texts("sks,")
+    names = "x/a.jpg", "x/a.png", "x/Captions.jpg", "flickr8k.token.png", "x/metadata.jpg", "gone/b.jpg", "kept.jpg", "c.jpg"
+    for name in names:
+        if "gone" not in name:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name == "kept.jpg":
+            (tmp_path / "kept.txt").write_text("mine")
+        texts.write(tmp_path / name, "a dog")
+    texts.report()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "3 .txt files written beside the photographs; 1 photograph has one already" in told
+    for name, why in (("x/a.png", f"its .txt would be that of {tmp_path}/x/a.jpg"), ("x/Captions.jpg", "a file of captions"),
+                      ("flickr8k.token.png", "a file of captions"), ("gone/b.txt", "No such file")):  # fmt: skip
+        assert f".txt not written: {tmp_path}/{name}: " in told and why in told
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["a.txt", "c.txt", "kept.txt", "metadata.txt"]
+    assert (tmp_path / "x/a.txt").read_text() == "sks, a dog\n" and len(texts.failed) == 1
+
+
+def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(world, tmp_path, monkeypatch):
+    (photo,) = photos(world, 1)
+    long = "n" * 230 + ".jpg"
+    for name in ("a.jpg", long):
+        shutil.copy(photo, tmp_path / name)
+    write_whole = caption.write_whole
+
+    def full(path, text):
+        if path.name == "a.txt":
+            raise OSError(28, "No space left on device")
+        write_whole(path, text)
+
+    monkeypatch.setattr(caption, "write_whole", full)
+    told = refused(caption.main, tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json")
+    assert f"1 .txt could not be written: {tmp_path}/a.txt: No space left on device" in told
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 2 and (tmp_path / long).with_suffix(".txt").exists()
 
 
 def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(world, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import DataError, shards
-from data.features import FeatureCache, Rows, Unreadable, shard_paths
+from data.features import FeatureCache, Rows, Unreadable, shard_paths, write_whole, written_whole
 from data.shards import plan_shards, write_index, write_shard
 from data.sources import Image
 
@@ -272,3 +272,13 @@ def test_a_shard_of_another_identity_in_the_folder_is_an_error_field_by_field(ca
         file.attrs["identity"] = json.dumps({**IDENTITY, "backbone": "other"})
     with pytest.raises(DataError, match=r"shard-00002.h5 .*backbone: other, not planted"):
         FeatureCache(cache)
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".txt", "é" * 125 + ".txt", "写" * 83 + ".txt", "a.txt"])
+def test_a_file_of_any_legal_name_is_written_whole(tmp_path, name):
+    write_whole(tmp_path / name, "one")
+    with written_whole(tmp_path / name) as temporary:
+        temporary.write_text("two")
+        assert temporary.name.startswith(".") and temporary.suffix == ".tmp"  # what sweeps look for
+        assert (tmp_path / name).read_text() == "one"
+    assert (tmp_path / name).read_text() == "two" and len(list(tmp_path.iterdir())) == 1

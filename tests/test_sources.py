@@ -401,17 +401,37 @@ def test_links_out_of_the_folder_are_followed(tmp_path):
     ("train", "val", "test"), ("training", "valid", "testing"), ("Train", "dev", "eval"),
     ("TRAINING", "Validation", "Evaluation"),
 ])  # fmt: skip
-def test_top_level_folders_called_so_are_splits(tmp_path, train, val, test):
+def test_folders_called_so_are_splits(tmp_path, train, val, test):
     touch(tmp_path, f"{train}/1.jpg", f"{train}/deep/2.jpg", f"{val}/3.jpg", f"{test}/4.jpg")
     source = open_source("folder", tmp_path)
     assert {i.name[-5]: i.split for i in source.images} == {"1": "train", "2": "train", "3": "val", "4": "test"}
     assert source.reported() == "test" and source.select("dev") == source.select("val")
 
 
+@pytest.mark.parametrize("folder, split", [
+    ("images/train", "train"), ("data/Images/Validation/cats", "val"), ("test-2017", "test"), ("train_2017", "train"),
+    ("val.1", "val"), ("val2017", "val"), ("my test photos", "test"), ("a/2017-TEST/b", "test"), ("val/validation", "val"),
+    ("train-test-split/test", "test"), ("train_val", None), ("trains", None), ("contest", None), ("test.jpg_", "test"),
+])  # fmt: skip
+def test_a_folder_at_any_depth_tells_the_split_as_in_imagefolder(tmp_path, folder, split):
+    touch(tmp_path / "train", f"{folder}/1.jpg")  # the root's own name tells nothing
+    (image,) = open_source("folder", tmp_path / "train").images
+    assert image.split == (split or "train")
+    touch(tmp_path / "train", "other/2.jpg")
+    if split == "train":  # the split was told, not only the default
+        assert "other/2.jpg" in refusal("folder", tmp_path / "train")
+
+
+def test_a_path_through_folders_of_two_splits_is_refused_with_both(tmp_path):
+    touch(tmp_path, "images/test-2017/train/1.jpg")
+    told = refusal("folder", tmp_path)
+    assert "test-2017 and train" in told and "images/test-2017/train" in told and "rename" in told
+
+
 def test_images_outside_split_folders_are_train_unless_train_is_one(tmp_path):
     touch(tmp_path, "val/1.jpg", "cats/val/2.jpg", "3.jpg")
     source = open_source("folder", tmp_path)
-    assert {i.name: i.split for i in source.images} == {"3.jpg": "train", "cats/val/2.jpg": "train", "val/1.jpg": "val"}
+    assert {i.name: i.split for i in source.images} == {"3.jpg": "train", "cats/val/2.jpg": "val", "val/1.jpg": "val"}
     touch(tmp_path, "train/4.jpg")
     told = refusal("folder", tmp_path)
     assert "3.jpg" in told and str(tmp_path) in told and "train" in told
@@ -561,7 +581,7 @@ def test_what_is_no_photograph_is_counted_by_suffix_and_captions_are_not_counted
     write(tmp_path / "captions.txt", "image,caption\na.jpg,one\n")
     write(tmp_path / "b/metadata.csv", "file_name,text\nc.png,two\n")
     files = "6 files left out: .heic 2, .mp4 1, .parquet 1, .txt 1, without suffix 1"
-    assert open_source("folder", tmp_path).notes == (files + "; pip install -e '.[heic]' reads .heic",)
+    assert open_source("folder", tmp_path).notes[0] == files + "; pip install -e '.[heic]' reads .heic"
 
 
 def test_a_file_that_metadata_names_is_an_image_whatever_its_suffix(tmp_path, monkeypatch):
@@ -588,6 +608,45 @@ def test_kaggles_captions_txt_names_photographs_beside_it(tmp_path, photos, belo
     }  # fmt: skip
     assert source.missing == source.notes == () and source.annotations == tmp_path / below / "captions.txt"
     assert all(i.path.is_file() and i.path == tmp_path / i.name for i in source.images)
+
+
+@pytest.mark.parametrize("line, caption", [
+    ("a.jpg,A dog, a cat, and a ball .", "A dog, a cat, and a ball ."), ('a.jpg,A "red, hot" dog', 'A "red, hot" dog'),
+    ('a.jpg,"A dog, a cat"', "A dog, a cat"), ('a.jpg,"A ""big"" dog, a cat"', 'A "big" dog, a cat'),
+    ('a.jpg,"A dog,\nand, a cat"', "A dog,\nand, a cat"), ('"a.jpg",A dog', "A dog"), ('a.jpg,A 5" dog', 'A 5" dog'),
+    ("a.jpg,A dog,", "A dog,"),
+])  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_in_kaggles_captions_txt_all_after_the_first_comma_is_the_caption(tmp_path, line, caption, end):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "captions.txt").write_bytes(end.join(["image,caption", line, "b.jpg,Last, one", ""]).encode())
+    assert [i.captions for i in open_source("folder", tmp_path).images] == [(caption,), ("Last, one",)]
+
+
+@pytest.mark.parametrize("sign, said", [(";", "';'"), ("\t", "a tab"), ("|", "'|'")])
+@pytest.mark.parametrize("name, header", [("metadata.csv", "file_name,Text"), ("captions.txt", "image,caption"),
+                                          ("captions.txt", '"image", "caption"')])  # fmt: skip
+def test_columns_separated_by_another_sign_than_a_comma_are_refused_with_it(tmp_path, name, header, sign, said):
+    touch(tmp_path, "a.jpg")
+    write(tmp_path / name, header.replace(",", sign) + f"\na.jpg{sign}a dog, running\n")
+    told = refusal("folder", tmp_path)
+    assert f"separated by {said}, this reads commas" in told and str(tmp_path / name) in told
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["metadata.csv", "captions.txt", "metadata.jsonl"])
+def test_text_in_utf_16_is_refused_by_its_name(tmp_path, name, encoding):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / name).write_text("file_name,text\na.jpg,a dog\n", encoding=encoding)
+    assert f"{name} is UTF-16; save it as UTF-8" in refusal("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "captions.json", "deep/results_20130124.token", "a.caption", "Metadata.csv"])
+def test_a_file_of_captions_that_is_not_read_is_named_where_captions_are_missing(tmp_path, name):
+    touch(tmp_path, "a.jpg", "b.jpg", name)
+    assert f"1 file may hold captions and is not read: {name}; read are" in open_source("folder", tmp_path).notes[-1]
+    write(tmp_path / "metadata.jsonl", "\n".join(f'{{"file_name": "{n}.jpg", "text": "x"}}' for n in "ab"))
+    assert not any("not read" in note for note in open_source("folder", tmp_path).notes)
 
 
 def test_a_captions_txt_of_another_form_is_not_read_and_it_is_said(tmp_path):
@@ -634,7 +693,7 @@ def test_flickr8ks_files_of_splits_say_which_photographs_there_are(tmp_path):
 def test_flickr8k_without_its_photographs_names_their_folder(tmp_path):
     flickr8k(tmp_path, ["1.jpg"], photos="elsewhere")
     told = refusal("folder", tmp_path)
-    assert "Flicker8k_Dataset" in told and "Flickr8k_Dataset.zip" in told and "1 photographs" in told
+    assert "Flicker8k_Dataset" in told and "Flickr8k_Dataset.zip" in told and "1 photograph, none of which is" in told
 
 
 def test_a_token_file_line_that_is_wrong_is_named(tmp_path):
