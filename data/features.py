@@ -27,7 +27,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -130,10 +130,9 @@ def system_errors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def open_shard(path: Path, stream: BinaryIO | None = None) -> h5py.File:
+def open_shard(path: Path) -> h5py.File:
     """Open a shard to read, without a lock: a shard never changes after it was renamed.
 
-    stream: an open binary file to read the bytes from; None: the file at `path`.
     Raises DataError where the content is not a shard of this version, OSError where the file
     system does not let it be read.
     """
@@ -142,7 +141,7 @@ def open_shard(path: Path, stream: BinaryIO | None = None) -> h5py.File:
         advice = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
     try:
         with system_errors(path):
-            file = h5py.File(path if stream is None else stream, "r", locking=False)
+            file = h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
