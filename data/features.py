@@ -445,7 +445,15 @@ def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
         raise DataError(f"{path} only points to shards that are not beside it; copy the whole folder, or pack it")
     if (offset := data.id.get_offset()) is None:
         raise DataError(f"{path}: the rows of {data.name} are not contiguous, as extraction writes them")
-    return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
+    try:
+        return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+            raise
+        raise DataError(
+            f"{path}: its file system does not map files into memory ({os.strerror(error.errno)}), as reading rows needs; "
+            "copy the cache to a local disk"
+        ) from error
 
 
 def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

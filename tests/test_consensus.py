@@ -59,7 +59,7 @@ def test_frequencies_are_kept_with_a_run_and_read_back_the_same(tmp_path):
 
 def test_frequencies_of_one_image_are_refused_since_all_weights_are_0(tmp_path):
     Frequencies.count([[[BOS, 4, 5, EOS]]]).save(tmp_path)
-    with pytest.raises(UserError, match="--consensus.*trained on one image: all weights are 0"):
+    with pytest.raises(UserError, match=r"--consensus.*trained on one image: all weights are 0"):
         Frequencies.load(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import pickle
@@ -271,4 +272,14 @@ def test_a_shard_of_another_identity_in_the_folder_is_an_error_field_by_field(ca
     with h5py.File(cache / "shard-00002.h5", "r+") as file:
         file.attrs["identity"] = json.dumps({**IDENTITY, "backbone": "other"})
     with pytest.raises(DataError, match=r"shard-00002.h5 .*backbone: other, not planted"):
+        FeatureCache(cache)
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_memory_mapping_is_one_plain_error(cache, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no mapping")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=r"shard-00000.h5: .*copy the cache to a local disk"):
         FeatureCache(cache)

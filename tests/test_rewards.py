@@ -178,6 +178,6 @@ def test_padding_after_the_end_changes_no_reward():
 @pytest.mark.parametrize("spec", ["CIDEr", "BLEU-4,CIDEr:0.5"])
 def test_cider_of_one_training_image_is_refused_and_another_reward_is_not(spec):
     one = types.SimpleNamespace(images=TRAIN.images[:1], tokens=TRAIN.tokens[:1])
-    with pytest.raises(UserError, match="of one image all weights are 0.*BLEU-4"):
+    with pytest.raises(UserError, match=r"of one image all weights are 0.*BLEU-4"):
         Rewards(spec, one, VOCABULARY, CPU)
     assert Rewards("BLEU-4", one, VOCABULARY, CPU)([7], samples(VOCABULARY, SAID[:1], 9)).shape == (1, 2)
