@@ -112,7 +112,10 @@ def open_backbone(
     backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        tensors, prefix = backbone.without_prefix(read_weights(path))
+        read = read_weights(path)
+        tensors, prefix = backbone.without_prefix(read)
+        if others := [key for key in read if not key.startswith(prefix) and key != "n_averaged" and key not in tensors]:
+            say(f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} ({len(others)} in all)")
         if prefix:
             say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
         left_out = backbone.load(tensors, f"--weights {path}")
