@@ -98,7 +98,7 @@ class Backbone(nn.Module):
             ends = {key[: -len(needed[0])] for key in own if key.endswith(f".{needed[0]}")} if needed else set()
             whole = sorted(prefix for prefix in ends if all(prefix + key in own for key in needed))
             if len(whole) > 1 and not all(key in own for key in needed):
-                raise ModelError(f"the backbone's weights stand under several prefixes ({', '.join(whole)}); save one by itself")
+                raise ModelError(f"its weights stand under several prefixes ({', '.join(whole)}); save one alone")
             if len(whole) == 1 and not all(key in own for key in needed):
                 prefix = whole[0]
                 return {key.removeprefix(prefix): own[key] for key in own if key.startswith(prefix)}, prefix
