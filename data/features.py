@@ -27,7 +27,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -131,10 +131,9 @@ def system_errors(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def open_shard(path: Path, stream: BinaryIO | None = None) -> h5py.File:
+def open_shard(path: Path) -> h5py.File:
     """Open a shard to read, without a lock: a shard never changes after it was renamed.
 
-    stream: an open binary file to read the bytes from; None: the file at `path`.
     Raises DataError where the content is not a shard of this version, OSError where the file
     system does not let it be read.
     """
@@ -143,7 +142,7 @@ def open_shard(path: Path, stream: BinaryIO | None = None) -> h5py.File:
         advice = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
     try:
         with system_errors(path):
-            file = h5py.File(path if stream is None else stream, "r", locking=False)
+            file = h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
@@ -447,7 +446,15 @@ def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
         raise DataError(f"{path} only points to shards that are not beside it; copy the whole folder, or pack it")
     if (offset := data.id.get_offset()) is None:
         raise DataError(f"{path}: the rows of {data.name} are not contiguous, as extraction writes them")
-    return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
+    try:
+        return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS):
+            raise
+        raise DataError(
+            f"{path}: its file system does not map files into memory ({os.strerror(error.errno)}), as reading rows needs; "
+            "copy the cache to a local disk"
+        ) from error
 
 
 def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

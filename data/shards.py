@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -423,43 +422,32 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
 # ------------------------------------------------------------------------------------------------------------- checking
 
 
-class _StoredBytes(io.FileIO):
-    """A file opened to read that remembers the first error of the file system."""
-
-    error: OSError | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        try:
-            return super().readinto(buffer)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        try:
-            return super().seek(position, whence)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-
 def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[str]:
     """What is wrong with a shard (or a packed file), a line each; empty where every row is as it was written.
 
     Only bytes that were read are judged. OSError where the file system does not let all of them
     be read, and NewerFormat for a file of a newer version: neither says that the shard is bad.
     """
-    with _StoredBytes(path) as stored:
-        problems = _problems(path, stored, identity)
-    if stored.error is not None:
-        number = stored.error.errno or errno.EIO
-        raise OSError(number, os.strerror(number), str(path))
+    problems = _problems(path, identity)
+    if problems:  # HDF5 does not tell every error of the file system from bad content
+        _read_through(path)
     return problems
 
 
-def _problems(path: Path, stored: _StoredBytes, identity: Mapping[str, Any] | None) -> list[str]:
+def _read_through(path: Path) -> None:
+    """Read all bytes of a file; OSError with its path where the file system does not give them."""
     try:
-        with open_shard(path, stored) as file:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as error:
+        number = error.errno or errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
+    try:
+        with open_shard(path) as file, system_errors(path):
             if file["features"].is_virtual:
                 return [f"{path} only points to shards; check the cache's folder"]
             rows = len(file["image_ids"])
@@ -487,4 +475,6 @@ def _problems(path: Path, stored: _StoredBytes, identity: Mapping[str, Any] | No
     except DataError as error:
         return [str(error)]
     except BROKEN as error:
+        if getattr(error, "errno", None):
+            raise
         return [f"{path} cannot be read as a shard: {error}"]

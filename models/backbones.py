@@ -93,6 +93,15 @@ class Backbone(nn.Module):
         shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False)))
         prefixes = ["".join(f"{part}." for part, _ in shared[:count]) for count in range(len(shared) + 1)]
         wanted = self.network.state_dict()
+        if not shared:  # other tensors may stand beside the backbone's
+            needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+            ends = {key[: -len(needed[0])] for key in own if key.endswith(f".{needed[0]}")} if needed else set()
+            whole = sorted(prefix for prefix in ends if all(prefix + key in own for key in needed))
+            if len(whole) > 1 and not all(key in own for key in needed):
+                raise ModelError(f"its weights stand under several prefixes ({', '.join(whole)}); save one alone")
+            if len(whole) == 1 and not all(key in own for key in needed):
+                prefix = whole[0]
+                return {key.removeprefix(prefix): own[key] for key in own if key.startswith(prefix)}, prefix
         best = max(prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in wanted for name in names))
         return {key.removeprefix(best): value for key, value in own.items()}, best
 

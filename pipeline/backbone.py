@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import socket
 import urllib.parse
@@ -47,6 +48,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save") from error
+        raise UserError(
+            f"--weights {path} is no plain state dict: it holds Python objects beside tensors, which are not loaded since they "
+            "can run code; save the weights by themselves: torch.save(model.state_dict(), FILE), or safetensors"
+        ) from error
     except Exception as error:  # torch.load raises whatever the broken file leads it into
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}") from error
@@ -69,6 +77,13 @@ def state_dicts(value: Any, name: str = "", depth: int = 4) -> Iterator[tuple[st
         return
     if all(isinstance(each, Tensor) for each in value.values()):
         yield name, dict(value)
+        return
+    if not any(isinstance(each, dict) for each in value.values()):
+        tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
+        if sum("." in key for key in tensors) > 1:  # names of weights, not one loss beside other numbers
+            others = [key for key in value if key not in tensors]
+            say(f"left out of {name or 'the weights'}, no tensors: {', '.join(others[:3])} ({len(others)} in all)")
+            yield name, tensors
         return
     for key, each in value.items():
         if "optim" not in key:
@@ -97,7 +112,10 @@ def open_backbone(
     backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid)
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        tensors, prefix = backbone.without_prefix(read_weights(path))
+        read = read_weights(path)
+        tensors, prefix = backbone.without_prefix(read)
+        if others := [key for key in read if not key.startswith(prefix) and key != "n_averaged" and key not in tensors]:
+            say(f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} ({len(others)} in all)")
         if prefix:
             say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
         left_out = backbone.load(tensors, f"--weights {path}")

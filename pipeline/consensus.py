@@ -76,6 +76,11 @@ class Frequencies:
         documents = int(tensors["documents"])
         if names.ndim != 1 or (np.diff(names.astype(object)) <= 0).any() or (counts < 1).any() or (counts > documents).any():
             raise UserError(f"{folder / NAME} holds no document frequencies; copy it again, or train again")
+        if documents < 2:
+            raise UserError(
+                f"--consensus: CIDEr weighs an n-gram by how few training images have it in their captions, and {folder} was "
+                "trained on one image: all weights are 0. Leave --consensus out, or train on more images"
+            )
         return cls(names, counts, documents)
 
 

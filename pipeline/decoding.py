@@ -21,7 +21,7 @@ from torch import nn
 
 from data.features import FeatureCache, iterate
 from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
-from data.tokens import tokenize
+from data.segmentation import segmented
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones import Backbone
@@ -204,7 +204,7 @@ def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bo
     ModelError where it must be known, and else left out, which is said."""
     found = []
     for phrase in phrases:
-        words = tokenize(phrase)
+        words = segmented(phrase, vocabulary.segment)
         ids = vocabulary.encode(words)
         unknown = [word for word in words if any(number <= UNK for number in vocabulary.encode([word]))]
         if words and not unknown:

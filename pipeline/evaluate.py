@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from data.features import FeatureCache, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
-from data.segmentation import SEGMENTS, segmented_all, without_blanks
+from data.segmentation import SEGMENTS, UNSPACED_RUN, segmented_all, without_blanks
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Source, check_captioned, open_source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.java import Meteor, NotComputed
@@ -158,6 +158,9 @@ def match(
     """The captions to score and their references, one set for files that caption the same images; the rest is counted."""
     if () not in opened:
         opened[()] = open_references(config)
+        if config.segment is None and any(map(UNSPACED_RUN.search, opened[()].vocabulary)):
+            captions_by_image = references_by_image(config)
+            warn_without_blanks(caption for group in captions_by_image.values() for caption in group)
     references = opened[()]
     if unknown := [image_id for image_id in captions if image_id not in references.rows]:
         if not config.ids:
@@ -198,8 +201,6 @@ def open_references(config: EvaluateConfig) -> References:
 
 def count_references(config: EvaluateConfig) -> References:
     captions = references_by_image(config)
-    if config.segment is None:
-        warn_without_blanks(caption for group in captions.values() for caption in group)
     return References(captions, frequencies=frequencies(config), segment=segment_of_file(config))
 
 

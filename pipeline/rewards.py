@@ -84,6 +84,11 @@ class Rewards:
 
     def __init__(self, spec: str, train: CaptionedImages, vocabulary: Vocabulary, device: torch.device) -> None:
         self.parts = parse_rewards(spec)
+        if len(train.images) < 2 and any(name == "CIDEr" for name, _ in self.parts):
+            raise UserError(
+                f"--reward {spec}: CIDEr weighs an n-gram by how few training images have it in their captions; of one image "
+                "all weights are 0. Train on more images, or pass another --reward, as BLEU-4"
+            )
         self.callables = {name: find_callable(name) for name, _ in self.parts if name not in BUILT_IN}
         self.vocabulary = vocabulary
         self.captions = {image.id: list(image.captions) for image in train.images}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import http.server
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,13 +202,39 @@ def test_a_file_without_one_clear_state_dict_is_refused(tmp_path, content, messa
         read_weights(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1), np.float64(0.5), Path("a")], ids=lambda each: type(each).__name__)
+def test_a_checkpoint_with_python_objects_is_refused_in_whole_sentences(tmp_path, beside):
+    torch.save({"state_dict": {"a.b": torch.ones(1)}, "hyper_parameters": {"x": beside}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"holds Python objects beside tensors.*torch.save.model.state_dict") as found:
+        read_weights(tmp_path / "w.pth")
+    assert "\x1b" not in str(found.value)
+
+
+def test_one_prefix_with_all_weights_is_taken_and_two_are_refused(tmp_path, capsys):
+    weights = timm.create_model("test_resnet", num_classes=0).state_dict()
+    one = {**{f"model.{key}": value for key, value in weights.items()}, "criterion.weight": torch.ones(1)}
+    backbone = open_backbone("test_resnet", save_weights(tmp_path, one, ".pth"), {})
+    assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+    assert "not under 'model.': criterion.weight (1 in all)" in capsys.readouterr().err
+    two = one | {f"teacher.{key}": value + 1 for key, value in weights.items()}
+    with pytest.raises(ModelError, match=r"several prefixes \(model., teacher.\)"):
+        open_backbone("test_resnet", save_weights(tmp_path, two, ".pth"), {})
+
+
+def test_what_is_no_tensor_beside_weights_is_left_out_and_said(tmp_path, capsys):
+    weights = {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}
+    torch.save({**weights, "epoch": 3}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth") == weights
+    assert "no tensors: epoch (1 in all)" in capsys.readouterr().err
+
+
 def test_a_weights_file_with_code_in_it_runs_none(tmp_path):
     class Hostile:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"conv": Hostile()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="neither safetensors nor a state dict"):
+    with pytest.raises(UserError, match="Python objects beside tensors"):
         read_weights(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 

@@ -57,6 +57,12 @@ def test_frequencies_are_kept_with_a_run_and_read_back_the_same(tmp_path):
     assert read.documents == 30 and (counted.counts > 1).all() and (np.diff(counted.names.astype(object)) > 0).all()
 
 
+def test_frequencies_of_one_image_are_refused_since_all_weights_are_0(tmp_path):
+    Frequencies.count([[[BOS, 4, 5, EOS]]]).save(tmp_path)
+    with pytest.raises(UserError, match=r"--consensus.*trained on one image: all weights are 0"):
+        Frequencies.load(tmp_path)
+
+
 def test_the_caption_taken_is_the_beam_of_the_highest_expected_cider(world):
     captioner, cache = load_captioner(world / "run", precision="fp32"), FeatureCache(world / "cache")
     regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:5].tolist())))

@@ -7,6 +7,8 @@ import threading
 import pytest
 import torch
 
+from data.segmentation import segmented
+from data.subwords import Subwords
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from models import ModelError
 from models.generation import Generation
@@ -51,6 +53,21 @@ def test_samples_follow_from_the_seed_and_the_batch():
     regions = some_regions(3)
     assert draws(regions, 1) == draws(regions, 1) != draws(regions, 2)
     assert Writer(draws.captioner, VOCABULARY, CPU, draws.options, seed=1)(regions, 1) != draws(regions, 1)
+
+
+@pytest.mark.parametrize("option", ["bad_words", "force_words"])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_phrases_of_a_run_by_characters_are_cut_as_its_captions_are(option, pieces):
+    captions = [segmented(text, "characters") for text in ("一只狗在草地上奔跑", "两只狗和iPhone 在桌上")]
+    if pieces:
+        pytest.importorskip("tokenizers")
+        vocabulary = Subwords.build(captions, 60, "characters")
+    else:
+        vocabulary = Vocabulary.build(captions, 1, "characters")
+    found = getattr(make_generation({}, vocabulary, {option: ("草地", "狗和iPhone")}), f"{option}_ids")
+    assert [vocabulary.decode(ids) for ids in found] == [vocabulary.decode(vocabulary.encode(words)) for words in
+                                                         (["草", "地"], ["狗", "和", "iphone"])]  # fmt: skip
+    assert pieces or [len(ids) for ids in found] == [2, 3]
 
 
 def test_options_mean_the_same_by_either_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import pickle
@@ -282,3 +283,13 @@ def test_a_file_of_any_legal_name_is_written_whole(tmp_path, name):
         assert temporary.name.startswith(".") and temporary.suffix == ".tmp"  # what sweeps look for
         assert (tmp_path / name).read_text() == "one"
     assert (tmp_path / name).read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_memory_mapping_is_one_plain_error(cache, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no mapping")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=r"shard-00000.h5: .*copy the cache to a local disk"):
+        FeatureCache(cache)

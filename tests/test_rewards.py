@@ -173,3 +173,11 @@ def test_padding_after_the_end_changes_no_reward():
     short, ids = samples(VOCABULARY, SAID, 9), list(CAPTIONS)
     padded = torch.cat([short, torch.full((3, 2, 4), PAD)], dim=2)
     torch.testing.assert_close(rewards(ids, short), rewards(ids, padded), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec", ["CIDEr", "BLEU-4,CIDEr:0.5"])
+def test_cider_of_one_training_image_is_refused_and_another_reward_is_not(spec):
+    one = types.SimpleNamespace(images=TRAIN.images[:1], tokens=TRAIN.tokens[:1])
+    with pytest.raises(UserError, match=r"of one image all weights are 0.*BLEU-4"):
+        Rewards(spec, one, VOCABULARY, CPU)
+    assert Rewards("BLEU-4", one, VOCABULARY, CPU)([7], samples(VOCABULARY, SAID[:1], 9)).shape == (1, 2)

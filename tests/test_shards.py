@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -377,6 +378,34 @@ def test_a_file_that_cannot_be_read_is_not_called_bad_and_nothing_is_put_aside(c
             step(cache)
         assert sorted(file.name for file in cache.iterdir()) == before
     assert other.read_bytes() == content
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_read_error_while_a_shard_is_checked_is_no_damage(cache, monkeypatch, at):  # noqa: F811
+    """HDF5 sees broken content from some byte on; a plain read then tells that the file system does not answer."""
+    path = cache / "shard-00001.h5"
+    content = path.read_bytes()
+    kept = len(content) * at // 8
+    path.write_bytes(content[:kept] + bytes(len(content) - kept))
+    assert verify_shard(path)  # bad, where all bytes can be read
+
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(shards, "open", lambda name, *_, **__: Failing(name), raising=False)
+    with pytest.raises(UserError, match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed"):
+        keeping.verify_cache(cache)
+
+
+def test_an_error_of_the_system_that_hdf5_reports_is_no_damage(cache, monkeypatch):  # noqa: F811
+    def fail(*_):
+        raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = 'Input/output error')")
+
+    monkeypatch.setattr(shards, "_tables_crc32", fail)
+    with pytest.raises(OSError, match=r"shard-00001\.h5") as found:
+        verify_shard(cache / "shard-00001.h5")
+    assert found.value.errno == errno.EIO
 
 
 def test_a_shard_of_a_newer_version_is_not_put_aside(cache):  # noqa: F811
