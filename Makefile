@@ -1,4 +1,5 @@
 # Two commands set everything up: `make demo` and `make test`. README.md has the same as plain commands.
+# `make fuzz` tries spoilt files and options for ten minutes and says how many of each kind; not part of the tests' gate.
 PYTHON ?= python3
 BIN := .venv/bin
 
