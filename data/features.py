@@ -170,13 +170,14 @@ def _attribute(file: h5py.File, name: str) -> Any:
 @contextlib.contextmanager
 def reading_shard(path: Path) -> Iterator[h5py.File]:
     """`open_shard` to read it whole; DataError where something in it is not what extraction writes."""
-    with open_shard(path) as file, system_errors(path):
+    with open_shard(path) as file:
         try:
-            yield file
+            with system_errors(path):
+                yield file
         except DataError:
             raise
         except BROKEN as error:
-            if getattr(error, "errno", None) or "errno = " in str(error):
+            if getattr(error, "errno", None):
                 raise
             raise DataError(
                 f"{path} is damaged ({error}); check it with pipeline.extract --verify, make it again "

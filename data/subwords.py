@@ -71,8 +71,7 @@ class Subwords(Vocabulary):
 
     def join(self, words: Sequence[str]) -> str:
         """Words from their pieces."""
-        text = " ".join("".join(words).replace(START, " ").split())
-        return join_characters(text) if self.segment == "characters" else text
+        return super().join("".join(words).replace(START, " ").split())
 
 
 def _tokenizers() -> Any:
