@@ -24,6 +24,7 @@ import errno
 import json
 import os
 import re
+import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc3
 VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
 # What h5py, json and the checks here raise for a file that is not what extraction writes.
 BROKEN = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError)
+HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file format, III.E)
+HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
 
 
@@ -155,7 +158,50 @@ def open_shard(path: Path) -> h5py.File:
             advice = "it was made by a newer version: update this one, or pass another folder"
         error = NewerFormat if newer else DataError
         raise error(f"{path} has format {found}, this version reads and writes {FORMAT}; {advice}")
+    if _has_endless_heap(path, file):
+        file.close()
+        raise DataError(f"{path} is damaged: a part of it is zeros, as a power cut may leave it; {advice}")
     return file
+
+
+def _has_endless_heap(path: Path, file: h5py.File) -> bool:
+    """Whether HDF5 would never end reading text from this file: a heap of it has a free block of size 0.
+
+    HDF5 keeps text of variable length in heaps: the signature, the heap's size (8 bytes), then blocks of
+    number (2 bytes), references (2), zeros (4), size (8) and content up to the next multiple of 8. Block 0
+    is the free space; its size includes these 16 bytes. Where zeros follow, HDF5 2.0 goes on from a block
+    of size 0 to that same block without end. Features are not searched.
+    """
+    skipped = []
+    with contextlib.suppress(*BROKEN):
+        for name in [name for name in file if name.startswith("features")]:
+            data = file[name].id
+            if data.get_offset() is not None:
+                skipped.append((data.get_offset(), data.get_offset() + data.get_storage_size()))
+    with open(path, "rb") as opened:
+        size, start = os.fstat(opened.fileno()).st_size, 0
+        for begin, end in [*sorted(skipped), (size, size)]:
+            opened.seek(start)
+            if _heap_with_empty_block(opened.read(max(0, begin - start))):
+                return True
+            start = end
+    return False
+
+
+def _heap_with_empty_block(content: bytes) -> bool:
+    heap = content.find(HEAP)
+    while heap >= 0:
+        end = min(heap + int.from_bytes(content[heap + 8 : heap + 16], "little"), len(content))
+        block = heap + 16
+        while block + 16 <= end:
+            number, length = HEAP_BLOCK.unpack_from(content, block)
+            if number == 0 and length == 0:
+                return True
+            if number == 0:
+                break
+            block += 16 + -(-length // 8) * 8
+        heap = content.find(HEAP, heap + 1)
+    return False
 
 
 def _attribute(file: h5py.File, name: str) -> Any:
