@@ -29,9 +29,9 @@ from benchmarks.photographs import make_photographs
 from data import images as decoding
 from data.shards import Claims, plan_shards
 from data.sources import Image
-from pipeline.backbone import backbone_identity, framing_of, look, open_backbone, place_backbone
+from pipeline.extraction.backbone import backbone_identity, framing_of, look, open_backbone, place_backbone
+from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine
-from pipeline.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards
 from pipeline.terminal import progress
 
 

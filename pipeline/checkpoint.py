@@ -30,8 +30,8 @@ from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import ModelError
 from models.captioner import Captioner, CaptionerConfig
-from pipeline.backbone import check_identity
 from pipeline.cli import UserError
+from pipeline.extraction.backbone import check_identity
 from pipeline.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.terminal import say
 

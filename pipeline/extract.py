@@ -18,11 +18,18 @@ from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
 from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
-from pipeline.backbone import MAX_PIXELS_HELP, SCENES_BACKBONE, backbone_identity, keep_backbone, open_backbone, place_backbone
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.keeping import inspect_cache, pack_cache, repair_cache, verify_cache
+from pipeline.extraction.backbone import (
+    MAX_PIXELS_HELP,
+    SCENES_BACKBONE,
+    backbone_identity,
+    keep_backbone,
+    open_backbone,
+    place_backbone,
+)
+from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
+from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
-from pipeline.stream import Recipe, decoding_workers, extract_shards
 from pipeline.terminal import Progress, human_bytes, progress, say
 
 SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")

@@ -15,9 +15,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from data.features import written_whole
-from pipeline.backbone import do_not_wait_for_an_absent_hub
 from pipeline.checkpoint import SHARED
 from pipeline.cli import UserError
+from pipeline.extraction.backbone import do_not_wait_for_an_absent_hub
 
 SCHEME = "hf-hub:"  # as timm has it
 CARD = """---

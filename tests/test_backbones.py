@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from models import ModelError
 from models.backbones import create_backbone
-from pipeline.backbone import look, open_backbone, read_weights, restore_backbone
 from pipeline.cli import UserError
+from pipeline.extraction.backbone import look, open_backbone, read_weights, restore_backbone
 from pipeline.runtime import open_machine
 
 
@@ -248,7 +248,7 @@ def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
-    code = "from pipeline.backbone import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
+    code = "from pipeline.extraction.backbone import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "ModelError: the pretrained weights of test_resnet could not be fetched from the hub" in done.stderr
@@ -283,7 +283,7 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from pipeline.backbone import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
+    code = "from pipeline.extraction.backbone import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"),
                    "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -21,10 +21,10 @@ from data.sources import Image, image_id
 from models.backbones import create_backbone
 from models.grid import grid_regions
 from pipeline import evaluate, extract, train
-from pipeline.backbone import backbone_identity
 from pipeline.decoding import load_captioner
+from pipeline.extraction.backbone import backbone_identity
+from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
 from pipeline.runtime import open_machine
-from pipeline.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
 from tests.test_commands import QUICK, at, photos, refused, run, works, world  # noqa: F401  a fixture
 from tests.test_images import RED, halves
 

@@ -290,7 +290,7 @@ class Hostile:
 
 def weights_files(draw: Draw, case: Path) -> list[Command]:
     """--weights: .safetensors and .pth, hostile pickles among them; `escaped` appears where one has its way."""
-    from pipeline.backbone import scenes_weights
+    from pipeline.extraction.backbone import scenes_weights
 
     path, tensors = case / "in" / "weights.safetensors", load_file(scenes_weights())
     shutil.copyfile(scenes_weights(), path)

@@ -178,7 +178,7 @@ def test_a_network_larger_than_its_weights_takes_no_memory(copy, monkeypatch):
     record = json.loads((copy / "config.json").read_text())
     record["features"] |= {"backbone": "vit_tiny_patch16_224", "arguments": {"depth": 300}}
     (copy / "config.json").write_text(json.dumps(record))
-    monkeypatch.setattr("pipeline.backbone.create_backbone", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr("pipeline.extraction.backbone.create_backbone", lambda *_: pytest.fail("it was built"))
     with pytest.raises(UserError, match="does not fit vit_tiny_patch16_224"):
         load_captioner(copy)
 

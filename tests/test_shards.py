@@ -23,8 +23,8 @@ import torch
 from data import DataError, shards
 from data.features import FeatureCache, Rows, packed_backbone, shard_paths
 from data.shards import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
-from pipeline import keeping
 from pipeline.cli import UserError
+from pipeline.extraction import maintenance as keeping
 from pipeline.runtime import Machine
 from tests.test_features import IDENTITY, cache, small_shards, some_images, write_plan  # noqa: F401  fixtures
 

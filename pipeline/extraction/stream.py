@@ -30,8 +30,8 @@ from data.images import Framing, Photo, Photographs, stack, try_image
 from data.shards import Claims, Shard, stamp, write_shard
 from data.sources import Image
 from models.backbones import Backbone
-from pipeline.backbone import framing_of, look
 from pipeline.cli import UserError
+from pipeline.extraction.backbone import framing_of, look
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
