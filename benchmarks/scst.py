@@ -35,10 +35,10 @@ from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
 from models.attention import Layout
 from models.captioner import Captioner
 from models.grid import Regions
-from pipeline.objectives import SelfCritical
-from pipeline.recipe import TrainConfig
-from pipeline.rewards import Rewards
 from pipeline.runtime import Machine, open_machine
+from pipeline.training.config import TrainConfig
+from pipeline.training.objectives import SelfCritical
+from pipeline.training.rewards import Rewards
 
 LIMIT = 20
 REFERENCES = 3000  # photographs whose captions make the document frequencies

@@ -26,7 +26,6 @@ from models.captioner import Captioner, CaptionerConfig
 from models.generation import Generation
 from models.grid import Regions
 from models.losses import caption_loss
-from pipeline import processes
 from pipeline.checkpoint import (
     Checkpoint,
     copy_backbone,
@@ -42,13 +41,14 @@ from pipeline.cli import UserError, command
 from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
 from pipeline.hub import checkpoint_folder
-from pipeline.journal import Journal
-from pipeline.recipe import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
 from pipeline.tensors import require_utf8
 from pipeline.terminal import human_bytes, progress, say
-from pipeline.trainer import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
+from pipeline.training import distributed as processes
+from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
+from pipeline.training.logger import Journal
+from pipeline.training.loop import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 FEW_DEV_IMAGES = 20  # fewer say little

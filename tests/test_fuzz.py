@@ -44,7 +44,7 @@ from pipeline import caption, evaluate, extract, train
 from pipeline.caption import CaptionConfig
 from pipeline.evaluate import EvaluateConfig
 from pipeline.extract import ExtractConfig
-from pipeline.recipe import TrainConfig
+from pipeline.training.config import TrainConfig
 from tests.mutations import (
     TEXTS,
     VALUES,

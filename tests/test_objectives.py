@@ -19,9 +19,9 @@ from models.losses import self_critical_loss
 from models.sampling import sample
 from models.search import beam_search
 from pipeline.cli import UserError
-from pipeline.objectives import SelfCritical
-from pipeline.recipe import TrainConfig
 from pipeline.runtime import Machine, open_machine
+from pipeline.training.config import TrainConfig
+from pipeline.training.objectives import SelfCritical
 
 FP32 = Machine(torch.device("cpu"), "fp32", 0, 1)
 LIMIT = 2

@@ -15,10 +15,10 @@ from data.subwords import Subwords
 from data.vocabulary import EOS, PAD, Vocabulary
 from pipeline.cider import TokenCider
 from pipeline.cli import UserError
-from pipeline.recipe import TrainConfig
 from pipeline.references import References
-from pipeline.rewards import GROUP, Rewards, parse_rewards
 from pipeline.scoring import cider, score
+from pipeline.training.config import TrainConfig
+from pipeline.training.rewards import GROUP, Rewards, parse_rewards
 
 CPU = torch.device("cpu")
 CAPTIONS = {

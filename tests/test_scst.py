@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import train, trainer
-from pipeline.rewards import Rewards
+from pipeline import train
+from pipeline.training import loop as trainer
+from pipeline.training.rewards import Rewards
 from tests.test_commands import at, refused, run, works
 from tests.test_train import assert_same_run, interrupt_at, options, start, told, world
 

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from data.sample import draw_sample
 from data.tokens import tokenize
-from pipeline import caption, extract, objectives, train, trainer
-from pipeline.recipe import PRESETS, TrainConfig, learning_rate, settle
+from pipeline import caption, extract, train
+from pipeline.training import loop as trainer
+from pipeline.training import objectives
+from pipeline.training.config import PRESETS, TrainConfig, learning_rate, settle
 from tests.test_commands import SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]

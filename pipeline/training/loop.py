@@ -23,15 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.captions import Batch, CaptionedImages, prefetch
 from models.captioner import Captioner
-from pipeline import processes
 from pipeline.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
-from pipeline.journal import Journal
-from pipeline.objectives import Objective, make_objective
-from pipeline.recipe import TrainConfig, learning_rate
 from pipeline.references import References
 from pipeline.runtime import Machine
 from pipeline.terminal import progress, say
+from pipeline.training import distributed as processes
+from pipeline.training.config import TrainConfig, learning_rate
+from pipeline.training.logger import Journal
+from pipeline.training.objectives import Objective, make_objective
 
 FEW_DOCUMENTS = 100  # images of dev below which CIDEr takes the document frequencies of train too
 

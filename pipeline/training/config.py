@@ -14,8 +14,8 @@ from data.sources import CAPTIONS_FROM, DATASETS
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
-from pipeline.rewards import parse_rewards
 from pipeline.runtime import Machine
+from pipeline.training.rewards import parse_rewards
 
 SIZES = ("width", "heads", "encoder_layers", "decoder_layers", "feedforward", "dropout")
 # Settings that stand under what --config and flags say; chosen by the number of captions where none is named.

@@ -24,9 +24,9 @@ from models.losses import Noise, caption_loss, self_critical_loss
 from models.sampling import sample
 from models.search import beam_search
 from pipeline.cli import UserError
-from pipeline.recipe import TrainConfig
-from pipeline.rewards import Rewards
 from pipeline.runtime import Machine
+from pipeline.training.config import TrainConfig
+from pipeline.training.rewards import Rewards
 
 
 class Sums(NamedTuple):
