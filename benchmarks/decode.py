@@ -40,7 +40,7 @@ from models.captioner import Captioner, Memory
 from models.captured import BeamSearch
 from models.generation import Generation
 from models.grid import Regions
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from data.vocabulary import BOS, EOS
+from pipeline.checkpoints.tensors import load_tensors, save_tensors
 from pipeline.cli import UserError
 from pipeline.references import ORDERS
 from pipeline.scoring import SIGMA
-from pipeline.tensors import load_tensors, save_tensors
 
 BITS, MOST_WORDS = 16, 2**16 - 1  # four words make one number; 0 is no word
 NAME = "frequencies.safetensors"

@@ -30,11 +30,11 @@ from models.captured import BeamSearch
 from models.generation import Captions, Generation
 from models.grid import Regions
 from models.search import generate
-from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
 from pipeline.consensus import Frequencies, expected_cider
 from pipeline.extraction.backbone import framing_of, look, place_backbone, restore_backbone
-from pipeline.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say

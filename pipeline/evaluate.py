@@ -22,7 +22,7 @@ from pipeline.scorecard import FORMATS, ON_REQUEST, Card, Scorer, compare, image
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
-    from pipeline.checkpoint import Checkpoint
+    from pipeline.checkpoints.checkpoint import Checkpoint
     from pipeline.decoding import Caption
 
 
@@ -256,8 +256,8 @@ def make_scorer(
 
 def job_of_checkpoint(config: EvaluateConfig) -> Job:
     """Caption the split over the cache; the captions are written at once, before any score."""
-    from pipeline.checkpoint import load_checkpoint, refuse_other_features
-    from pipeline.hub import SCHEME, checkpoint_folder
+    from pipeline.checkpoints.checkpoint import load_checkpoint, refuse_other_features
+    from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
     if config.out is None and any(str(folder).startswith(SCHEME) for folder in folders):

@@ -26,7 +26,7 @@ from models.captioner import Captioner, CaptionerConfig
 from models.generation import Generation
 from models.grid import Regions
 from models.losses import caption_loss
-from pipeline.checkpoint import (
+from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     copy_backbone,
     load_checkpoint,
@@ -37,13 +37,13 @@ from pipeline.checkpoint import (
     save_weights,
     sweep,
 )
+from pipeline.checkpoints.hub import checkpoint_folder
+from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
 from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
-from pipeline.hub import checkpoint_folder
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring import score
-from pipeline.tensors import require_utf8
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed as processes
 from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import caption, evaluate
-from pipeline.checkpoint import FORMAT, load_checkpoint
+from pipeline.checkpoints.checkpoint import FORMAT, load_checkpoint
+from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.cli import UserError
 from pipeline.decoding import PhotoCaptioner, load_captioner
-from pipeline.hub import checkpoint_folder
 from tests.test_commands import at, photos, refused, works
 from tests.test_commands import world as world
 
@@ -62,7 +62,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("pipeline.hub.do_not_wait_for_an_absent_hub", lambda: None)
+    monkeypatch.setattr("pipeline.checkpoints.hub.do_not_wait_for_an_absent_hub", lambda: None)
     return folder
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from data.images import RESIZES, Framing
 from models.backbones import Backbone, create_backbone, shapes_of_network
 from models.grid import Regions
+from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
-from pipeline.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.captions import Batch, CaptionedImages, prefetch
 from models.captioner import Captioner
-from pipeline.checkpoint import Checkpoint, load_training_state, save_training_state
+from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
 from pipeline.references import References
 from pipeline.runtime import Machine

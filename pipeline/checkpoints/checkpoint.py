@@ -30,9 +30,9 @@ from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import ModelError
 from models.captioner import Captioner, CaptionerConfig
+from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import check_identity
-from pipeline.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.terminal import say
 
 FORMAT = 1
