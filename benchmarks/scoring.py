@@ -29,9 +29,9 @@ from benchmarks.measure import header, report
 from data.results import read_references, read_results
 from data.tokens import tokenize_all
 from data.vocabulary import EOS, PAD, Vocabulary
-from pipeline.cider import TokenCider
-from pipeline.references import References
-from pipeline.scoring import score
+from pipeline.scoring.metrics import score
+from pipeline.scoring.ngrams import References
+from pipeline.scoring.token_cider import TokenCider
 
 IMAGES, SAMPLES, LENGTH = 50, 5, 20  # of one training step
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks.measure import header
 from data.tokens import tokenize
-from pipeline.references import References
-from pipeline.scoring import cider
+from pipeline.scoring.metrics import cider
+from pipeline.scoring.ngrams import References
 
 
 @click.command(context_settings={"show_default": True})

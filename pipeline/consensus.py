@@ -17,8 +17,8 @@ import torch
 from data.vocabulary import BOS, EOS
 from pipeline.checkpoints.tensors import load_tensors, save_tensors
 from pipeline.cli import UserError
-from pipeline.references import ORDERS
-from pipeline.scoring import SIGMA
+from pipeline.scoring.metrics import SIGMA
+from pipeline.scoring.ngrams import ORDERS
 
 BITS, MOST_WORDS = 16, 2**16 - 1  # four words make one number; 0 is no word
 NAME = "frequencies.safetensors"

@@ -15,10 +15,20 @@ from data.results import choose, read_ids, read_references, read_results, server
 from data.segmentation import SEGMENTS, UNSPACED_RUN, segmented_all, without_blanks
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Source, check_captioned, open_source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.java import Meteor, NotComputed
 from pipeline.options import DecodingOptions, by_option
-from pipeline.references import References, keep, kept_path, load_kept, user_cache
-from pipeline.scorecard import FORMATS, ON_REQUEST, Card, Scorer, compare, image_lines, make_card, print_cards, print_examples
+from pipeline.scoring.java import Meteor, NotComputed
+from pipeline.scoring.ngrams import References, keep, kept_path, load_kept, user_cache
+from pipeline.scoring.report import (
+    FORMATS,
+    ON_REQUEST,
+    Card,
+    Scorer,
+    compare,
+    image_lines,
+    make_card,
+    print_cards,
+    print_examples,
+)
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it

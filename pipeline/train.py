@@ -43,7 +43,7 @@ from pipeline.cli import UserError, command
 from pipeline.consensus import Frequencies
 from pipeline.decoding import Writer, caption_rows
 from pipeline.runtime import Machine, free_memory, open_machine
-from pipeline.scoring import score
+from pipeline.scoring.metrics import score
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed as processes
 from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle

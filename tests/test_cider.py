@@ -12,7 +12,7 @@ import torch
 from data import DataError
 from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
-from pipeline.cider import DeviceTables, TokenCider
+from pipeline.scoring.token_cider import DeviceTables, TokenCider
 
 
 def fixed_shapes(cider: TokenCider) -> TokenCider:

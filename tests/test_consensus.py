@@ -18,8 +18,8 @@ from pipeline import caption, evaluate
 from pipeline.cli import UserError
 from pipeline.consensus import NAME, Frequencies, expected_cider
 from pipeline.decoding import load_captioner
-from pipeline.references import References
-from pipeline.scoring import cider
+from pipeline.scoring.metrics import cider
+from pipeline.scoring.ngrams import References
 from tests.test_commands import at, photos, refused, works
 from tests.test_commands import world as world
 

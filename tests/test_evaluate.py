@@ -12,8 +12,8 @@ import pytest
 
 from data.coco import read
 from pipeline import evaluate
-from pipeline.java import NotComputed
-from pipeline.scorecard import NAMES
+from pipeline.scoring.java import NotComputed
+from pipeline.scoring.report import NAMES
 from tests.test_commands import refused, run, works
 
 COCO = {

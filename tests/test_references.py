@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from data import DataError, characters, segmentation, tokens
-from pipeline import references
-from pipeline.references import TABLES, HashTable, References, keep, kept_path, load_kept, user_cache
-from pipeline.scoring import score
+from pipeline.scoring.metrics import ngrams as references
+from pipeline.scoring.metrics import score
+from pipeline.scoring.ngrams import TABLES, HashTable, References, keep, kept_path, load_kept, user_cache
 
 REFERENCES = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits on 1 1/2 mats"]}
 CANDIDATES = {4: "a dog sits", 9: "a new cat on 1 1/2 mats"}

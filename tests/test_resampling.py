@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
-from pipeline.scoring import BLEU, bleu, score
+from pipeline.scoring.bootstrap import Statistic, interval, mean_of, p_value, resample
+from pipeline.scoring.metrics import BLEU, bleu, score
 
 
 def test_a_resample_scores_the_images_it_draws():

@@ -13,10 +13,10 @@ import torch
 
 from data.subwords import Subwords
 from data.vocabulary import EOS, PAD, Vocabulary
-from pipeline.cider import TokenCider
 from pipeline.cli import UserError
-from pipeline.references import References
-from pipeline.scoring import cider, score
+from pipeline.scoring.metrics import cider, score
+from pipeline.scoring.ngrams import References
+from pipeline.scoring.token_cider import TokenCider
 from pipeline.training.config import TrainConfig
 from pipeline.training.rewards import GROUP, Rewards, parse_rewards
 

@@ -11,8 +11,8 @@ import pytest
 
 from data import DataError
 from data.tokens import tokenize, tokenize_all
-from pipeline.references import References
-from pipeline.scoring import _common, cider, score
+from pipeline.scoring.metrics import _common, cider, score
+from pipeline.scoring.ngrams import References
 
 OUTPUTS = {
     "coco_karpathy_test": [

@@ -13,8 +13,8 @@ from data.segmentation import characters, join_characters, segmented, without_bl
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from pipeline import caption, evaluate, extract, train
-from pipeline.references import References
-from pipeline.scoring import score
+from pipeline.scoring.metrics import score
+from pipeline.scoring.ngrams import References
 from tests.test_commands import SMALL, refused, works
 
 CHINESE = ["一只狗在草地上奔跑。", "两个孩子在公园里玩耍。", "一个男人在骑自行车。", "一个女孩坐着。"]

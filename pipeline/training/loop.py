@@ -25,8 +25,8 @@ from data.captions import Batch, CaptionedImages, prefetch
 from models.captioner import Captioner
 from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
-from pipeline.references import References
 from pipeline.runtime import Machine
+from pipeline.scoring.ngrams import References
 from pipeline.terminal import progress, say
 from pipeline.training import distributed as processes
 from pipeline.training.config import TrainConfig, learning_rate

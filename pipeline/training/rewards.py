@@ -29,10 +29,10 @@ from data.captions import CaptionedImages
 from data.segmentation import segmented
 from data.subwords import Subwords
 from data.vocabulary import EOS, Vocabulary
-from pipeline.cider import TokenCider
 from pipeline.cli import UserError
-from pipeline.references import Matches, References
-from pipeline.scoring import bleu, bleu_sums, cider_of_matches
+from pipeline.scoring.metrics import bleu, bleu_sums, cider_of_matches
+from pipeline.scoring.ngrams import Matches, References
+from pipeline.scoring.token_cider import TokenCider
 
 GROUP = "onceover.rewards"
 BUILT_IN = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")

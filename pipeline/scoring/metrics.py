@@ -5,7 +5,7 @@ ROUGE_L   Lin 2004: F of the longest common subsequence, beta 1.2, best precisio
 CIDEr     Vedantam et al. 2015, its CIDEr-D: clipped tf-idf cosine, length penalty exp(-d^2 / 2 sigma^2) with sigma 6,
           times 10; document frequencies from the references given
 
-References are counted once (`pipeline.references`); captions are then scored by look-ups in their tables.
+References are counted once (`pipeline.scoring.ngrams`); captions are then scored by look-ups in their tables.
 Letters: I images, K references an image, S captions to score, N = 4 n-gram lengths.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data import DataError
-from pipeline.references import MASK, MISSING, ORDERS, Matches, References, Words, cut, words_of
+from pipeline.scoring.ngrams import MASK, MISSING, ORDERS, Matches, References, Words, cut, words_of
 
 SIGMA = 6.0
 BETA = 1.2

@@ -17,10 +17,10 @@ import click
 import numpy as np
 
 from data.segmentation import segmented_all
-from pipeline.java import Meteor, NotComputed, spice
-from pipeline.references import References
-from pipeline.resampling import Statistic, interval, mean_of, p_value, resample
-from pipeline.scoring import BLEU, Scores, bleu, score
+from pipeline.scoring.bootstrap import Statistic, interval, mean_of, p_value, resample
+from pipeline.scoring.java import Meteor, NotComputed, spice
+from pipeline.scoring.metrics import BLEU, Scores, bleu, score
+from pipeline.scoring.ngrams import References
 
 NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
 ON_REQUEST = ("METEOR", "SPICE")  # by options of these names

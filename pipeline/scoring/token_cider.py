@@ -1,6 +1,6 @@
 """CIDEr of sampled token ids: the reward of self-critical training, computed where the samples are.
 
-The same number as `pipeline.scoring.cider` (pycocoevalcap's CIDEr, that is CIDEr-D), over the same tables. On a CPU the
+The same number as `pipeline.scoring.metrics.cider` (pycocoevalcap's CIDEr, that is CIDEr-D), over the same tables. On a CPU the
 samples' words are picked out and compared as a scorer does; on other devices all shapes are fixed and nothing is copied
 back. Letters: B images, K samples an image, T tokens, N = 4 n-gram lengths, R references, E entries.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data.vocabulary import EOS, PAD, Vocabulary
-from pipeline.references import MASK, MISSING, ORDERS, Matches, References, Words
-from pipeline.scoring import SIGMA, cider_of_matches
+from pipeline.scoring.metrics import SIGMA, cider_of_matches
+from pipeline.scoring.ngrams import MASK, MISSING, ORDERS, Matches, References, Words
 
 
 class TokenCider:
