@@ -41,7 +41,7 @@ from models.captured import BeamSearch
 from models.generation import Generation
 from models.grid import Regions
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding import lighten, on_every_core
+from pipeline.decoding.captioner.captioner import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine
 
 BEAMS, LENGTH = 5, 20

@@ -13,9 +13,9 @@ from data.features import iterate, write_whole
 from data.folder import is_caption_list, list_files
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding import Caption, load_captioner
+from pipeline.decoding.captioner.captioner import Caption, load_captioner
+from pipeline.decoding.captioner.options import DecodingOptions, by_option
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
-from pipeline.options import DecodingOptions, by_option
 from pipeline.terminal import progress, say
 
 

@@ -40,8 +40,8 @@ from pipeline.checkpoints.checkpoint import (
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
-from pipeline.consensus import Frequencies
-from pipeline.decoding import Writer, caption_rows
+from pipeline.decoding.captioner.captioner import Writer, caption_rows
+from pipeline.decoding.captioner.consensus import Frequencies
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring.metrics import score
 from pipeline.terminal import human_bytes, progress, say

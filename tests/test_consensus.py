@@ -16,8 +16,8 @@ from models.grid import Regions
 from models.search import generate
 from pipeline import caption, evaluate
 from pipeline.cli import UserError
-from pipeline.consensus import NAME, Frequencies, expected_cider
-from pipeline.decoding import load_captioner
+from pipeline.decoding.captioner.captioner import load_captioner
+from pipeline.decoding.captioner.consensus import NAME, Frequencies, expected_cider
 from pipeline.scoring.metrics import cider
 from pipeline.scoring.ngrams import References
 from tests.test_commands import at, photos, refused, works

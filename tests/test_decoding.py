@@ -13,8 +13,8 @@ from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from models import ModelError
 from models.generation import Generation
 from pipeline.cli import UserError
-from pipeline.decoding import Writer, lighten, make_generation, on_every_core
-from pipeline.options import NAMES, DecodingOptions, by_option
+from pipeline.decoding.captioner.captioner import Writer, lighten, make_generation, on_every_core
+from pipeline.decoding.captioner.options import NAMES, DecodingOptions, by_option
 from pipeline.runtime import Machine
 from tests.test_captioner import WORDS, some_regions, tiny
 

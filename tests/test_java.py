@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data.tokens import tokenize
+from pipeline.scoring import java
 from pipeline.scoring.java import CORENLP, Meteor, NotComputed, spice
-from pipeline.scoring.metrics import java
 
 FAKE_JAVA = f"""#!{sys.executable}
 import json, sys

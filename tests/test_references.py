@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import DataError, characters, segmentation, tokens
-from pipeline.scoring.metrics import ngrams as references
+from pipeline.scoring import ngrams as references
 from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import TABLES, HashTable, References, keep, kept_path, load_kept, user_cache
 

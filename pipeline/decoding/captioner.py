@@ -33,9 +33,9 @@ from models.search import generate
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
-from pipeline.consensus import Frequencies, expected_cider
+from pipeline.decoding.captioner.consensus import Frequencies, expected_cider
+from pipeline.decoding.captioner.options import NAMES
 from pipeline.extraction.backbone import framing_of, look, place_backbone, restore_backbone
-from pipeline.options import NAMES
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
