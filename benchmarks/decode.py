@@ -36,10 +36,10 @@ from benchmarks.peers import (
     random_regions,
 )
 from data.features import FeatureCache
-from models.captioner import Captioner, Memory
-from models.captured import BeamSearch
-from models.generation import Generation
-from models.grid import Regions
+from models.decoders.transformer import Captioner, Memory
+from models.generation.options.cuda_graph import BeamSearch
+from models.generation.options.options import Generation
+from models.regions import Regions
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner.captioner import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine

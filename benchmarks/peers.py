@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from benchmarks.measure import seconds_of, waiter
 from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD
-from models.captioner import Captioner, CaptionerConfig, Memory
-from models.grid import Regions, grid_boxes
+from models.decoders.transformer import Captioner, CaptionerConfig, Memory
+from models.regions import Regions, grid_boxes
 from pipeline.runtime import Machine
 
 REGIONS, CHANNELS, WORDS = 49, 2048, 10_000

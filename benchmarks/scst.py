@@ -32,9 +32,9 @@ from benchmarks.measure import header, in_turn, peak_above, ratio, report, secon
 from benchmarks.peers import WORDS, flickr8k_tokens, our_captioner, random_regions
 from data.captions import Batch
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
-from models.attention import Layout
-from models.captioner import Captioner
-from models.grid import Regions
+from models.decoders.attention import Layout
+from models.decoders.transformer import Captioner
+from models.regions import Regions
 from pipeline.runtime import Machine, open_machine
 from pipeline.training.config import TrainConfig
 from pipeline.training.objectives import SelfCritical

@@ -34,8 +34,8 @@ from benchmarks.peers import (
     training_step,
 )
 from data.vocabulary import PAD
-from models.grid import Regions
 from models.losses import caption_loss
+from models.regions import Regions
 from pipeline.runtime import Machine, open_machine
 
 

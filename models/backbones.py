@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models import ModelError
-from models.grid import Regions, grid_regions
+from models.regions import Regions, grid_regions
 
 # The first convolutions run in fp32 whatever the rest does: they take differences of neighbours that are nearly equal, for
 # which bf16 has too few bits. For mobilenetv2_100 the least cosine of a row with fp32's rises from 0.990 to 0.999.

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import Packed
-from models.captioner import Captioner, Memory
-from models.dropout import drop_regions, replace_words
-from models.generation import Generation, lengths
-from models.grid import Regions
-from models.rules import NEVER
+from models.decoders.attention import Packed
+from models.decoders.dropout import drop_regions, replace_words
+from models.decoders.transformer import Captioner, Memory
+from models.generation.options.constraints import NEVER
+from models.generation.options.options import Generation, lengths
+from models.regions import Regions
 
 ROWS = 256  # of scores in fp32 at a time: they stay in a CPU's cache
 

@@ -336,7 +336,7 @@ def decode(
     config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache, ids: Sequence[int]
 ) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
     """Captions by image id, and the options that they were found with."""
-    from models.ensemble import Ensemble
+    from models.generation.options.ensemble import Ensemble
     from pipeline.decoding.captioner.captioner import caption_rows, lighten, make_writer
     from pipeline.runtime import open_machine
 

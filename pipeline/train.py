@@ -22,10 +22,10 @@ from data.segmentation import without_blanks
 from data.sources import Image, Source, open_source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
-from models.captioner import Captioner, CaptionerConfig
-from models.generation import Generation
-from models.grid import Regions
+from models.decoders.transformer import Captioner, CaptionerConfig
+from models.generation.options.options import Generation
 from models.losses import caption_loss
+from models.regions import Regions
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     copy_backbone,

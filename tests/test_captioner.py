@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from models import ModelError, losses
-from models.attention import Packed, additive, attend
-from models.captioner import Captioner, CaptionerConfig
-from models.dropout import Dropout, drop_regions, replace_words
-from models.grid import Regions, grid_boxes, grid_regions
+from models.decoders.attention import Packed, additive, attend
+from models.decoders.dropout import Dropout, drop_regions, replace_words
+from models.decoders.transformer import Captioner, CaptionerConfig
 from models.losses import Noise, caption_loss
+from models.regions import Regions, grid_boxes, grid_regions
 
 WORDS, CHANNELS = 11, 6
 

@@ -23,7 +23,7 @@ from data import DataError, folder
 from data.features import FeatureCache
 from data.sample import draw_sample
 from data.sources import image_id, open_source
-from models.grid import Regions
+from models.regions import Regions
 from pipeline import caption, evaluate, extract, train
 from pipeline.cli import UserError
 from pipeline.decoding.captioner.captioner import load_captioner

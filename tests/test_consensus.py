@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from data.features import FeatureCache
 from data.vocabulary import BOS, EOS, SPECIALS, Vocabulary
-from models.grid import Regions
-from models.search import generate
+from models.generation.options.beam_search import generate
+from models.regions import Regions
 from pipeline import caption, evaluate
 from pipeline.cli import UserError
 from pipeline.decoding.captioner.captioner import load_captioner

@@ -19,7 +19,7 @@ from data.features import FeatureCache
 from data.images import Framing
 from data.sources import Image, image_id
 from models.backbones import create_backbone
-from models.grid import grid_regions
+from models.regions import grid_regions
 from pipeline import evaluate, extract, train
 from pipeline.decoding.captioner.captioner import load_captioner
 from pipeline.extraction.backbone import backbone_identity

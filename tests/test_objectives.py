@@ -12,12 +12,12 @@ from torch.nn.utils import parameters_to_vector
 
 from data.captions import Batch
 from data.vocabulary import BOS, EOS, PAD, UNK
-from models.captioner import Captioner, CaptionerConfig, Memory
-from models.generation import Generation
-from models.grid import Regions
+from models.decoders.transformer import Captioner, CaptionerConfig, Memory
+from models.generation.options.beam_search import beam_search
+from models.generation.options.options import Generation
+from models.generation.options.sampling import sample
 from models.losses import self_critical_loss
-from models.sampling import sample
-from models.search import beam_search
+from models.regions import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine, open_machine
 from pipeline.training.config import TrainConfig

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import captioner as captioners
-from models import search
-from models.attention import KVCache
+from models.decoders import transformer as captioners
+from models.decoders.attention import KVCache
+from models.generation.options.options import beam_search as search
 from tests import test_captioner, test_search
 
 

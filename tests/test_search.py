@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from models import ModelError
-from models import search as searching
-from models.captured import BeamSearch
-from models.ensemble import Ensemble
-from models.generation import Generation
-from models.grid import Regions
-from models.sampling import sample
-from models.search import beam_search, generate
+from models.generation.options.beam_search import beam_search, generate
+from models.generation.options.cuda_graph import BeamSearch
+from models.generation.options.ensemble import Ensemble
+from models.generation.options.options import Generation
+from models.generation.options.options import beam_search as searching
+from models.generation.options.sampling import sample
+from models.regions import Regions
 from tests.test_captioner import WORDS, some_regions, tiny
 from tests.test_rules import holds, repeats
 

@@ -29,7 +29,7 @@ from data.features import FeatureCache, differences, packed_backbone, write_whol
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import ModelError
-from models.captioner import Captioner, CaptionerConfig
+from models.decoders.transformer import Captioner, CaptionerConfig
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import check_identity

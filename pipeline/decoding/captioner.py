@@ -25,11 +25,11 @@ from data.segmentation import segmented
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones import Backbone
-from models.captioner import Captioner, Memory, evaluating
-from models.captured import BeamSearch
-from models.generation import Captions, Generation
-from models.grid import Regions
-from models.search import generate
+from models.decoders.transformer import Captioner, Memory, evaluating
+from models.generation.options.beam_search import generate
+from models.generation.options.cuda_graph import BeamSearch
+from models.generation.options.options import Captions, Generation
+from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
@@ -222,7 +222,7 @@ def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bo
 class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD):
     """A checkpoint with its backbone: photographs in, captions out.
 
-    `options` everywhere are fields of models.generation.Generation, which are Hugging Face's names, and `bad_words` and
+    `options` everywhere are fields of models.generation.options.Generation, which are Hugging Face's names, and `bad_words` and
     `force_words`, phrases as text. `save_pretrained` and `push_to_hub` are huggingface_hub's.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 from models import ModelError
 from pipeline.cli import UserError, setting
 
-# option: its name in models.generation.Generation, where it is another one
+# option: its name in models.generation.options.Generation, where it is another one
 NAMES = {
     "beam": "num_beams",
     "sample": "do_sample",

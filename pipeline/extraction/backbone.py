@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.images import RESIZES, Framing
 from models.backbones import Backbone, create_backbone, shapes_of_network
-from models.grid import Regions
+from models.regions import Regions
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
 from pipeline.runtime import Machine

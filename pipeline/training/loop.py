@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.captions import Batch, CaptionedImages, prefetch
-from models.captioner import Captioner
+from models.decoders.transformer import Captioner
 from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
 from pipeline.runtime import Machine

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from data.captions import Batch, CaptionedImages
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
-from models.captioner import Captioner, Memory, evaluating
-from models.dropout import drop_regions
-from models.generation import Generation, lengths
-from models.grid import Regions
+from models.decoders.dropout import drop_regions
+from models.decoders.transformer import Captioner, Memory, evaluating
+from models.generation.options.beam_search import beam_search
+from models.generation.options.options import Generation, lengths
+from models.generation.options.sampling import sample
 from models.losses import Noise, caption_loss, self_critical_loss
-from models.sampling import sample
-from models.search import beam_search
+from models.regions import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 from pipeline.training.config import TrainConfig

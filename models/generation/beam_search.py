@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from models import ModelError
-from models.generation import Captions, Generation, lengths
-from models.rules import NEVER, Barred, Forced, bar
-from models.sampling import sample
+from models.generation.options.constraints import NEVER, Barred, Forced, bar
+from models.generation.options.options import Captions, Generation, lengths
+from models.generation.options.sampling import sample
 
 if TYPE_CHECKING:
-    from models.captioner import Captioner, ExactScores, Memory
+    from models.decoders.transformer import Captioner, ExactScores, Memory
 
 SHARE = 8  # finished images leave once they are one in so many
 SCORES = 640_000  # log-probabilities that exist at a time on a CPU: they stay in its cache

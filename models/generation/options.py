@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from models import ModelError
-from models.rules import Barred
+from models.generation.options.constraints import Barred
 
 if TYPE_CHECKING:
-    from models.captioner import Captioner
+    from models.decoders.transformer import Captioner
 
 
 LEAST = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "max_length": 1, "top_k": 0,

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ModelError
-from models.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
-from models.dropout import Dropout
-from models.generation import Captions, Generation
-from models.grid import Regions
-from models.search import generate
+from models.decoders.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
+from models.decoders.dropout import Dropout
+from models.generation.options.beam_search import generate
+from models.generation.options.options import Captions, Generation
+from models.regions import Regions
 
 MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears
 BOX_WAVES = 4  # frequencies pi/2 to 4 pi a coordinate: a grid of up to about 16 cells a side keeps its places apart

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.grid import Regions
+from models.regions import Regions
 
 
 class Dropout(nn.Module):

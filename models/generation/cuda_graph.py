@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from models.captioner import Captioner, Memory
-from models.generation import Captions, Generation
-from models.search import beam_search
+from models.decoders.transformer import Captioner, Memory
+from models.generation.options.beam_search import beam_search
+from models.generation.options.options import Captions, Generation
 
 
 class CapturedSearch:

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from models.attention import KVCache
-from models.captioner import Captioner, ExactScores, Memory
-from models.grid import Regions
+from models.decoders.attention import KVCache
+from models.decoders.transformer import Captioner, ExactScores, Memory
+from models.regions import Regions
 
 
 class Memories(tuple[Memory, ...]):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.generation import Captions, Generation, lengths
-from models.rules import NEVER, bar
+from models.generation.options.constraints import NEVER, bar
+from models.generation.options.options import Captions, Generation, lengths
 
 if TYPE_CHECKING:
-    from models.captioner import Captioner, Memory
+    from models.decoders.transformer import Captioner, Memory
 
 TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
 BLOCK = 128  # words whose probabilities are added up before one of them is chosen

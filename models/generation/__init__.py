@@ -1,0 +1,1 @@
+"""Captions from a decoder: beam search, sampling, constraints, ensembles."""
