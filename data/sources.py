@@ -136,7 +136,11 @@ def open_source(
     Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that a caption file
     names and the disk lacks are no error here: see `Source.missing`.
     """
-    from data import coco, folder, karpathy  # here, since the readers import this module
+    from data.datasets import (
+        coco,
+        folder,
+        karpathy,  # here, since the readers import this module
+    )
 
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
@@ -148,7 +152,7 @@ def open_source(
         raise DataError(f"{dataset} needs a root: pass --root, the folder of the photographs and their captions")
     try:
         if dataset == "sample":
-            from data.sample import ensure_sample
+            from data.datasets.sample import ensure_sample
 
             ensure_sample(Path(root or images))
         for place, flag in ((root, "--root"), (images, "--images")):

@@ -19,9 +19,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import DataError, folder
+from data import DataError
+from data.datasets import folder
+from data.datasets.sample import draw_sample
 from data.features import FeatureCache
-from data.sample import draw_sample
 from data.sources import image_id, open_source
 from models.regions import Regions
 from pipeline import caption, evaluate, extract, train

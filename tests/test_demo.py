@@ -6,7 +6,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from data.sample import load_scenes
+from data.datasets.sample import load_scenes
 from data.sources import open_source
 from pipeline import demo
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.coco import read
+from data.datasets.coco import read
 from pipeline import evaluate
 from pipeline.scoring.java import NotComputed
 from pipeline.scoring.report import NAMES

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from data import DataError
-from data.sample import (
+from data.datasets.sample import (
     COLOURS,
     HEIGHT,
     NEAREST,
@@ -260,7 +260,7 @@ def test_a_sample_that_exists_is_left_alone_and_one_that_differs_is_an_error(sam
 
 
 def test_a_drawing_cut_off_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sample._karpathy_image", lambda *_: 1 / 0)
+    monkeypatch.setattr("data.datasets.sample._karpathy_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw_sample(tmp_path / "sample", 10)
     assert not list(tmp_path.iterdir())

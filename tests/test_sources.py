@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, folder
+from data import DataError
+from data.datasets import folder
 from data.images import HEIC
 from data.sources import DATASETS, check_captioned, image_id, open_source, same_photograph
 
@@ -838,7 +839,7 @@ def test_captions_that_a_dataset_cannot_take_are_refused(tmp_path):
 
 
 def test_the_sample_is_drawn_and_read_as_karpathys(tmp_path, monkeypatch):
-    sample = pytest.importorskip("data.sample")
+    sample = pytest.importorskip("data.datasets.sample")
 
     def draw(root: Path) -> None:
         write(root / "dataset_sample.json", karpathy_json(["a.jpg"], ["test"]))

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data.sample import draw_sample
+from data.datasets.sample import draw_sample
 from data.tokens import tokenize
 from pipeline import caption, extract, train
 from pipeline.training import loop as trainer

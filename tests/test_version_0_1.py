@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data.datasets.sample import draw_sample
 from data.features import FeatureCache
-from data.sample import draw_sample
 from pipeline import caption, evaluate, extract, train
 from tests.test_commands import works
 
