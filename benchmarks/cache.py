@@ -22,8 +22,8 @@ import h5py
 import numpy as np
 
 from benchmarks.measure import header, report
-from data.features import FeatureCache, Rows
-from data.shards import plan_shards, write_shard
+from data.cache.reader import FeatureCache, Rows
+from data.cache.writer import plan_shards, write_shard
 from data.sources import Image
 
 REGIONS, CHANNELS, BATCH, READS = 49, 2048, 64, 400

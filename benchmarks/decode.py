@@ -35,7 +35,7 @@ from benchmarks.peers import (
     plain_beam_search,
     random_regions,
 )
-from data.features import FeatureCache
+from data.cache.reader import FeatureCache
 from models.decoders.transformer import Captioner, Memory
 from models.generation.options.cuda_graph import BeamSearch
 from models.generation.options.options import Generation

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter, why_fp32
 from benchmarks.peers import WORDS, flickr8k_tokens, our_captioner, random_regions
-from data.captions import Batch
+from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
 from models.decoders.attention import Layout
 from models.decoders.transformer import Captioner

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import numpy as np
 
+from data.cache.reader import FeatureCache
 from data.datasets.sample import is_true, load_scenes
-from data.features import FeatureCache
 from data.sources import open_source
 from pipeline import caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint

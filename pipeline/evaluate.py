@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from data.features import FeatureCache, write_whole
+from data.cache.reader import FeatureCache, write_whole
 from data.results import choose, read_ids, read_references, read_results, server_split, write_results, write_server
 from data.segmentation import SEGMENTS, UNSPACED_RUN, segmented_all, without_blanks
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Source, check_captioned, open_source

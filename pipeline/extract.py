@@ -13,9 +13,9 @@ import timm
 import torch
 import torchvision
 
-from data.features import VIEWS, FeatureCache, cache_header, differences, shard_paths
+from data.cache.reader import VIEWS, FeatureCache, cache_header, differences, shard_paths
+from data.cache.writer import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
-from data.shards import Claims, Shard, plan_retry, plan_shards, sweep, write_index
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Listing, Source, open_source
 from models.backbones import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from data import DataError
-from data.captions import CaptionedImages
-from data.features import FeatureCache, differences
+from data.batches import CaptionedImages
+from data.cache.reader import FeatureCache, differences
 from data.segmentation import without_blanks
 from data.sources import Image, Source, open_source
 from data.subwords import Subwords

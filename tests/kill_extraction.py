@@ -20,9 +20,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from data import shards
-from data.features import FeatureCache, shard_paths
-from data.shards import verify_shard
+from data.cache import writer as shards
+from data.cache.reader import FeatureCache, shard_paths
+from data.cache.writer import verify_shard
 from pipeline import extract
 
 

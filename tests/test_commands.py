@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data import DataError
+from data.cache.reader import FeatureCache
 from data.datasets import folder
 from data.datasets.sample import draw_sample
-from data.features import FeatureCache
 from data.sources import image_id, open_source
 from models.regions import Regions
 from pipeline import caption, evaluate, extract, train
@@ -107,7 +107,7 @@ def test_extraction_needs_no_captions(world, tmp_path):
 
 
 def test_a_rank_that_is_done_makes_the_shards_of_one_that_never_came(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.shards.SHARD_IMAGES", 20)
+    monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache"]
     for rank in (1, 0):
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.features import FeatureCache
+from data.cache.reader import FeatureCache
 from data.vocabulary import BOS, EOS, SPECIALS, Vocabulary
 from models.generation.options.beam_search import generate
 from models.regions import Regions

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image as PillowImage
 
-from data.features import FeatureCache
+from data.cache.reader import FeatureCache
 from data.images import Framing
 from data.sources import Image, image_id
 from models.backbones import create_backbone
@@ -110,7 +110,7 @@ def test_a_photograph_mended_since_gets_its_row_and_others_are_tried_when_asked(
 
 
 def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_again(world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("data.shards.SHARD_IMAGES", 20)
+    monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options)
     assert "60 rows, all as they were written" in works(extract.main, "--verify", tmp_path / "cache")
@@ -196,7 +196,7 @@ def test_boxes_are_true_for_every_way_to_resize_and_captions_see_what_the_cache_
 
 
 def test_repair_begins_with_a_broken_first_shard_and_ends_with_every_image(world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("data.shards.SHARD_IMAGES", 20)
+    monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options, "--limit", 25)
     works(extract.main, *options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from data.captions import Batch
+from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, UNK
 from models.decoders.transformer import Captioner, CaptionerConfig, Memory
 from models.generation.options.beam_search import beam_search

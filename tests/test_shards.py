@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, shards
-from data.features import FeatureCache, Rows, packed_backbone, shard_paths
-from data.shards import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
+from data import DataError
+from data.cache import writer as shards
+from data.cache.reader import FeatureCache, Rows, packed_backbone, shard_paths
+from data.cache.writer import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
 from pipeline.cli import UserError
 from pipeline.extraction import maintenance as keeping
 from pipeline.runtime import Machine

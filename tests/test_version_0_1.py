@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data.cache.reader import FeatureCache
 from data.datasets.sample import draw_sample
-from data.features import FeatureCache
 from pipeline import caption, evaluate, extract, train
 from tests.test_commands import works
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data import DataError
-from data.captions import CaptionedImages, pad, prefetch
-from data.features import FeatureCache, Rows
-from data.shards import plan_shards, write_shard
+from data.batches import CaptionedImages, pad, prefetch
+from data.cache.reader import FeatureCache, Rows
+from data.cache.writer import plan_shards, write_shard
 from data.sources import Image
 from data.subwords import Subwords
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import nn
 
-from data.features import FeatureCache, iterate
+from data.cache.reader import FeatureCache, iterate
 from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
 from data.segmentation import segmented
 from data.vocabulary import UNK, Vocabulary

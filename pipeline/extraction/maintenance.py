@@ -14,8 +14,8 @@ import click
 import numpy as np
 
 from data import DataError
-from data.features import FeatureCache, cache_header, reading_shard, shard_paths
-from data.shards import pack, verify_shard
+from data.cache.reader import FeatureCache, cache_header, reading_shard, shard_paths
+from data.cache.writer import pack, verify_shard
 from pipeline.cli import UserError
 from pipeline.runtime import Machine, refuse_what_cannot_fit
 from pipeline.terminal import human_bytes, progress, say

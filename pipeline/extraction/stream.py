@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.features import Rows, Unreadable, iterate, views_of
+from data.cache.reader import Rows, Unreadable, iterate, views_of
+from data.cache.writer import Claims, Shard, stamp, write_shard
 from data.images import Framing, Photo, Photographs, stack, try_image
-from data.shards import Claims, Shard, stamp, write_shard
 from data.sources import Image
 from models.backbones import Backbone
 from pipeline.cli import UserError

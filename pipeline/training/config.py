@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data.captions import CaptionedImages
+from data.batches import CaptionedImages
 from data.segmentation import SEGMENTS
 from data.sources import CAPTIONS_FROM, DATASETS
 from data.subwords import Subwords

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.captions import Batch, CaptionedImages, prefetch
+from data.batches import Batch, CaptionedImages, prefetch
 from models.decoders.transformer import Captioner
 from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.captions import Batch, CaptionedImages
+from data.batches import Batch, CaptionedImages
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
 from models.decoders.dropout import drop_regions
 from models.decoders.transformer import Captioner, Memory, evaluating

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.captions import CaptionedImages
+from data.batches import CaptionedImages
 from data.segmentation import segmented
 from data.subwords import Subwords
 from data.vocabulary import EOS, Vocabulary

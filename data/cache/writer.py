@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 
 from data import DataError
-from data.features import (
+from data.cache.reader import (
     BROKEN,
     FORMAT,
     PER_VIEW,
@@ -284,7 +284,7 @@ def write_shard(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write one shard whole or not at all; `rows`, one for each of `kept`, are those of the photographs as they are and then
-    of each view that the provenance names, as `data.features` says.
+    of each view that the provenance names, as `data.cache.reader` says.
 
     Raises DataError naming the photograph whose features are not finite in float16, OSError for a disk that is full.
     """

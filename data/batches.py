@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import DataError
-from data.features import FeatureCache, iterate
+from data.cache.reader import FeatureCache, iterate
 from data.segmentation import segmented_all
 from data.sources import Image, check_captioned
 from data.vocabulary import BOS, EOS, PAD, Vocabulary

@@ -14,7 +14,7 @@ exists is complete. Rows are contiguous and uncompressed, so a reader maps them 
     attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but `features`)
 
 `features.h5` joins all shards for any h5py user (HDF5 virtual datasets); `unreadable.jsonl` lists the photographs that
-have no row and why. `data.shards` writes all of this; here it is read.
+have no row and why. `data.cache.writer` writes all of this; here it is read.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ class FeatureCache:
         Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions); DataError here for an image
         without a row.
         """
-        from data.captions import CachedImages  # here, since reading a cache needs no torch
+        from data.batches import CachedImages  # here, since reading a cache needs no torch
 
         return CachedImages(self, captions)
 
