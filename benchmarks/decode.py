@@ -37,11 +37,11 @@ from benchmarks.peers import (
 )
 from data.cache.reader import FeatureCache
 from models.decoders.transformer import Captioner, Memory
-from models.generation.options.cuda_graph import BeamSearch
-from models.generation.options.options import Generation
+from models.generation.cuda_graph import BeamSearch
+from models.generation.options import Generation
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding.captioner.captioner import lighten, on_every_core
+from pipeline.decoding.captioner import lighten, on_every_core
 from pipeline.runtime import Machine, open_machine
 
 BEAMS, LENGTH = 5, 20

@@ -11,8 +11,8 @@ from torch import Tensor
 from models.decoders.attention import Packed
 from models.decoders.dropout import drop_regions, replace_words
 from models.decoders.transformer import Captioner, Memory
-from models.generation.options.constraints import NEVER
-from models.generation.options.options import Generation, lengths
+from models.generation.constraints import NEVER
+from models.generation.options import Generation, lengths
 from models.regions import Regions
 
 ROWS = 256  # of scores in fp32 at a time: they stay in a CPU's cache

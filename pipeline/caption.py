@@ -13,8 +13,8 @@ from data.cache.reader import iterate, write_whole
 from data.datasets.folder import is_caption_list, list_files
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding.captioner.captioner import Caption, load_captioner
-from pipeline.decoding.captioner.options import DecodingOptions, by_option
+from pipeline.decoding.captioner import Caption, load_captioner
+from pipeline.decoding.options import DecodingOptions, by_option
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
 from pipeline.terminal import progress, say
 

@@ -18,7 +18,7 @@ from data.datasets.sample import is_true, load_scenes
 from data.sources import open_source
 from pipeline import caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding.captioner.captioner import Writer, caption_rows, make_generation
+from pipeline.decoding.captioner import Writer, caption_rows, make_generation
 from pipeline.runtime import open_machine
 
 SHOWN = 5

@@ -15,7 +15,7 @@ from data.results import choose, read_ids, read_references, read_results, server
 from data.segmentation import SEGMENTS, UNSPACED_RUN, segmented_all, without_blanks
 from data.sources import CAPTIONS_FROM, DATASETS, Image, Source, check_captioned, open_source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding.captioner.options import DecodingOptions, by_option
+from pipeline.decoding.options import DecodingOptions, by_option
 from pipeline.scoring.java import Meteor, NotComputed
 from pipeline.scoring.ngrams import References, keep, kept_path, load_kept, user_cache
 from pipeline.scoring.report import (
@@ -33,7 +33,7 @@ from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
     from pipeline.checkpoints.checkpoint import Checkpoint
-    from pipeline.decoding.captioner.captioner import Caption
+    from pipeline.decoding.captioner import Caption
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,8 @@ def decode(
     config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache, ids: Sequence[int]
 ) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
     """Captions by image id, and the options that they were found with."""
-    from models.generation.options.ensemble import Ensemble
-    from pipeline.decoding.captioner.captioner import caption_rows, lighten, make_writer
+    from models.generation.ensemble import Ensemble
+    from pipeline.decoding.captioner import caption_rows, lighten, make_writer
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)

@@ -23,7 +23,7 @@ from data.sources import Image, Source, open_source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
 from models.decoders.transformer import Captioner, CaptionerConfig
-from models.generation.options.options import Generation
+from models.generation.options import Generation
 from models.losses import caption_loss
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import (
@@ -40,8 +40,8 @@ from pipeline.checkpoints.checkpoint import (
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
-from pipeline.decoding.captioner.captioner import Writer, caption_rows
-from pipeline.decoding.captioner.consensus import Frequencies
+from pipeline.decoding.captioner import Writer, caption_rows
+from pipeline.decoding.consensus import Frequencies
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring.metrics import score
 from pipeline.terminal import human_bytes, progress, say

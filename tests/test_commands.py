@@ -27,7 +27,7 @@ from data.sources import image_id, open_source
 from models.regions import Regions
 from pipeline import caption, evaluate, extract, train
 from pipeline.cli import UserError
-from pipeline.decoding.captioner.captioner import load_captioner
+from pipeline.decoding.captioner import load_captioner
 
 SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
 QUICK = [*SMALL, "--epochs", "2", "--batch", "20", "--min-count", "1", "--beam", "2"]

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from data.cache.reader import FeatureCache
 from data.vocabulary import BOS, EOS, SPECIALS, Vocabulary
-from models.generation.options.beam_search import generate
+from models.generation.beam_search import generate
 from models.regions import Regions
 from pipeline import caption, evaluate
 from pipeline.cli import UserError
-from pipeline.decoding.captioner.captioner import load_captioner
-from pipeline.decoding.captioner.consensus import NAME, Frequencies, expected_cider
+from pipeline.decoding.captioner import load_captioner
+from pipeline.decoding.consensus import NAME, Frequencies, expected_cider
 from pipeline.scoring.metrics import cider
 from pipeline.scoring.ngrams import References
 from tests.test_commands import at, photos, refused, works

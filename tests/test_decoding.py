@@ -11,10 +11,10 @@ from data.segmentation import segmented
 from data.subwords import Subwords
 from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from models import ModelError
-from models.generation.options.options import Generation
+from models.generation.options import Generation
 from pipeline.cli import UserError
-from pipeline.decoding.captioner.captioner import Writer, lighten, make_generation, on_every_core
-from pipeline.decoding.captioner.options import NAMES, DecodingOptions, by_option
+from pipeline.decoding.captioner import Writer, lighten, make_generation, on_every_core
+from pipeline.decoding.options import NAMES, DecodingOptions, by_option
 from pipeline.runtime import Machine
 from tests.test_captioner import WORDS, some_regions, tiny
 

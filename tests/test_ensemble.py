@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from models.generation.options.beam_search import beam_search
-from models.generation.options.ensemble import Ensemble
-from models.generation.options.options import Generation
+from models.generation.beam_search import beam_search
+from models.generation.ensemble import Ensemble
+from models.generation.options import Generation
 from tests.test_captioner import close, some_regions, some_tokens, tiny
 
 

@@ -21,7 +21,7 @@ from data.sources import Image, image_id
 from models.backbones import create_backbone
 from models.regions import grid_regions
 from pipeline import evaluate, extract, train
-from pipeline.decoding.captioner.captioner import load_captioner
+from pipeline.decoding.captioner import load_captioner
 from pipeline.extraction.backbone import backbone_identity
 from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
 from pipeline.runtime import open_machine

@@ -17,7 +17,7 @@ from pipeline import caption, evaluate
 from pipeline.checkpoints.checkpoint import FORMAT, load_checkpoint
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.cli import UserError
-from pipeline.decoding.captioner.captioner import PhotoCaptioner, load_captioner
+from pipeline.decoding.captioner import PhotoCaptioner, load_captioner
 from tests.test_commands import at, photos, refused, works
 from tests.test_commands import world as world
 

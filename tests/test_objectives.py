@@ -13,9 +13,9 @@ from torch.nn.utils import parameters_to_vector
 from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, UNK
 from models.decoders.transformer import Captioner, CaptionerConfig, Memory
-from models.generation.options.beam_search import beam_search
-from models.generation.options.options import Generation
-from models.generation.options.sampling import sample
+from models.generation.beam_search import beam_search
+from models.generation.options import Generation
+from models.generation.sampling import sample
 from models.losses import self_critical_loss
 from models.regions import Regions
 from pipeline.cli import UserError

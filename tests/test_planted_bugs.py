@@ -11,7 +11,7 @@ from torch import nn
 
 from models.decoders import transformer as captioners
 from models.decoders.attention import KVCache
-from models.generation.options.options import beam_search as search
+from models.generation import beam_search as search
 from tests import test_captioner, test_search
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from models.generation.options.constraints import NEVER, Barred, Forced
+from models.generation.constraints import NEVER, Barred, Forced
 
 WORDS, EOS = 9, 2
 

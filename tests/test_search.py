@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from models import ModelError
-from models.generation.options.beam_search import beam_search, generate
-from models.generation.options.cuda_graph import BeamSearch
-from models.generation.options.ensemble import Ensemble
-from models.generation.options.options import Generation
-from models.generation.options.options import beam_search as searching
-from models.generation.options.sampling import sample
+from models.generation import beam_search as searching
+from models.generation.beam_search import beam_search, generate
+from models.generation.cuda_graph import BeamSearch
+from models.generation.ensemble import Ensemble
+from models.generation.options import Generation
+from models.generation.sampling import sample
 from models.regions import Regions
 from tests.test_captioner import WORDS, some_regions, tiny
 from tests.test_rules import holds, repeats

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from models import ModelError
 from models.decoders.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
 from models.decoders.dropout import Dropout
-from models.generation.options.beam_search import generate
-from models.generation.options.options import Captions, Generation
+from models.generation.beam_search import generate
+from models.generation.options import Captions, Generation
 from models.regions import Regions
 
 MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears

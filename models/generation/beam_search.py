@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from models import ModelError
-from models.generation.options.constraints import NEVER, Barred, Forced, bar
-from models.generation.options.options import Captions, Generation, lengths
-from models.generation.options.sampling import sample
+from models.generation.constraints import NEVER, Barred, Forced, bar
+from models.generation.options import Captions, Generation, lengths
+from models.generation.sampling import sample
 
 if TYPE_CHECKING:
     from models.decoders.transformer import Captioner, ExactScores, Memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from models.decoders.transformer import Captioner, Memory
-from models.generation.options.beam_search import beam_search
-from models.generation.options.options import Captions, Generation
+from models.generation.beam_search import beam_search
+from models.generation.options import Captions, Generation
 
 
 class CapturedSearch:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from models import ModelError
-from models.generation.options.constraints import Barred
+from models.generation.constraints import Barred
 
 if TYPE_CHECKING:
     from models.decoders.transformer import Captioner

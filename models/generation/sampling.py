@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.generation.options.constraints import NEVER, bar
-from models.generation.options.options import Captions, Generation, lengths
+from models.generation.constraints import NEVER, bar
+from models.generation.options import Captions, Generation, lengths
 
 if TYPE_CHECKING:
     from models.decoders.transformer import Captioner, Memory

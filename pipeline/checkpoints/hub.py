@@ -30,7 +30,7 @@ Trained with Onceover: a Transformer decoder over the grid features of a CNN tha
 says which backbone, trained how, and on what.
 
 ```python
-from pipeline.decoding.captioner.captioner import PhotoCaptioner
+from pipeline.decoding.captioner import PhotoCaptioner
 
 captioner = PhotoCaptioner.from_pretrained("this-repository")
 print(captioner.caption(["photo.jpg"]))

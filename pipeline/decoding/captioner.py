@@ -26,15 +26,15 @@ from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones import Backbone
 from models.decoders.transformer import Captioner, Memory, evaluating
-from models.generation.options.beam_search import generate
-from models.generation.options.cuda_graph import BeamSearch
-from models.generation.options.options import Captions, Generation
+from models.generation.beam_search import generate
+from models.generation.cuda_graph import BeamSearch
+from models.generation.options import Captions, Generation
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
-from pipeline.decoding.captioner.consensus import Frequencies, expected_cider
-from pipeline.decoding.captioner.options import NAMES
+from pipeline.decoding.consensus import Frequencies, expected_cider
+from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import framing_of, look, place_backbone, restore_backbone
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say

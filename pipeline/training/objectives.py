@@ -18,9 +18,9 @@ from data.batches import Batch, CaptionedImages
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
 from models.decoders.dropout import drop_regions
 from models.decoders.transformer import Captioner, Memory, evaluating
-from models.generation.options.beam_search import beam_search
-from models.generation.options.options import Generation, lengths
-from models.generation.options.sampling import sample
+from models.generation.beam_search import beam_search
+from models.generation.options import Generation, lengths
+from models.generation.sampling import sample
 from models.losses import Noise, caption_loss, self_critical_loss
 from models.regions import Regions
 from pipeline.cli import UserError

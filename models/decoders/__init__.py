@@ -1,0 +1,1 @@
+"""Decoders: regions and words in, scores of the next word out."""
