@@ -98,6 +98,13 @@ def test_errors_name_the_options(given, message):
         make_generation({"beam": 5}, VOCABULARY, given)
 
 
+@pytest.mark.parametrize("name", ["beam", "nbest", "consensus"])
+def test_more_captions_of_an_image_than_memory_has_room_for_are_refused(name):
+    assert DecodingOptions(**{name: 1000}).given() == {name: 1000}
+    with pytest.raises(UserError, match=f"--{name} is 1001, it must be at most 1,000"):
+        DecodingOptions(**{name: 1001})
+
+
 def test_errors_in_python_name_what_python_was_given():
     with pytest.raises(ModelError, match="num_return_sequences 7 is above num_beams 5"):
         make_generation({"beam": 5}, VOCABULARY, {"num_return_sequences": 7})

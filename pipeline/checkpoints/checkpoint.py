@@ -28,7 +28,7 @@ from torch import Tensor
 from data.cache.reader import FeatureCache, differences, packed_backbone, write_whole, written_whole
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
-from models import ModelError
+from models import MOST_CAPTIONS, ModelError
 from models.decoders.transformer import Captioner, CaptionerConfig
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
@@ -38,7 +38,7 @@ from pipeline.terminal import say
 FORMAT = 1
 SHARED = ("model.safetensors", "config.json", "vocab.json", "tokenizer.json", "frequencies.safetensors",
           "backbone.safetensors")  # fmt: skip
-LARGEST_JSON, MOST_BEAMS = 1 << 26, 1000
+LARGEST_JSON = 1 << 26
 
 
 # ---------------------------------------------------------------------------------------------------------- captioners
@@ -171,9 +171,9 @@ def segment_of(training: Mapping[str, Any]) -> str:
 
 def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
     beam, penalty = decoding.get("beam"), decoding.get("length_penalty")
-    fits = type(beam) is int and 1 <= beam <= MOST_BEAMS and type(penalty) in (int, float) and abs(penalty) <= 10
+    fits = type(beam) is int and 1 <= beam <= MOST_CAPTIONS and type(penalty) in (int, float) and abs(penalty) <= 10
     if not fits or len(decoding) != 2:
-        raise UserError(f"{path}: decoding must be a beam of 1 to {MOST_BEAMS} and a length_penalty of -10 to 10: {decoding}")
+        raise UserError(f"{path}: decoding must be a beam of 1 to {MOST_CAPTIONS} and a length_penalty of -10 to 10: {decoding}")
 
 
 def copy_backbone(cache: Path, folder: Path) -> None:

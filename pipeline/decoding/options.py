@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from models import ModelError
+from models import MOST_CAPTIONS, ModelError
 from pipeline.cli import UserError, setting
 
 # option: its name in models.generation.options.Generation, where it is another one
@@ -52,6 +52,9 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         if self.sample and self.beam is not None:
             raise UserError("--sample draws each caption by itself; it takes no --beam")
+        for name in ("beam", "nbest", "consensus"):
+            if (getattr(self, name) or 0) > MOST_CAPTIONS:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at most {MOST_CAPTIONS:,}")
         if self.consensus is not None and self.consensus < 1:
             raise UserError(f"--consensus is {self.consensus}, it must be at least 1")
         if self.consensus and (self.sample or self.beam_groups or self.force_words):
