@@ -27,7 +27,8 @@ from PIL import Image as PillowImage
 from benchmarks.measure import header
 from benchmarks.photographs import make_photographs
 from data import images as decoding
-from data.cache.writer import Claims, plan_shards
+from data.cache.claims import Claims
+from data.cache.writer import plan_shards
 from data.sources import Image
 from pipeline.extraction.backbone import backbone_identity, framing_of, look, open_backbone, place_backbone
 from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards

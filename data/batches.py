@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,23 +54,6 @@ class Batch:
         """The regions on a device; tokens stay, since where words stand is found out without keeping a device waiting."""
         moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)]
         return Batch(*moved, self.tokens, self.image_ids, self.counted)
-
-
-class CachedImages(torch.utils.data.Dataset):
-    """The images of `captions` over a cache, one an item, as `FeatureCache.dataset` says; workers open the cache anew."""
-
-    def __init__(self, cache: FeatureCache, captions: Mapping[int, Sequence[str]]) -> None:
-        self.cache, self.captions, self.ids = cache, dict(captions), list(captions)
-        for image_id in self.ids:
-            cache.require(image_id)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int, list[str]]:
-        image_id = self.ids[index]
-        features, boxes, count = self.cache[image_id]
-        return torch.from_numpy(features), torch.from_numpy(boxes), int(count), image_id, list(self.captions[image_id])
 
 
 class CaptionedImages:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data import DataError
-from data.cache.reader import write_whole, written_whole
 from data.datasets.coco import read as read_coco
 from data.datasets.karpathy import read as read_karpathy
+from data.files import write_whole, written_whole
 from data.sources import Image, check_caption, check_id, parse_json, read_text
 
 SERVER_IMAGES = {"val": 40_504, "test": 40_775}  # of COCO 2014

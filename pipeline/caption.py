@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.cache.reader import iterate, write_whole
+from data.cache.reader import iterate
 from data.datasets.folder import is_caption_list, list_files
+from data.files import write_whole
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding.captioner import Caption, load_captioner

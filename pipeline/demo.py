@@ -14,8 +14,8 @@ import click
 import numpy as np
 
 from data.cache.reader import FeatureCache
+from data.datasets.registry import open_source
 from data.datasets.sample import is_true, load_scenes
-from data.sources import open_source
 from pipeline import caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import Writer, caption_rows, make_generation

@@ -13,11 +13,13 @@ import timm
 import torch
 import torchvision
 
+from data.cache.claims import Claims, sweep
 from data.cache.reader import VIEWS, FeatureCache, cache_header, differences, shard_paths
-from data.cache.writer import Claims, Shard, plan_retry, plan_shards, sweep, write_index
+from data.cache.writer import Shard, plan_retry, plan_shards, write_index
+from data.datasets.registry import CAPTIONS_FROM, DATASETS, open_source
 from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
-from data.sources import CAPTIONS_FROM, DATASETS, Image, Listing, Source, open_source
-from models.backbones import BF16
+from data.sources import Image, Listing, Source
+from models.backbones.grid import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.extraction.backbone import (
     MAX_PIXELS_HELP,

@@ -18,8 +18,9 @@ from torch import Tensor
 from data import DataError
 from data.batches import CaptionedImages
 from data.cache.reader import FeatureCache, differences
+from data.datasets.registry import open_source
 from data.segmentation import without_blanks
-from data.sources import Image, Source, open_source
+from data.sources import Image, Source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
 from models.decoders.transformer import Captioner, CaptionerConfig

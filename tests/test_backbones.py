@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import ModelError
-from models.backbones import create_backbone
+from models.backbones.registry import create_backbone
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import look, open_backbone, read_weights, restore_backbone
 from pipeline.runtime import open_machine

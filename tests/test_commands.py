@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 from data import DataError
 from data.cache.reader import FeatureCache
 from data.datasets import folder
+from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
-from data.sources import image_id, open_source
+from data.sources import image_id
 from models.regions import Regions
 from pipeline import caption, evaluate, extract, train
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
+from pipeline.evaluate import checkpoint as evaluate_checkpoint
 
 SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
 QUICK = [*SMALL, "--epochs", "2", "--batch", "20", "--min-count", "1", "--beam", "2"]
@@ -366,7 +368,7 @@ def test_extract_takes_the_option_captions_from_as_train_does(tmp_path):
 def test_evaluate_of_one_photograph_names_the_split_to_pass(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"split 'dev' has no images.*pass --split train"):
-        evaluate.choose_split(open_source("folder", tmp_path), None)
+        evaluate_checkpoint.choose_split(open_source("folder", tmp_path), None)
 
 
 def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, capsys):

@@ -6,8 +6,8 @@ import re
 import pytest
 from click.testing import CliRunner
 
+from data.datasets.registry import open_source
 from data.datasets.sample import load_scenes
-from data.sources import open_source
 from pipeline import demo
 
 

@@ -18,7 +18,7 @@ from PIL import Image as PillowImage
 from data.cache.reader import FeatureCache
 from data.images import Framing
 from data.sources import Image, image_id
-from models.backbones import create_backbone
+from models.backbones.registry import create_backbone
 from models.regions import grid_regions
 from pipeline import evaluate, extract, train
 from pipeline.decoding.captioner import load_captioner

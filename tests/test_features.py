@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from data import DataError
 from data.cache import writer as shards
-from data.cache.reader import FeatureCache, Rows, Unreadable, shard_paths, write_whole, written_whole
+from data.cache.reader import FeatureCache, Rows, Unreadable, shard_paths
 from data.cache.writer import plan_shards, write_index, write_shard
+from data.files import write_whole, written_whole
 from data.sources import Image
 
 IDENTITY = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3, "regions": "grid"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"extract", "train", "evaluate", "caption", "demo", "pretrain"}
+STAGES = {"extract", "train", "evaluate", "caption", "demo"}
 FILES = sorted(path for room in ("pipeline", "models", "data") for path in (ROOT / room).glob("*.py"))
 
 

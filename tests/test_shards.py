@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from data import DataError
+from data.cache import claims as claiming
 from data.cache import writer as shards
+from data.cache.claims import Claims
 from data.cache.reader import FeatureCache, Rows, packed_backbone, shard_paths
-from data.cache.writer import Claims, plan_retry, plan_shards, stamp, verify_shard, write_shard
+from data.cache.writer import plan_retry, plan_shards, stamp, verify_shard, write_shard
 from pipeline.cli import UserError
 from pipeline.extraction import maintenance as keeping
 from pipeline.runtime import Machine
@@ -109,7 +111,7 @@ def test_a_claim_from_elsewhere_is_taken_over_after_two_minutes_of_silence(shard
 
 
 def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
-    monkeypatch.setattr(shards, "TOUCH", 0.05)
+    monkeypatch.setattr(claiming, "TOUCH", 0.05)
     with Claims(shard.path.parent) as claims:
         assert claims.take(shard)
         os.utime(claim_of(shard), (1, 1))
@@ -314,7 +316,7 @@ def test_what_killed_processes_left_beside_finished_work_is_swept(cache):  # noq
     (cache / ".old.tmp").write_text("")
     (cache / ".new.tmp").write_text("")
     os.utime(cache / ".old.tmp", (1, 1))
-    shards.sweep(cache)
+    claiming.sweep(cache)
     assert sorted(path.name for path in cache.glob(".*")) == [".new.tmp", ".shard-00009.claim"]
 
 

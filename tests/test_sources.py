@@ -9,8 +9,9 @@ import pytest
 
 from data import DataError
 from data.datasets import folder
+from data.datasets.registry import DATASETS, open_source
 from data.images import HEIC
-from data.sources import DATASETS, check_captioned, image_id, open_source, same_photograph
+from data.sources import check_captioned, image_id, same_photograph
 
 # Small data sets, written by the tests: an image file is empty, for a source opens none.
 

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import struct
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,37 +65,6 @@ class Unreadable(NamedTuple):
     reason: str
     size: int = -1
     mtime_ns: int = -1
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever sees half of a file.
-    sync: not before it is on the disk."""
-    begin = path.name.encode(errors="ignore")[:100].decode(errors="ignore")  # a name has at most 255 bytes
-    temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        if sync:
-            with open(temporary, "rb+") as file:
-                _fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(descriptor: int) -> None:
-    """Wait until a file is on the disk, where the file system has such a call (some have not)."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
@@ -346,7 +314,7 @@ class FeatureCache:
         Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions); DataError here for an image
         without a row.
         """
-        from data.batches import CachedImages  # here, since reading a cache needs no torch
+        from data.cache.torch_dataset import CachedImages  # here, since reading a cache needs no torch
 
         return CachedImages(self, captions)
 

@@ -1,9 +1,6 @@
 """Writing a feature cache: which shard holds which images, who writes it, how it is written, checked and joined.
 
-A shard is claimed by a file that only one process can create (`.shard-00000.claim`: host, pid, start), which its owner
-touches every TOUCH seconds. A claim whose process is dead (on this host), or that nobody touched for SILENCE seconds by the
-file system's own clock (on another), is taken over. Should two processes write one shard all the same, both write the same
-rows, and the last rename wins. The shard itself is written under a temporary name, fsynced and renamed.
+A shard is written under a temporary name, fsynced and renamed; `data.cache.claims` says which process writes it.
 """
 
 from __future__ import annotations
@@ -14,10 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import socket
-import threading
-import time
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,13 +38,11 @@ from data.cache.reader import (
     shard_paths,
     system_errors,
     views_of,
-    write_whole,
-    written_whole,
 )
+from data.files import write_whole, written_whole
 from data.sources import Image
 
 SHARD_IMAGES = 1000
-TOUCH, SILENCE = 10, 120  # seconds
 TABLES = ("boxes", "counts", "image_ids", "names", "sizes")
 
 
@@ -146,129 +137,6 @@ def stamp(path: Path) -> tuple[int, int]:
 
 def _digest(images: Sequence[Image]) -> str:
     return hashlib.sha256(json.dumps([image.id for image in images]).encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------------- claiming
-
-
-class Claims:
-    """The shards that this process is writing. A context manager: leaving it gives all of them back."""
-
-    def __init__(self, cache: Path) -> None:
-        self.cache, self.held = cache, set()
-        self.stop = threading.Event()
-        self.me = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
-
-    def __enter__(self) -> Claims:
-        threading.Thread(target=self._touch, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for shard in list(self.held):
-            self.release(shard)
-
-    def take(self, shard: Shard) -> bool:
-        """Whether this process is to write `shard`: it is not there, and nobody else alive is at it."""
-        path = _claim_path(shard.path)
-        for _ in range(2):
-            if shard.path.exists():
-                return False
-            try:
-                with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w") as file:
-                    json.dump(self.me, file)
-            except FileExistsError:
-                if not self._abandoned(path):
-                    return False
-                self._put_aside(path)
-                continue
-            self.held.add(shard.path)
-            if shard.path.exists():  # finished and given back since
-                self.release(shard.path)
-                return False
-            for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):  # of a process that was killed
-                left.unlink(missing_ok=True)
-            return True
-        return False
-
-    def release(self, shard: Path) -> None:
-        self.held.discard(shard)
-        if _owner(_claim_path(shard)) == self.me:  # another's, where this one was silent for too long
-            _claim_path(shard).unlink(missing_ok=True)
-
-    def _put_aside(self, path: Path) -> None:
-        """Take an abandoned claim away; one that another process has taken over this moment is put back."""
-        owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        try:
-            path.rename(aside)
-        except FileNotFoundError:  # another was quicker
-            return
-        if _owner(aside) != owner:
-            with contextlib.suppress(OSError):  # it exists again, or there are no hard links
-                os.link(aside, path)
-        aside.unlink()
-
-    def _abandoned(self, path: Path) -> bool:
-        if not path.exists():
-            return True
-        owner = _owner(path)
-        if owner.get("host") == self.me["host"]:
-            return not _alive(owner["pid"], owner["start"])
-        clock = self.cache / f".clock.{uuid.uuid4().hex}"
-        try:
-            clock.touch()
-            return clock.stat().st_mtime - path.stat().st_mtime > SILENCE
-        except FileNotFoundError:
-            return True
-        finally:
-            clock.unlink(missing_ok=True)
-
-    def _touch(self) -> None:
-        while not self.stop.wait(TOUCH):
-            for shard in list(self.held):
-                with contextlib.suppress(OSError):
-                    os.utime(_claim_path(shard))
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    """What a claim says; nothing where it was created this moment, or by a process that was killed at it."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.keys() >= {"host", "pid", "start"} else {}
-
-
-def _claim_path(shard: Path) -> Path:
-    return shard.with_name(f".{shard.stem}.claim")
-
-
-def _host() -> str:
-    """This machine since its last start, and the process numbers that count here (containers have their own)."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _started(pid: int) -> str:
-    """When a process began, so that a later one with its number is told apart; empty where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _alive(pid: int, start: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return _started(pid) == start
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -373,17 +241,6 @@ def _runs(cache: FeatureCache, path: Path, file: h5py.File) -> list[tuple[int, i
     read = np.array([0, *(cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)), 0], np.int8)
     edges = np.flatnonzero(np.diff(read)).reshape(-1, 2)
     return [(int(begin), int(end)) for begin, end in edges]
-
-
-def sweep(cache: Path) -> None:
-    """Remove what killed processes left beside finished work: claims of shards that are there, old temporary files."""
-    for claim in cache.glob(".shard-*.claim"):
-        if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
-            claim.unlink(missing_ok=True)
-    for left in cache.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 10 * SILENCE:
-                left.unlink()
 
 
 def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:

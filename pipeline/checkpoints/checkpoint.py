@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.cache.reader import FeatureCache, differences, packed_backbone, write_whole, written_whole
+from data.cache.reader import FeatureCache, differences, packed_backbone
+from data.files import write_whole, written_whole
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MOST_CAPTIONS, ModelError

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from data.cache.reader import written_whole
+from data.files import written_whole
 from pipeline.checkpoints.checkpoint import SHARED
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import do_not_wait_for_an_absent_hub

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.cache.reader import written_whole
+from data.files import written_whole
 from pipeline.cli import UserError
 
 

@@ -24,7 +24,7 @@ from data.images import Photograph, Photographs, UnreadableImage, as_photographs
 from data.segmentation import segmented
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
-from models.backbones import Backbone
+from models.backbones.grid import Backbone
 from models.decoders.transformer import Captioner, Memory, evaluating
 from models.generation.beam_search import generate
 from models.generation.cuda_graph import BeamSearch

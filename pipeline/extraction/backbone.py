@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.images import RESIZES, Framing
-from models.backbones import Backbone, create_backbone, shapes_of_network
+from models.backbones.grid import Backbone
+from models.backbones.registry import create_backbone, shapes_of_network
 from models.regions import Regions
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
@@ -91,7 +92,7 @@ def state_dicts(value: Any, name: str = "", depth: int = 4) -> Iterator[tuple[st
 
 
 def scenes_weights() -> Path:
-    """The package's own small backbone weights, made by `python -m pipeline.pretrain`."""
+    """The package's own small backbone weights, made by `models/weights/pretrain.py`."""
     return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
 
 

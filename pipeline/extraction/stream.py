@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.cache.claims import Claims
 from data.cache.reader import Rows, Unreadable, iterate, views_of
-from data.cache.writer import Claims, Shard, stamp, write_shard
+from data.cache.writer import Shard, stamp, write_shard
 from data.images import Framing, Photo, Photographs, stack, try_image
 from data.sources import Image
-from models.backbones import Backbone
+from models.backbones.grid import Backbone
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import framing_of, look
 from pipeline.runtime import Machine

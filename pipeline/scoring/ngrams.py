@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DataError, characters, segmentation, tokens
-from data.cache.reader import written_whole
+from data.files import written_whole
 from data.segmentation import segmented
 
 ORDERS = 4

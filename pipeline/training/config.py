@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.batches import CaptionedImages
+from data.datasets.registry import CAPTIONS_FROM, DATASETS
 from data.segmentation import SEGMENTS
-from data.sources import CAPTIONS_FROM, DATASETS
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.cache.reader import write_whole
+from data.files import write_whole
 from pipeline.cli import UserError
 from pipeline.terminal import say
 

@@ -7,16 +7,13 @@ dummy image: `feature_info` lies for some models (320 instead of 1280 channels f
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from models import ModelError
@@ -180,129 +177,3 @@ class Backbone(nn.Module):
 def _in_fp32(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         return forward(images.float())
-
-
-def create_backbone(
-    name: str,
-    arguments: Mapping[str, Any] | None = None,
-    pretrained: bool = False,
-    seed: int = 0,
-    size: tuple[int, int] | None = None,
-    grid: tuple[int, int] | None = None,
-) -> Backbone:
-    """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the hub's weights.
-
-    Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the nearest one), an
-    argument that the model does not take, or a hub that cannot be reached.
-
-    size: (H, W) of the input in place of the weights' own.
-    grid: cells (h, w) that the feature map is pooled to; None: as it comes.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if name.startswith("torchvision/"):
-            network, config, classifier = _torchvision_network(name, dict(arguments or {}), pretrained)
-        else:
-            network, config, classifier = _timm_network(name, dict(arguments or {}), pretrained)
-        if size is not None:
-            config = {**config, "input_size": (3, *size)}
-        return Backbone(name, network, config, classifier, grid)
-
-
-def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a backbone's weights, without the memory for them; None where it cannot be built that way."""
-    build = _torchvision_network if name.startswith("torchvision/") else _timm_network
-    try:
-        with torch.device("meta"):
-            network, _, _ = build(name, dict(arguments), False)
-    except (RuntimeError, NotImplementedError, ModelError):  # some compute while they are built
-        return None
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
-
-
-def _timm_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
-    if ":" in name:
-        raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and its weights by --weights FILE")
-    _check_timm_name(name)
-    try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except TypeError as error:
-        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
-    except Exception as error:
-        if not pretrained and not arguments:
-            raise
-        told = _no_hub(name, error) if pretrained else f"--backbone-arg: {name} cannot be built with {arguments}: {error!r}"
-        raise ModelError(told) from error
-    config = timm.data.resolve_model_data_config(network)
-    classifier = network.pretrained_cfg.get("classifier") or ()
-    return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)
-
-
-def _check_timm_name(name: str) -> None:
-    """ModelError for a model or a tag (what stands after the first dot) that timm does not have, with the nearest."""
-    model, dot, tag = name.partition(".")
-    if not timm.is_model(name):
-        known = timm.list_models(include_tags=bool(dot))
-        near = _nearest(name.removeprefix("timm/"), known)
-        raise ModelError(f"no backbone {name!r} in timm {timm.__version__}{near}")
-    tags = timm.list_models(f"{model}.*", include_tags=True) if dot else [name]
-    if name not in tags:
-        near = _nearest(name, tags, cutoff=0.0) if tags else f"; it has none, write {model}"
-        raise ModelError(f"backbone {model} has no weights with the tag {tag!r} in timm {timm.__version__}{near}")
-
-
-def _torchvision_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
-    short = name.removeprefix("torchvision/")
-    known = torchvision.models.list_models(module=torchvision.models)
-    if short not in known:
-        model, dot, _ = short.partition(".")
-        near = _nearest(model, known, prefix="torchvision/")
-        tags = "; torchvision's names have no tags" if dot else ""
-        raise ModelError(f"no backbone {name!r} in torchvision {torchvision.__version__}{tags}{near}")
-    weights = torchvision.models.get_model_weights(short).DEFAULT
-    try:
-        model = torchvision.models.get_model(short, weights=weights if pretrained else None, **arguments)
-    except TypeError as error:
-        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise ModelError(_no_hub(name, error)) from error
-    parts, classifier = _before_pooling(model)
-    transforms = weights.transforms()
-    size = transforms.crop_size[0]
-    config = {"input_size": (3, size, size), "mean": transforms.mean, "std": transforms.std,
-              "interpolation": transforms.interpolation.value}  # fmt: skip
-    return parts, config, classifier
-
-
-def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:
-    """What runs before the pooling, under the names its weights have in the whole model, and the names left out."""
-    children = dict(model.named_children())
-    if "features" in children:
-        kept = ["features"]
-    else:
-        kept = []
-        for key in children:
-            if key in ("avgpool", "fc", "classifier", "head", "heads"):
-                break
-            kept.append(key)
-    parts = nn.Sequential()
-    for key in kept:
-        parts.add_module(key, children[key])
-    return parts, tuple(key for key in children if key not in kept)
-
-
-def _nearest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
-    library = prefix.rstrip("/") + ".models" if prefix else "timm"
-    return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else f"; {library}.list_models() lists them"
-
-
-def _no_hub(name: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return (
-        f"the pretrained weights of {name} could not be fetched from the hub ({type(error).__name__}: {reason}); "
-        "to go on without it: --weights FILE (a state dict, .safetensors or .pth, fetched elsewhere), a folder that "
-        "holds the hub's cache in HF_HOME, or --weights random to try the path"
-    )

@@ -1,6 +1,6 @@
 """Make the sample's small backbone: timm's `test_resnet`, trained from nothing on drawn scenes.
 
-    python -m pipeline.pretrain            # writes models/weights/test_resnet_scenes.safetensors
+    python models/weights/pretrain.py      # writes test_resnet_scenes.safetensors beside it
 
 Scenes are drawn as they are needed and go through the sample's own JPEG and the extractor's own resize. The backbone's
 last map [B,C,5,5] feeds one 1x1 head, thrown away at the end, that says of each cell whether a thing's centre lies in
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.datasets.sample import COLOURS, SHAPES, SIZES, Scene, draw_scene, encode_jpeg, make_scene, scene_rng
 
 ARCHITECTURE = "test_resnet"
-OUT = Path(__file__).parent.parent / "models" / "weights" / f"{ARCHITECTURE}_scenes.safetensors"
+OUT = Path(__file__).parent / f"{ARCHITECTURE}_scenes.safetensors"
 HELD_OUT, TRAINING = 200_000, 1_000_000
 KINDS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": tuple(SHAPES)}
 THINGS = 3  # at most, in a scene

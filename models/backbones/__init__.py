@@ -1,0 +1,1 @@
+"""Frozen backbones: uint8 photographs in, regions out."""

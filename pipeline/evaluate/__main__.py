@@ -1,0 +1,5 @@
+"""python -m pipeline.evaluate"""
+
+from pipeline.evaluate import main
+
+main()
