@@ -36,12 +36,13 @@ from benchmarks.peers import (
     random_regions,
 )
 from data.cache.reader import FeatureCache
-from models.decoders.transformer import Captioner, Memory
+from models.decoders.interface import Memory
+from models.decoders.transformer import Transformer
 from models.generation.cuda_graph import BeamSearch
 from models.generation.options import Generation
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding.captioner import lighten, on_every_core
+from pipeline.decoding.captioner import cast_linears_to_bf16, on_every_core
 from pipeline.runtime import Machine, open_machine
 
 BEAMS, LENGTH = 5, 20
@@ -99,7 +100,7 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
     device = machine.device
     sizes = SIZES[machine.precision]
     captioner, twin = our_captioner().to(device).eval(), our_captioner().to(device).eval()
-    lighten(captioner, machine)
+    cast_linears_to_bf16(captioner, machine)
     peers = {precision: hugging_face().to(device).eval() for precision in precisions(machine)}
     regions = random_regions(sizes.ours)
     encoded = torch.randn(sizes.theirs, 49, 512, device=device)
@@ -149,12 +150,12 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
     return found | {"operations a second, GFLOP/s": rate / 1e9, "limit, GFLOP/s": top / 1e9, "of_limit": rate / top}
 
 
-def encode(captioner: Captioner, regions: Regions, machine: Machine) -> Memory:
+def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory:
     with torch.inference_mode(), machine.autocast():
         return captioner.encode(regions)
 
 
-def searcher(captioner: Captioner, machine: Machine, options: Generation) -> Callable[[Memory], object]:
+def searcher(captioner: Transformer, machine: Machine, options: Generation) -> Callable[[Memory], object]:
     """Memory to captions; on a GPU the whole search of a shape is one CUDA graph."""
     search = BeamSearch(captioner, options)
 
@@ -168,7 +169,7 @@ def searcher(captioner: Captioner, machine: Machine, options: Generation) -> Cal
 def peak_memory(machine: Machine) -> float:
     """GB of memory that beam search of 64 images takes at most, beyond what weights and a first small search took."""
     captioner = our_captioner().eval()
-    lighten(captioner, machine)
+    cast_linears_to_bf16(captioner, machine)
     search = searcher(captioner, machine, FORCED)
     search(encode(captioner, random_regions(1), machine))
     return peak_above(lambda: search(encode(captioner, random_regions(64), machine)))
@@ -178,7 +179,7 @@ def trained(folder: Path, features: Path, machine: Machine, rounds: int, count: 
     """A trained captioner over the cache's first photographs: captions that end by themselves against 20 words each."""
     checkpoint, cache = load_checkpoint(folder), FeatureCache(features)
     captioner = checkpoint.captioner.to(machine.device)
-    lighten(captioner, machine)
+    cast_linears_to_bf16(captioner, machine)
     ids = cache.ids[:count].tolist()
     memories = []
     for start in range(0, len(ids), batch):

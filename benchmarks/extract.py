@@ -30,7 +30,7 @@ from data import images as decoding
 from data.cache.claims import Claims
 from data.cache.writer import plan_shards
 from data.sources import Image
-from pipeline.extraction.backbone import backbone_identity, framing_of, look, open_backbone, place_backbone
+from pipeline.extraction.backbone import backbone_identity, extract_regions, framing_of, open_backbone, place_backbone
 from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import progress
@@ -107,7 +107,7 @@ def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: 
         found[label] = rate(recipe, list(images_of))
         framing = framing_of(backbone, "stretch")
         (_, batch), *_ = _read_in_threads(iter([Work(None, images_of, True)]), framing, recipe)
-        rows.append(look(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1)).features.float().flatten(1))
+        rows.append(extract_regions(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1)).features.float().flatten(1))
     decoding.GAP = gap
     found["cosine of rows, least"] = float(torch.nn.functional.cosine_similarity(*rows).min())
     found["cosine of rows, mean"] = float(torch.nn.functional.cosine_similarity(*rows).mean())
@@ -137,11 +137,11 @@ def forward_rate(recipe: Recipe, batch: int, seconds: float = 4.0) -> float:
     pixels = torch.randint(0, 256, (batch, *recipe.backbone.size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     pixels = pixels.to(recipe.machine.device)
     wait = torch.cuda.synchronize if recipe.machine.device.type == "cuda" else lambda: None
-    look(recipe.backbone, pixels, recipe.machine)
+    extract_regions(recipe.backbone, pixels, recipe.machine)
     wait()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        look(recipe.backbone, pixels, recipe.machine)
+        extract_regions(recipe.backbone, pixels, recipe.machine)
         wait()
         count += batch
     return count / (time.perf_counter() - start)
@@ -184,7 +184,7 @@ def cosine(recipe: Recipe, paths: list[Path]) -> float:
     framing = framing_of(recipe.backbone, recipe.resize)
     (_, batch), *_ = _read_in_threads(iter([Work(None, images, True)]), framing, recipe)
     rows = [
-        look(recipe.backbone, batch.pixels, Machine(machine.device, precision, 0, 1)).features.float().flatten(1)
+        extract_regions(recipe.backbone, batch.pixels, Machine(machine.device, precision, 0, 1)).features.float().flatten(1)
         for precision in ("bf16", "fp32")
     ]
     return float(torch.nn.functional.cosine_similarity(*rows).min())

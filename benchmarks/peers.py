@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from benchmarks.measure import seconds_of, waiter
 from data.tokens import tokenize_all
 from data.vocabulary import BOS, EOS, PAD
-from models.decoders.transformer import Captioner, CaptionerConfig, Memory
+from models.decoders.interface import Memory
+from models.decoders.transformer import Transformer, TransformerConfig
 from models.regions import Regions, grid_boxes
 from pipeline.runtime import Machine
 
@@ -50,23 +51,23 @@ def random_regions(images: int) -> Regions:
     return Regions(features, grid_boxes(7, 7).expand(images, -1, -1), torch.full((images,), REGIONS))
 
 
-def our_captioner(dropout: float = 0.0, max_length: int = 40) -> Captioner:
+def our_captioner(dropout: float = 0.0, max_length: int = 40) -> Transformer:
     """Preset base (3+3 layers, width 512) for features [49,2048] and 10,000 words, random weights."""
     torch.manual_seed(0)
-    return Captioner(CaptionerConfig(WORDS, CHANNELS, dropout=dropout, max_length=max_length))
+    return Transformer(TransformerConfig(WORDS, CHANNELS, dropout=dropout, max_length=max_length))
 
 
 # ------------------------------------------------------------------------------------------------------- operations, limit
 
 
-def encoder_operations(config: CaptionerConfig) -> float:
+def encoder_operations(config: TransformerConfig) -> float:
     """Floating point operations of encoding one image, products alone: a multiplication and an addition are two."""
     width, inner = config.width, config.feedforward
     layer = 2 * width * (4 * width + 2 * inner) + 4 * REGIONS * width
     return REGIONS * (2 * config.channels * width + config.encoder_layers * layer + config.decoder_layers * 4 * width * width)
 
 
-def decoder_operations(config: CaptionerConfig, before: float) -> float:
+def decoder_operations(config: TransformerConfig, before: float) -> float:
     """Of one word's way through decoder and output layer, `before` words (on average) before it."""
     width, inner = config.width, config.feedforward
     layer = 2 * width * (6 * width + 2 * inner) + 4 * (REGIONS + before + 1) * width
@@ -87,13 +88,13 @@ def limit(shapes: list[tuple[int, int, int]], machine: Machine) -> float:
 # ------------------------------------------------------------------------------------------------------------- plain twin
 
 
-def plain_memory(captioner: Captioner, regions: Regions, copies: int) -> Memory:
+def plain_memory(captioner: Transformer, regions: Regions, copies: int) -> Memory:
     """Each image's encoded regions once for each of its captions."""
     memory = captioner.encode(regions)
-    return memory.keep(torch.arange(memory.images, device=memory.keys[0].device).repeat_interleave(copies))
+    return memory.keep(torch.arange(memory.images, device=memory.device).repeat_interleave(copies))
 
 
-def plain_loss(captioner: Captioner, regions: Regions, tokens: Tensor) -> Tensor:
+def plain_loss(captioner: Transformer, regions: Regions, tokens: Tensor) -> Tensor:
     """Cross-entropy of tokens [B,K,T], each caption by itself, padding and all."""
     rows = tokens.flatten(0, 1)[:, None]
     logits = captioner.decode(rows[:, :, :-1], plain_memory(captioner, regions, tokens.shape[1]))
@@ -102,9 +103,9 @@ def plain_loss(captioner: Captioner, regions: Regions, tokens: Tensor) -> Tensor
 
 
 @torch.inference_mode()
-def plain_beam_search(captioner: Captioner, memory: Memory, beams: int, length: int) -> Tensor:
+def plain_beam_search(captioner: Transformer, memory: Memory, beams: int, length: int) -> Tensor:
     """Words [B,K,length] of the best beams after exactly `length` words, all read again for each new one."""
-    images, device = memory.images, memory.keys[0].device
+    images, device = memory.images, memory.device
     copies = memory.keep(torch.arange(images, device=device).repeat_interleave(beams))
     words = torch.full((images, beams, 1), BOS, device=device)
     live = torch.full((images, beams), float("-inf"), device=device)

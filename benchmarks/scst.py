@@ -33,7 +33,7 @@ from benchmarks.peers import WORDS, flickr8k_tokens, our_captioner, random_regio
 from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
 from models.decoders.attention import Layout
-from models.decoders.transformer import Captioner
+from models.decoders.transformer import Transformer
 from models.regions import Regions
 from pipeline.runtime import Machine, open_machine
 from pipeline.training.config import TrainConfig
@@ -47,7 +47,7 @@ REFERENCES = 3000  # photographs whose captions make the document frequencies
 class Work(NamedTuple):
     """A captioner with its optimiser, whose state is there, and a step of it."""
 
-    captioner: Captioner
+    captioner: Transformer
     optimizer: torch.optim.Optimizer
     step: Callable[[], None]
 
@@ -131,12 +131,12 @@ def make_work(name: str, machine: Machine, batch: Batch, rewards: Rewards, sampl
     return Work(captioner, optimizer, step)
 
 
-def critical(captioner: Captioner, machine: Machine, rewards: Rewards, samples: int) -> SelfCritical:
+def critical(captioner: Transformer, machine: Machine, rewards: Rewards, samples: int) -> SelfCritical:
     return SelfCritical(TrainConfig(scst=True, init=Path(), num_samples=samples), machine, captioner, rewards)
 
 
 def parts_of_a_step(
-    captioner: Captioner, machine: Machine, batch: Batch, rewards: Rewards, samples: int, wait: Callable[[], None]
+    captioner: Transformer, machine: Machine, batch: Batch, rewards: Rewards, samples: int, wait: Callable[[], None]
 ) -> dict[str, float]:
     """Seconds of encoding and sampling, of the reward, and of the update (teacher-forced pass, gradient), each by itself."""
     ours, found = critical(captioner, machine, rewards, samples), {}
@@ -165,7 +165,7 @@ def parts_of_a_step(
 # ----------------------------------------------------------------------------------------------------------------- twins
 
 
-def twin_loss(captioner: Captioner, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
+def twin_loss(captioner: Transformer, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
     """Everything again for each sample and each word."""
     regions = Regions(*(part.repeat_interleave(samples, 0) for part in (batch.features, batch.boxes, batch.counts)))
     memory = captioner.encode(regions)
@@ -198,7 +198,7 @@ class Growing(Layout):
         return keys, values
 
 
-def twin_kv_loss(captioner: Captioner, machine: Machine, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
+def twin_kv_loss(captioner: Transformer, machine: Machine, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
     with machine.autocast():
         memory = captioner.encode(Regions(batch.features, batch.boxes, batch.counts))
         each = torch.arange(memory.images, device=machine.device).repeat_interleave(samples)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, sync: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever sees half of a file.
     sync: not before it is on the disk."""
     begin = path.name.encode(errors="ignore")[:100].decode(errors="ignore")  # a name has at most 255 bytes
@@ -35,7 +35,7 @@ def _fsync(descriptor: int) -> None:
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write a small text file whole or not at all."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

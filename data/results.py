@@ -16,7 +16,7 @@ from pathlib import Path
 from data import DataError
 from data.datasets.coco import read as read_coco
 from data.datasets.karpathy import read as read_karpathy
-from data.files import write_whole, written_whole
+from data.files import atomic_write, atomic_write_text
 from data.sources import Image, check_caption, check_id, parse_json, read_text
 
 SERVER_IMAGES = {"val": 40_504, "test": 40_775}  # of COCO 2014
@@ -45,7 +45,7 @@ def read_results(file: Path) -> dict[int, str]:
 def write_results(file: Path, captions: Mapping[int, str]) -> None:
     """Captions by image id in COCO results format, whole or not at all."""
     entries = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
-    write_whole(file, json.dumps(entries, ensure_ascii=False))
+    atomic_write_text(file, json.dumps(entries, ensure_ascii=False))
 
 
 def read_references(file: Path, split: str | None = None) -> list[Image]:
@@ -109,7 +109,7 @@ def write_server(folder: Path, name: str, captions: Mapping[int, str], images: S
     if not all(file.exists() for file in both):
         return [written]
     archive = folder / f"{name}_results.zip"
-    with written_whole(archive) as temporary:
+    with atomic_write(archive) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
             for file in both:
                 opened.write(file, file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from models.decoders.attention import Packed
 from models.decoders.dropout import drop_regions, replace_words
-from models.decoders.transformer import Captioner, Memory
-from models.generation.constraints import NEVER
+from models.decoders.interface import Decoder, Memory
+from models.generation.constraints import NEG_INF
 from models.generation.options import Generation, lengths
 from models.regions import Regions
 
@@ -30,33 +31,42 @@ class Noise:
 
 
 def caption_loss(
-    captioner: Captioner,
+    decoder: Decoder,
     regions: Regions,
     tokens: Tensor,
     pad: int,
     label_smoothing: float = 0.0,
     noise: Noise = Noise(),
+    prompt_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each next word of `tokens` [B,K,T], teacher-forced, and how many words were scored.
 
     Returns (sum over words in nats, number of words); divide by the words of the whole step. Label smoothing as in
-    Szegedy et al. 2016. Every layer runs on the words that are there, never on padding; `tokens` best lie on the CPU, where
-    finding those words keeps no device waiting.
+    Szegedy et al. 2016. Layers run on tokens only, never on padding. `tokens` are best on the CPU: the number of tokens
+    is looked up there, and no device has to wait.
+
+    prompt_lengths: [B,K] int64, on the device of `tokens`; a text is its prompt, <bos>, its target and <eos>, and
+        only what follows <bos> is scored. None: no prompts.
     """
-    there = tokens[:, :, 1:] != pad
-    text, targets = Packed(tokens[:, :, :-1], there), tokens[:, :, 1:][there]
+    is_token = tokens[:, :, 1:] != pad
+    text, targets = Packed(tokens[:, :, :-1], is_token, prompt_lengths), tokens[:, :, 1:][is_token]
+    scored = None
+    if prompt_lengths is not None:
+        scored = (torch.arange(tokens.shape[2] - 1) >= prompt_lengths[:, :, None])[is_token].nonzero()[:, 0]
+        targets = targets[scored]
     device = regions.features.device
     regions = drop_regions(regions, noise.regions)
-    text.words = replace_words(text.words, text.positions, noise.words, noise.unknown)
-    states = captioner(regions, text.to(device), noise.sampled)
-    output = getattr(captioner, "module", captioner)  # several processes and compilers wrap it
-    weight, bias = output.word.weight, output.output_bias
+    text.words = replace_words(text.words, text.replaceable, noise.words, noise.unknown)
+    states = decoder(regions, text.to(device), noise.sampled)
+    if scored is not None:
+        states = states[scored.to(device)]
+    weight, bias = unwrapped(decoder).output_layer()
     loss, _ = OutputLoss.apply(states, weight, bias, targets.to(device, non_blocking=True), label_smoothing)
     return loss, torch.tensor(len(targets))
 
 
 def self_critical_loss(
-    captioner: Captioner, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
+    decoder: Decoder, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
 ) -> tuple[Tensor, Tensor]:
     """The sum over samples of -advantage * log p(sample): its gradient is REINFORCE's (Williams 1992).
 
@@ -64,19 +74,24 @@ def self_critical_loss(
     the limit, whose log p is that of their L words; advantages [B,K] float32. log p is under the distribution that was drawn
     from: softmax(logits / policy.temperature), without policy.suppress_tokens. Returns (sum, log p [B,K] without a gradient).
     """
-    eos, device = policy.eos_token_id, memory.keys[0].device
+    eos, device = policy.eos_token_id, memory.device
     words = lengths(samples, eos)
     there = torch.arange(samples.shape[2]) < words[:, :, None]
     begun = torch.cat([torch.full_like(samples[:, :, :1], policy.bos_token_id), samples[:, :, :-1]], dim=2)
     owner = torch.arange(words.numel()).repeat_interleave(words.flatten()).to(device)
-    states = captioner(memory, Packed(begun, there).to(device))
-    output = getattr(captioner, "module", captioner)
+    states = decoder(memory, Packed(begun, there).to(device))
+    weight, bias = unwrapped(decoder).output_layer()
     barred = torch.tensor(policy.suppress_tokens, dtype=torch.int64).to(device)
-    states, bias = states / policy.temperature, output.output_bias / policy.temperature
-    bias = bias.index_fill(0, barred, NEVER)
+    states, bias = states / policy.temperature, bias / policy.temperature
+    bias = bias.index_fill(0, barred, NEG_INF)
     weights = advantages.flatten().to(device)[owner]
-    loss, log_p = OutputLoss.apply(states, output.word.weight, bias, samples[there].to(device), 0.0, weights)
+    loss, log_p = OutputLoss.apply(states, weight, bias, samples[there].to(device), 0.0, weights)
     return loss, log_p.new_zeros(advantages.numel()).index_add_(0, owner, log_p).view(advantages.shape)
+
+
+def unwrapped(module: torch.nn.Module) -> Any:
+    """The decoder inside what several processes or a compiler wrapped around it."""
+    return getattr(module, "module", module)
 
 
 class OutputLoss(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from data.cache.reader import iterate
 from data.datasets.folder import is_caption_list, list_files
-from data.files import write_whole
+from data.files import atomic_write_text
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding.captioner import Caption, load_captioner
@@ -103,7 +103,7 @@ class Texts:
             self.not_written.append(f"{photograph}: {path.name} is the name of a file of captions; rename the photograph")
         else:
             try:
-                write_whole(path, " ".join([*self.prefix, caption]) + "\n")
+                atomic_write_text(path, " ".join([*self.prefix, caption]) + "\n")
                 self.written[path] = photograph
             except OSError as error:
                 self.failed.append(f"{path}: {error.strerror or error}")
@@ -161,7 +161,7 @@ def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) ->
         say(f"left out: {line}")
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+        atomic_write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
         say(f"{len(records)} captions: {config.out}{f'; {len(unreadable)} left out' if unreadable else ''}")
 
 

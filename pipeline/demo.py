@@ -18,7 +18,7 @@ from data.datasets.registry import open_source
 from data.datasets.sample import is_true, load_scenes
 from pipeline import caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding.captioner import Writer, caption_rows, make_generation
+from pipeline.decoding.captioner import CaptionGenerator, caption_rows, make_generation
 from pipeline.runtime import open_machine
 
 SHOWN = 5
@@ -77,7 +77,7 @@ def caption_shuffled(cache_path: Path, run: Path, image_ids: list[int]) -> dict[
     others = [*image_ids[1:], image_ids[0]]
     captioner = checkpoint.captioner.to(machine.device)
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, {})
-    found = caption_rows(Writer(captioner, checkpoint.vocabulary, machine, how), cache, others)
+    found = caption_rows(CaptionGenerator(captioner, checkpoint.vocabulary, machine, how), cache, others)
     return dict(zip(image_ids, (found[other][0].text for other in others), strict=True))
 
 

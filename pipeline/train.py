@@ -23,7 +23,7 @@ from data.segmentation import without_blanks
 from data.sources import Image, Source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
-from models.decoders.transformer import Captioner, CaptionerConfig
+from models.decoders.registry import DECODERS
 from models.generation.options import Generation
 from models.losses import caption_loss
 from models.regions import Regions
@@ -41,13 +41,13 @@ from pipeline.checkpoints.checkpoint import (
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
-from pipeline.decoding.captioner import Writer, caption_rows
+from pipeline.decoding.captioner import CaptionGenerator, caption_rows
 from pipeline.decoding.consensus import Frequencies
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.scoring.metrics import score
 from pipeline.terminal import human_bytes, progress, say
-from pipeline.training import distributed as processes
-from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, settle
+from pipeline.training import distributed
+from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, resolve
 from pipeline.training.logger import Journal
 from pipeline.training.loop import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
@@ -62,22 +62,22 @@ def main(config: TrainConfig) -> None:
     Without options: trains on the embedded sample, over the cache that a bare pipeline.extract made of it.
     """
     machine = open_machine(config.device, config.seed, config.precision)
-    with processes.joined(machine):
-        with processes.first_alone(machine):  # it may draw the sample
+    with distributed.joined(machine):
+        with distributed.first_alone(machine):  # it may draw the sample
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
         config = choose_segment(config, source, begun)
         train, dev = open_splits(config, source, cache)
-        config = settle(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
+        config = resolve(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, train, dev, begun)
         announce(run, cache)
         with contextlib.closing(run.journal), stopping_on_signals(run):
             try:
-                while not over(run):
+                while not should_stop(run):
                     validate(run, train_until_due(run))
             except Stopped as stopped:
-                leave(run, stopped.signum)
+                save_and_exit(run, stopped.signum)
         finish(run)
 
 
@@ -187,11 +187,11 @@ def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[Capt
             chosen = "device"
         elif gpu and cache.feature_bytes < free_memory() / 2:
             chosen = "ram"
-        chosen = processes.of_first(chosen)
+        chosen = distributed.broadcast(chosen)
     if chosen == "ram":
-        memory = processes.shared_memory(cache.feature_bytes) if machine.world > 1 else None
+        memory = distributed.shared_memory(cache.feature_bytes) if machine.world > 1 else None
         cache.keep_in_memory(*([memory[0], not memory[1]] if memory else []))
-        processes.wait()
+        distributed.barrier()
     elif chosen == "device":
         for part in parts:
             part.keep_on(machine.device, views if part is parts[0] else 0)
@@ -214,12 +214,12 @@ def open_run(
     if begun:
         vocabulary = begun.vocabulary
     else:
-        vocabulary = processes.of_first(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
+        vocabulary = distributed.broadcast(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
     sizes = {name: getattr(config, name) for name in SIZES}
-    model = CaptionerConfig(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length)
-    captioner = Captioner(model)
+    kind = DECODERS[config.decoder]
+    captioner = kind(kind.Config(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length))
     if begun and begun.weights:
         captioner.load_state_dict(begun.weights)
     captioner.to(machine.device)
@@ -227,7 +227,7 @@ def open_run(
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
     checkpoint = Checkpoint(captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest)
     run = Run(config, folder, machine, train, dev, checkpoint, Journal(folder, record, config.wandb, machine.rank == 0))
-    processes.wait()  # until all have looked into the folder
+    distributed.barrier()  # until all have looked into the folder
     if config.resume:
         return resume(run)
     if machine.rank == 0:
@@ -316,7 +316,7 @@ def stopped_early(run: Run) -> bool:
     return bool(scored) and sum(at > best_of(scored) for at in counted) >= run.config.patience
 
 
-def over(run: Run) -> bool:
+def should_stop(run: Run) -> bool:
     """Whether all epochs are done, the time is up, or dev has not become better for so long."""
     config = run.config
     if stopped_early(run):
@@ -324,7 +324,7 @@ def over(run: Run) -> bool:
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
-    return run.validated and processes.of_first(run.place.ended or (config.minutes is not None and run.done() >= 1))
+    return run.validated and distributed.broadcast(run.place.ended or (config.minutes is not None and run.done() >= 1))
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
@@ -366,7 +366,7 @@ def dev_loss(run: Run) -> float:
             regions = Regions(batch.features, batch.boxes, batch.counts)
             loss, _ = caption_loss(run.captioner, regions, batch.tokens, PAD)
         total, count = total + loss.item() * batch.counted, count + batch.words
-    total, count = processes.total(total, count)
+    total, count = distributed.all_reduce(total, count)
     return total / count
 
 
@@ -375,7 +375,7 @@ def dev_scores(run: Run) -> dict[str, float]:
     config, machine = run.config, run.machine
     ids = [image.id for image in run.dev.images][machine.rank :: machine.world]
     how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
-    writer = Writer(run.captioner, run.checkpoint.vocabulary, machine, how)
+    writer = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, how)
 
     def step(count: int) -> None:
         if run.stopping and machine.world == 1:
@@ -384,8 +384,8 @@ def dev_scores(run: Run) -> dict[str, float]:
 
     with progress(len(ids), "images", "dev", enabled=machine.rank == 0) as bar:
         written = caption_rows(writer, run.dev.cache, ids, done=step) if ids else {}
-    written = {image_id: captions[0].text for part in processes.of_all(written) for image_id, captions in part.items()}
-    return processes.of_first(None if machine.rank else score(written, run.references).values)
+    written = {image_id: captions[0].text for part in distributed.all_gather(written) for image_id, captions in part.items()}
+    return distributed.broadcast(None if machine.rank else score(written, run.references).values)
 
 
 def resume(run: Run) -> Run:
@@ -453,7 +453,7 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
             f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
         )
     run.place.begin = run.step
-    processes.wait()  # until all have read what is written now
+    distributed.barrier()  # until all have read what is written now
     save_progress(run)
     if run.machine.rank == 0:
         run.checkpoint.training["resume"] = False
@@ -463,10 +463,10 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
         f"{config.schedule} schedule of the learning rate, up to {config.lr:g} again")  # fmt: skip
 
 
-def leave(run: Run, signum: int) -> None:
+def save_and_exit(run: Run, signum: int) -> None:
     """Save, say how to go on, and exit as a process does that the signal ended."""
     save_progress(run)
-    processes.wait()  # a process that is gone ends the others, which may still be writing
+    distributed.barrier()  # a process that is gone ends the others, which may still be writing
     launcher = "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
     again = f"{launcher} -m pipeline.train --config {run.folder}/config.json --out {run.folder} --resume"
     say(f"saved after step {run.step:,}; go on with: {again}")

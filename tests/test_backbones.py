@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from models import ModelError
 from models.backbones.registry import create_backbone
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import look, open_backbone, read_weights, restore_backbone
+from pipeline.extraction.backbone import extract_regions, open_backbone, read_weights, restore_backbone
 from pipeline.runtime import open_machine
 
 
@@ -320,6 +320,6 @@ def test_bf16_features_stay_near_fp32(real):
 
     backbone = open_backbone("mobilenetv2_100", weights, {})
     pixels = torch.from_numpy(np.stack([read_image(p, Framing(backbone.size, backbone.interpolation)).pixels for p in photos]))
-    rows = [look(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
+    rows = [extract_regions(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
     cosine = torch.cosine_similarity(rows[0].flatten(1), rows[1].flatten(1))
     assert cosine.min() > 0.998  # 0.994 with every convolution in bf16

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from models import ModelError, losses
 from models.decoders.attention import Packed, additive, attend
 from models.decoders.dropout import Dropout, drop_regions, replace_words
-from models.decoders.transformer import Captioner, CaptionerConfig
+from models.decoders.transformer import Transformer, TransformerConfig
 from models.losses import Noise, caption_loss
 from models.regions import Regions, grid_boxes, grid_regions
 
 WORDS, CHANNELS = 11, 6
 
 
-def tiny(**changes) -> Captioner:
+def tiny(**changes) -> Transformer:
     sizes = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 32, "max_length": 7}
     torch.manual_seed(0)
-    captioner = Captioner(CaptionerConfig(WORDS, CHANNELS, **{**sizes, **changes})).eval()
+    captioner = Transformer(TransformerConfig(WORDS, CHANNELS, **{**sizes, **changes})).eval()
     for parameter in captioner.parameters():  # away from the tidy initial values, where mistakes cancel
         torch.nn.init.normal_(parameter, std=0.3)
     return captioner
@@ -47,7 +47,7 @@ def test_cached_decoding_equals_full_decoding_token_by_token(first):
     captioner, tokens = tiny(), some_tokens(3, 4, 7)
     memory = captioner.encode(some_regions(3))
     full = captioner.decode(tokens, memory)
-    cache = captioner.start(memory, 4)
+    cache = captioner.init_cache(memory, 4)
     steps = [captioner.decode(tokens[:, :, :first], memory, cache)]
     steps += [captioner.decode(tokens[:, :, t : t + 1], memory, cache) for t in range(first, 7)]
     assert close(torch.cat(steps, dim=2), full)
@@ -57,7 +57,7 @@ def test_a_beginning_that_all_captions_share_is_read_once():
     captioner, tokens = tiny(), some_tokens(3, 4, 6)
     tokens[:, :, :2] = tokens[:, :1, :2]
     memory = captioner.encode(some_regions(3))
-    cache = captioner.start(memory, 4)
+    cache = captioner.init_cache(memory, 4)
     for store in (*cache.keys, *cache.values):
         store.fill_(float("nan"))  # whatever memory held before
     first = captioner.decode(tokens[:, :1, :2], memory, cache)
@@ -70,7 +70,7 @@ def test_images_that_leave_change_nothing_for_those_that_stay():
     captioner, tokens = tiny(), some_tokens(5, 3, 6)
     memory = captioner.encode(some_regions(5))
     full = captioner.decode(tokens, memory)
-    cache = captioner.start(memory, 3)
+    cache = captioner.init_cache(memory, 3)
     for t in range(3):
         captioner.decode(tokens[:, :, t : t + 1], memory, cache)
     for kept in (torch.tensor([0, 4, 2, 3]), torch.tensor([3, 1])):  # then images 3 and 4
@@ -83,7 +83,7 @@ def test_images_that_leave_change_nothing_for_those_that_stay():
 def test_reordered_cache_equals_full_decoding_of_the_reordered_prefixes():
     captioner, tokens = tiny(), some_tokens(2, 3, 5)
     memory = captioner.encode(some_regions(2))
-    cache = captioner.start(memory, 3)
+    cache = captioner.init_cache(memory, 3)
     for t in range(4):
         captioner.decode(tokens[:, :, t : t + 1], memory, cache)
     origin = torch.tensor([[2, 2, 0], [1, 0, 1]])
@@ -198,7 +198,7 @@ def test_packed_captions_have_few_shapes_and_what_fills_them_up_changes_nothing(
 def test_bf16_stays_within_a_hundredth_of_the_spread_of_scores():
     """The sizes of preset small, 200 captions: mean distance to fp32 below 0.01 of the scores' standard deviation."""
     torch.manual_seed(0)
-    captioner = Captioner(CaptionerConfig(500, 64, width=256, heads=4, feedforward=1024)).eval()
+    captioner = Transformer(TransformerConfig(500, 64, width=256, heads=4, feedforward=1024)).eval()
     regions = Regions(torch.randn(40, 9, 64), torch.rand(40, 9, 4), torch.full((40,), 9))
     tokens = torch.randint(4, 500, (40, 5, 12))
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_dropped_regions_are_a_share_of_those_that_are_there_each_with_its_place
 def test_replaced_words_are_a_share_and_never_the_first():
     words, positions = torch.arange(4, 1004), torch.arange(1000) % 5
     torch.manual_seed(0)
-    replaced = replace_words(words, positions, 0.25, 3)
+    replaced = replace_words(words, positions > 0, 0.25, 3)
     gone = replaced == 3
     assert not gone[positions == 0].any() and 0.2 < gone[positions > 0].float().mean() < 0.3
     assert torch.equal(replaced[~gone], words[~gone])
@@ -323,4 +323,4 @@ def test_noise_reaches_the_loss_and_a_loss_without_it_is_unchanged():
                                   "max_length"])  # fmt: skip
 def test_a_size_that_no_machine_has_room_for_is_named_at_once(name):
     with pytest.raises(ModelError, match=f"{name} is .* at most"):
-        CaptionerConfig(**{"words": 10, "channels": 8, "heads": 1, name: 2**63 - 1})
+        TransformerConfig(**{"words": 10, "channels": 8, "heads": 1, name: 2**63 - 1})

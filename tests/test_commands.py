@@ -395,14 +395,14 @@ def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(world,
     long = "n" * 230 + ".jpg"
     for name in ("a.jpg", long):
         shutil.copy(photo, tmp_path / name)
-    write_whole = caption.write_whole
+    atomic_write_text = caption.atomic_write_text
 
     def full(path, text):
         if path.name == "a.txt":
             raise OSError(28, "No space left on device")
-        write_whole(path, text)
+        atomic_write_text(path, text)
 
-    monkeypatch.setattr(caption, "write_whole", full)
+    monkeypatch.setattr(caption, "atomic_write_text", full)
     told = refused(caption.main, tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json")
     assert f"1 .txt could not be written: {tmp_path}/a.txt: No space left on device" in told
     assert len(json.loads((tmp_path / "out.json").read_text())) == 2 and (tmp_path / long).with_suffix(".txt").exists()

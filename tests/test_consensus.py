@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from data.cache.reader import FeatureCache
 from data.vocabulary import BOS, EOS, SPECIALS, Vocabulary
-from models.generation.beam_search import generate
+from models.generation.generate import generate
 from models.regions import Regions
 from pipeline import caption, evaluate
 from pipeline.cli import UserError

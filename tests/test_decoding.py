@@ -13,7 +13,7 @@ from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from models import ModelError
 from models.generation.options import Generation
 from pipeline.cli import UserError
-from pipeline.decoding.captioner import Writer, lighten, make_generation, on_every_core
+from pipeline.decoding.captioner import CaptionGenerator, cast_linears_to_bf16, make_generation, on_every_core
 from pipeline.decoding.options import NAMES, DecodingOptions, by_option
 from pipeline.runtime import Machine
 from tests.test_captioner import WORDS, some_regions, tiny
@@ -23,7 +23,7 @@ VOCABULARY = Vocabulary(["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefg"])
 
 
 def writer(**options):
-    return Writer(tiny(), VOCABULARY, CPU, Generation(**options))
+    return CaptionGenerator(tiny(), VOCABULARY, CPU, Generation(**options))
 
 
 def test_the_search_s_special_words_are_the_vocabulary_s():
@@ -52,7 +52,7 @@ def test_samples_follow_from_the_seed_and_the_batch():
     draws = writer(do_sample=True, num_return_sequences=6)
     regions = some_regions(3)
     assert draws(regions, 1) == draws(regions, 1) != draws(regions, 2)
-    assert Writer(draws.captioner, VOCABULARY, CPU, draws.options, seed=1)(regions, 1) != draws(regions, 1)
+    assert CaptionGenerator(draws.captioner, VOCABULARY, CPU, draws.options, seed=1)(regions, 1) != draws(regions, 1)
 
 
 @pytest.mark.parametrize("option", ["bad_words", "force_words"])
@@ -119,7 +119,7 @@ def test_weights_kept_in_bf16_give_the_scores_of_autocast_to_the_bit():
     captioner, regions, tokens = tiny(), some_regions(3), torch.randint(4, WORDS, (3, 2, 5))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = captioner.decode(tokens, captioner.encode(regions))
-        lighten(captioner, Machine(torch.device("cpu"), "bf16", 0, 1))
+        cast_linears_to_bf16(captioner, Machine(torch.device("cpu"), "bf16", 0, 1))
         after = captioner.decode(tokens, captioner.encode(regions))
     assert torch.equal(before, after) and captioner.word.weight.dtype == torch.float32
 

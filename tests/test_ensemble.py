@@ -28,7 +28,7 @@ def test_probabilities_are_the_mean_of_the_captioners_own():
 def test_cached_decoding_equals_full_decoding():
     both, regions, tokens = Ensemble([tiny(), another()]), some_regions(2), some_tokens(2, 3, 5)
     memory = both.encode(regions)
-    cache = both.start(memory, 3)
+    cache = both.init_cache(memory, 3)
     steps = [both.decode(tokens[:, :, t : t + 1], memory, cache) for t in range(5)]
     assert close(torch.cat(steps, 2), both.decode(tokens, memory))
 

@@ -19,7 +19,7 @@ from data import DataError
 from data.cache import writer as shards
 from data.cache.reader import FeatureCache, Rows, Unreadable, shard_paths
 from data.cache.writer import plan_shards, write_index, write_shard
-from data.files import write_whole, written_whole
+from data.files import atomic_write, atomic_write_text
 from data.sources import Image
 
 IDENTITY = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3, "regions": "grid"}
@@ -91,7 +91,7 @@ def test_a_pickled_cache_reads_the_same_rows(cache):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_the_right_rows_of_a_shared_cache(cache, method):
     context = multiprocessing.get_context(method)
-    with context.Pool(2) as pool:
+    with context.BeamHypotheses(2) as pool:
         found = pool.map(FeatureCache(cache).rows, [[i, 34 - i] for i in range(12)])
     assert [planted(rows.features) for rows in found] == [[i, 34 - i] for i in range(12)]
 
@@ -279,8 +279,8 @@ def test_a_shard_of_another_identity_in_the_folder_is_an_error_field_by_field(ca
 
 @pytest.mark.parametrize("name", ["n" * 251 + ".txt", "é" * 125 + ".txt", "写" * 83 + ".txt", "a.txt"])
 def test_a_file_of_any_legal_name_is_written_whole(tmp_path, name):
-    write_whole(tmp_path / name, "one")
-    with written_whole(tmp_path / name) as temporary:
+    atomic_write_text(tmp_path / name, "one")
+    with atomic_write(tmp_path / name) as temporary:
         temporary.write_text("two")
         assert temporary.name.startswith(".") and temporary.suffix == ".tmp"  # what sweeps look for
         assert (tmp_path / name).read_text() == "one"

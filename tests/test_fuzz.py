@@ -327,8 +327,8 @@ UNTRIED = {"epochs", "minutes", "patience", "compile", "wandb", "meteor", "spice
 ODD_NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1e300", "1e-300", "inf", "nan", "9" * 30, "1000000000", "2147483648",
                "9223372036854775807", "1e3")
 # No system passes on a NUL or half a character; \udcff stands for a byte that is not UTF-8.
-NEVER = ("\0", "\ud800", "..")
-ODD = (*(text for text in TEXTS if not any(part in text for part in NEVER)), "\udcff", *ODD_NUMBERS, "7x7", "1x9999",
+NEG_INF = ("\0", "\ud800", "..")
+ODD = (*(text for text in TEXTS if not any(part in text for part in NEG_INF)), "\udcff", *ODD_NUMBERS, "7x7", "1x9999",
        "0x10", "a=b", "in_chans=1", "block_args=None", "CIDEr:0", "no.such:thing")  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from torch.nn.utils import parameters_to_vector
 
 from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, UNK
-from models.decoders.transformer import Captioner, CaptionerConfig, Memory
+from models.decoders.interface import Memory
+from models.decoders.transformer import Transformer, TransformerConfig
 from models.generation.beam_search import beam_search
 from models.generation.options import Generation
 from models.generation.sampling import sample
@@ -28,9 +29,9 @@ LIMIT = 2
 THREE = [4, 5, 6]  # the ids of a vocabulary of three words
 
 
-def small(words: int = 7, limit: int = LIMIT, width: int = 16, seed: int = 0) -> Captioner:
+def small(words: int = 7, limit: int = LIMIT, width: int = 16, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    captioner = Captioner(CaptionerConfig(words, 6, width, 2, 1, 2, 2 * width, 0.0, limit))
+    captioner = Transformer(TransformerConfig(words, 6, limit, 0, width, 2, 1, 2, 2 * width, 0.0))
     for weight in captioner.parameters():
         weight.data.add_((0.3 if words == 7 else 0.05) * torch.randn_like(weight))  # words are not equally likely
     captioner.output_bias.data[EOS] += words / 30  # some captions end, some are cut
@@ -49,7 +50,7 @@ def regions(batch: Batch) -> Regions:
     return Regions(batch.features, batch.boxes, batch.counts)
 
 
-def objective(captioner: Captioner, rewards=None, machine: Machine = FP32, **settings) -> SelfCritical:
+def objective(captioner: Transformer, rewards=None, machine: Machine = FP32, **settings) -> SelfCritical:
     config = TrainConfig(scst=True, init=Path("runs/xe"), **settings)
     return SelfCritical(config, machine, captioner, rewards or (lambda image_ids, samples: samples.sum(2) / 100))
 
@@ -61,7 +62,7 @@ def every_caption() -> torch.Tensor:
     return torch.tensor([caption + [EOS] * (LIMIT - len(caption)) for caption in [*ended, *cut]])
 
 
-def enumerated_log_p(captioner: Captioner, memory: Memory, temperature: float) -> torch.Tensor:
+def enumerated_log_p(captioner: Transformer, memory: Memory, temperature: float) -> torch.Tensor:
     """log p of every caption by the plain way: softmax over <eos> and the three words, place by place, [N]."""
     found = []
     for caption in every_caption().tolist():
@@ -77,7 +78,7 @@ def enumerated_log_p(captioner: Captioner, memory: Memory, temperature: float) -
     return torch.stack(found)
 
 
-def gradient(captioner: Captioner, loss: torch.Tensor) -> torch.Tensor:
+def gradient(captioner: Transformer, loss: torch.Tensor) -> torch.Tensor:
     found = torch.autograd.grad(loss, list(captioner.parameters()), allow_unused=True)
     return parameters_to_vector(
         torch.zeros_like(p) if g is None else g for p, g in zip(captioner.parameters(), found, strict=True)

@@ -32,11 +32,11 @@ def test_a_cache_that_is_not_reordered_is_caught(monkeypatch):
 
 
 def test_a_missing_region_mask_is_caught(monkeypatch):
-    encode = captioners.Captioner.encode
+    encode = captioners.Transformer.encode
     everywhere = lambda self, regions: encode(  # noqa: E731
         self, regions._replace(counts=torch.full_like(regions.counts, regions.features.shape[1]))
     )
-    monkeypatch.setattr(captioners.Captioner, "encode", everywhere)
+    monkeypatch.setattr(captioners.Transformer, "encode", everywhere)
     assert caught(test_captioner.test_padded_regions_change_nothing_whatever_they_hold)
     assert caught(test_search.test_padded_regions_give_the_same_captions)
 
@@ -63,14 +63,14 @@ def test_a_shifted_position_is_caught(monkeypatch):
 
 
 def test_a_finished_beam_that_is_lost_is_caught(monkeypatch):
-    add, lost = search.Pool.add, []
+    add, lost = search.BeamHypotheses.add, []
 
     def keep_only_the_last(pool, where, scores, words):
         pool.scores[where] = float("-inf")  # what had ended before is forgotten
         lost.append(1)
         add(pool, where, scores, words)
 
-    monkeypatch.setattr(search.Pool, "add", keep_only_the_last)
+    monkeypatch.setattr(search.BeamHypotheses, "add", keep_only_the_last)
     cases = [(penalty, seed) for penalty in (0.0, 0.7, 1.0) for seed in (1, 2, 3)]
     assert caught(test_search.test_a_wide_beam_finds_what_brute_force_finds, *cases) and lost
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from models.generation.constraints import NEVER, Barred, Forced
+from models.generation.constraints import NEG_INF, BannedWords, PhrasalConstraint
 
 WORDS, EOS = 9, 2
 
@@ -24,7 +24,7 @@ def holds(words: list[int], phrase: tuple[int, ...]) -> bool:
 @pytest.mark.parametrize("ngram", [0, 1, 2, 3])
 def test_a_word_is_barred_exactly_where_it_would_break_a_rule(ngram):
     phrases, least = ((5,), (3, 4), (4, 4, 6)), 3
-    barred = Barred(EOS, least, ngram, phrases)
+    barred = BannedWords(EOS, least, ngram, phrases)
     generator = torch.Generator().manual_seed(ngram)
     for length in range(7):
         words = torch.randint(3, WORDS, (40, length), generator=generator)
@@ -39,12 +39,12 @@ def test_a_word_is_barred_exactly_where_it_would_break_a_rule(ngram):
                 wrong = any(holds(after, phrase) for phrase in phrases)
                 wrong |= bool(ngram) and repeats(after, ngram)
                 wrong |= word == EOS and length < least
-                assert (row[word] == NEVER) == wrong, (before, word)
+                assert (row[word] == NEG_INF) == wrong, (before, word)
 
 
 @pytest.mark.parametrize("phrases", [((4,),), ((4, 5), (6,)), ((4, 4, 5),), ((4, 5, 4, 6), (5, 4)), ((3, 4, 5), (4, 6))])
 def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
-    forced = Forced(phrases, torch.device("cpu"))
+    forced = PhrasalConstraint(phrases, torch.device("cpu"))
     assert forced.total == sum(map(len, phrases))
     for words in itertools.product((3, 4, 5, 6), repeat=5):
         states = forced.start((1,))
@@ -61,7 +61,7 @@ def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
 
 def test_progress_leaves_as_many_words_as_can_bring_in_the_rest():
     """Two phrases begun at once: only the longer one goes on, the other one begins again."""
-    forced = Forced(((3, 4, 5), (4, 6)), torch.device("cpu"))
+    forced = PhrasalConstraint(((3, 4, 5), (4, 6)), torch.device("cpu"))
     assert forced.progress(torch.tensor([2, 1])).item() == 2
     assert forced.progress(torch.tensor([3, 1])).item() == 4
     assert forced.next(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next(torch.tensor([3, 2])).tolist() == [-1, -1]

@@ -9,9 +9,10 @@ import torch
 
 from models import ModelError
 from models.generation import beam_search as searching
-from models.generation.beam_search import beam_search, generate
+from models.generation.beam_search import beam_search
 from models.generation.cuda_graph import BeamSearch
 from models.generation.ensemble import Ensemble
+from models.generation.generate import generate, generate_from_regions
 from models.generation.options import Generation
 from models.generation.sampling import sample
 from models.regions import Regions
@@ -189,7 +190,7 @@ def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(severa
     options = Generation(num_beams=4, num_return_sequences=2, max_length=7)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         memory = one.encode(regions)
-        assert one.next_words(torch.full((40, 1, 1), BOS), memory, one.start(memory, 1))[1] is not None
+        assert one.next_words(torch.full((40, 1, 1), BOS), memory, one.init_cache(memory, 1))[1] is not None
         found = beam_search(one, memory, options)
 
         def exactly(self, states):
@@ -293,31 +294,31 @@ def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
 def test_rules_that_no_caption_keeps_are_an_error():
     captioner = tiny()
     with pytest.raises(ModelError, match="no caption was found that keeps all rules"):
-        captioner.generate(some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),))
+        generate_from_regions(captioner, some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),))
 
 
 def test_samples_that_the_rules_leave_no_word_are_an_error_or_left_out():
     captioner, regions = tiny(), some_regions(2)
     rules = {"do_sample": True, "no_repeat_ngram_size": 1, "num_return_sequences": 5}
     with pytest.raises(ModelError, match="no caption was found"):
-        captioner.generate(regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
-    found = captioner.generate(regions, min_length=3, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
+        generate_from_regions(captioner, regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
+    found = generate_from_regions(captioner, regions, min_length=3, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
     assert torch.isfinite(found.log_p).all()
 
 
 def test_training_goes_on_as_training_after_captions_even_after_an_error():
     captioner = tiny().train()
-    captioner.generate(some_regions(1))
+    generate_from_regions(captioner, some_regions(1))
     with pytest.raises(ModelError):
-        captioner.generate(some_regions(1), max_length=100)
+        generate_from_regions(captioner, some_regions(1), max_length=100)
     assert captioner.training
 
 
 def test_groups_without_diversity_are_the_same_search_several_times():
     captioner, regions = tiny(), some_regions(5)
     captioner.output_bias.data[EOS] = -2
-    alone = captioner.generate(regions, num_beams=2, num_return_sequences=2)
-    groups = captioner.generate(regions, num_beams=6, num_beam_groups=3, num_return_sequences=2)
+    alone = generate_from_regions(captioner, regions, num_beams=2, num_return_sequences=2)
+    groups = generate_from_regions(captioner, regions, num_beams=6, num_beam_groups=3, num_return_sequences=2)
     assert torch.equal(alone.tokens, groups.tokens)
 
 
@@ -339,7 +340,7 @@ def test_diverse_groups_choose_as_a_plain_loop_would():
             options.sort(key=lambda option: -option[0])
             groups[g] = [(words, score) for _, score, words in options[:2]]
             chosen += [words[-1] for words, _ in groups[g]]
-    found = captioner.generate(
+    found = generate_from_regions(captioner, 
         regions, num_beams=4, num_beam_groups=2, diversity_penalty=cost, max_length=limit, num_return_sequences=4
     )
     wanted = {tuple(words): score for beams in groups for words, score in beams}
@@ -371,7 +372,7 @@ def test_diverse_groups_choose_as_a_plain_loop_would():
 )
 def test_what_cannot_be_asked_for_is_an_error_that_names_it(names, what):
     with pytest.raises(ModelError, match=what):
-        tiny().generate(some_regions(1), **names)
+        generate_from_regions(tiny(), some_regions(1), **names)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -401,15 +402,15 @@ def probabilities(captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temper
     memory = captioner.encode(regions)
     found = {}
 
-    def go_on(caption, so_far):
+    def expand(caption, so_far):
         if len(caption) == max_length or EOS in caption:
             found[(*caption, *[EOS] * (max_length - len(caption)))] = so_far
             return
         logits = captioner.decode(torch.tensor([[[BOS, *caption]]]), memory)[0, 0, -1].detach() / temperature
         for word, p in zip(words, logits[list(words)].softmax(0).tolist(), strict=True):
-            go_on([*caption, word], so_far * p)
+            expand([*caption, word], so_far * p)
 
-    go_on([], 1.0)
+    expand([], 1.0)
     assert sum(found.values()) == pytest.approx(1)
     return found
 

@@ -111,7 +111,7 @@ def test_a_claim_from_elsewhere_is_taken_over_after_two_minutes_of_silence(shard
 
 
 def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
-    monkeypatch.setattr(claiming, "TOUCH", 0.05)
+    monkeypatch.setattr(claiming, "TOUCH_SECONDS", 0.05)
     with Claims(shard.path.parent) as claims:
         assert claims.take(shard)
         os.utime(claim_of(shard), (1, 1))

@@ -23,7 +23,7 @@ from data.tokens import tokenize
 from pipeline import caption, extract, train
 from pipeline.training import loop as trainer
 from pipeline.training import objectives
-from pipeline.training.config import PRESETS, TrainConfig, learning_rate, settle
+from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
 from tests.test_commands import SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -525,11 +525,11 @@ def test_a_small_data_set_gets_enough_steps_and_few_validations(images):
             return images
 
     machine = types.SimpleNamespace(precision="fp32")
-    config = settle(TrainConfig(dataset="folder"), Train(), machine)
+    config = resolve(TrainConfig(dataset="folder"), Train(), machine)
     steps = -(-images // config.batch)
     assert config.epochs * steps >= 1000 and config.eval_steps == 50
     assert config.batch == min(50, max(8, images // 20))
-    asked = settle(TrainConfig(dataset="folder", epochs=7, batch=3), Train(), machine)
+    asked = resolve(TrainConfig(dataset="folder", epochs=7, batch=3), Train(), machine)
     assert (asked.epochs, asked.batch, asked.eval_steps) == (7, 3, None)
 
 

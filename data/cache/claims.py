@@ -1,7 +1,7 @@
 """Claims: which process writes which shard of a cache, by files that only one process can create.
 
-A shard is claimed by a file (`.shard-00000.claim`: host, pid, start), which its owner touches every TOUCH seconds. A claim whose
-process is dead (on this host), or that nobody touched for SILENCE seconds by the file system's own clock (on another), is taken
+A shard is claimed by a file (`.shard-00000.claim`: host, pid, start), which its owner touches every TOUCH_SECONDS seconds. A claim whose
+process is dead (on this host), or that nobody touched for LEASE_SECONDS seconds by the file system's own clock (on another), is taken
 over. Should two processes write one shard all the same, both write the same rows, and the last rename wins.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from data.cache.writer import Shard
 
-TOUCH, SILENCE = 10, 120  # seconds
+TOUCH_SECONDS, LEASE_SECONDS = 10, 120  # seconds
 
 
 class Claims:
@@ -88,14 +88,14 @@ class Claims:
         clock = self.cache / f".clock.{uuid.uuid4().hex}"
         try:
             clock.touch()
-            return clock.stat().st_mtime - path.stat().st_mtime > SILENCE
+            return clock.stat().st_mtime - path.stat().st_mtime > LEASE_SECONDS
         except FileNotFoundError:
             return True
         finally:
             clock.unlink(missing_ok=True)
 
     def _touch(self) -> None:
-        while not self.stop.wait(TOUCH):
+        while not self.stop.wait(TOUCH_SECONDS):
             for shard in list(self.held):
                 with contextlib.suppress(OSError):
                     os.utime(_claim_path(shard))
@@ -149,5 +149,5 @@ def sweep(cache: Path) -> None:
             claim.unlink(missing_ok=True)
     for left in cache.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 10 * SILENCE:
+            if time.time() - left.stat().st_mtime > 10 * LEASE_SECONDS:
                 left.unlink()

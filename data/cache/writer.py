@@ -39,7 +39,7 @@ from data.cache.reader import (
     system_errors,
     views_of,
 )
-from data.files import write_whole, written_whole
+from data.files import atomic_write, atomic_write_text
 from data.sources import Image
 
 SHARD_IMAGES = 1000
@@ -169,7 +169,7 @@ def write_shard(
         found = features, part.boxes.astype(np.float32, copy=False), part.counts.astype(np.int16), crc32
         arrays |= {f"{name}{end}": array for name, array in zip(PER_VIEW, found, strict=True)}
     try:
-        with written_whole(shard.path, True) as temporary, _new_file(temporary) as file:
+        with atomic_write(shard.path, True) as temporary, _new_file(temporary) as file:
             file.attrs["format"] = FORMAT
             file.attrs["identity"] = json.dumps(identity)
             file.attrs["provenance"] = json.dumps(provenance)
@@ -212,7 +212,7 @@ def write_index(cache: Path) -> list[Unreadable]:
     """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
     opened = FeatureCache(cache)
     with (
-        written_whole(cache / "features.h5") as temporary,
+        atomic_write(cache / "features.h5") as temporary,
         contextlib.ExitStack() as stack,
         _new_file(temporary, libver=("v110", "v110")) as index,
     ):
@@ -231,7 +231,7 @@ def write_index(cache: Path) -> list[Unreadable]:
                     start += end - begin
             index.create_virtual_dataset(name, layout)
     lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in opened.unreadable.values()]
-    write_whole(cache / "unreadable.jsonl", "".join(lines))
+    atomic_write_text(cache / "unreadable.jsonl", "".join(lines))
     return list(opened.unreadable.values())
 
 
@@ -253,7 +253,7 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
         raise DataError(f"{cache.path} holds no row to pack")
     target.parent.mkdir(parents=True, exist_ok=True)
     total = len(cache)
-    with written_whole(target, True) as temporary, _new_file(temporary) as packed:
+    with atomic_write(target, True) as temporary, _new_file(temporary) as packed:
         for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
             packed.attrs[name] = json.dumps(value)
         packed.attrs["format"] = FORMAT

@@ -51,9 +51,9 @@ def drop_regions(regions: Regions, p: float) -> Regions:
     return Regions(features, boxes, kept)
 
 
-def replace_words(words: Tensor, positions: Tensor, p: float, unknown: int) -> Tensor:
-    """Words [N] with a share `p` of them become `unknown`, but for those at position 0 (Bowman et al. 2016)."""
+def replace_words(words: Tensor, replaceable: Tensor, p: float, unknown: int) -> Tensor:
+    """Words [N] where a share `p` of those that are `replaceable` [N] become `unknown` (Bowman et al. 2016)."""
     if p == 0:
         return words
     drawn = torch.rand(words.shape, device=words.device) < p
-    return torch.where(drawn & (positions > 0), unknown, words)
+    return torch.where(drawn & replaceable, unknown, words)

@@ -6,48 +6,22 @@ are there. V words, L words of a caption at most, M words that a beam may go on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models import ModelError
-from models.generation.constraints import NEVER, Barred, Forced, bar
-from models.generation.options import Captions, Generation, lengths
-from models.generation.sampling import sample
-
-if TYPE_CHECKING:
-    from models.decoders.transformer import Captioner, ExactScores, Memory
+from models.decoders.interface import Decoder, ExactScores, Memory
+from models.generation.constraints import NEG_INF, BannedWords, PhrasalConstraint, bar
+from models.generation.options import Captions, Generation, first_tokens, lengths
 
 SHARE = 8  # finished images leave once they are one in so many
 SCORES = 640_000  # log-probabilities that exist at a time on a CPU: they stay in its cache
 BLOCK = 100  # words among which the largest score is found first
 
 
-def generate(
-    captioner: Captioner,
-    memory: Memory,
-    options: Generation,
-    generator: torch.Generator | None = None,
-    search: Callable[[Memory], Captions] | None = None,
-) -> Captions:
-    """Captions of each image of `memory`; ModelError where none was found that keeps the rules. `search`: one that does
-    what beam_search does by the same options (models.captured)."""
-    if options.do_sample:
-        found = sample(captioner, memory, options, generator)
-    else:
-        found = search(memory) if search else beam_search(captioner, memory, options)
-    if (found.scores == NEVER).all(1).any():
-        raise ModelError(
-            "no caption was found that keeps all rules (bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length, "
-            "max_length); they leave none, or only with more num_beams"
-        )
-    return found
-
-
 @torch.inference_mode()
-def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Captions:
+def beam_search(decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None = None) -> Captions:
     """The best captions of each image that its beams come upon.
 
     At every step each beam's <eos> makes a finished caption; the other words compete for the beams. A beam that reaches the
@@ -56,32 +30,32 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
     likely as a beam that went on (True); when no live beam can still get there ("never": exact, since log p <= 0).
     On a CPU finished images leave the batch; elsewhere the loop has fixed shapes and never looks at the device.
     """
-    images, device, eos = memory.images, memory.keys[0].device, options.eos_token_id
-    limit, penalty, groups = options.limit(captioner), options.length_penalty, options.num_beam_groups
-    forced = Forced(options.forced, device) if options.force_words_ids else None
+    images, device, eos = memory.images, memory.device, options.eos_token_id
+    limit, penalty, groups = options.limit(decoder.config.max_length), options.length_penalty, options.num_beam_groups
+    forced = PhrasalConstraint(options.forced, device) if options.force_words_ids else None
     arms = forced.total + 1 if forced else groups
     each = options.num_beams // groups  # beams of an arm
     beams, barred = arms * each, options.barred
-    pool = Pool(images, groups, max(each, options.num_return_sequences), limit, eos, device)
+    pool = BeamHypotheses(images, groups, max(each, options.num_return_sequences), limit, eos, device)
     where = torch.arange(images, device=device)  # the image in each place of the shrinking batch
     done = torch.zeros(images, dtype=torch.bool, device=device)
-    live = torch.full((images, arms, each), NEVER, device=device)
+    live = torch.full((images, arms, each), NEG_INF, device=device)
     live[:, : 1 if forced else groups, 0] = 0.0  # all beams begin alike: only one counts
     words = torch.full((images, beams, limit), eos, dtype=torch.int64, device=device)
-    newest = torch.full((images, 1, 1), options.bos_token_id, dtype=torch.int64, device=device)
+    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None]
     states = forced.start((images, beams)) if forced else None
-    cache = captioner.start(memory, beams)
+    cache = decoder.init_cache(memory, beams, prompts)
 
     for length in range(1, limit + 1):
-        scores, exact = captioner.next_words(newest, memory, cache)
+        scores, exact = decoder.next_words(newest, memory, cache)
         bar(scores, options.suppress_tokens)
         wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
         before = words[:, : newest.shape[1], : length - 1].flatten(0, 1)
-        found = go_on(scores, exact, before, barred, wanted, options.num_beams)
+        found = expand(scores, exact, before, barred, wanted, options.num_beams)
         found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
-        ended = (live.flatten(1) + found.ended).masked_fill(done[:, None], NEVER).view(len(where), groups, -1)
+        ended = (live.flatten(1) + found.ended).masked_fill(done[:, None], NEG_INF).view(len(where), groups, -1)
         if forced:
-            ended[:, :, : -each] = NEVER
+            ended[:, :, : -each] = NEG_INF
 
         top = live.view(len(where), beams, 1) + found.log_p
         if forced:
@@ -89,7 +63,7 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
         else:
             live, origin, newest = choose(top, found.words, groups, options.diversity_penalty)
         if options.early_stopping is True:  # an end counts where it is as likely as a beam that goes on
-            ended.masked_fill_(ended < live[:, -groups:, -1:], NEVER)
+            ended.masked_fill_(ended < live[:, -groups:, -1:], NEG_INF)
         pool.add(where, ended / length**penalty, words)
         words = words.gather(1, origin[:, :, None].expand(-1, -1, limit))
         words[:, :, length - 1] = newest
@@ -97,13 +71,13 @@ def beam_search(captioner: Captioner, memory: Memory, options: Generation) -> Ca
         cache.reorder(origin)
         if length == limit:
             last = live[:, -1:] if forced else live
-            last = last.masked_fill(done[:, None, None], NEVER)
+            last = last.masked_fill(done[:, None, None], NEG_INF)
             pool.add(where, last / length**penalty, words[:, -each * groups :])
             break
         worst, best = pool.scores[where, :, each - 1], live.flatten(1).view(len(where), groups, -1).amax(2)
         reach = limit if options.early_stopping == "never" and penalty > 0 else length
-        stop = worst >= best / reach**penalty if options.early_stopping is not True else worst > NEVER
-        done = done | (stop & (worst > NEVER) | (best == NEVER)).all(1)
+        stop = worst >= best / reach**penalty if options.early_stopping is not True else worst > NEG_INF
+        done = done | (stop & (worst > NEG_INF) | (best == NEG_INF)).all(1)
         if device.type == "cpu" and (left := int(done.sum())) * SHARE >= len(where):
             if left == len(where):
                 break
@@ -124,8 +98,8 @@ class Candidates(NamedTuple):
     ended: Tensor
 
 
-def go_on(
-    scores: Tensor, exact: ExactScores | None, words: Tensor, barred: Barred, wanted: Tensor | None, count: int
+def expand(
+    scores: Tensor, exact: ExactScores | None, words: Tensor, barred: BannedWords, wanted: Tensor | None, count: int
 ) -> Candidates:
     """The `count` likeliest words that are not barred, and after them those `wanted` [N,C] (-1: none), no word twice.
 
@@ -140,20 +114,20 @@ def go_on(
         log_p = scores[part].log_softmax(dim=1, dtype=torch.float32)
         barred(log_p, words[part])
         ended = log_p[:, barred.eos].clone()
-        log_p[:, barred.eos] = NEVER
+        log_p[:, barred.eos] = NEG_INF
         if wanted is None:
-            top, ids = likeliest(log_p, count)
+            top, ids = blockwise_topk(log_p, count)
         else:
             asked = wanted[part]
             twice = (asked[:, :, None] == asked[:, None, :]).tril(-1).any(2)
-            of_asked = log_p.gather(1, asked.clamp(min=0)).masked_fill((asked < 0) | twice, NEVER)
-            top, ids = likeliest(log_p, count + asked.shape[1])
-            top = top.masked_fill((ids[:, :, None] == asked[:, None, :]).any(2), NEVER)
+            of_asked = log_p.gather(1, asked.clamp(min=0)).masked_fill((asked < 0) | twice, NEG_INF)
+            top, ids = blockwise_topk(log_p, count + asked.shape[1])
+            top = top.masked_fill((ids[:, :, None] == asked[:, None, :]).any(2), NEG_INF)
             top, ids = torch.cat([top, of_asked], 1), torch.cat([ids, asked.clamp(min=0)], 1)
         if exact:
             known = torch.cat([top, ended[:, None]], 1)
             looked_at = torch.cat([ids, ids.new_full((len(ids), 1), barred.eos)], 1)
-            rounding = (exact(part, looked_at) - scores[part].gather(1, looked_at)).where(known > NEVER, 0)
+            rounding = (exact(part, looked_at) - scores[part].gather(1, looked_at)).where(known > NEG_INF, 0)
             more = (known.exp() * rounding.expm1()).sum(1, keepdim=True).log1p()  # what that changes of all words' sum
             top, ended = top + rounding[:, :-1] - more, ended + rounding[:, -1] - more[:, 0]
         found.append((ids, top, ended))
@@ -184,7 +158,7 @@ def choose(top: Tensor, words: Tensor, groups: int, diversity: float) -> tuple[T
 
 
 def choose_by_progress(
-    top: Tensor, words: Tensor, states: Tensor, forced: Forced, arms: int, left: int
+    top: Tensor, words: Tensor, states: Tensor, forced: PhrasalConstraint, arms: int, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `choose`, the best for each number of forced words that are there (Hokamp & Liu 2017), and their states [b,K,C].
 
@@ -198,7 +172,7 @@ def choose_by_progress(
     live, places = [], []
     for arm in range(arms):
         fits = (progress == arm) if forced.total - arm <= left else torch.zeros_like(progress, dtype=torch.bool)
-        best = top.flatten(1).masked_fill(~fits, NEVER).topk(each, dim=1)
+        best = top.flatten(1).masked_fill(~fits, NEG_INF).topk(each, dim=1)
         live.append(best.values)
         places.append(best.indices)
     place = torch.cat(places, 1)
@@ -215,13 +189,13 @@ def close_up(going: Tensor) -> Tensor:
     return order
 
 
-class Pool:
+class BeamHypotheses:
     """The best finished captions of each image and group: tokens [B,G,P,L], scores [B,G,P], best first."""
 
     def __init__(self, images: int, groups: int, size: int, limit: int, eos: int, device: torch.device) -> None:
         self.eos = eos
         self.tokens = torch.full((images, groups, size, limit), eos, dtype=torch.int64, device=device)
-        self.scores = torch.full((images, groups, size), NEVER, device=device)
+        self.scores = torch.full((images, groups, size), NEG_INF, device=device)
 
     def add(self, where: Tensor, scores: Tensor, words: Tensor) -> None:
         """Captions of the images `where` [b]: scores [b,G,n], words [b,G*n,L]; those stay that are among the best."""
@@ -237,13 +211,13 @@ class Pool:
         tokens, scores = self.tokens.flatten(1, 2), self.scores.flatten(1)
         if self.tokens.shape[1] > 1:
             same = (tokens[:, :, None] == tokens[:, None, :]).all(3).tril(-1).any(2)
-            scores = scores.masked_fill(same, NEVER)
+            scores = scores.masked_fill(same, NEG_INF)
         scores, order = scores.topk(count, dim=1)
         tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
         return Captions(tokens, scores, scores * lengths(tokens, self.eos) ** penalty)
 
 
-def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def blockwise_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of each row of scores [N,V] and where they stand, as topk: [N,count] both.
 
     The largest of each block of words come first, by a pass that is as fast as memory; the answers stand in the `count`

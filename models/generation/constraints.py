@@ -10,16 +10,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-NEVER = float("-inf")
+NEG_INF = float("-inf")
 
 
 def bar(scores: Tensor, words: Iterable[int]) -> None:
     """Set the scores [N,V] of some words to -inf in place, without the index on the host that a GPU would wait for."""
     for word in words:
-        scores[:, word] = NEVER
+        scores[:, word] = NEG_INF
 
 
-class Barred:
+class BannedWords:
     """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams, unwanted phrases."""
 
     def __init__(self, eos: int, min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()) -> None:
@@ -34,25 +34,25 @@ class Barred:
         length = words.shape[1]
         bar(scores, self.always)
         if length < self.min_length:
-            scores[:, self.eos] = NEVER
+            scores[:, self.eos] = NEG_INF
         for phrase in self.phrases:
             begun = len(phrase) - 1
             if length >= begun:
                 here = torch.ones(len(words), dtype=torch.bool, device=words.device)
                 for place, word in enumerate(phrase[:-1]):
                     here &= words[:, length - begun + place] == word
-                scores[:, phrase[-1]].masked_fill_(here, NEVER)
+                scores[:, phrase[-1]].masked_fill_(here, NEG_INF)
         if self.ngram and length >= self.ngram:
             followers = words[:, self.ngram - 1 :]
             repeated = torch.ones_like(followers, dtype=torch.bool)
             for place in range(self.ngram - 1):  # words 0, 1, ... of each n-gram against those that end the caption
                 here = words[:, place : place + followers.shape[1]]
                 repeated &= here == words[:, length - self.ngram + 1 + place, None]
-            bans = torch.zeros_like(followers, dtype=scores.dtype).masked_fill_(repeated, NEVER)
+            bans = torch.zeros_like(followers, dtype=scores.dtype).masked_fill_(repeated, NEG_INF)
             scores.scatter_add_(1, followers, bans)
 
 
-class Forced:
+class PhrasalConstraint:
     """Phrases that each caption must hold: how far it has come with each, as one number a phrase.
 
     A state is the number of a phrase's words that the caption ends with, and stays at the whole once it was there

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from models.decoders.transformer import Captioner, Memory
+from models.decoders.interface import Decoder, Memory
 from models.generation.beam_search import beam_search
 from models.generation.options import Captions, Generation
 
@@ -13,21 +14,24 @@ class CapturedSearch:
     """Beam search over memories of one shape as one graph (the loop has fixed shapes where no CPU runs it)."""
 
     @torch.inference_mode()
-    def __init__(self, captioner: Captioner, memory: Memory, options: Generation) -> None:
-        self.memory = memory.keep(torch.arange(memory.images, device=memory.keys[0].device))
+    def __init__(self, decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None) -> None:
+        self.memory = memory.keep(torch.arange(memory.images, device=memory.device))
+        self.prompts = None if prompts is None else prompts.to(memory.device).clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # a first run outside: libraries set themselves up
-            beam_search(captioner, self.memory, options)
+            beam_search(decoder, self.memory, options, self.prompts)
         torch.cuda.current_stream().wait_stream(aside)
         torch.clear_autocast_cache()  # casts made before would be gone by then, and those made here hold only after a replay
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.found = beam_search(captioner, self.memory, options)
+            self.found = beam_search(decoder, self.memory, options, self.prompts)
         torch.clear_autocast_cache()
 
     @torch.inference_mode()
-    def __call__(self, memory: Memory) -> Captions:
+    def __call__(self, memory: Memory, prompts: Tensor | None) -> Captions:
+        if self.prompts is not None:
+            self.prompts.copy_(prompts)
         for kept, new in zip(self.memory.tensors(), memory.tensors(), strict=True):
             kept.copy_(new)
         self.graph.replay()
@@ -35,21 +39,21 @@ class CapturedSearch:
 
 
 class BeamSearch:
-    """`beam_search` of a captioner by options; on a GPU each shape is captured when it comes a second time.
+    """`beam_search` of a decoder by options; on a GPU each shape is captured when it comes a second time.
 
-    The captioner's weights may change, but neither move nor change their type; autocast stays as it was.
+    The decoder's weights may change, but neither move nor change their type; autocast stays as it was.
     """
 
-    def __init__(self, captioner: Captioner, options: Generation) -> None:
-        self.captioner, self.options = captioner, options
+    def __init__(self, decoder: Decoder, options: Generation) -> None:
+        self.decoder, self.options = decoder, options
         self.captured: dict[tuple, CapturedSearch | None] = {}
 
-    def __call__(self, memory: Memory) -> Captions:
-        if memory.keys[0].device.type != "cuda" or self.options.force_words_ids:
-            return beam_search(self.captioner, memory, self.options)
-        shape = tuple(part.shape for part in memory.tensors())
+    def __call__(self, memory: Memory, prompts: Tensor | None = None) -> Captions:
+        if memory.device.type != "cuda" or self.options.force_words_ids:
+            return beam_search(self.decoder, memory, self.options, prompts)
+        shape = *(part.shape for part in memory.tensors()), None if prompts is None else prompts.shape
         if shape not in self.captured:
             self.captured[shape] = None
-            return beam_search(self.captioner, memory, self.options)
-        self.captured[shape] = self.captured[shape] or CapturedSearch(self.captioner, memory, self.options)
-        return self.captured[shape](memory)
+            return beam_search(self.decoder, memory, self.options, prompts)
+        self.captured[shape] = self.captured[shape] or CapturedSearch(self.decoder, memory, self.options, prompts)
+        return self.captured[shape](memory, prompts)

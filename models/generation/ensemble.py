@@ -1,6 +1,6 @@
-"""Several captioners as one: the mean of their probabilities for each next word.
+"""Several decoders as one: the mean of their probabilities for each next word.
 
-It has what the search asks of a captioner: encode, start, decode, next_words. All read the same regions and share a vocabulary.
+It has what generation asks of a decoder: encode, init_cache, decode, next_words. All read the same regions and share a vocabulary.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from models.decoders.attention import KVCache
-from models.decoders.transformer import Captioner, ExactScores, Memory
+from models.decoders.interface import Decoder, ExactScores, Memory
 from models.regions import Regions
 
 
 class Memories(tuple[Memory, ...]):
-    """Each captioner's encoding of the same images."""
+    """Each decoder's encoding of the same images."""
 
     @property
     def images(self) -> int:
         return self[0].images
 
     @property
-    def keys(self) -> tuple[Tensor, ...]:
-        return self[0].keys
+    def device(self) -> torch.device:
+        return self[0].device
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(part for memory in self for part in memory.tensors())
@@ -37,11 +37,11 @@ class Memories(tuple[Memory, ...]):
 
 
 class Caches(tuple[KVCache, ...]):
-    """Each captioner's captions so far."""
+    """Each decoder's captions so far."""
 
-    def reorder(self, origin: Tensor) -> None:
+    def reorder(self, beam_idx: Tensor) -> None:
         for cache in self:
-            cache.reorder(origin)
+            cache.reorder(beam_idx)
 
     def keep(self, images: Tensor) -> None:
         for cache in self:
@@ -49,28 +49,30 @@ class Caches(tuple[KVCache, ...]):
 
 
 class Ensemble(nn.Module):
-    """The mean of several captioners' probabilities; captions as long as all of them can write."""
+    """The mean of several decoders' probabilities; captions as long as all of them can write."""
 
-    def __init__(self, captioners: Sequence[Captioner]) -> None:
+    def __init__(self, decoders: Sequence[Decoder]) -> None:
         super().__init__()
-        self.captioners = nn.ModuleList(captioners)
-        self.config = replace(captioners[0].config, max_length=min(one.config.max_length for one in captioners))
+        self.decoders = nn.ModuleList(decoders)
+        configs = [one.config for one in decoders]
+        lengths = {name: min(getattr(config, name) for config in configs) for name in ("max_length", "max_prompt")}
+        self.config = replace(configs[0], **lengths)
 
     def encode(self, regions: Regions) -> Memories:
-        return Memories(one.encode(regions) for one in self.captioners)
+        return Memories(one.encode(regions) for one in self.decoders)
 
-    def start(self, memory: Memories, captions: int) -> Caches:
-        return Caches(one.start(part, captions) for one, part in zip(self.captioners, memory, strict=True))
+    def init_cache(self, memory: Memories, texts: int, prompts: Tensor | None = None) -> Caches:
+        return Caches(one.init_cache(part, texts, prompts) for one, part in zip(self.decoders, memory, strict=True))
 
     def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
-        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as Captioner.decode's."""
-        caches = cache or [None] * len(self.captioners)
-        found = zip(self.captioners, memory, caches, strict=True)
+        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as Decoder.decode's."""
+        caches = cache or [None] * len(self.decoders)
+        found = zip(self.decoders, memory, caches, strict=True)
         return mean([one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32) for one, part, own in found])
 
     def next_words(self, tokens: Tensor, memory: Memories, cache: Caches) -> tuple[Tensor, ExactScores | None]:
-        """As Captioner.next_words, of the logs of the mean probabilities."""
-        found = [one.next_words(tokens, part, own) for one, part, own in zip(self.captioners, memory, cache, strict=True)]
+        """As Decoder.next_words, of the logs of the mean probabilities."""
+        found = [one.next_words(tokens, part, own) for one, part, own in zip(self.decoders, memory, cache, strict=True)]
         log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in found]
 
         def exact(rows: slice, words: Tensor) -> Tensor:

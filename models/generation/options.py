@@ -7,16 +7,13 @@ L words of a caption at most, N captions asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from models import ModelError
-from models.generation.constraints import Barred
-
-if TYPE_CHECKING:
-    from models.decoders.transformer import Captioner
-
+from models.generation.constraints import BannedWords
 
 LEAST = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "max_length": 1, "top_k": 0,
          "no_repeat_ngram_size": 0, "min_length": 0}  # fmt: skip
@@ -75,9 +72,8 @@ class Generation:
         if self.num_return_sequences > self.num_beams:
             raise ModelError(f"num_return_sequences {self.num_return_sequences} is above num_beams {self.num_beams}")
 
-    def limit(self, captioner: Captioner) -> int:
-        """The most words of a caption; ModelError where the captioner cannot write as many, or the rules need more."""
-        most = captioner.config.max_length
+    def limit(self, most: int) -> int:
+        """Words of a text at most, for a decoder that writes `most`; ModelError where that is too few."""
         limit = self.max_length or most
         if limit > most:
             raise ModelError(f"max_length is {limit}; this captioner was made for captions of up to {most} words")
@@ -88,8 +84,8 @@ class Generation:
         return limit
 
     @property
-    def barred(self) -> Barred:
-        return Barred(self.eos_token_id, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids)
+    def barred(self) -> BannedWords:
+        return BannedWords(self.eos_token_id, self.min_length, self.no_repeat_ngram_size, self.bad_words_ids)
 
     @property
     def forced(self) -> list[tuple[int, ...]]:
@@ -100,6 +96,12 @@ class Generation:
 
 def stands_in(phrase: tuple[int, ...], words: tuple[int, ...]) -> bool:
     return any(words[i : i + len(phrase)] == phrase for i in range(len(words) - len(phrase) + 1))
+
+
+def first_tokens(images: int, bos: int, device: torch.device, prompts: Tensor | None = None) -> Tensor:
+    """What a decoder reads first: the prompts [B,P] and then <bos>, [B,P+1] int64."""
+    begin = torch.full((images, 1), bos, dtype=torch.int64, device=device)
+    return begin if prompts is None else torch.cat([prompts.to(device), begin], dim=1)
 
 
 def lengths(tokens: Tensor, eos: int) -> Tensor:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.generation.constraints import NEVER, bar
-from models.generation.options import Captions, Generation, lengths
-
-if TYPE_CHECKING:
-    from models.decoders.transformer import Captioner, Memory
+from models.decoders.interface import Decoder, Memory
+from models.generation.constraints import NEG_INF, bar
+from models.generation.options import Captions, Generation, first_tokens, lengths
 
 TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
 BLOCK = 128  # words whose probabilities are added up before one of them is chosen
@@ -20,11 +16,12 @@ BLOCK = 128  # words whose probabilities are added up before one of them is chos
 
 @torch.no_grad()
 def sample(
-    captioner: Captioner,
+    decoder: Decoder,
     memory: Memory,
     options: Generation,
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
+    prompts: Tensor | None = None,
 ) -> Captions:
     """num_return_sequences N samples of each image.
 
@@ -35,10 +32,12 @@ def sample(
 
     uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from `generator`.
     """
-    device, eos = memory.keys[0].device, options.eos_token_id
-    limit, barred = options.limit(captioner), options.barred
+    device, eos = memory.device, options.eos_token_id
+    limit, barred = options.limit(decoder.config.max_length), options.barred
     parts = -(-options.num_return_sequences // TOGETHER)
-    memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts)) if parts > 1 else memory
+    if parts > 1:
+        memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts))
+        prompts = None if prompts is None else prompts.repeat_interleave(parts, dim=0)
     images, captions = memory.images, -(-options.num_return_sequences // parts)
     if uniforms is None:
         uniforms = torch.rand(images * captions, limit, generator=generator, device=device)
@@ -48,21 +47,22 @@ def sample(
     tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
     log_p = torch.zeros(images * captions, device=device)
     going = torch.ones(images * captions, dtype=torch.bool, device=device)
-    newest = torch.full((images, captions, 1), options.bos_token_id, dtype=torch.int64, device=device)
-    cache = captioner.start(memory, captions)
+    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None].expand(-1, captions if prompts is None else 1, -1)
+    cache = decoder.init_cache(memory, captions, prompts)
     for place in range(limit):
-        logits = captioner.decode(newest, memory, cache)[:, :, -1].flatten(0, 1).float() / options.temperature
+        logits = decoder.decode(newest, memory, cache)[:, :, -1].float() / options.temperature
+        logits = logits.expand(-1, captions, -1).flatten(0, 1).contiguous()
         bar(logits, options.suppress_tokens)
         barred(logits, tokens[:, :place])
-        stuck = logits.amax(1) == NEVER  # the rules leave no word: such a caption ends, and counts as none
+        stuck = logits.amax(1) == NEG_INF  # the rules leave no word: such a caption ends, and counts as none
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
-        log_p.masked_fill_(stuck & going, NEVER)
+        log_p.masked_fill_(stuck & going, NEG_INF)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
         drawn = choose(scores.exp(), uniforms[:, place])
         log_p += scores.gather(1, drawn[:, None])[:, 0].where(going, 0)
         drawn = drawn.where(going, eos)
         tokens[:, place] = drawn
-        newest = drawn.view_as(newest)
+        newest = drawn.view(images, captions, 1)
         going = going & (drawn != eos)
         if device.type == "cpu" and not going.any():
             break
@@ -99,9 +99,9 @@ def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always stays."""
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, NEVER)
+        logits = logits.masked_fill(logits < least, NEG_INF)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, NEVER))
+        logits = logits.scatter(-1, order, ordered.masked_fill(before >= top_p, NEG_INF))
     return logits

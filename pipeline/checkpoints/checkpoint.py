@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from data.cache.reader import FeatureCache, differences, packed_backbone
-from data.files import write_whole, written_whole
+from data.files import atomic_write, atomic_write_text
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MOST_CAPTIONS, ModelError
-from models.decoders.transformer import Captioner, CaptionerConfig
+from models.decoders.interface import Decoder
+from models.decoders.registry import DECODERS
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import check_identity
@@ -49,7 +50,7 @@ LARGEST_JSON = 1 << 26
 class Checkpoint:
     """A captioner with all that captioning needs: its vocabulary, the identity of its features, decoding defaults."""
 
-    captioner: Captioner
+    captioner: Decoder
     vocabulary: Vocabulary
     identity: dict[str, Any]
     decoding: dict[str, Any]
@@ -67,6 +68,7 @@ def save_description(folder: Path, checkpoint: Checkpoint) -> None:
     """Write config.json, vocab.json and, of pieces, tokenizer.json: all of a checkpoint but its weights."""
     config = {
         "format": FORMAT,
+        "decoder": name_of(checkpoint.captioner),
         "model": asdict(checkpoint.captioner.config),
         "features": checkpoint.identity,
         "provenance": checkpoint.provenance,
@@ -75,9 +77,9 @@ def save_description(folder: Path, checkpoint: Checkpoint) -> None:
         "training": checkpoint.training,
     }
     if isinstance(checkpoint.vocabulary, Subwords):
-        write_whole(folder / "tokenizer.json", checkpoint.vocabulary.tokenizer)
-    write_whole(folder / "vocab.json", json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0))
-    write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+        atomic_write_text(folder / "tokenizer.json", checkpoint.vocabulary.tokenizer)
+    atomic_write_text(folder / "vocab.json", json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0))
+    atomic_write_text(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -104,7 +106,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not fit."""
     config = load_record(folder)
-    captioner = _load_captioner(folder, config["model"])
+    captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
     if config["features"]["channels"] != captioner.config.channels:
         raise UserError(f"{folder}/config.json: features and model have other channels; copy it again")
     vocabulary = load_vocabulary(folder)
@@ -126,21 +128,25 @@ def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache) -> None:
         say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
 
 
-def _load_captioner(folder: Path, sizes: Mapping[str, Any]) -> Captioner:
-    """The captioner of `sizes` with its weights; no memory is taken for sizes that the weights' file has not."""
+def name_of(decoder: Decoder) -> str:
+    """The name in DECODERS of a decoder."""
+    return next(name for name, kind in DECODERS.items() if type(decoder) is kind)
+
+
+def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
+    """The decoder of `sizes` with its weights; no memory is taken for sizes that the weights' file does not have."""
     path, weights = folder / "config.json", folder / "model.safetensors"
-    shapes = shapes_of(weights)
+    if name not in DECODERS:
+        raise UserError(f"{path}: no decoder {name!r}; this version has {', '.join(DECODERS)}")
+    shapes, kind = shapes_of(weights), DECODERS[name]
     try:
-        whole = {name: value for name, value in sizes.items() if name != "dropout"}
-        if not all(type(value) is int for value in whole.values()) or type(sizes.get("dropout")) not in (int, float):
-            raise TypeError("a size is no number")
-        for part in ("encoder", "decoder"):
-            there = {name.split(".")[1] for name in shapes if name.startswith(f"{part}.")}
-            if sizes[f"{part}_layers"] != len(there):
-                raise TypeError(f"{part}_layers is not the {len(there)} that model.safetensors has")
+        config = kind.Config.from_record(sizes)
+        for field, value in asdict(config).items():  # a network of so many layers would take minutes to build
+            if field.endswith("layers") and value > len(shapes):
+                raise ModelError(f"{field} is {value}, and model.safetensors has {len(shapes)} tensors")
         with torch.device("meta"):
-            captioner = Captioner(CaptionerConfig(**sizes))
-    except (KeyError, TypeError, ModelError, RuntimeError) as error:
+            captioner = kind(config)
+    except (ModelError, RuntimeError) as error:
         raise UserError(f"{path} is not a checkpoint's record: model: {error}") from error
     wanted = {name: tuple(value.shape) for name, value in captioner.state_dict().items()}
     if wanted != shapes:
@@ -182,7 +188,7 @@ def copy_backbone(cache: Path, folder: Path) -> None:
     kept, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
     weights = packed_backbone(cache) if cache.is_file() else kept.read_bytes() if kept.exists() else None
     if weights is not None and not target.exists():
-        with written_whole(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_bytes(weights)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from data.files import written_whole
+from data.files import atomic_write
 from pipeline.checkpoints.checkpoint import SHARED
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import do_not_wait_for_an_absent_hub
@@ -62,7 +62,7 @@ def copy_shared(source: Path, target: Path) -> None:
     """Copy a checkpoint's files but those that only training needs; each whole or not at all."""
     for name in SHARED:
         if (source / name).is_file():
-            with written_whole(target / name) as temporary:
+            with atomic_write(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
         else:
             (target / name).unlink(missing_ok=True)  # of another checkpoint that was there

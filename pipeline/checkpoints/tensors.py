@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import written_whole
+from data.files import atomic_write
 from pipeline.cli import UserError
 
 
@@ -21,7 +21,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     # clones, because tensors that share memory (a tied layer) are refused otherwise
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     try:
-        with written_whole(path, sync=True) as temporary:
+        with atomic_write(path, sync=True) as temporary:
             save_file(own, temporary, metadata={"format": "pt", **(header or {})})
             temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
     except SafetensorError as error:  # of the system, by the package's name

@@ -25,9 +25,9 @@ from data.segmentation import segmented
 from data.vocabulary import UNK, Vocabulary
 from models import ModelError
 from models.backbones.grid import Backbone
-from models.decoders.transformer import Captioner, Memory, evaluating
-from models.generation.beam_search import generate
+from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
+from models.generation.generate import generate
 from models.generation.options import Captions, Generation
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -35,7 +35,7 @@ from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_share
 from pipeline.cli import UserError, is_out_of_memory
 from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
-from pipeline.extraction.backbone import framing_of, look, place_backbone, restore_backbone
+from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone, restore_backbone
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
@@ -64,10 +64,10 @@ class Consensus:
 
 
 @dataclass(frozen=True)
-class Writer:
+class CaptionGenerator:
     """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by `options`."""
 
-    captioner: Captioner
+    captioner: Decoder
     vocabulary: Vocabulary
     machine: Machine
     options: Generation
@@ -83,7 +83,7 @@ class Writer:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
                 if self.consensus is not None:
-                    found = self.agreed(memory, draws)
+                    found = self.mbr_rerank(memory, draws)
                 else:
                     found = generate(self.captioner, memory, self.options, draws, self.search)
         except (RuntimeError, MemoryError) as error:
@@ -101,13 +101,13 @@ class Writer:
             )
         return captions
 
-    def agreed(self, memory: Memory, draws: torch.Generator) -> Captions:
+    def mbr_rerank(self, memory: Memory, draws: torch.Generator) -> Captions:
         """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""
         beams, samples = self.options.num_beams, self.consensus.samples
         search = replace(self.options, num_return_sequences=beams)
         draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
         found = []
-        for some in torch.arange(memory.images, device=memory.keys[0].device).split(max(1, TOGETHER // (beams + samples))):
+        for some in torch.arange(memory.images, device=memory.device).split(max(1, TOGETHER // (beams + samples))):
             part = memory.keep(some)
             drawn = generate(self.captioner, part, draw, draws).tokens.cpu().numpy()
             tokens, _, log_p = generate(self.captioner, part, search)
@@ -126,7 +126,7 @@ class Writer:
 
 
 def caption_rows(
-    writer: Writer,
+    writer: CaptionGenerator,
     cache: FeatureCache,
     image_ids: Sequence[int],
     batch: int = 100,
@@ -168,7 +168,7 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
             torch.set_num_threads(cores)  # what was set in the pool is what threads begun later would take
 
 
-def lighten(captioner: nn.Module, machine: Machine) -> None:
+def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
     """Keep the weights of linear layers as autocast would round them at every call; captions stay the same to the bit."""
     if machine.precision == "bf16":
         for module in captioner.modules():
@@ -181,13 +181,13 @@ def lighten(captioner: nn.Module, machine: Machine) -> None:
 
 def make_writer(
     captioner: nn.Module, checkpoint: Checkpoint, machine: Machine, given: Mapping[str, Any], seed: int = 0
-) -> Writer:
+) -> CaptionGenerator:
     """A writer by a run's decoding defaults and the options `given` over them."""
     given = dict(given)
     samples = given.pop("consensus", None)
     consensus = Consensus(samples, Frequencies.load(checkpoint.folder)) if samples else None
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
-    return Writer(captioner, checkpoint.vocabulary, machine, how, seed, consensus)
+    return CaptionGenerator(captioner, checkpoint.vocabulary, machine, how, seed, consensus)
 
 
 def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]) -> Generation:
@@ -233,9 +233,9 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
     def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path) -> None:
         self.checkpoint, self.machine, self.folder = checkpoint, machine, folder
         self.captioner = checkpoint.captioner.to(machine.device)
-        lighten(self.captioner, machine)
+        cast_linears_to_bf16(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        self.writers: dict[str, Writer] = {}  # the last one; the next batch mostly wants the same
+        self.writers: dict[str, CaptionGenerator] = {}  # the last one; the next batch mostly wants the same
 
     def generate(self, regions: Regions, seed: int = 0, number: int = 0, **options: Any) -> list[list[Caption]]:
         """The captions of each image of `regions`, best first, num_return_sequences of them."""
@@ -271,7 +271,7 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
         captions: list[list[Caption]] = []
         if good:
             pixels, frames = stack([read[i][0] for i in good])
-            captions = self.generate(look(self.backbone, pixels, self.machine, frames), **options)
+            captions = self.generate(extract_regions(self.backbone, pixels, self.machine, frames), **options)
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from data import DataError
-from data.files import write_whole
+from data.files import atomic_write_text
 from data.results import read_results, write_server
 from pipeline.cli import UserError, command
 from pipeline.evaluate.checkpoint import job_of_checkpoint
@@ -74,9 +74,9 @@ def write_card(job: Job, card: Card) -> None:
     if job.out is None:
         return
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(job.out, json.dumps(card.record | job.about, indent=2) + "\n")
+    atomic_write_text(job.out, json.dumps(card.record | job.about, indent=2) + "\n")
     images = job.out.with_name(f"{job.out.stem}-images.jsonl")
-    write_whole(images, image_lines(card, job.captions))
+    atomic_write_text(images, image_lines(card, job.captions))
     say(f"scores: {job.out}\neach image's: {images}")
     if "split" in job.about:
         say(f"captions: {job.out.with_name('captions-' + job.about['split'] + '.json')}")

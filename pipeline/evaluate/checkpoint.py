@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from data.cache.reader import FeatureCache
 from data.datasets.registry import open_source
-from data.files import write_whole
+from data.files import atomic_write_text
 from data.results import choose, read_ids, server_split, write_results
 from data.sources import Source, check_captioned
 from pipeline.cli import UserError
@@ -66,7 +66,7 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     captions = {image_id: found[0].text for image_id, found in written.items()}
     write_results(out.with_name(f"captions-{split}.json"), captions)
     if config.nbest is not None:
-        write_whole(out.with_name(f"nbest-{split}.json"), nbest_lines(written))
+        atomic_write_text(out.with_name(f"nbest-{split}.json"), nbest_lines(written))
         say(f"all captions, with log-probabilities: {out.with_name(f'nbest-{split}.json')}")
     scorer = None
     if scored:
@@ -98,14 +98,14 @@ def decode(
 ) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
     """Captions by image id, and the options that they were found with."""
     from models.generation.ensemble import Ensemble
-    from pipeline.decoding.captioner import caption_rows, lighten, make_writer
+    from pipeline.decoding.captioner import caption_rows, cast_linears_to_bf16, make_writer
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
     decoding = {**checkpoints[0].decoding, **config.given()}
     captioners = [checkpoint.captioner.to(machine.device) for checkpoint in checkpoints]
     captioner = captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
-    lighten(captioner, machine)
+    cast_linears_to_bf16(captioner, machine)
     defaults = dict(checkpoints[0].decoding)
     if config.sample:
         del decoding["beam"], defaults["beam"]

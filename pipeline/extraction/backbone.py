@@ -1,6 +1,6 @@
 """From photographs to rows: a backbone with its weights, opened, kept, restored and run.
 
-`look` is the only way pixels become features, so a captioned photograph is seen as the cache saw it.
+`extract_regions` is the only way pixels become features, so a captioned photograph is seen as the cache saw it.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
     return backbone.to(machine.device, memory_format=torch.channels_last)
 
 
-def look(backbone: Backbone, pixels: Tensor, machine: Machine, frames: Tensor | None = None) -> Regions:
+def extract_regions(backbone: Backbone, pixels: Tensor, machine: Machine, frames: Tensor | None = None) -> Regions:
     """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device.
 
     frames: [B,4] on the host, the part of the photograph that each shows; None: all of it.

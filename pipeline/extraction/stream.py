@@ -32,7 +32,7 @@ from data.images import Framing, Photo, Photographs, stack, try_image
 from data.sources import Image
 from models.backbones.grid import Backbone
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import framing_of, look
+from pipeline.extraction.backbone import extract_regions, framing_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
@@ -223,7 +223,7 @@ def _seen(
         parts: list[Tensor] = []
         for view in ("", *recipe.views):
             pixels, frames = seen_as(view, batch)
-            parts += look(recipe.backbone, pixels, recipe.machine, frames) if len(pixels) else nothing(*recipe.shape)
+            parts += extract_regions(recipe.backbone, pixels, recipe.machine, frames) if len(pixels) else nothing(*recipe.shape)
         copied = None
         if gpu:
             pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]

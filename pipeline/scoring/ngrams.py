@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DataError, characters, segmentation, tokens
-from data.files import written_whole
+from data.files import atomic_write
 from data.segmentation import segmented
 
 ORDERS = 4
@@ -293,7 +293,7 @@ class References:
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
         arrays["digest"] = _digest(path, arrays)
-        with written_whole(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod

@@ -13,6 +13,7 @@ from data.datasets.registry import CAPTIONS_FROM, DATASETS
 from data.segmentation import SEGMENTS
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
+from models.decoders.registry import DECODERS
 from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
 from pipeline.runtime import Machine
 from pipeline.training.rewards import parse_rewards
@@ -68,6 +69,7 @@ class TrainConfig:
     baseline: str = setting("mean", "rewards are held against the other samples' mean or that of greedy decoding, with --scst",
                             choices=("mean", "greedy"))  # fmt: skip
     reward: str = setting("CIDEr", "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable, with --scst")
+    decoder: str = setting("transformer", "which decoder", choices=tuple(DECODERS))
     preset: str | None = setting(None, "settings by name  [few, tiny, small or base by captions]", choices=tuple(PRESETS))
     width: int | None = setting(None, "model width D  [by preset]")
     heads: int | None = setting(None, "attention heads  [by preset]")
@@ -168,7 +170,7 @@ def choose_preset(config: TrainConfig, captions: int) -> str:
     return "tiny" if captions < 15_000 else "small" if captions < 100_000 else "base"
 
 
-def settle(
+def resolve(
     config: TrainConfig,
     train: CaptionedImages,
     machine: Machine,

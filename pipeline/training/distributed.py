@@ -53,7 +53,7 @@ def joined(machine: Machine) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def total(*numbers: float) -> list[float]:
+def all_reduce(*numbers: float) -> list[float]:
     """The sum of each number over all processes."""
     if not dist.is_initialized():
         return list(numbers)
@@ -62,7 +62,7 @@ def total(*numbers: float) -> list[float]:
     return added.tolist()
 
 
-def of_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first process has."""
     if not dist.is_initialized():
         return value
@@ -71,7 +71,7 @@ def of_first(value: Any) -> Any:
     return box[0]
 
 
-def of_all(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What each process has, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -80,25 +80,25 @@ def of_all(value: Any) -> list[Any]:
     return found
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    of_all(None)
+    all_gather(None)
 
 
 @contextlib.contextmanager
 def first_alone(machine: Machine) -> Iterator[None]:
     """The first process does what is inside before the others: it may write what they then find."""
     if machine.rank:
-        wait()
+        barrier()
     yield
     if not machine.rank:
-        wait()
+        barrier()
 
 
 def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
     """float16 of `size` bytes that all processes of a machine share, and whether this one is to fill it; None where the system
     has no such memory. It is a file without a name, which goes when the last process does, however it ends, and is no
-    part of /dev/shm, of which containers have little. Call `wait` once it is filled."""
+    part of /dev/shm, of which containers have little. Call `barrier` once it is filled."""
     if not hasattr(os, "memfd_create"):
         return None
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -106,9 +106,9 @@ def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
     if first:
         os.ftruncate(made, size)
     here = socket.gethostname()
-    where = next((pid, fd) for host, pid, fd in of_all((here, os.getpid(), made)) if host == here and fd >= 0)
+    where = next((pid, fd) for host, pid, fd in all_gather((here, os.getpid(), made)) if host == here and fd >= 0)
     file = made if first else os.open(f"/proc/{where[0]}/fd/{where[1]}", os.O_RDWR)
     memory = np.frombuffer(mmap.mmap(file, size), np.float16)
-    wait()  # until all have it
+    barrier()  # until all have it
     os.close(file)
     return memory, first

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.files import write_whole
+from data.files import atomic_write_text
 from pipeline.cli import UserError
 from pipeline.terminal import say
 
@@ -43,7 +43,7 @@ class Journal:
         self.lines = sorted([*within, *epochs], key=lambda line: (line["step"], "seconds" in line))
         if not self.enabled:
             return
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import Batch, CaptionedImages, prefetch
-from models.decoders.transformer import Captioner
+from models.decoders.interface import Decoder
 from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 from pipeline.scoring.ngrams import References
 from pipeline.terminal import progress, say
-from pipeline.training import distributed as processes
+from pipeline.training import distributed
 from pipeline.training.config import TrainConfig, learning_rate
 from pipeline.training.logger import Journal
 from pipeline.training.objectives import Objective, make_objective
@@ -44,7 +44,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Place:
+class TrainState:
     """Where a run stands: seconds spent on it, its `epoch` (from 0), and of that the steps done, captions (or samples) seen,
     seconds of training and of waiting for data; `lr` of the last step; whether the time was up; `begin`, the step at which
     the schedule of the learning rate began."""
@@ -60,7 +60,7 @@ class Place:
     begin: int = 0
 
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> Place:
+    def of_record(cls, record: dict[str, Any]) -> TrainState:
         """The place that last.safetensors records; TypeError where a value is not of its kind."""
         place = cls(**record)
         for item in fields(cls):
@@ -69,8 +69,8 @@ class Place:
                 raise TypeError(f"{item.name} is {value!r}")
         return place
 
-    def of_next_epoch(self) -> Place:
-        return Place(self.seconds, self.ended, self.epoch + 1, lr=self.lr, begin=self.begin)
+    def of_next_epoch(self) -> TrainState:
+        return TrainState(self.seconds, self.ended, self.epoch + 1, lr=self.lr, begin=self.begin)
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Run:
     average: list[Tensor] | None = field(init=False)  # of the weights, by --ema
     sums: Tensor = field(init=False)  # [2,M+1] float64: the objective's figures and what was counted, since the last
     # validation and since the last line of the journal
-    place: Place = field(default_factory=Place)
+    place: TrainState = field(default_factory=TrainState)
     reserve: float = 0.0  # seconds that the last validation took: kept back of --minutes
     stopping: int = 0  # the signal that asked to stop
     started: float = field(default_factory=time.monotonic)
@@ -107,7 +107,7 @@ class Run:
         self.average = [weight.detach().clone() for weight in captioner.parameters()] if config.ema else None
 
     @property
-    def captioner(self) -> Captioner:
+    def captioner(self) -> Decoder:
         return self.checkpoint.captioner
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class Run:
         return bool(self.journal.epochs) and self.journal.epochs[-1]["step"] == self.step
 
     @property
-    def due(self) -> bool:
+    def should_validate(self) -> bool:
         """Whether dev is to be looked at before the next step."""
         config, step = self.config, self.step
         if self.validated:
@@ -173,11 +173,12 @@ class Run:
         return min(1.0, max(by_step, by_time))
 
 
-def make_optimizer(captioner: Captioner, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; matrices decay, biases, norms and embeddings do not."""
-    decayed = [p for name, p in captioner.named_parameters() if p.ndim > 1 and not name.startswith(("word", "position"))]
+    embeddings = {id(p) for module in decoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    decayed = [p for p in decoder.parameters() if p.ndim > 1 and id(p) not in embeddings]
     chosen = {id(p) for p in decayed}
-    rest = [p for p in captioner.parameters() if id(p) not in chosen]
+    rest = [p for p in decoder.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
@@ -191,8 +192,8 @@ def train_until_due(run: Run) -> dict[str, float]:
     share of time waiting for data."""
     while True:
         trained = train_epoch(run)
-        run.place.ended = run.place.ended or processes.of_first(run.config.minutes is not None and run.done() >= 1)
-        if run.due:
+        run.place.ended = run.place.ended or distributed.broadcast(run.config.minutes is not None and run.done() >= 1)
+        if run.should_validate:
             return trained
         run.place = run.place.of_next_epoch()
 
@@ -210,7 +211,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         bar.begin(place.captions)
         for batch, waiting in timed(prefetch(train_batches(run))):
             saving = first and time.monotonic() - run.saved >= config.save_every * 60
-            counted, units, done, saving, stopping = processes.total(
+            counted, units, done, saving, stopping = distributed.all_reduce(
                 objective.counted(batch), objective.units(batch), run.done() if first else 0, saving, run.stopping
             )
             if saving or stopping:
@@ -220,7 +221,7 @@ def train_epoch(run: Run) -> dict[str, float]:
             if stopping:
                 raise Stopped(run.stopping or signal.SIGTERM)
             place.ended = bool(config.minutes and done >= 1 and run.step and not run.validated)
-            if run.due:
+            if run.should_validate:
                 break
             place.lr = learning_rate(config, done)
             window.took(*train_step(run, batch, int(counted), done), int(units), waiting, batch)
@@ -309,7 +310,7 @@ class Window:
         table = torch.stack([torch.cat([figures, norm[None]]) for figures, norm, *_ in self.pending]).tolist()
         for (*figures, norm), (*_, step, lr, counted, image_ids) in zip(table, self.pending, strict=True):
             refuse_not_finite(self.run, figures, norm, step, lr, image_ids)
-            self.run.sums += torch.tensor(processes.total(*figures, counted), dtype=torch.float64)
+            self.run.sums += torch.tensor(distributed.all_reduce(*figures, counted), dtype=torch.float64)
         self.norm, self.pending = norm, []
 
     def tell(self) -> dict[str, float]:
@@ -402,7 +403,7 @@ def restore(run: Run) -> None:
                 run.optimizer.state[weight][key] = value.to(weight)
             if run.average is not None:
                 run.average[number].copy_(tensors[f"average.{name}"].view(weight.shape))
-        run.sums, run.place = tensors["sums"].view(run.sums.shape).double(), Place.of_record(record["place"])
+        run.sums, run.place = tensors["sums"].view(run.sums.shape).double(), TrainState.of_record(record["place"])
         epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
         for line in epochs:
             numbers = [line["step"], line["seconds"]["validation"]]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.batches import Batch, CaptionedImages
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
 from models.decoders.dropout import drop_regions
-from models.decoders.transformer import Captioner, Memory, evaluating
+from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.beam_search import beam_search
 from models.generation.options import Generation, lengths
 from models.generation.sampling import sample
@@ -80,7 +80,7 @@ class SelfCritical:
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
 
-    def __init__(self, config: TrainConfig, machine: Machine, captioner: Captioner, rewards: Rewards) -> None:
+    def __init__(self, config: TrainConfig, machine: Machine, captioner: Decoder, rewards: Rewards) -> None:
         self.config, self.machine, self.captioner, self.rewards = config, machine, captioner, rewards
         k = config.num_samples
         search = {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
@@ -117,7 +117,7 @@ class SelfCritical:
         with torch.no_grad(), self.machine.autocast():
             if self.config.samples == "beam":
                 return beam_search(self.captioner, memory, self.policy).tokens.clone()
-            shape = self.config.num_samples, self.policy.limit(self.captioner)
+            shape = self.config.num_samples, self.policy.limit(self.captioner.config.max_length)
             drawn = [np.random.default_rng((self.config.seed, step, i)).random(shape, np.float32) for i in image_ids]
             return sample(self.captioner, memory, self.policy, uniforms=torch.from_numpy(np.stack(drawn))).tokens
 
@@ -143,7 +143,7 @@ Objective = CrossEntropy | SelfCritical
 
 
 def make_objective(
-    config: TrainConfig, machine: Machine, captioner: Captioner, train: CaptionedImages, vocabulary: Vocabulary
+    config: TrainConfig, machine: Machine, captioner: Decoder, train: CaptionedImages, vocabulary: Vocabulary
 ) -> Objective:
     if not config.scst:
         return CrossEntropy(config, machine)
