@@ -1,11 +1,11 @@
-"""Batches for training: images with their captions grouped, K captions to an image, features read from the cache."""
+"""Batches for training: images with their texts, K texts an image, features read from the cache."""
 
 from __future__ import annotations
 
 import functools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from data import DataError
+from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
-from data.segmentation import segmented_all
-from data.sources import Image, check_captioned
+from data.examples import Example
+from data.segmentation import segmented
+from data.sources import Image
 from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
@@ -23,25 +25,35 @@ from data.vocabulary import BOS, EOS, PAD, Vocabulary
 class Batch:
     """features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64, image_ids (B of them).
 
-    `tokens` begin with <bos> and end with <eos> (but for captions cut at the length limit); <pad> fills T, and whole
-    captions where an image has fewer than K. `counted` is False where a process has no image of a step and takes another's,
-    whose loss is not to count.
+    A text of `tokens` is its prompt, <bos>, its target and <eos> (none where the target was cut at the length limit);
+    <pad> fills T, and whole texts where an image has fewer than K. Only tokens after <bos> count in the loss.
+    `counted` is False where a process has no image of a step and takes another's, whose loss is not to count.
     """
 
     features: Tensor
     boxes: Tensor
     counts: Tensor
     tokens: Tensor
-    image_ids: list[int]
+    image_ids: list[int | None]
     counted: bool = True
 
     @property
-    def words(self) -> int:
-        """How many words are to be predicted."""
-        return int((self.tokens[:, :, 1:] != PAD).sum()) if self.counted else 0
+    def prompt_lengths(self) -> Tensor | None:
+        """Tokens before each text's <bos>, [B,K] int64; None where no text has any."""
+        if bool((self.tokens[:, :, 0] <= BOS).all()):
+            return None
+        return (self.tokens == BOS).int().argmax(2)
 
     @property
-    def captions(self) -> int:
+    def words(self) -> int:
+        """How many tokens count in the loss."""
+        if not self.counted:
+            return 0
+        after_first = int((self.tokens[:, :, 1:] != PAD).sum())
+        return after_first if self.prompt_lengths is None else after_first - int(self.prompt_lengths.sum())
+
+    @property
+    def texts(self) -> int:
         return int((self.tokens[:, :, 0] != PAD).sum()) if self.counted else 0
 
     def split(self, parts: int) -> list[Batch]:
@@ -56,39 +68,81 @@ class Batch:
         return Batch(*moved, self.tokens, self.image_ids, self.counted)
 
 
-class CaptionedImages:
-    """Images of one split with tokenised captions, ready to be drawn in batches from a cache."""
+class ImageTexts:
+    """The images of one split with the texts to learn of them, ready to be drawn in batches from a cache.
+
+    images: of the examples, in their order, without those that the cache lists as unreadable (`left_out` of them).
+    image_ids: the same by id; None for an example without an image.
+    tokens, prompts: by image and text, the words of the target and of the prompt.
+    """
 
     def __init__(
-        self, images: Sequence[Image], cache: FeatureCache, split: str, segment: str = "words"
+        self,
+        examples: Sequence[Example],
+        images: Mapping[int, Image],
+        cache: FeatureCache | NoFeatures,
+        split: str,
+        segment: str = "words",
+        holds_mirrored: Callable[[Sequence[str]], bool] = lambda words: True,
     ) -> None:
-        check_captioned(images, split)
-        self.images, self.left_out = cache.select(images)
-        if not self.images:
+        """images: by id, of the whole source. holds_mirrored: whether a text holds of the mirrored image too.
+
+        Raises DataError for an image without a row, and for targets without a word.
+        """
+        self.cache, self.segment, self.holds_mirrored = cache, segment, holds_mirrored
+        ids = dict.fromkeys(example.image_id for example in examples)
+        self.images, self.left_out = cache.select(images[image_id] for image_id in ids if image_id is not None)
+        rows = {image.id for image in self.images}
+        self.examples = [e for e in examples if e.image_id is None or e.image_id in rows]
+        if not self.examples:
             raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
-        self.cache = cache
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
-        captions = [caption for image in self.images for caption in image.captions]
-        words = iter(segmented_all(captions, segment))
-        self.tokens = [[tokens for _ in image.captions if (tokens := next(words))] for image in self.images]
-        for image, tokens in zip(self.images, self.tokens, strict=True):
-            if not tokens:
-                raise DataError(f"the captions of image {image.id} ({image.name}) hold no word: {image.captions[0]!r}")
+        groups: dict[object, list[Example]] = {}
+        for number, example in enumerate(self.examples):
+            groups.setdefault((number,) if example.image_id is None else example.image_id, []).append(example)
+        self.image_ids = [group[0].image_id for group in groups.values()]
+        self.tokens: list[list[list[str]]] = []
+        self.prompts: list[list[list[str]]] = []
+        for group in groups.values():
+            texts = [
+                (segmented(example.prompt, segment), words)
+                for example in group
+                for target in example.targets
+                if (words := segmented(target, segment))
+            ]
+            if not texts:
+                self._refuse_empty(group[0], images)
+            self.prompts.append([prompt for prompt, _ in texts])
+            self.tokens.append([words for _, words in texts])
+
+    @staticmethod
+    def _refuse_empty(example: Example, images: Mapping[int, Image]) -> None:
+        name = f"image {example.image_id} ({images[example.image_id].name})" if example.image_id in images else str(example.id)
+        target = f"hold no word: {example.targets[0]!r}" if example.targets else "are missing"
+        raise DataError(f"the captions of {name} {target}")
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.image_ids)
 
     @property
-    def captions(self) -> int:
-        return sum(len(tokens) for tokens in self.tokens)
+    def texts(self) -> int:
+        return sum(map(len, self.tokens))
 
-    def encode(self, vocabulary: Vocabulary, max_length: int) -> list[list[list[int]]]:
-        """Ids by image and caption, with <bos> and <eos>; more than `max_length` tokens are cut and lose their <eos>."""
-        found = [[vocabulary.encode(words) for words in captions] for captions in self.tokens]
-        return [
-            [[BOS, *tokens[:max_length], *([EOS] if len(tokens) <= max_length else [])] for tokens in captions]
-            for captions in found
-        ]
+    def encode(self, vocabulary: Vocabulary, max_length: int, max_prompt: int = 0) -> list[list[list[int]]]:
+        """Ids by image and text: the prompt, <bos>, the target, <eos>.
+
+        A longer prompt loses its first tokens, a longer target its last ones and its <eos>.
+        """
+        found = []
+        for prompts, targets in zip(self.prompts, self.tokens, strict=True):
+            texts = []
+            for prompt, words in zip(prompts, targets, strict=True):
+                read = vocabulary.encode(prompt)
+                target = vocabulary.encode(words)
+                end = [EOS] if len(target) <= max_length else []
+                texts.append([*read[max(0, len(read) - max_prompt) :], BOS, *target[:max_length], *end])
+            found.append(texts)
+        return found
 
     def keep_on(self, device: torch.device, views: int = 0) -> None:
         """Keep the features of all images, as they are and in the first `views` views, on a device."""
@@ -100,17 +154,31 @@ class CaptionedImages:
                 kept[at : at + len(some)] = torch.from_numpy(self.cache.rows(some, views=[view] * len(some)).features)
         self.on_device = kept, {image_id: row for row, image_id in enumerate(ids)}
 
-    def features(self, image_ids: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """features [B,R,C] float16 where they are kept, boxes [B,R,4], counts [B] int64; `views` as in `FeatureCache.rows`."""
+    def features(
+        self, image_ids: Sequence[int | None], views: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """features [B,R,C] float16 where they are kept, boxes [B,R,4], counts [B] int64; `views` as in `FeatureCache.rows`.
+
+        A text without an image (None) has 0 regions.
+        """
+        if None in image_ids:
+            return self._features_of_some(image_ids, views)
         if self.on_device is None:
             rows = self.cache.rows(image_ids, views=views)
             features = torch.from_numpy(rows.features)
         else:
             kept, row_of = self.on_device
             rows = self.cache.rows(image_ids, tables_only=True, views=views)
-            at = [row_of[i] + view * len(self) for i, view in zip(image_ids, views or [0] * len(image_ids), strict=True)]
+            images = len(self.images)
+            at = [row_of[i] + view * images for i, view in zip(image_ids, views or [0] * len(image_ids), strict=True)]
             features = kept[torch.tensor(at).to(kept.device)]
         return features, torch.from_numpy(rows.boxes), torch.from_numpy(rows.counts.astype(np.int64))
+
+    def _features_of_some(self, image_ids: Sequence[int | None], views: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+        place = [at for at, image_id in enumerate(image_ids) if image_id is not None]
+        some = [image_id for image_id in image_ids if image_id is not None]
+        parts = self.features(some, None if views is None else [views[at] for at in place])
+        return tuple(part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, torch.tensor(place, dtype=torch.int64).to(part.device), part) for part in parts)
 
     def batches(
         self,
@@ -125,41 +193,42 @@ class CaptionedImages:
     ) -> Iterator[Batch]:
         """All images once in batches of `size` images, shuffled by `generator` (None: in order).
 
+        ids: what `encode` gives.
         views: each image as it is or in one of the cache's views, as likely one as the other; a mirrored photograph goes
-            without the captions that name left or right, and is not drawn where those are all.
-        whole: an image some of whose captions would be left out is drawn as it is.
+            without the texts that do not hold of it, and is not drawn where those are all.
+        whole: an image some of whose texts would be left out is drawn as it is.
         skip: leave out the first batches. rank, world: of each batch give only the part of one process of several.
         """
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         drawn = generator.integers(1 + len(self.cache.views), size=len(self)) if views else np.zeros(len(self), int)
         if views:
-            least = [len(captions) if whole else 1 for captions in self.tokens]
+            least = [len(texts) if whole else 1 for texts in self.tokens]
             drawn = drawn * [len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)]
         drawn = drawn.tolist()
         for chosen in list(iterate(order.tolist(), size))[skip:]:
             mine = chosen[rank::world]
             counted, mine = bool(mine), mine or chosen[:1]
-            image_ids, seen = [self.images[i].id for i in mine], [drawn[i] for i in mine]
-            captions = [[ids[i][k] for k in self.mirrored[i]] if view else ids[i] for i, view in zip(mine, seen, strict=True)]
-            yield Batch(*self.features(image_ids, seen if views else None), pad(captions), image_ids, counted)
+            image_ids, seen = [self.image_ids[i] for i in mine], [drawn[i] for i in mine]
+            texts = [[ids[i][k] for k in self.mirrored[i]] if view else ids[i] for i, view in zip(mine, seen, strict=True)]
+            yield Batch(*self.features(image_ids, seen if views else None), pad(texts), image_ids, counted)
 
     @functools.cached_property
     def mirrored(self) -> list[list[int]]:
-        """By image the captions that hold of it mirrored: those that name neither left nor right."""
+        """By image the texts that hold of it mirrored."""
         return [
-            [k for k, words in enumerate(captions) if not any(word.startswith(("left", "right")) for word in words)]
-            for captions in self.tokens
+            [k for k, words in enumerate(texts) if self.holds_mirrored([*prompts[k], *words])]
+            for prompts, texts in zip(self.prompts, self.tokens, strict=True)
         ]
 
 
-def pad(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Nested ids by image and caption as tokens [B,K,T] int64, padded with <pad>."""
-    most = max(len(group) for group in captions)
-    longest = max(len(caption) for group in captions for caption in group)
-    tokens = np.full((len(captions), most, longest), PAD, np.int64)
-    for b, group in enumerate(captions):
-        for k, caption in enumerate(group):
-            tokens[b, k, : len(caption)] = caption
+def pad(texts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Nested ids by image and text as tokens [B,K,T] int64, padded with <pad>."""
+    most = max(len(group) for group in texts)
+    longest = max(len(text) for group in texts for text in group)
+    tokens = np.full((len(texts), most, longest), PAD, np.int64)
+    for b, group in enumerate(texts):
+        for k, text in enumerate(group):
+            tokens[b, k, : len(text)] = text
     return torch.from_numpy(tokens)
 
 

@@ -8,7 +8,6 @@ cache is `DECODE_PATH`: rows made by another differ in their last digits.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -26,11 +25,10 @@ from PIL import ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from data import DataError
+from data.image_formats import HEIC_BRANDS, SUFFIXES
 
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
-HEIC = (".heic", ".heif", ".hif")
-HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 GAP = 2  # a JPEG is decoded at a reduced scale that is still so many times the size needed
 FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # lanczos is Pillow's
 
@@ -39,23 +37,6 @@ warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken tags in files that are read all the same
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors keep histories of megabytes as PNG text
-
-with contextlib.suppress(ImportError):  # the extra [heic]
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-
-
-def _readable_suffixes() -> frozenset[str]:
-    """The suffixes of formats that Pillow decodes by itself."""
-    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # recognised only, or given to another program
-    registered = PillowImage.registered_extensions()
-    return frozenset(
-        suffix for suffix, kind in registered.items() if kind == "MPO" or (kind in PillowImage.OPEN and kind not in no_decoder)
-    )
-
-
-SUFFIXES = _readable_suffixes()
 
 
 class UnreadableImage(DataError):

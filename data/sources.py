@@ -111,6 +111,10 @@ class Source:
         return next((split for split in ("test", "val", "all") if split in self.splits), "dev")
 
     @cached_property
+    def by_id(self) -> dict[int, Image]:
+        return {image.id: image for image in self.images}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over the sorted (id, file name) pairs: which photographs these are, in any order or folder."""
         pairs = sorted((image.id, _plain(image.name)) for image in self.images)

@@ -29,18 +29,15 @@ class CaptionConfig(DecodingOptions):
     out: Path | None = setting(None, "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities")
     write_txt: bool = setting(False, "write a .txt with the caption beside each photograph that has none")
     prefix: str = setting("", "text before each caption in a .txt, as a trigger word; with --write-txt")
-    batch: int = setting(16, "photographs captioned together")
-    limit: int | None = setting(None, "caption only the first N photographs")
-    max_pixels: int | None = setting(None, MAX_PIXELS_HELP)
-    device: str = setting("auto", "where to run", choices=DEVICES)
-    precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "of --sample (whose captions depend on --batch too)")
+    batch: int = setting(16, "photographs captioned together", at_least=1, group="machine")
+    limit: int | None = setting(None, "caption only the first N photographs", at_least=1)
+    max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
+    device: str = setting("auto", "where to run", choices=DEVICES, group="machine")
+    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
+    seed: int = setting(0, "of --sample (whose captions depend on --batch too)", at_least=0, group="machine")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("batch", 1), ("limit", 1), ("max_pixels", 1), ("seed", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, it must be at least {least}")
         if not self.photographs:
             raise UserError("no photograph named; pass photographs or folders of them")
         if self.out and self.out.is_dir():

@@ -1,11 +1,16 @@
-"""A stage's configuration is one frozen dataclass; its fields make the command's options, its record and its checks.
+"""A command's configuration is one frozen dataclass; its fields make the options, their checks and the record.
 
     @dataclass(frozen=True)
-    class ExtractConfig:
-        dataset: str = setting("sample", "where the photographs come from", choices=DATASETS)
+    class ExtractConfig(Settings):
+        dataset: str = setting("sample", "layout of the photographs", registry=DATASETS, group="data")
+        batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
 
     @command(ExtractConfig)
     def main(config: ExtractConfig) -> None: ...
+
+A setting with a `registry` names an extension (a task, a dataset, a decoder). Each entry of the registry may have
+`Options`, a dataclass of its own settings: the command takes those of the names that are chosen, by flags or by
+--config, shows them under a heading of their own, and hands them over in `config.extensions`.
 
 `--config FILE` (TOML, or the config.json of an earlier run) sets any option; flags win over it. A user's mistake is
 printed as one message, without a traceback, and the command exits with 2.
@@ -23,8 +28,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,48 +55,131 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), name: str = "") -> Any:
-    """A dataclass field that is also an option: its default, its help line and, where few, its choices."""
-    return field(default=default, metadata={"help": help, "choices": choices, "name": name})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    registry: Mapping[str, Any] | None = None,
+    name: str = "",
+    group: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    may_change_on_resume: bool = False,
+) -> Any:
+    """A dataclass field that is also an option.
+
+    choices: the values that it may have. registry: entries by name, of which it chooses one.
+    name: the name of a positional argument. group: the heading of its help.
+    at_least, above, at_most, below: bounds of a number.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "registry": registry, "name": name, "group": group,
+                "at_least": at_least, "above": above, "at_most": at_most, "below": below,
+                "may_change_on_resume": may_change_on_resume}  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all configurations have: bounds that are checked, and the options of the chosen extensions.
+
+    extensions: by the setting that chooses one (as "task"), the options that were given, by name.
+    """
+
+    extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_bounds(item, getattr(self, item.name))
+            for option, value in self.extensions.get(item.name, {}).items():
+                known = {each.name: each for each in options_of(item, getattr(self, item.name))}
+                if option not in known:
+                    raise UserError(f"{flag_of(item.name)} {getattr(self, item.name)} has no option {option!r}")
+                check_bounds(known[option], value)
+
+    def options(self, name: str) -> Any:
+        """The options of the extension that setting `name` chooses, as an instance of its `Options`; None: it has none."""
+        item = next(item for item in fields(self) if item.name == name)
+        kind = getattr(item.metadata["registry"][getattr(self, name)], "Options", None)
+        return kind(**self.extensions.get(name, {})) if kind else None
+
+    def record(self) -> dict[str, Any]:
+        """All settings and the extensions' options by name, as JSON has them."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extensions"}
+        for given in self.extensions.values():
+            values |= given
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def options_of(item: Any, chosen: Any) -> list[Any]:
+    """The fields of the options of entry `chosen` in a setting's registry."""
+    registry = item.metadata.get("registry")
+    kind = getattr(registry.get(chosen), "Options", None) if registry else None
+    return list(fields(kind)) if kind else []
+
+
+def check_bounds(item: Any, value: Any) -> None:
+    """UserError unless a number is within the bounds of its field."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    at_least, above, at_most, below = (item.metadata.get(name) for name in ("at_least", "above", "at_most", "below"))
+    good = (at_least is None or value >= at_least) and (above is None or value > above)
+    if good and (at_most is None or value <= at_most) and (below is None or value < below):
+        return
+    if at_least is not None and below is not None:
+        wanted = f"in [{at_least:g}, {below:g})"
+    elif at_least is not None and value < at_least:
+        wanted = f"at least {at_least:g}"
+    elif above is not None and value <= above:
+        wanted = f"above {above:g}"
+    else:
+        wanted = f"at most {at_most:,}" if at_most is not None else f"below {below:,}"
+    raise UserError(f"{flag_of(item.name)} is {value}, it must be {wanted}")
 
 
 def command(
-    config_class: type, presets: Mapping[str, Mapping[str, Any]] | None = None
+    config_class: type, sections: Mapping[str, Sequence[tuple[str, str]]] | None = None
 ) -> Callable[[Callable], click.Command]:
     """Turn `main(config)` into a click command whose options are the fields of `config_class`.
 
-    presets: what `--preset NAME` sets, by name and field; --config and flags win over it.
+    sections: further sections of its help, rows of a name and a text by heading.
     """
 
     def decorate(main: Callable) -> click.Command:
         @functools.wraps(main)
         def call(**values: Any) -> None:
             values.pop("config")
-            main(config_class(**values))
+            own = {item.name for item in fields(config_class)}
+            given = {name: values.pop(name) for name in [*values] if name not in own}
+            extensions: dict[str, dict[str, Any]] = {}
+            for item in fields(config_class):
+                names = [option.name for option in options_of(item, values.get(item.name))]
+                if found := {name: given[name] for name in names if given.get(name) is not None}:
+                    extensions[item.name] = found
+            main(config_class(**values, **({"extensions": extensions} if extensions else {})))
 
         types_of = typing.get_type_hints(config_class)
-        own = config_class.__annotations__  # what a stage shares with another stands after its own
-        options = [_option(item, types_of[item.name]) for item in sorted(fields(config_class), key=lambda f: f.name not in own)]
-        if presets:
-            chosen = next(option for option in options if option.name == "preset")
-            chosen.is_eager, chosen.callback = True, functools.partial(_take_preset, presets)
-        return _Command(
+        own = config_class.__annotations__  # what a command shares with another stands after its own
+        items = [item for item in fields(config_class) if item.name != "extensions"]
+        options = [_option(item, types_of[item.name]) for item in sorted(items, key=lambda f: f.name not in own)]
+        found = _Command(
             name=main.__module__,
             callback=call,
             params=[*options, _config_option(config_class)],
             help=main.__doc__,
             context_settings={"show_default": True, "max_content_width": 110},
         )
+        found.registries = {item.name: item for item in items if item.metadata.get("registry") is not None}
+        found.sections = sections or {}
+        return found
 
     return decorate
-
-
-def _take_preset(
-    presets: Mapping[str, Mapping[str, Any]], ctx: click.Context, _: click.Parameter, name: str | None
-) -> str | None:
-    if name is not None:
-        ctx.default_map = {**presets[name], **(ctx.default_map or {})}
-    return name
 
 
 @contextlib.contextmanager
@@ -121,15 +209,92 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class _Command(click.Command):
+    registries: Mapping[str, Any]  # the settings that choose an extension, by name
+    sections: Mapping[str, Sequence[tuple[str, str]]]
+
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         with plain_errors():  # --config is read here
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        if hasattr(sys.stdout, "reconfigure"):  # a name or a caption that the terminal has no characters for ends nothing
+        if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal does not have ends nothing
             sys.stdout.reconfigure(errors="backslashreplace")
         with plain_errors():
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["extensions"] = self._chosen(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            self._refuse_option_of_another(ctx, error)
+            raise
+
+    def _chosen(self, args: Sequence[str]) -> dict[str, str]:
+        """The names that the command line, else --config, else the defaults choose."""
+        recorded: Mapping[str, Any] = {}
+        if path := _value_of("--config", args):
+            recorded = read_config(Path(path))
+        chosen = {}
+        for name, item in self.registries.items():
+            value = _value_of(flag_of(name), args) or recorded.get(name) or item.default
+            if isinstance(value, str) and value in item.metadata["registry"]:
+                chosen[name] = value
+        return chosen
+
+    def _refuse_option_of_another(self, ctx: click.Context, error: click.NoSuchOption) -> None:
+        for name, item in self.registries.items():
+            for other in item.metadata["registry"]:
+                for option in options_of(item, other):
+                    if error.option_name in (flag_of(option.name), f"--no-{flag_of(option.name)[2:]}"):
+                        now = ctx.meta["extensions"].get(name, item.default)
+                        raise UserError(
+                            f"{error.option_name} is an option of {flag_of(name)} {other}; {flag_of(name)} is {now} here"
+                        ) from error
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *(option for _, options in self._extension_options(ctx) for option in options)]
+
+    def _extension_options(self, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
+        """The options of each chosen extension that has some, with their heading; they are the same for one context."""
+        made = ctx.meta.setdefault("extension options", {})
+        for name, chosen in ctx.meta.get("extensions", {}).items():
+            item = self.registries[name]
+            if options := options_of(item, chosen):
+                if name not in made:
+                    kinds = typing.get_type_hints(item.metadata["registry"][chosen].Options)
+                    made[name] = [_extension_option(option, kinds[option.name]) for option in options]
+                yield f"Options of {flag_of(name)} {chosen}", made[name]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.params:
+            if row := param.get_help_record(ctx):
+                heading = getattr(param, "group", "")
+                sections.setdefault(f"{heading.capitalize()} options" if heading else "Options", []).append(row)
+        for heading, options in self._extension_options(ctx):
+            sections[heading] = [row for option in options if (row := option.get_help_record(ctx))]
+        if row := self.get_help_option(ctx).get_help_record(ctx):
+            sections.setdefault("Options", []).append(row)
+        for heading in sorted(sections, key=lambda heading: heading == "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+        for heading, rows in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    """The last value that the command line gives an option, as `--flag value` or `--flag=value`."""
+    found = None
+    for number, text in enumerate(args):
+        if text == "--":
+            break
+        if text.startswith(f"{flag}="):
+            found = text.partition("=")[2]
+        elif text == flag and number + 1 < len(args):
+            found = args[number + 1]
+    return found
 
 
 def _kind_of(annotation: Any) -> tuple[type, bool]:
@@ -144,16 +309,30 @@ def _kind_of(annotation: Any) -> tuple[type, bool]:
 
 def _option(item: Any, annotation: Any) -> click.Parameter:
     kind, multiple = _kind_of(annotation)
-    if item.metadata["name"]:  # a positional argument
-        return click.Argument([item.name], nargs=-1, type=click.Path(path_type=Path), metavar=item.metadata["name"])
-    flag = "--" + item.name.replace("_", "-")
+    metadata = item.metadata
+    if metadata.get("name"):  # a positional argument
+        return click.Argument([item.name], nargs=-1, type=click.Path(path_type=Path), metavar=metadata["name"])
+    flag = flag_of(item.name)
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=item.default, help=item.metadata["help"])
-    if item.metadata["choices"]:
-        kind = _Choice(item.metadata["choices"])
+        option = click.Option([f"{flag}/--no-{flag[2:]}"], default=item.default, help=metadata["help"])
     else:
-        kind = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}.get(kind, kind)
-    return click.Option([flag], type=kind, default=item.default, multiple=multiple, help=item.metadata["help"])
+        if metadata.get("registry") is not None:
+            kind = _Registered(metadata["registry"])
+        elif metadata.get("choices"):
+            kind = _Choice(metadata["choices"])
+        else:
+            kind = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}.get(kind, kind)
+        option = click.Option([flag], type=kind, default=item.default, multiple=multiple, help=metadata["help"])
+    option.group = metadata.get("group", "")
+    return option
+
+
+def _extension_option(item: Any, annotation: Any) -> click.Parameter:
+    """As `_option`, with None for what was not given: then a preset, or the extension's own default, holds."""
+    option = _option(item, annotation)
+    option.default = () if option.multiple else None
+    option.help = f"{option.help}  [{item.default}]"
+    return option
 
 
 class _Int(click.types.IntParamType):
@@ -177,26 +356,59 @@ class _Choice(click.Choice):
         return f"{value!r} is not one of {', '.join(self.choices)}.{hint}"
 
 
+class _Registered(click.ParamType):
+    """A name in a registry, which may grow after the command was defined."""
+
+    name = "name"
+
+    def __init__(self, registry: Mapping[str, Any]) -> None:
+        self.registry = registry
+
+    def get_metavar(self, *_: Any, **__: Any) -> str:
+        return f"[{'|'.join(self.registry)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return _Choice(tuple(self.registry)).convert(value, param, ctx)
+
+
 def _config_option(config_class: type) -> click.Option:
-    kinds = {name: _kind_of(annotation) for name, annotation in typing.get_type_hints(config_class).items()}
-    names = [item.name for item in fields(config_class)]
+    own = {name: _kind_of(annotation) for name, annotation in typing.get_type_hints(config_class).items()
+           if name != "extensions"}  # fmt: skip
 
     def load(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
+        kinds = dict(own)
+        for item in fields(config_class):
+            chosen = ctx.meta.get("extensions", {}).get(item.name)
+            if options := options_of(item, chosen):
+                types_of = typing.get_type_hints(item.metadata["registry"][chosen].Options)
+                kinds |= {option.name: _kind_of(types_of[option.name]) for option in options}
         found = read_config(path)
-        for name, value in found.items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+        for name, value in [*found.items()]:
+            if name not in kinds and _is_default_of_another(config_class, name, value):
+                del found[name]
+            elif name not in kinds:
+                near = difflib.get_close_matches(name, kinds, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
                 raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
             if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
-                raise UserError(f"{path}: {name} is {wrong} (--{name.replace('_', '-')})")
+                raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")
         ctx.default_map = {**(ctx.default_map or {}), **{k: v for k, v in found.items() if v is not None}}
 
     kind = click.Path(path_type=Path)
     text = "settings from a TOML file or an earlier run's config.json; flags win over it"
     return click.Option(["--config"], type=kind, callback=load, is_eager=True, help=text)
+
+
+def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
+    """Whether a setting is an option of an extension that is not chosen, with its default: an older run records all."""
+    return any(
+        option.name == name and option.default == value
+        for item in fields(config_class)
+        for other in item.metadata.get("registry") or ()
+        for option in options_of(item, other)
+    )
 
 
 def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:

@@ -16,8 +16,8 @@ import torchvision
 from data.cache.claims import Claims, sweep
 from data.cache.reader import VIEWS, FeatureCache, cache_header, differences, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
-from data.datasets.registry import CAPTIONS_FROM, DATASETS, open_source
-from data.images import DECODE_PATH, HEIC, RESIZES, SUFFIXES
+from data.image_formats import HEIC, SUFFIXES
+from data.images import DECODE_PATH, RESIZES
 from data.sources import Image, Listing, Source
 from models.backbones.grid import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -32,29 +32,26 @@ from pipeline.extraction.backbone import (
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
+from pipeline.sources import SAMPLE_ROOT, SourceOptions
 from pipeline.terminal import Progress, human_bytes, progress, say
-
-SAMPLE_ROOT, SAMPLE_CACHE = Path("datasets/sample"), Path("cache/sample")
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(SourceOptions):
     """What to look at, with what, and where to keep it."""
 
-    dataset: str = setting("sample", "layout of the photographs", choices=DATASETS)
-    root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample, drawn if absent]")
-    annotations: Path | None = setting(None, "caption file, where the layout does not name it")
-    images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
-    captions_from: str = setting("auto", "as of pipeline.train, which reads the captions", choices=CAPTIONS_FROM)
-    split: str = setting("all", "which part", choices=("train", "dev", "val", "test", "all"))
-    backbone: str | None = setting(None, "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]")
-    backbone_arg: tuple[str, ...] = setting((), "KEY=VALUE for timm's create_model, any number of times")
-    weights: str | None = setting(None, "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]")
-    out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]")
-    size: str | None = setting(None, "of the backbone's input: N or HxW  [the weights' own]")
-    resize: str = setting("stretch", "whole photograph squeezed, its middle, or whole with filling", choices=RESIZES)
-    views: str = setting("none", "flip: keep the mirrored photographs too, for train to draw", choices=("none", *VIEWS))
-    grid: str | None = setting(None, "pool the feature map to HxW cells  [as it comes]")
+    split: str = setting("all", "which part", choices=("train", "dev", "val", "test", "all"), group="data")
+    backbone: str | None = setting(None, "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]", group="model")
+    backbone_arg: tuple[str, ...] = setting((), "KEY=VALUE for timm's create_model, any number of times", group="model")
+    weights: str | None = setting(None, "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]",
+                                  group="model")  # fmt: skip
+    out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]", group="output")
+    size: str | None = setting(None, "of the backbone's input: N or HxW  [the weights' own]", group="model")
+    resize: str = setting("stretch", "whole photograph squeezed, its middle, or whole with filling", choices=RESIZES,
+                          group="model")  # fmt: skip
+    views: str = setting("none", "flip: keep the mirrored photographs too, for train to draw", choices=("none", *VIEWS),
+                         group="model")  # fmt: skip
+    grid: str | None = setting(None, "pool the feature map to HxW cells  [as it comes]", group="model")
     allow_missing: bool = setting(False, "list photographs that the disk lacks as unreadable, and go on")
     strict: bool = setting(False, "end at the first photograph that cannot be read")
     retry_unreadable: bool = setting(False, "try unreadable photographs again, changed or not")
@@ -62,23 +59,18 @@ class ExtractConfig:
     verify: Path | None = setting(None, "only check every row of this cache: exit 0, or 1 naming what is bad")
     inspect: Path | None = setting(None, "only show what this cache holds")
     pack: Path | None = setting(None, "only write the cache --out into one HDF5 file of this name")
-    batch: int = setting(32, "photographs a forward pass")
-    workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]")
-    limit: int | None = setting(None, "take only the first N photographs")
-    max_pixels: int | None = setting(None, MAX_PIXELS_HELP)
-    device: str = setting("auto", "where the backbone runs", choices=DEVICES)
-    precision: str = setting("auto", "of the forward pass", choices=PRECISIONS)
-    seed: int = setting(0, "for --weights random")
+    batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
+    workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]", at_least=0, group="machine")
+    limit: int | None = setting(None, "take only the first N photographs", at_least=1, group="data")
+    max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1, group="data")
+    device: str = setting("auto", "where the backbone runs", choices=DEVICES, group="machine")
+    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
+    seed: int = setting(0, "for --weights random", group="machine")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "limit", "max_pixels"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {getattr(self, name)}, it must be at least 1")
+        super().__post_init__()
         for name in ("size", "grid"):
             cells(name, getattr(self, name))
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"--workers is {self.workers}, it must be at least 0")
 
     @property
     def retry_all(self) -> bool:
@@ -166,14 +158,9 @@ def cells(option: str, text: str | None) -> tuple[int, int] | None:
 
 def open_photographs(config: ExtractConfig) -> Source:
     """The source that the options name; bare options name the embedded sample, and it is said."""
-    root = config.root
-    if config.dataset == "sample" and root is None:
-        root = SAMPLE_ROOT
-        say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset folder --root PHOTOGRAPHS")
-    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
-    for note in source.notes:
-        say(note)
-    return source
+    if config.dataset == "sample" and config.root is None:
+        say(f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset folder --root PHOTOGRAPHS")
+    return config.open_source()
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from data import DataError
-from data.batches import CaptionedImages
+from data.batches import ImageTexts
+from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, differences
-from data.datasets.registry import open_source
+from data.examples import Example
 from data.segmentation import without_blanks
-from data.sources import Image, Source
+from data.sources import Source
 from data.subwords import Subwords
 from data.vocabulary import PAD, UNK, Vocabulary
 from models.decoders.registry import DECODERS
@@ -40,14 +41,16 @@ from pipeline.checkpoints.checkpoint import (
 )
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.checkpoints.tensors import require_utf8
-from pipeline.cli import UserError, command
-from pipeline.decoding.captioner import CaptionGenerator, caption_rows
-from pipeline.decoding.consensus import Frequencies
+from pipeline.cli import UserError, command, options_of
+from pipeline.decoding.captioner import CaptionGenerator, generate_texts
+from pipeline.decoding.consensus import save_frequencies
 from pipeline.runtime import Machine, free_memory, open_machine
-from pipeline.scoring.metrics import score
+from pipeline.sources import SAMPLE_ROOT
+from pipeline.tasks.base import Task
+from pipeline.tasks.registry import TASKS
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed
-from pipeline.training.config import MAY_DIFFER, PATIENT_STEPS, PRESETS, SIZES, TrainConfig, resolve
+from pipeline.training.config import PATIENT_STEPS, PRESETS, TrainConfig, resolve
 from pipeline.training.logger import Journal
 from pipeline.training.loop import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
 
@@ -55,7 +58,11 @@ DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 FEW_DEV_IMAGES = 20  # fewer say little
 
 
-@command(TrainConfig, presets=PRESETS)
+def describe_preset(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+@command(TrainConfig, {"Presets": [(name, describe_preset(values)) for name, values in PRESETS.items()]})
 def main(config: TrainConfig) -> None:
     """Train a Transformer decoder on a feature cache, choosing the best epoch by CIDEr on dev.
 
@@ -67,10 +74,11 @@ def main(config: TrainConfig) -> None:
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
         config = choose_segment(config, source, begun)
-        train, dev = open_splits(config, source, cache)
+        task = make_task(config)
+        train, dev = open_splits(config, task, source, cache)
         config = resolve(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
-        run = open_run(config, folder, machine, source, cache, train, dev, begun)
+        run = open_run(config, folder, machine, source, cache, task, train, dev, begun)
         announce(run, cache)
         with contextlib.closing(run.journal), stopping_on_signals(run):
             try:
@@ -81,21 +89,16 @@ def main(config: TrainConfig) -> None:
         finish(run)
 
 
-def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache, Path]:
+def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures, Path]:
     """The captions, the cache and the run's folder; bare options name the embedded sample, and it is said."""
-    root = config.root
-    if config.dataset == "sample" and root is None:
-        root = Path("datasets/sample")
-        say(f"the embedded sample of drawn scenes, in {root}; your own: --dataset ... --root ... --features ... --out ...")
-    cache = FeatureCache(config.features or Path("cache") / config.dataset)
+    if config.dataset == "sample" and config.root is None:
+        say(f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset ... --root ... --features ... --out ...")
+    cache = NoFeatures() if config.features == NoFeatures.path else FeatureCache(config.features or Path("cache") / config.dataset)
     folder = config.out or Path("runs") / config.dataset
     require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(f"{folder} holds a run; pass --resume to go on with it, or another --out")
-    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
-    for note in source.notes:
-        say(note)
-    return source, cache, folder
+    return config.open_source(), cache, folder
 
 
 class Begun(NamedTuple):
@@ -145,26 +148,30 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
     return replace(config, segment="characters")
 
 
-def open_splits(config: TrainConfig, source: Source, cache: FeatureCache) -> tuple[CaptionedImages, CaptionedImages | None]:
+def make_task(config: TrainConfig) -> Task:
+    return TASKS[config.task](config.options("task"), config.segment or "words")
+
+
+def open_splits(
+    config: TrainConfig, task: Task, source: Source, cache: FeatureCache | NoFeatures
+) -> tuple[ImageTexts, ImageTexts | None]:
     """Train, and dev to choose by: none with --train-on-dev."""
-    segment = config.segment or "words"
-    train, dev = source.select("train")[: config.limit], select_dev(config, source)[: config.limit]
-    if config.train_on_dev:
-        found = [CaptionedImages([*train, *dev], cache, "train", segment), None]
-    else:
-        found = [
-            CaptionedImages(train, cache, "train", segment),
-            CaptionedImages(dev[:DEV_IMAGES], cache, "dev", segment),
-        ]
+    def texts(examples: Sequence[Example], split: str) -> ImageTexts:
+        return ImageTexts(examples, source.by_id, cache, split, config.segment or "words", task.holds_mirrored)
+
+    train = task.examples(source, "train", config.limit)
+    dev = select_dev(config, task, source)
+    found = texts([*train, *dev] if config.train_on_dev else train, "train"), None if config.train_on_dev else texts(dev, "dev")
     if left_out := sum(part.left_out for part in found if part):
         say(f"{left_out} photographs are left out: {cache.path / 'unreadable.jsonl'} lists them")
-    return found[0], found[1]
+    return found
 
 
-def select_dev(config: TrainConfig, source: Source) -> list[Image]:
-    """The dev photographs; where there are none, that is an error unless nothing is chosen by them."""
+def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]:
+    """The dev examples; where there are none, that is an error unless nothing is chosen by them."""
+    most = config.limit if config.train_on_dev else min(config.limit or DEV_IMAGES, DEV_IMAGES)
     try:
-        return source.select("dev")
+        return task.examples(source, "dev", most)
     except DataError as error:
         if config.train_on_dev:
             return []
@@ -174,7 +181,7 @@ def select_dev(config: TrainConfig, source: Source) -> list[Image]:
         ) from error
 
 
-def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[CaptionedImages], machine: Machine) -> None:
+def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[ImageTexts], machine: Machine) -> None:
     """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of its free memory, else in
     RAM where they fit half of what is free, else on the disk; without a GPU on the disk, whose cache is RAM as well."""
     gpu = machine.device.type == "cuda"
@@ -205,9 +212,10 @@ def open_run(
     folder: Path,
     machine: Machine,
     source: Source,
-    cache: FeatureCache,
-    train: CaptionedImages,
-    dev: CaptionedImages | None,
+    cache: FeatureCache | NoFeatures,
+    task: Task,
+    train: ImageTexts,
+    dev: ImageTexts | None,
     begun: Begun | None,
 ) -> Run:
     """Make the model and its run folder, or take up where the folder stands."""
@@ -217,16 +225,18 @@ def open_run(
         vocabulary = distributed.broadcast(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
-    sizes = {name: getattr(config, name) for name in SIZES}
+    max_prompt = begun.sizes["max_prompt"] if begun else longest_prompt(vocabulary, train)
     kind = DECODERS[config.decoder]
-    captioner = kind(kind.Config(len(vocabulary), cache.shape[1], **sizes, max_length=config.max_length))
+    captioner = kind(
+        kind.Config(len(vocabulary), cache.shape[1], **config.decoder_options, max_length=config.max_length, max_prompt=max_prompt)
+    )
     if begun and begun.weights:
         captioner.load_state_dict(begun.weights)
     captioner.to(machine.device)
-    record = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    record = config.record()
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
     checkpoint = Checkpoint(captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest)
-    run = Run(config, folder, machine, train, dev, checkpoint, Journal(folder, record, config.wandb, machine.rank == 0))
+    run = Run(config, folder, machine, task, train, dev, checkpoint, Journal(folder, record, config.wandb, machine.rank == 0))
     distributed.barrier()  # until all have looked into the folder
     if config.resume:
         return resume(run)
@@ -235,14 +245,15 @@ def open_run(
     run.journal.begin()
     if machine.rank == 0:
         copy_backbone(cache.path, folder)
-        Frequencies.count(run.train_ids).save(folder)
+        if task.scored_as_captions:
+            save_frequencies(run.train_ids, len(vocabulary), folder)
         save_description(folder, checkpoint)
     return run
 
 
-def make_vocabulary(config: TrainConfig, folder: Path, train: CaptionedImages) -> Vocabulary:
+def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Vocabulary:
     """The vocabulary of the train captions; of pieces, a run's own is kept: another version of their package learns others."""
-    captions = (words for group in train.tokens for words in group)
+    captions = (words for part in (train.prompts, train.tokens) for group in part for words in group)
     if config.vocabulary == "word":
         return Vocabulary.build(captions, config.min_count, config.segment or "words")
     if config.resume and (folder / "tokenizer.json").exists():
@@ -250,13 +261,18 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: CaptionedImages) -
     return Subwords.build(captions, config.vocab_size, config.segment or "words")
 
 
-def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: CaptionedImages) -> int:
+def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: ImageTexts) -> int:
     """The length in words (or pieces) that 99 % of the train captions do not exceed, at least 20 (30)."""
     least = 30 if config.vocabulary == "bpe" else 20
     return max(least, int(np.percentile(caption_lengths(vocabulary, train), 99, method="higher")))
 
 
-def caption_lengths(vocabulary: Vocabulary, part: CaptionedImages) -> list[int]:
+def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
+    """Tokens of the longest prompt of train, which fits the decoder; longer ones lose their first tokens."""
+    return max((len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0)
+
+
+def caption_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
     """The length of each caption in words, or in pieces of words."""
     captions = (words for group in part.tokens for words in group)
     return [len(vocabulary.encode(words) if isinstance(vocabulary, Subwords) else words) for words in captions]
@@ -272,11 +288,11 @@ def announce(run: Run, cache: FeatureCache) -> None:
     parts = {"train": run.train, **({"dev": run.dev} if run.dev else {})}
     unknown = ", ".join(f"{unknown_share(run.checkpoint.vocabulary, part):.2%} of {name}" for name, part in parts.items())
     dev = f"dev {len(run.dev):,}" if run.dev else "dev among them: nothing is chosen by it"
-    say(f"train {len(run.train):,} images, {run.train.captions:,} captions; {dev}")
+    say(f"train {len(run.train):,} images, {run.train.texts:,} {run.task.unit}; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
     lengths = caption_lengths(run.checkpoint.vocabulary, run.train)
     if cut := sum(length > model.max_length for length in lengths):
-        say(f"{cut:,} of {len(lengths):,} train captions ({cut / len(lengths):.1%}) have more than {model.max_length} "
+        say(f"{cut:,} of {len(lengths):,} train {run.task.unit} ({cut / len(lengths):.1%}) have more than {model.max_length} "
             f"{pieces} and are cut there; the longest has {max(lengths):,}; --max-length changes it")  # fmt: skip
     if run.dev and len(run.dev) < FEW_DEV_IMAGES:
         say(
@@ -292,35 +308,34 @@ def announce(run: Run, cache: FeatureCache) -> None:
     name = f"of {config.init}" if config.init else f"preset {config.preset}"
     shared = f", {run.machine.world} processes" if run.machine.world > 1 else ""
     say(
-        f"{name}: width {model.width}, {model.encoder_layers}+{model.decoder_layers} layers, dropout "
-        f"{model.dropout}, {parameters / 1e6:.1f} M parameters; {length}, "
+        f"{name}: {model}, {parameters / 1e6:.1f} M parameters; {length}, "
         f"peak lr {config.lr}; on {run.machine}{shared}"
     )
 
 
-def unknown_share(vocabulary: Vocabulary, part: CaptionedImages) -> float:
+def unknown_share(vocabulary: Vocabulary, part: ImageTexts) -> float:
     """The share of a split's words that the vocabulary does not know (of a BPE: pieces)."""
     found = [number for group in part.tokens for words in group for number in vocabulary.encode(words)]
     return found.count(UNK) / max(1, len(found))
 
 
-def best_of(scored: Sequence[dict[str, Any]]) -> int:
-    """The place of the best validation: the highest CIDEr on dev, of equal ones the lowest loss."""
-    return max(range(len(scored)), key=lambda at: (scored[at]["dev"]["CIDEr"], -scored[at]["dev"]["loss"]))
+def best_of(scored: Sequence[dict[str, Any]], metric: str) -> int:
+    """The place of the best validation: the highest `metric` on dev, of equal ones the lowest loss."""
+    return max(range(len(scored)), key=lambda at: (scored[at]["dev"][metric], -scored[at]["dev"]["loss"]))
 
 
 def stopped_early(run: Run) -> bool:
     """Whether dev has not become better for --patience validations, after the first steps of the training."""
     scored = run.journal.scored
     counted = [at for at, line in enumerate(scored) if line["step"] - run.place.begin > PATIENT_STEPS]
-    return bool(scored) and sum(at > best_of(scored) for at in counted) >= run.config.patience
+    return bool(scored) and sum(at > best_of(scored, run.task.metric) for at in counted) >= run.config.patience
 
 
 def should_stop(run: Run) -> bool:
     """Whether all epochs are done, the time is up, or dev has not become better for so long."""
     config = run.config
     if stopped_early(run):
-        say(f"no better CIDEr on dev for {config.patience} validations: stopped early")
+        say(f"no better {run.task.metric} on dev for {config.patience} validations: stopped early")
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
@@ -328,13 +343,13 @@ def should_stop(run: Run) -> bool:
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
-    """Loss and scores on dev; keep the weights if they are the best by CIDEr (without dev: always), and where training
-    stands."""
+    """Loss and scores on dev; keep the weights if they are the best by the task's metric (without dev: always), and where
+    training stands."""
     save_progress(run)
     start, config = time.monotonic(), run.config
     with averaged(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
-        better = not dev or best_of([*run.journal.scored, {"dev": dev}]) == len(run.journal.scored)
+        better = not dev or best_of([*run.journal.scored, {"dev": dev}], run.task.metric) == len(run.journal.scored)
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
     run.reserve = time.monotonic() - start
@@ -345,7 +360,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
     if run.place.step == run.steps_an_epoch:
         run.place = run.place.of_next_epoch()
     save_progress(run)
-    told = [f"dev loss {dev['loss']:.3f}, dev CIDEr {dev['CIDEr']:.3f}, BLEU-4 {dev['Bleu_4']:.3f}" if dev else "kept"]
+    told = [f"dev loss {dev['loss']:.3f}, dev {shown_scores(run.task, dev)}" if dev else "kept"]
     if better and dev:
         told[0] += " (best)"
     if trained:
@@ -364,7 +379,7 @@ def dev_loss(run: Run) -> float:
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
             regions = Regions(batch.features, batch.boxes, batch.counts)
-            loss, _ = caption_loss(run.captioner, regions, batch.tokens, PAD)
+            loss, _ = caption_loss(run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths)
         total, count = total + loss.item() * batch.counted, count + batch.words
     total, count = distributed.all_reduce(total, count)
     return total / count
@@ -373,19 +388,33 @@ def dev_loss(run: Run) -> float:
 def dev_scores(run: Run) -> dict[str, float]:
     """Scores of beam search on dev, whose images all processes share."""
     config, machine = run.config, run.machine
-    ids = [image.id for image in run.dev.images][machine.rank :: machine.world]
+    mine = run.dev.examples[machine.rank :: machine.world]
     how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
-    writer = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, how)
+    generator = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, how)
 
     def step(count: int) -> None:
         if run.stopping and machine.world == 1:
             raise Stopped(run.stopping)
         bar.step(count)
 
-    with progress(len(ids), "images", "dev", enabled=machine.rank == 0) as bar:
-        written = caption_rows(writer, run.dev.cache, ids, done=step) if ids else {}
-    written = {image_id: captions[0].text for part in distributed.all_gather(written) for image_id, captions in part.items()}
-    return distributed.broadcast(None if machine.rank else score(written, run.references).values)
+    with progress(len(mine), "images", "dev", enabled=machine.rank == 0) as bar:
+        found = generate_texts(generator, run.dev.cache, mine, done=step) if mine else {}
+    outputs = {id_: texts[0].text for part in distributed.all_gather(found) for id_, texts in part.items()}
+    return distributed.broadcast(None if machine.rank else run.task.score(outputs, run.dev.examples, run.train.examples))
+
+
+def shown_scores(task: Task, scores: Mapping[str, float]) -> str:
+    """The scores that are printed for each validation: the task's metric, then those in `shown`."""
+    return ", ".join(f"{name} {scores[key]:.3f}" for key, name in {task.metric: task.metric, **task.shown}.items())
+
+
+def defaults_of(config: TrainConfig) -> dict[str, Any]:
+    """The default of each setting, and of each option of the extensions that it chooses."""
+    found = {}
+    for item in fields(config):
+        found[item.name] = item.default
+        found |= {option.name: option.default for option in options_of(item, getattr(config, item.name))}
+    return found
 
 
 def resume(run: Run) -> Run:
@@ -393,7 +422,8 @@ def resume(run: Run) -> Run:
     if not (run.folder / "config.json").is_file():
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
-    began = {item.name: item.default for item in fields(TrainConfig)} | recorded["training"]  # options may be younger than it
+    began = defaults_of(run.config) | recorded["training"]  # options may be younger than it
+    may_change = {item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")}
     if wrong := [name for name in ("epochs", "eval_steps") if type(began[name]) not in (int, type(None))]:
         raise UserError(f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again")
     if run.config.eval_steps is None:  # not asked for: a small data set's own was chosen with its epochs
@@ -403,7 +433,7 @@ def resume(run: Run) -> Run:
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"
         for name, value in run.checkpoint.training.items()
-        if name not in MAY_DIFFER and not (more and name == "epochs") and began[name] != json.loads(json.dumps(value))
+        if name not in may_change and not (more and name == "epochs") and began[name] != json.loads(json.dumps(value))
     ]
     if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
         changed.append("the cache or the photographs")
@@ -476,9 +506,9 @@ def save_and_exit(run: Run, signum: int) -> None:
 def finish(run: Run) -> None:
     scored = run.journal.scored
     if scored:
-        best = scored[best_of(scored)]
+        best = scored[best_of(scored, run.task.metric)]
         at = f"epoch {best['epoch']:.4g}, step {best['step']:,}"
-        say(f"best: {at}, dev CIDEr {best['dev']['CIDEr']:.3f}, kept in {run.folder}")
+        say(f"best: {at}, dev {run.task.metric} {best['dev'][run.task.metric]:.3f}, kept in {run.folder}")
     else:
         say(f"the last epoch's weights are kept in {run.folder}: trained on dev too, nothing was chosen")
     say(f"next: python -m pipeline.evaluate --checkpoint {run.folder} --features {run.train.cache.path} ...")

@@ -355,10 +355,10 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
 
 
 def test_extract_takes_the_option_captions_from_as_train_does(tmp_path):
-    shown = works(extract.main, "--help")
-    assert "--captions-from [auto|txt]" in shown
+    shown = works(extract.main, "--dataset", "folder", "--help")
+    assert "Options of --dataset folder" in shown and "--captions-from [auto|txt]" in shown
     (tmp_path / "a.jpg").touch()
-    config = extract.ExtractConfig(dataset="folder", root=tmp_path, captions_from="txt")
+    config = extract.ExtractConfig(dataset="folder", root=tmp_path, extensions={"dataset": {"captions_from": "txt"}})
     with pytest.raises(DataError, match=r"no photograph in .* has a \.txt"):
         extract.open_photographs(config)
     (tmp_path / "a.txt").write_text("a dog")

@@ -12,6 +12,7 @@ import pytest
 
 from data.datasets.coco import read
 from pipeline import evaluate
+from pipeline.evaluate import file as captions_files
 from pipeline.scoring.java import NotComputed
 from pipeline.scoring.report import NAMES
 from tests.test_commands import refused, run, works
@@ -175,7 +176,7 @@ def test_counted_references_are_read_again_and_a_broken_file_is_made_again(at, m
     first = record(at)["scores"]
     (kept,) = in_cache(at / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "references_by_image", lambda *_: pytest.fail("counted again"))
+        patch.setattr(captions_files, "references_by_image", lambda *_: pytest.fail("counted again"))
         works(evaluate.main, *files(at), *cache)
     assert record(at)["scores"] == first
     whole = kept.read_bytes()
@@ -187,7 +188,7 @@ def test_counted_references_are_read_again_and_a_broken_file_is_made_again(at, m
 def test_a_cache_folder_that_cannot_be_used_is_gone_without(at, monkeypatch):
     works(evaluate.main, *files(at), "--cache-dir", at / "res.json", "--out", at / "out.json")
     first = record(at)["scores"]
-    monkeypatch.setattr(evaluate, "user_cache", lambda: None)
+    monkeypatch.setattr(captions_files, "user_cache", lambda: None)
     works(evaluate.main, *files(at), "--out", at / "out.json")
     assert record(at)["scores"] == first
 

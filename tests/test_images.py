@@ -14,10 +14,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from data import images
+from data.image_formats import HEIC, SUFFIXES
 from data.images import (
     DECODE_PATH,
-    HEIC,
-    SUFFIXES,
     Framing,
     NotAPhotograph,
     Photographs,

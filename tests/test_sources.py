@@ -10,7 +10,7 @@ import pytest
 from data import DataError
 from data.datasets import folder
 from data.datasets.registry import DATASETS, open_source
-from data.images import HEIC
+from data.image_formats import HEIC
 from data.sources import check_captioned, image_id, same_photograph
 
 # Small data sets, written by the tests: an image file is empty, for a source opens none.

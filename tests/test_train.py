@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -519,7 +520,7 @@ def few_options(folder: Path, *more: object) -> list[object]:
 @pytest.mark.parametrize("images", [1, 2, 10, 90, 450, 900])
 def test_a_small_data_set_gets_enough_steps_and_few_validations(images):
     class Train:
-        captions = images
+        texts = images
 
         def __len__(self) -> int:
             return images
@@ -533,13 +534,33 @@ def test_a_small_data_set_gets_enough_steps_and_few_validations(images):
     assert (asked.epochs, asked.batch, asked.eval_steps) == (7, 3, None)
 
 
+class Many:
+    texts = 40_000
+
+    def __len__(self) -> int:
+        return 8_000
+
+
+def test_a_preset_means_the_same_on_the_command_line_and_in_python():
+    machine = types.SimpleNamespace(precision="fp32")
+    command = train.main.make_context("train", ["--dataset", "folder", "--preset", "flickr8k"])
+    own = {name: value for name, value in command.params.items() if name in {item.name for item in fields(TrainConfig)}}
+    by_command, by_python = TrainConfig(**own), TrainConfig(dataset="folder", preset="flickr8k")
+    found = [resolve(config, Many(), machine) for config in (by_command, by_python)]
+    assert found[0] == found[1]
+    assert (found[0].schedule, found[0].ema, found[0].epochs) == ("constant", 0.998, 11)
+    assert found[0].decoder_options["width"] == 384
+    asked = resolve(TrainConfig(dataset="folder", preset="flickr8k", ema=0.5, schedule="noam"), Many(), machine)
+    assert (asked.schedule, asked.ema, asked.epochs) == ("noam", 0.5, 11)
+
+
 def scored(*lines: tuple[int, float, float]) -> list[dict]:
     return [{"step": step, "dev": {"CIDEr": cider, "loss": loss}} for step, cider, loss in lines]
 
 
 def test_of_equal_cider_the_lower_loss_on_dev_is_the_better():
-    assert train.best_of(scored((1, 0.0, 3.0), (2, 0.0, 2.0), (3, 0.0, 2.5))) == 1
-    assert train.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0))) == 1
+    assert train.best_of(scored((1, 0.0, 3.0), (2, 0.0, 2.0), (3, 0.0, 2.5)), "CIDEr") == 1
+    assert train.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0)), "CIDEr") == 1
 
 
 @pytest.mark.parametrize(("first", "begin", "stops"), [(100, 0, False), (600, 0, True), (600, 400, False), (1000, 400, True)])
@@ -547,7 +568,8 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
     lines = scored(*((first + 50 * number, 0.5 - 0.1 * number, 1.0) for number in range(6)))
     journal = types.SimpleNamespace(scored=lines)
     run = types.SimpleNamespace(
-        journal=journal, place=types.SimpleNamespace(begin=begin), config=types.SimpleNamespace(patience=5)
+        journal=journal, place=types.SimpleNamespace(begin=begin), config=types.SimpleNamespace(patience=5),
+        task=types.SimpleNamespace(metric="CIDEr"),
     )
     assert train.stopped_early(run) is stops
 

@@ -28,11 +28,12 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError
-from data.images import HEIC, SUFFIXES
+from data.image_formats import HEIC, SUFFIXES
 from data.sources import (
     SPLITS,
     Image,
@@ -54,6 +55,16 @@ FLICKR8K_SPLITS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devIm
 PHOTO_FOLDERS = ("", "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset")  # "Flicker" is the official spelling
 CAPTION_SUFFIXES = (".json", ".jsonl", ".csv")  # of caption files in general: no photographs that were left out
 SIDECARS = (".txt", ".json", ".caption")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of --dataset folder."""
+
+    captions_from: str = field(
+        default="auto",
+        metadata={"help": "caption files by their names, or the .txt beside each photograph", "choices": ("auto", "txt")},
+    )
 
 
 class Files(NamedTuple):

@@ -84,6 +84,11 @@ class DecoderConfig:
             if high is not None and value > high:
                 raise ModelError(f"{item.name} is {value}, it must be at most {high}")
 
+    def __str__(self) -> str:
+        """The sizes, as training prints them."""
+        own = [item.name for item in dataclasses.fields(self) if item.name not in {"words", "channels", "max_length", "max_prompt"}]
+        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in own) or "no sizes of its own"
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecoderConfig:
         """The config that a checkpoint's config.json records; ModelError where it does not fit.
@@ -108,6 +113,7 @@ class Decoder(nn.Module, ABC):
     """
 
     Config: type[DecoderConfig] = DecoderConfig
+    Options: type | None = None  # a frozen dataclass of the decoder's own options, whose fields Config has too
     config: DecoderConfig
 
     @abstractmethod

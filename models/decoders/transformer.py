@@ -23,15 +23,20 @@ BOX_FREQUENCIES = 4  # pi/2 to 4 pi a coordinate: cells of a grid of up to about
 
 
 @dataclass(frozen=True)
-class TransformerConfig(DecoderConfig):
-    """The sizes of a Transformer decoder."""
+class TransformerOptions:
+    """Options of --decoder transformer: its sizes."""
 
     width: int = size(512, "model width D")
     heads: int = size(8, "attention heads")
     encoder_layers: int = size(3, "layers over the regions", at_least=0, at_most=MOST_LAYERS)
     decoder_layers: int = size(3, "layers over the words", at_most=MOST_LAYERS)
     feedforward: int = size(2048, "inner width of the feed-forward layers")
-    dropout: float = field(default=0.1, metadata={"help": "dropout"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout", "at_least": 0, "below": 1})
+
+
+@dataclass(frozen=True)
+class TransformerConfig(TransformerOptions, DecoderConfig):
+    """The sizes of a Transformer decoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +44,9 @@ class TransformerConfig(DecoderConfig):
             raise ModelError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout is {self.dropout}, it must be in [0, 1)")
+
+    def __str__(self) -> str:
+        return f"width {self.width}, {self.encoder_layers}+{self.decoder_layers} layers, dropout {self.dropout}"
 
 
 class TransformerMemory(NamedTuple):
@@ -111,7 +119,7 @@ def fourier_features(boxes: Tensor) -> Tensor:
 class Transformer(Decoder):
     """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]; the output layer shares the word embedding's matrix."""
 
-    Config = TransformerConfig
+    Config, Options = TransformerConfig, TransformerOptions
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin
-from torch import nn
+from torch import Tensor, nn
 
+from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
+from data.examples import Example
 from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
 from data.segmentation import segmented
-from data.vocabulary import UNK, Vocabulary
+from data.vocabulary import PAD, UNK, Vocabulary
 from models import ModelError
 from models.backbones.grid import Backbone
 from models.decoders.interface import Decoder, Memory, evaluating
@@ -74,18 +76,26 @@ class CaptionGenerator:
     seed: int = 0  # of samples
     consensus: Consensus | None = None
 
-    def __call__(self, regions: Regions, number: int = 0) -> list[list[Caption]]:
-        """The captions of each image of a batch, best first; samples follow from the seed and the batch's `number`."""
+    def __call__(
+        self, regions: Regions, number: int = 0, prompts: Tensor | None = None, image: Sequence[int] | None = None
+    ) -> list[list[Caption]]:
+        """The texts of each example of a batch, best first; samples follow from the seed and the batch's `number`.
+
+        prompts: [N,P] int64, padded on the left; None: no prompts. image: the image of each example; None: one each.
+        """
         device = self.machine.device
         seed = (self.seed * 1_000_003 + number) % 2**63
         draws = torch.Generator(device).manual_seed(seed) if self.options.do_sample or self.consensus else None
         try:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
+                if image is not None:
+                    memory = memory.keep(torch.tensor(image, device=device))
+                prompts = None if prompts is None else prompts.to(device)
                 if self.consensus is not None:
-                    found = self.mbr_rerank(memory, draws)
+                    found = self.mbr_rerank(memory, draws, prompts)
                 else:
-                    found = generate(self.captioner, memory, self.options, draws, self.search)
+                    found = generate(self.captioner, memory, self.options, draws, self.search, prompts)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -101,7 +111,7 @@ class CaptionGenerator:
             )
         return captions
 
-    def mbr_rerank(self, memory: Memory, draws: torch.Generator) -> Captions:
+    def mbr_rerank(self, memory: Memory, draws: torch.Generator, prompts: Tensor | None = None) -> Captions:
         """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""
         beams, samples = self.options.num_beams, self.consensus.samples
         search = replace(self.options, num_return_sequences=beams)
@@ -109,8 +119,9 @@ class CaptionGenerator:
         found = []
         for some in torch.arange(memory.images, device=memory.device).split(max(1, TOGETHER // (beams + samples))):
             part = memory.keep(some)
-            drawn = generate(self.captioner, part, draw, draws).tokens.cpu().numpy()
-            tokens, _, log_p = generate(self.captioner, part, search)
+            read = None if prompts is None else prompts[some]
+            drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
+            tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
             pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
             scores = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
             scores = torch.from_numpy(scores).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
@@ -120,31 +131,73 @@ class CaptionGenerator:
             found.append(Captions(tokens.gather(1, at), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Ids of prompts, [N,P] int64 padded on the left; None where all are empty.
+
+        A prompt longer than the decoder reads loses its first tokens, as in training.
+        """
+        if not any(prompts):
+            return None
+        most, segment = self.captioner.config.max_prompt, self.vocabulary.segment
+        ids = [self.vocabulary.encode(segmented(prompt, segment)) for prompt in prompts]
+        ids = [tokens[max(0, len(tokens) - most) :] for tokens in ids]
+        longest = max(map(len, ids))
+        return torch.tensor([[PAD] * (longest - len(tokens)) + tokens for tokens in ids], dtype=torch.int64) if longest else None
+
     @functools.cached_property
     def search(self) -> BeamSearch:
         return BeamSearch(self.captioner, self.options)
 
 
+def generate_texts(
+    generator: CaptionGenerator,
+    cache: FeatureCache | NoFeatures,
+    examples: Sequence[Example],
+    batch: int = 100,
+    done: Callable[[int], None] = lambda count: None,
+) -> dict[int | str, list[Caption]]:
+    """The texts of each example, best first, by its id, over cached features.
+
+    Examples of one image that stand side by side share its encoding. `done` is told of each batch's size.
+    """
+    texts: dict[int | str, list[Caption]] = {}
+
+    def generate_batch(numbered: tuple[int, Sequence[Example]]) -> list[list[Caption]]:
+        number, chosen = numbered
+        image_ids = list(dict.fromkeys(example.image_id for example in chosen))
+        place = {image_id: at for at, image_id in enumerate(image_ids)}
+        image = None if len(image_ids) == len(chosen) else [place[example.image_id] for example in chosen]
+        regions = rows_of(cache, image_ids)
+        return generator(regions, number, generator.encode_prompts([example.prompt for example in chosen]), image)
+
+    batches = list(iterate(examples, batch))
+    with evaluating(generator.captioner):
+        found = on_every_core(generate_batch, list(enumerate(batches)), generator.machine)
+        for chosen, texts_of_batch in zip(batches, found, strict=True):
+            texts.update(zip((example.id for example in chosen), texts_of_batch, strict=True))
+            done(len(chosen))
+    return texts
+
+
+def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
+    """The regions of images in a cache; None is no image, with 0 regions."""
+    some = [image_id for image_id in image_ids if image_id is not None]
+    found = Regions(*(torch.from_numpy(part) for part in cache.rows(some)))
+    if len(some) == len(image_ids):
+        return found
+    place = torch.tensor([at for at, image_id in enumerate(image_ids) if image_id is not None], dtype=torch.int64)
+    return Regions(*(part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, place, part) for part in found))
+
+
 def caption_rows(
-    writer: CaptionGenerator,
+    generator: CaptionGenerator,
     cache: FeatureCache,
     image_ids: Sequence[int],
     batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
-    """Captions by image id, over cached features; `done` is told of each batch's size."""
-    captions: dict[int, list[Caption]] = {}
-
-    def write(numbered: tuple[int, list[int]]) -> list[list[Caption]]:
-        number, chosen = numbered
-        return writer(Regions(*(torch.from_numpy(part) for part in cache.rows(chosen))), number)
-
-    batches = list(iterate(image_ids, batch))
-    with evaluating(writer.captioner):
-        for chosen, found in zip(batches, on_every_core(write, list(enumerate(batches)), writer.machine), strict=True):
-            captions.update(zip(chosen, found, strict=True))
-            done(len(chosen))
-    return captions
+    """Captions by image id, over cached features: `generate_texts` without prompts."""
+    return generate_texts(generator, cache, [Example(image_id, image_id, "", ()) for image_id in image_ids], batch, done)
 
 
 def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:

@@ -66,7 +66,8 @@ class Frequencies:
     def load(cls, folder: Path) -> Frequencies:
         """Those of a checkpoint; UserError where it has none, or what is there is none."""
         if not (folder / NAME).exists():
-            raise UserError(f"--consensus: {folder} has no {NAME}; train it again, runs have one now")
+            raise UserError(f"--consensus: {folder} has no {NAME}: vocabularies of more than {MOST_WORDS:,} words have none, nor "
+                            "have runs that were trained before there was one; train it again")  # fmt: skip
         tensors, _ = load_tensors(folder / NAME)
         kinds = {"names": torch.int64, "counts": torch.int32, "documents": torch.int64}
         shapes = {name: value.shape for name, value in tensors.items() if value.dtype == kinds.get(name)}
@@ -82,6 +83,13 @@ class Frequencies:
                 "trained on one image: all weights are 0. Leave --consensus out, or train on more images"
             )
         return cls(names, counts, documents)
+
+
+def save_frequencies(images: Sequence[Sequence[Sequence[int]]], words: int, folder: Path) -> None:
+    """Count and save the document frequencies of a run's captions. A vocabulary of more than MOST_WORDS has none: its
+    n-grams do not fit 64 bits, and --consensus will say so."""
+    if words <= MOST_WORDS:
+        Frequencies.count(images).save(folder)
 
 
 def name_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:

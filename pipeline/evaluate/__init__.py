@@ -11,7 +11,7 @@ from data import DataError
 from data.files import atomic_write_text
 from data.results import read_results, write_server
 from pipeline.cli import UserError, command
-from pipeline.evaluate.checkpoint import job_of_checkpoint
+from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints, score_task
 from pipeline.evaluate.config import EvaluateConfig, Job
 from pipeline.evaluate.file import jobs_of_files
 from pipeline.scoring.java import Meteor, NotComputed
@@ -26,7 +26,13 @@ def main(config: EvaluateConfig) -> None:
     Without options: the embedded sample, with the run and the cache that bare commands made of it.
     A file: --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
     """
-    jobs = list(jobs_of_files(config)) if config.captions else [job_of_checkpoint(config)]
+    if config.captions:
+        jobs = list(jobs_of_files(config))
+    else:
+        opened = open_checkpoints(config)
+        if not opened.task.scored_as_captions:
+            return score_task(config, opened)
+        jobs = [job_of_checkpoint(config, opened)]
     if config.server:
         send_to_server(config, jobs[0])
     with open_meteor(config.meteor) as meteor:

@@ -6,18 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
 
 from data import DataError
+from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache
-from data.datasets.registry import open_source
+from data.examples import Example
 from data.files import atomic_write_text
 from data.results import choose, read_ids, server_split, write_results
 from data.sources import Source, check_captioned
-from pipeline.cli import UserError
+from pipeline.cli import UserError, flag_of
 from pipeline.decoding.options import by_option
 from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
 from pipeline.scoring.ngrams import References
+from pipeline.tasks.base import Task
+from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
@@ -25,8 +30,17 @@ if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs non
     from pipeline.decoding.captioner import Caption
 
 
-def job_of_checkpoint(config: EvaluateConfig) -> Job:
-    """Caption the split over the cache; the captions are written at once, before any score."""
+class Opened(NamedTuple):
+    """What is evaluated: checkpoints (several: their ensemble) of one task, over a cache, and where results are written."""
+
+    checkpoints: list[Checkpoint]
+    task: Task
+    cache: FeatureCache | NoFeatures
+    folder: Path
+
+
+def open_checkpoints(config: EvaluateConfig) -> Opened:
+    """Open the checkpoints and the cache; UserError where they do not belong together."""
     from pipeline.checkpoints.checkpoint import load_checkpoint, refuse_other_features
     from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 
@@ -35,19 +49,63 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
         raise UserError("a checkpoint of the hub has no folder here to write scores into; pass --out scores.json")
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     checkpoint = checkpoints[0]
-    folder = folders[0].parent / "+".join(folder.name for folder in folders)
-    cache = FeatureCache(config.features or Path("cache") / config.dataset)
+    if checkpoint.identity == NoFeatures.identity and config.features in (None, NoFeatures.path):
+        cache: FeatureCache | NoFeatures = NoFeatures()
+    else:
+        cache = FeatureCache(config.features or Path("cache") / config.dataset)
+    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
     for place, each in zip(folders, checkpoints, strict=True):
         refuse_other_features(each, cache)
         if each.vocabulary.words != checkpoint.vocabulary.words:
             raise UserError(f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on the same captions")
-    root = Path("datasets/sample") if config.dataset == "sample" and config.root is None else config.root
-    source = open_source(config.dataset, root, config.annotations, config.images, config.captions_from)
-    for note in source.notes:
-        say(note)
-    split = config.split or choose_split(source, checkpoint)
+        if task_of(each.training, each.vocabulary.segment).name != task.name:
+            raise UserError(f"{place} and {folders[0]} were trained for other tasks; an ensemble needs one")
+    return Opened(checkpoints, task, cache, folders[0].parent / "+".join(folder.name for folder in folders))
+
+
+def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tuple[Source, str]:
+    """The dataset, and the split to score."""
+    source = config.open_source()
+    split = config.split or choose_split(source, checkpoints[0])
     if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
         say("warning: this checkpoint was trained on dev too; its scores there say nothing of other photographs")
+    return source, split
+
+
+def score_task(config: EvaluateConfig, opened: Opened) -> None:
+    """Answer the examples of a split, write the answers and their scores, and print the scores."""
+    checkpoints, task, cache, folder = opened
+    captions_only = {"ids": config.ids, "server": config.server, "against": config.against, "df": config.df,
+                     "meteor": config.meteor, "spice": config.spice, "train_captions": config.train_captions}  # fmt: skip
+    if wrong := [name for name, value in captions_only.items() if value]:
+        raise UserError(f"{flag_of(wrong[0])} is of captions; {folder} was trained for --task {task.name}")
+    source, split = open_split(config, checkpoints)
+    examples = task.examples(source, split, config.limit)
+    kept, left_out = cache.select(list({e.image_id: image for e in examples for image in [source.by_id.get(e.image_id)] if image}.values()))
+    rows = {image.id for image in kept}
+    examples = [example for example in examples if example.image_id is None or example.image_id in rows]
+    say(f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} {task.unit}, {left_out} photographs left out")
+    found, decoding = decode(config, checkpoints, cache, examples)
+    outputs = {id_: texts[0].text for id_, texts in found.items()}
+    scores = task.score(outputs, examples)
+    out = config.out or folder / f"scores-{split}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"id": e.id, "image_id": e.image_id, "prompt": e.prompt, "output": outputs[e.id]}, ensure_ascii=False) + "\n"
+             for e in examples]  # fmt: skip
+    atomic_write_text(out.with_name(f"outputs-{split}.jsonl"), "".join(lines))
+    record = {"task": task.name, "split": split, "examples": len(examples), "left_out_unreadable": left_out,
+              "decoding": decoding, "scores": scores}  # fmt: skip
+    atomic_write_text(out, json.dumps(record, indent=2) + "\n")
+    for name, value in scores.items():
+        click.echo(f"{name:<12} {value:.4f}")
+    say(f"scores: {out}\noutputs: {out.with_name(f'outputs-{split}.jsonl')}")
+
+
+def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
+    """Caption the split over the cache; the captions are written at once, before any score."""
+    checkpoints, _, cache, folder = opened
+    checkpoint = checkpoints[0]
+    source, split = open_split(config, checkpoints)
     wanted = source.select(split)
     if config.ids:
         wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
@@ -60,7 +118,8 @@ def job_of_checkpoint(config: EvaluateConfig) -> Job:
     if scored:
         check_captioned(images, split)
     say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {left_out} left out")
-    written, decoding = decode(config, checkpoints, cache, [image.id for image in images])
+    examples = [Example(image.id, image.id, "", image.captions) for image in images]
+    written, decoding = decode(config, checkpoints, cache, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     captions = {image_id: found[0].text for image_id, found in written.items()}
@@ -94,11 +153,11 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
 
 
 def decode(
-    config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache, ids: Sequence[int]
-) -> tuple[dict[int, list[Caption]], dict[str, Any]]:
-    """Captions by image id, and the options that they were found with."""
+    config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache | NoFeatures, examples: Sequence[Example]
+) -> tuple[dict[Any, list[Caption]], dict[str, Any]]:
+    """Texts by example id, and the options that they were found with."""
     from models.generation.ensemble import Ensemble
-    from pipeline.decoding.captioner import caption_rows, cast_linears_to_bf16, make_writer
+    from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_writer
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
@@ -111,12 +170,12 @@ def decode(
         del decoding["beam"], defaults["beam"]
     how = "samples" if config.sample else f"beam {decoding['beam']}"
     how += f", consensus with {config.consensus} samples" if config.consensus else ""
-    with by_option(), progress(len(ids), "images", how) as bar:
+    with by_option(), progress(len(examples), "images", how) as bar:
         checkpoint = replace(checkpoints[0], decoding=defaults)
         writer = make_writer(captioner, checkpoint, machine, config.given(), config.seed)
-        captions = caption_rows(writer, cache, ids, config.batch, bar.step)
-    say(f"{len(ids):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
-    return captions, decoding
+        texts = generate_texts(writer, cache, examples, config.batch, bar.step)
+    say(f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
+    return texts, decoding
 
 
 def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.datasets.registry import CAPTIONS_FROM, DATASETS
 from data.results import read_references
 from data.segmentation import SEGMENTS, segmented_all
 from data.sources import Image
@@ -19,20 +18,16 @@ from pipeline.scoring.report import (
     FORMATS,
     Scorer,
 )
+from pipeline.sources import SourceOptions
+from pipeline.tasks.captioning import UNFINISHED
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DecodingOptions):
+class EvaluateConfig(DecodingOptions, SourceOptions):
     """Which checkpoint, over which cache, on which captions; or which file of captions."""
 
     checkpoint: tuple[Path, ...] = setting((), "folder that pipeline.train wrote; several: their ensemble  [runs/DATASET]")
     features: Path | None = setting(None, "the cache  [cache/DATASET]")
-    dataset: str = setting("sample", "layout of the captions", choices=DATASETS)
-    root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample]")
-    annotations: Path | None = setting(None, "caption file, where the layout does not name it")
-    images: Path | None = setting(None, "folder of the photographs, for --dataset coco")
-    captions_from: str = setting("auto", "of --dataset folder: its caption files, or the .txt beside each photograph",
-                                 choices=CAPTIONS_FROM)  # fmt: skip
     split: str | None = setting(None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all"))
     captions: tuple[Path, ...] = setting((), "score this file in COCO results format, no checkpoint; may be repeated")
     references: Path | None = setting(None, "what --captions are scored against: a COCO captions file, or Karpathy's")
@@ -46,22 +41,20 @@ class EvaluateConfig(DecodingOptions):
     )
     meteor: bool = setting(False, "METEOR too (Java)")
     spice: bool = setting(False, "SPICE too (Java)")
-    bootstrap: int = setting(1000, "resamples for intervals and --against; 0: no intervals")
-    examples: int = setting(0, "print the N worst and the N best captions by CIDEr")
+    bootstrap: int = setting(1000, "resamples for intervals and --against; 0: no intervals", at_least=0, group="scores")
+    examples: int = setting(0, "print the N worst and the N best captions by CIDEr", at_least=0, group="output")
     format: str = setting("table", "of what is printed", choices=FORMATS)
     server: str | None = setting(None, "write COCO's server files for a method of this name")
     out: Path | None = setting(None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]")
-    batch: int = setting(100, "images decoded together")
-    limit: int | None = setting(None, "score only the first N images")
-    device: str = setting("auto", "where to decode", choices=DEVICES)
-    precision: str = setting("auto", "of products", choices=PRECISIONS)
-    seed: int = setting(0, "of the resamples and of --sample (whose captions depend on --batch too)")
+    batch: int = setting(100, "images decoded together", at_least=1, group="machine")
+    limit: int | None = setting(None, "score only the first N images", at_least=1, group="data")
+    device: str = setting("auto", "where to decode", choices=DEVICES, group="machine")
+    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
+    seed: int = setting(0, "of the resamples and of --sample (whose captions depend on --batch too)", at_least=0,
+                        group="machine")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("batch", 1), ("limit", 1), ("bootstrap", 0), ("examples", 0), ("seed", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least {least}")
         if self.bootstrap > 1_000_000:
             raise UserError(f"--bootstrap is {self.bootstrap:,}; more than a million resamples tell nothing new")
         read = [*self.captions, *(getattr(self, name) for name in ("references", "ids", "against", "df", "train_captions"))]
@@ -119,4 +112,4 @@ def make_scorer(
     config: EvaluateConfig, references: References, name: str, train: frozenset[tuple[str, ...]] | None
 ) -> Scorer:
     source = config.df.name if config.df else "references"
-    return Scorer(references, name, source, train, config.bootstrap, config.seed)
+    return Scorer(references, name, source, train, config.bootstrap, config.seed, UNFINISHED)

@@ -25,12 +25,6 @@ from pipeline.scoring.ngrams import References
 NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
 ON_REQUEST = ("METEOR", "SPICE")  # by options of these names
 FORMATS = ("table", "json", "latex")
-# Articles, prepositions and conjunctions, after which more must come; not those that are adverbs too ("a dog looks up").
-UNFINISHED = (
-    "a an the about against among as at beside between during for from in into like of on onto per than to toward towards upon "
-    "via with within without and although because but if nor or since that though unless until when where whereas while"
-)
-
 
 @dataclass(frozen=True)
 class Scorer:
@@ -42,6 +36,7 @@ class Scorer:
     train: frozenset[tuple[str, ...]] | None = None  # tokens of the training captions
     resamples: int = 1000
     seed: int = 0
+    unfinished: frozenset[str] = frozenset()  # words that no whole caption ends with
 
     @cached_property
     def texts(self) -> list[list[str]]:
@@ -144,7 +139,7 @@ def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
 def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
     """Length in words, vocabulary, share of captions written once, of those that end as none does, and of those that no
     training caption is."""
-    captions, unfinished = [tuple(words) for words in tokens], frozenset(UNFINISHED.split())
+    captions, unfinished = [tuple(words) for words in tokens], scorer.unfinished
     lengths = np.array([len(words) for words in captions])
     novel = None if scorer.train is None else float(np.mean([words not in scorer.train for words in captions]))
     return {

@@ -21,19 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batches import Batch, CaptionedImages, prefetch
+from data.batches import Batch, ImageTexts, prefetch
 from models.decoders.interface import Decoder
 from pipeline.checkpoints.checkpoint import Checkpoint, load_training_state, save_training_state
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
-from pipeline.scoring.ngrams import References
+from pipeline.tasks.base import Task
 from pipeline.terminal import progress, say
 from pipeline.training import distributed
 from pipeline.training.config import TrainConfig, learning_rate
 from pipeline.training.logger import Journal
 from pipeline.training.objectives import Objective, make_objective
-
-FEW_DOCUMENTS = 100  # images of dev below which CIDEr takes the document frequencies of train too
 
 
 class Stopped(Exception):
@@ -80,8 +78,9 @@ class Run:
     config: TrainConfig
     folder: Path
     machine: Machine
-    train: CaptionedImages
-    dev: CaptionedImages | None  # None: nothing is chosen
+    task: Task
+    train: ImageTexts
+    dev: ImageTexts | None  # None: nothing is chosen
     checkpoint: Checkpoint
     journal: Journal
     forward: nn.Module = field(init=False)  # the captioner as training calls it: compiled, in several processes
@@ -98,7 +97,9 @@ class Run:
 
     def __post_init__(self) -> None:
         config, captioner = self.config, self.captioner
-        self.objective = make_objective(config, self.machine, captioner, self.train, self.checkpoint.vocabulary)
+        self.objective = make_objective(
+            config, self.machine, self.task, captioner, self.train, self.checkpoint.vocabulary
+        )
         self.sums = torch.zeros(2, len(self.objective.names) + 1, dtype=torch.float64)
         self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
         if self.machine.world > 1:
@@ -111,24 +112,15 @@ class Run:
         return self.checkpoint.captioner
 
     @functools.cached_property
-    def references(self) -> References:
-        """Dev's, counted once. A small dev takes the document frequencies of train and dev: of a few images
-        they would say nothing, and of one all CIDEr would be 0."""
-        captions = {image.id: image.captions for image in self.dev.images}
-        frequencies = None
-        if len(captions) < FEW_DOCUMENTS:
-            frequencies = {image.id: image.captions for image in self.train.images} | captions
-        segment = self.checkpoint.vocabulary.segment
-        return References(captions, frequencies=frequencies, segment=segment)
-
-    @functools.cached_property
     def train_ids(self) -> list[list[list[int]]]:
-        """Train's captions, encoded once."""
-        return self.train.encode(self.checkpoint.vocabulary, self.config.max_length)
+        """Train's texts, encoded once."""
+        sizes = self.captioner.config
+        return self.train.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
     @functools.cached_property
     def dev_ids(self) -> list[list[list[int]]]:
-        return self.dev.encode(self.checkpoint.vocabulary, self.config.max_length)
+        sizes = self.captioner.config
+        return self.dev.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
     @property
     def steps_an_epoch(self) -> int:
@@ -407,7 +399,7 @@ def restore(run: Run) -> None:
         epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
         for line in epochs:
             numbers = [line["step"], line["seconds"]["validation"]]
-            numbers += [line["dev"]["CIDEr"], line["dev"]["loss"]] if run.dev else []
+            numbers += [line["dev"][run.task.metric], line["dev"]["loss"]] if run.dev else []
             if not all(type(number) in (int, float) for number in numbers):
                 raise TypeError(f"an epoch is {line}")
         run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0

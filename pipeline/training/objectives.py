@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, CaptionedImages
+from data.batches import Batch, ImageTexts
 from data.vocabulary import EOS, PAD, UNK, Vocabulary
 from models.decoders.dropout import drop_regions
 from models.decoders.interface import Decoder, Memory, evaluating
@@ -25,6 +25,7 @@ from models.losses import Noise, caption_loss, self_critical_loss
 from models.regions import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
+from pipeline.tasks.base import Task
 from pipeline.training.config import TrainConfig
 from pipeline.training.rewards import Rewards
 
@@ -39,20 +40,20 @@ class Sums(NamedTuple):
 class CrossEntropy:
     """The next word of each reference, teacher-forced; nats a word."""
 
-    unit, names, shown = "captions", ("loss",), "loss"
+    names, shown = ("loss",), "loss"
 
-    def __init__(self, config: TrainConfig, machine: Machine) -> None:
-        self.config, self.machine = config, machine
+    def __init__(self, config: TrainConfig, machine: Machine, unit: str) -> None:
+        self.config, self.machine, self.unit = config, machine, unit
 
     def counted(self, batch: Batch) -> int:
         """What a batch adds to what the loss is the mean over."""
         return batch.words
 
     def units(self, batch: Batch) -> int:
-        return batch.captions
+        return batch.texts
 
-    def units_an_epoch(self, train: CaptionedImages) -> int:
-        return train.captions
+    def units_an_epoch(self, train: ImageTexts) -> int:
+        return train.texts
 
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
@@ -60,7 +61,7 @@ class CrossEntropy:
         noise = Noise(config.region_dropout or 0.0, config.word_dropout, config.scheduled_sampling * done, UNK)
         with self.machine.autocast():
             regions = Regions(part.features, part.boxes, part.counts)
-            loss, _ = caption_loss(forward, regions, part.tokens, PAD, config.label_smoothing, noise)
+            loss, _ = caption_loss(forward, regions, part.tokens, PAD, config.label_smoothing, noise, part.prompt_lengths)
         return Sums(loss, loss.detach()[None])
 
 
@@ -93,7 +94,7 @@ class SelfCritical:
     def units(self, batch: Batch) -> int:
         return len(batch.image_ids) * self.config.num_samples if batch.counted else 0
 
-    def units_an_epoch(self, train: CaptionedImages) -> int:
+    def units_an_epoch(self, train: ImageTexts) -> int:
         return len(train) * self.config.num_samples
 
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
@@ -143,8 +144,10 @@ Objective = CrossEntropy | SelfCritical
 
 
 def make_objective(
-    config: TrainConfig, machine: Machine, captioner: Decoder, train: CaptionedImages, vocabulary: Vocabulary
+    config: TrainConfig, machine: Machine, task: Task, captioner: Decoder, train: ImageTexts, vocabulary: Vocabulary
 ) -> Objective:
     if not config.scst:
-        return CrossEntropy(config, machine)
+        return CrossEntropy(config, machine, task.unit)
+    if not task.self_critical:
+        raise UserError(f"--scst: --task {task.name} has no rewards; train it without")
     return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary, machine.device))

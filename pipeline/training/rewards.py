@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import CaptionedImages
+from data.batches import ImageTexts
 from data.segmentation import segmented
 from data.subwords import Subwords
 from data.vocabulary import EOS, Vocabulary
@@ -82,7 +82,7 @@ class Rewards:
     """Rewards of samples of `train`'s images; references are counted once. On other devices than a CPU CIDEr alone is
     computed there; with other parts, or pieces of words, on the host."""
 
-    def __init__(self, spec: str, train: CaptionedImages, vocabulary: Vocabulary, device: torch.device) -> None:
+    def __init__(self, spec: str, train: ImageTexts, vocabulary: Vocabulary, device: torch.device) -> None:
         self.parts = parse_rewards(spec)
         if len(train.images) < 2 and any(name == "CIDEr" for name, _ in self.parts):
             raise UserError(

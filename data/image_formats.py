@@ -1,0 +1,27 @@
+"""The formats of photographs that are read, by suffix. Needs Pillow alone, not torch."""
+
+from __future__ import annotations
+
+import contextlib
+
+from PIL import Image as PillowImage
+
+HEIC = (".heic", ".heif", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+with contextlib.suppress(ImportError):  # the extra [heic]
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+
+def _readable_suffixes() -> frozenset[str]:
+    """The suffixes of formats that Pillow decodes by itself."""
+    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # recognised only, or given to another program
+    registered = PillowImage.registered_extensions()
+    return frozenset(
+        suffix for suffix, kind in registered.items() if kind == "MPO" or (kind in PillowImage.OPEN and kind not in no_decoder)
+    )
+
+
+SUFFIXES = _readable_suffixes()

@@ -1,0 +1,39 @@
+"""The options that say which photographs and captions a command reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.datasets.registry import DATASETS, open_source
+from data.datasets.sample import ensure_sample
+from data.sources import Source
+from pipeline.cli import Settings, setting
+from pipeline.terminal import say
+
+SAMPLE_ROOT = Path("datasets/sample")
+
+
+@dataclass(frozen=True)
+class SourceOptions(Settings):
+    """A dataset, by its layout and its folder."""
+
+    dataset: str = setting("sample", "layout of the photographs and captions", registry=DATASETS, group="data")
+    root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample, drawn if absent]", group="data",
+                                may_change_on_resume=True)  # fmt: skip
+    annotations: Path | None = setting(None, "caption file, where the layout does not name it", group="data",
+                                       may_change_on_resume=True)  # fmt: skip
+    images: Path | None = setting(None, "folder of the photographs, for --dataset coco", group="data",
+                                  may_change_on_resume=True)  # fmt: skip
+
+    def open_source(self) -> Source:
+        """Open the dataset and say what its reader left out; the embedded sample is drawn where it is absent."""
+        root = self.root
+        if self.dataset == "sample":
+            root = root or (None if self.images else SAMPLE_ROOT)
+            ensure_sample(Path(root or self.images))
+        options = self.options("dataset")
+        source = open_source(self.dataset, root, self.annotations, self.images, **(asdict(options) if options else {}))
+        for note in source.notes:
+            say(note)
+        return source
