@@ -30,7 +30,8 @@ from data import images as decoding
 from data.cache.claims import Claims
 from data.cache.writer import plan_shards
 from data.sources import Image
-from pipeline.extraction.backbone import backbone_identity, extract_regions, framing_of, open_backbone, place_backbone
+from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
+from pipeline.extraction.grid import open_backbone
 from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import progress
@@ -62,7 +63,7 @@ def main(real: Path, work: Path, count: int, names: tuple[str, ...], device: str
 
 def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machine) -> dict:
     backbone = place_backbone(open_backbone(name, "random", {}), machine)
-    identity = backbone_identity(backbone, {})
+    identity = backbone.identity()
     images = [Image(number, path.name, path, "all", ()) for number, path in enumerate(paths)]
     recipe = Recipe(backbone, machine, "stretch", identity, {}, 32, decoding_workers(None))
     gpu = machine.device.type == "cuda"
@@ -99,13 +100,13 @@ def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: 
     weights = real / "weights" / "mobilenetv2_100_onnx7_features.pth"
     known = name == "mobilenetv2_100" and weights.exists()
     backbone = place_backbone(open_backbone(name, str(weights) if known else "random", {}), machine)
-    recipe = Recipe(backbone, machine, "stretch", backbone_identity(backbone, {}), {}, 32, decoding_workers(None))
+    recipe = Recipe(backbone, machine, backbone.identity(), {}, 32, decoding_workers(None))
     found: dict = {"backbone": name, "photographs": what, "weights": "trained" if known else "random"}
     rows, gap = [], decoding.GAP
     images_of = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
     for label, decoding.GAP in (("decode, reduced scale", gap), ("decode, full scale", 10**6)):
         found[label] = rate(recipe, list(images_of))
-        framing = framing_of(backbone, "stretch")
+        framing = framing_of(backbone)
         (_, batch), *_ = _read_in_threads(iter([Work(None, images_of, True)]), framing, recipe)
         rows.append(extract_regions(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1)).features.float().flatten(1))
     decoding.GAP = gap
@@ -118,7 +119,7 @@ def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: 
 
 def rate(recipe: Recipe, images: list[Image]) -> float:
     """Photographs decoded a second, as the stage decodes, with nothing else running; a first pass warms the disk's cache."""
-    framing = framing_of(recipe.backbone, recipe.resize)
+    framing = framing_of(recipe.backbone)
     read = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
 
     def work() -> Iterator[Work]:
@@ -181,7 +182,7 @@ def cosine(recipe: Recipe, paths: list[Path]) -> float:
     """The least cosine of a photograph's row, flattened, in bf16 and in fp32."""
     machine = recipe.machine
     images = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
-    framing = framing_of(recipe.backbone, recipe.resize)
+    framing = framing_of(recipe.backbone)
     (_, batch), *_ = _read_in_threads(iter([Work(None, images, True)]), framing, recipe)
     rows = [
         extract_regions(recipe.backbone, batch.pixels, Machine(machine.device, precision, 0, 1)).features.float().flatten(1)

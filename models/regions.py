@@ -26,19 +26,19 @@ def grid_boxes(height: int, width: int) -> Tensor:
     return torch.stack([x0, y0, x0 + 1 / width, y0 + 1 / height], dim=1).float()
 
 
-def grid_regions(feature_map: Tensor, frames: Tensor | None = None) -> Regions:
+def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regions:
     """Read a feature map [B,C,h,w] as regions, R = h*w.
 
-    frames: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, beyond 0..1 where there is filling around it;
+    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, beyond 0..1 where there is filling around it;
         None: the whole photograph. A cell of nothing but filling is no region: those left stand first, zeros after.
     """
     batch, _, height, width = feature_map.shape
     features = feature_map.flatten(2).transpose(1, 2)
     boxes = grid_boxes(height, width).to(feature_map.device).expand(batch, -1, -1)
     counts = torch.full((batch,), height * width, dtype=torch.int64, device=feature_map.device)
-    if frames is None:
+    if view_boxes is None:
         return Regions(features, boxes, counts)
-    start, size = frames[:, None, :2], frames[:, None, 2:] - frames[:, None, :2]
+    start, size = view_boxes[:, None, :2], view_boxes[:, None, 2:] - view_boxes[:, None, :2]
     boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(0, 1)
     there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # less is rounding, no photograph
     order = (~there).int().argsort(dim=1, stable=True)

@@ -98,6 +98,10 @@ class Settings:
                 if option not in known:
                     raise UserError(f"{flag_of(item.name)} {getattr(self, item.name)} has no option {option!r}")
                 check_bounds(known[option], value)
+            if (registry := item.metadata.get("registry")) is not None:
+                if getattr(self, item.name) not in registry:
+                    raise UserError(f"{flag_of(item.name)} is {getattr(self, item.name)!r}, not one of {', '.join(registry)}")
+                self.options(item.name)  # raises what is wrong with them
 
     def options(self, name: str) -> Any:
         """The options of the extension that setting `name` chooses, as an instance of its `Options`; None: it has none."""
@@ -160,7 +164,7 @@ def command(
             extensions: dict[str, dict[str, Any]] = {}
             for item in fields(config_class):
                 names = [option.name for option in options_of(item, values.get(item.name))]
-                if found := {name: given[name] for name in names if given.get(name) is not None}:
+                if found := {name: given[name] for name in names if given.get(name) not in (None, ())}:
                     extensions[item.name] = found
             main(config_class(**values, **({"extensions": extensions} if extensions else {})))
 
@@ -331,7 +335,8 @@ def _extension_option(item: Any, annotation: Any) -> click.Parameter:
     """As `_option`, with None for what was not given: then a preset, or the extension's own default, holds."""
     option = _option(item, annotation)
     option.default = () if option.multiple else None
-    option.help = f"{option.help}  [{item.default}]"
+    if item.default not in (None, ()):
+        option.help = f"{option.help}  [{item.default}]"
     return option
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +16,17 @@ from data.cache.claims import Claims, sweep
 from data.cache.reader import VIEWS, FeatureCache, cache_header, differences, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
 from data.image_formats import HEIC, SUFFIXES
-from data.images import DECODE_PATH, RESIZES
+from data.images import DECODE_PATH
 from data.sources import Image, Listing, Source
 from models.backbones.grid import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.extraction.backbone import (
     MAX_PIXELS_HELP,
-    SCENES_BACKBONE,
-    backbone_identity,
     keep_backbone,
-    open_backbone,
     place_backbone,
 )
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
+from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
 from pipeline.sources import SAMPLE_ROOT, SourceOptions
@@ -41,17 +38,10 @@ class ExtractConfig(SourceOptions):
     """What to look at, with what, and where to keep it."""
 
     split: str = setting("all", "which part", choices=("train", "dev", "val", "test", "all"), group="data")
-    backbone: str | None = setting(None, "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]", group="model")
-    backbone_arg: tuple[str, ...] = setting((), "KEY=VALUE for timm's create_model, any number of times", group="model")
-    weights: str | None = setting(None, "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]",
-                                  group="model")  # fmt: skip
+    regions: str = setting("grid", "kind of regions", registry=REGIONS, group="model")
     out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]", group="output")
-    size: str | None = setting(None, "of the backbone's input: N or HxW  [the weights' own]", group="model")
-    resize: str = setting("stretch", "whole photograph squeezed, its middle, or whole with filling", choices=RESIZES,
-                          group="model")  # fmt: skip
     views: str = setting("none", "flip: keep the mirrored photographs too, for train to draw", choices=("none", *VIEWS),
                          group="model")  # fmt: skip
-    grid: str | None = setting(None, "pool the feature map to HxW cells  [as it comes]", group="model")
     allow_missing: bool = setting(False, "list photographs that the disk lacks as unreadable, and go on")
     strict: bool = setting(False, "end at the first photograph that cannot be read")
     retry_unreadable: bool = setting(False, "try unreadable photographs again, changed or not")
@@ -67,29 +57,10 @@ class ExtractConfig(SourceOptions):
     precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
     seed: int = setting(0, "for --weights random", group="machine")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("size", "grid"):
-            cells(name, getattr(self, name))
-
     @property
     def retry_all(self) -> bool:
         """Whether unreadable photographs are tried again that have not changed: with another limit they may be readable."""
         return self.retry_unreadable or self.max_pixels is not None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """`--backbone-arg` by name, values read as Python literals where they are, else as text."""
-        found = {}
-        for text in self.backbone_arg:
-            key, sign, value = text.partition("=")
-            if not sign or not key.isidentifier():
-                raise UserError(f"--backbone-arg {text!r} is not KEY=VALUE")
-            try:
-                found[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                found[key] = value
-        return found
 
 
 @command(ExtractConfig)
@@ -112,7 +83,7 @@ def main(config: ExtractConfig) -> None:
     shards = plan_shards(images, cache)
     again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
-    prepare_folder(cache, config, recipe)
+    prepare_folder(cache, recipe)
     with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
         mine = shards[machine.rank :: machine.world]  # then the others': whoever is done early helps
         made = extract_shards([*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar)
@@ -146,16 +117,6 @@ def look_after(config: ExtractConfig, cache: Path) -> None:
         pack_cache(cache, config.pack)
 
 
-def cells(option: str, text: str | None) -> tuple[int, int] | None:
-    """(height, width) of `N` or `HxW`; UserError for anything else."""
-    if text is None:
-        return None
-    parts = str(text).lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts):
-        raise UserError(f"--{option} {text!r} is neither N nor HxW, as 224 or 7x7")
-    return int(parts[0]), int(parts[-1])
-
-
 def open_photographs(config: ExtractConfig) -> Source:
     """The source that the options name; bare options name the embedded sample, and it is said."""
     if config.dataset == "sample" and config.root is None:
@@ -184,27 +145,17 @@ def there_is(similar: Sequence[str]) -> str:
 
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
-    """How rows will be made, by the options; the sample's defaults are the package's own backbone and weights."""
-    sample = config.dataset == "sample" and config.backbone is None
-    name = config.backbone or (SCENES_BACKBONE if sample else "resnet50")
-    weights = weights_of(config)
-    size, grid = cells("size", config.size), cells("grid", config.grid)
-    backbone = open_backbone(name, weights, config.arguments, config.seed, size, grid)
-    identity = backbone_identity(backbone, config.arguments, config.resize)
-    workers = decoding_workers(config.workers)
+    """How rows will be made, by the options."""
+    backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
     provenance = describe_versions(machine) | ({} if config.views == "none" else {"views": [config.views]})
-    return Recipe(place_backbone(backbone, machine), machine, config.resize, identity, provenance,
-                  config.batch, workers, config.strict, frozenset(missing), config.max_pixels)  # fmt: skip
+    return Recipe(place_backbone(backbone, machine), machine, backbone.identity(), provenance,
+                  config.batch, decoding_workers(config.workers), config.strict, frozenset(missing), config.max_pixels)  # fmt: skip
 
 
-def weights_of(config: ExtractConfig) -> str:
-    return config.weights or ("scenes" if config.dataset == "sample" and config.backbone is None else "pretrained")
-
-
-def prepare_folder(cache: Path, config: ExtractConfig, recipe: Recipe) -> None:
+def prepare_folder(cache: Path, recipe: Recipe) -> None:
     """Make the cache's folder, with the backbone's weights unless they are the hub's by name."""
     cache.mkdir(parents=True, exist_ok=True)
-    if weights_of(config) != "pretrained" and recipe.machine.rank == 0:
+    if not recipe.backbone.from_hub and recipe.machine.rank == 0:
         keep_backbone(recipe.backbone, cache)
 
 
@@ -250,7 +201,7 @@ def announce(
     views = 1 + len(recipe.views)
     space = refuse_what_cannot_fit(cache, rows * (views * regions * (channels * 2 + 16) + 400))
     done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
-    name, weights = recipe.identity["backbone"], recipe.identity["weights"]
+    name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
     also = f" and as much of its view {', '.join(recipe.views)}" if recipe.views else ""
     say(f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, {recipe.workers} decoding")
     say(f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows to {cache}, {space}")

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from models import ModelError
 from models.backbones.registry import create_backbone
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import extract_regions, open_backbone, read_weights, restore_backbone
+from pipeline.extraction.backbone import extract_regions
+from pipeline.extraction.grid import open_backbone, read_weights, restore_backbone
 from pipeline.runtime import open_machine
 
 
@@ -248,7 +249,7 @@ def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
-    code = "from pipeline.extraction.backbone import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
+    code = "from pipeline.extraction.grid import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "ModelError: the pretrained weights of test_resnet could not be fetched from the hub" in done.stderr
@@ -283,7 +284,7 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from pipeline.extraction.backbone import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
+    code = "from pipeline.extraction.grid import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"),
                    "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -294,8 +295,9 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
 
 def test_a_restored_backbone_with_other_weights_is_refused(tmp_path):
-    identity = {"backbone": "test_resnet", "arguments": {}, "weights": "0123", "size": [160, 160], "grid": [5, 5]}
-    save_file(create_backbone("test_resnet").network.state_dict(), tmp_path / "backbone.safetensors")
+    backbone = create_backbone("test_resnet")
+    identity = backbone.identity() | {"weights": "0123"}
+    save_file(backbone.network.state_dict(), tmp_path / "backbone.safetensors")
     with pytest.raises(UserError, match="0123"):
         restore_backbone(tmp_path, identity)
 

@@ -22,7 +22,6 @@ from models.backbones.registry import create_backbone
 from models.regions import grid_regions
 from pipeline import evaluate, extract, train
 from pipeline.decoding.captioner import load_captioner
-from pipeline.extraction.backbone import backbone_identity
 from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
 from pipeline.runtime import open_machine
 from tests.test_commands import QUICK, at, photos, refused, run, works, world  # noqa: F401  a fixture
@@ -257,12 +256,12 @@ def test_processes_decode_as_threads_do(tmp_path):
     images = [Image(number, path.name, path, "train", ()) for number, path in enumerate(paths)]
     work = [Work(None, tuple(images[:3]), False), Work(None, tuple(images[3:4]), False), Work(None, tuple(images[4:]), True)]
     backbone = create_backbone("test_resnet")
-    identity = backbone_identity(backbone, {})
+    identity = backbone.identity()
     recipe = Recipe(backbone, open_machine("cpu"), "stretch", identity, {}, 3, 2, missing=frozenset([5]))
     framing = Framing((32, 32))
     ways = [list(read(iter(work), framing, recipe)) for read in (_read_in_threads, _read_in_processes)]
     for (one, a), (two, b) in zip(*ways, strict=True):
-        assert one is two and torch.equal(a.pixels, b.pixels) and torch.equal(a.frames, b.frames)
+        assert one is two and torch.equal(a.pixels, b.pixels) and torch.equal(a.view_boxes, b.view_boxes)
         assert (a.originals, a.reasons) == (b.originals, b.reasons)
     assert ways[0][1][1].reasons != [""] and ways[0][2][1].reasons == ["", "missing", ""]
     assert decoding_workers(None) >= 1 and decoding_workers(3) == 3

@@ -840,14 +840,14 @@ def test_captions_that_a_dataset_cannot_take_are_refused(tmp_path):
 
 
 def test_the_sample_is_drawn_and_read_as_karpathys(tmp_path, monkeypatch):
-    sample = pytest.importorskip("data.datasets.sample")
-
     def draw(root: Path) -> None:
         write(root / "dataset_sample.json", karpathy_json(["a.jpg"], ["test"]))
         touch(root, "images/a.jpg")
 
-    monkeypatch.setattr(sample, "ensure_sample", draw)
-    source = open_source("sample", tmp_path / "new")
+    with pytest.raises(DataError, match="is not a folder"):  # commands draw it, reading does not
+        open_source("sample", tmp_path / "new")
+    monkeypatch.setattr("pipeline.sources.ensure_sample", draw)
+    source = SourceOptions(root=tmp_path / "new").open_source()
     assert (source.dataset, source.images[0].name, source.missing) == ("sample", "images/a.jpg", ())
 
 

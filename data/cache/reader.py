@@ -266,7 +266,7 @@ class FeatureCache:
                     self.identity, self.provenance = read_object(file, "identity"), read_object(file, "provenance")
                     self.views = views_of(self.provenance)
                     self._maps = [[] for _ in endings(self.views)]
-                    self.shape = _shape_of(self.identity)
+                    self.shape = _shape_of(file)
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, read_object(file, "identity")))
                     raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
@@ -427,12 +427,12 @@ class FeatureCache:
         self.__init__(state["path"])
 
 
-def _shape_of(identity: Mapping[str, Any]) -> tuple[int, int]:
-    """(regions, channels) of an identity; ValueError where it has none."""
-    rows, columns, channels = *identity["grid"], identity["channels"]
-    if any(type(number) is not int or number < 1 for number in (rows, columns, channels)):
-        raise ValueError(f"its identity has grid {identity['grid']!r} and channels {channels!r}")
-    return rows * columns, channels
+def _shape_of(file: h5py.File) -> tuple[int, int]:
+    """(R, C) of a shard's features; ValueError where they are not [N,R,C]."""
+    shape = file["features"].shape
+    if len(shape) != 3 or not shape[2] >= 1:
+        raise ValueError(f"features are {shape}, not [images, regions, channels]")
+    return shape[1], shape[2]
 
 
 def _check_layout(
@@ -441,7 +441,7 @@ def _check_layout(
     """DataError unless a file's datasets have the types and shapes that extraction gives them."""
     regions, channels = shape
     if file["features"].shape != (rows, regions, channels):
-        raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its identity")
+        raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its cache")
     wanted = {"image_ids": ("i8", (rows,)), "sizes": ("i4", (rows, 2))}
     for end in endings(views):
         wanted[f"features{end}"] = "f2", (rows, regions, channels)

@@ -52,7 +52,9 @@ def open_source(
         raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
     known = {item.name for item in fields(DATASETS[dataset].Options)} if DATASETS[dataset].Options else set()
     if foreign := [name for name in options if name not in known]:
-        raise DataError(f"dataset {dataset!r} has no option {foreign[0]!r}")
+        having = [name for name, each in DATASETS.items() if each.Options and foreign[0] in {f.name for f in fields(each.Options)}]
+        hint = f"; it is one of --dataset {', '.join(having)}" if having else ""
+        raise DataError(f"dataset {dataset!r} has no option {foreign[0]!r}{hint}")
     if root is None and images is None:
         raise DataError(f"{dataset} needs a root: pass --root, the folder of the photographs and their captions")
     try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import ModelError
+from models.backbones.interface import Backbone
 from models.regions import Regions, grid_regions
 
 # The first convolutions run in fp32 whatever the rest does: they take differences of neighbours that are nearly equal, for
@@ -25,13 +26,14 @@ EDGES = 2
 BF16 = f"bf16, first {EDGES} convolutions fp32"  # what is recorded of it
 
 
-class Backbone(nn.Module):
-    """A frozen network up to its last feature map, with the preprocessing that its weights expect.
+class GridBackbone(Backbone):
+    """A frozen network up to its last feature map, with the preprocessing that its weights expect; cells are regions.
 
     Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1; `interpolation` of the resize;
     `grid` (h, w) and `channels` of the feature map.
 
     grid: pool the map to so many cells (adaptive average pooling); None: as it comes.
+    arguments: those of timm's create_model that it was built with. resize: one of data.images.RESIZES.
     """
 
     def __init__(
@@ -41,11 +43,14 @@ class Backbone(nn.Module):
         config: Mapping[str, Any],
         classifier: tuple[str, ...],
         grid: tuple[int, int] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        resize: str = "stretch",
     ) -> None:
         super().__init__()
         self.name = name
         self.network = network
         self.classifier = classifier
+        self.arguments, self.resize = dict(arguments or {}), resize
         self.size: tuple[int, int] = tuple(config["input_size"][-2:])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation = str(config["interpolation"])
@@ -67,15 +72,38 @@ class Backbone(nn.Module):
             raise ModelError(f"--grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, or a larger --size")
         self.pooled = self.grid != natural
 
-    def forward(self, pixels: Tensor, frames: Tensor | None = None) -> Regions:
-        """Regions of uint8 `pixels` [B,3,H,W], RGB, already resized to `size`; features are float32.
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.grid[0] * self.grid[1], self.channels
 
-        frames: the part of the photograph that each shows, as `grid_regions` takes it.
-        """
+    def identity(self) -> dict[str, Any]:
+        return {
+            "backbone": self.name,
+            "arguments": self.arguments,
+            "weights": self.digest(),
+            "size": list(self.size),
+            "resize": self.resize,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "regions": "grid",
+            "grid": list(self.grid),
+            "channels": self.channels,
+        }
+
+    def framing(self) -> dict[str, Any]:
+        """Filling around a photograph has its weights' mean colour."""
+        fill = tuple(round(255 * mean) for mean in self.mean)
+        return {"size": self.size, "interpolation": self.interpolation, "resize": self.resize, "fill": fill}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.network.state_dict()
+
+    def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
         feature_map = self._map(pixels * self.scale - self.shift)
         if self.pooled:
             feature_map = nn.functional.adaptive_avg_pool2d(feature_map.float(), self.grid)
-        regions = grid_regions(feature_map, frames)
+        regions = grid_regions(feature_map, view_boxes)
         return regions._replace(features=regions.features.float())
 
     def without_prefix(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -9,7 +9,7 @@ import torch
 
 from models import ModelError
 from models.backbones import timm, torchvision
-from models.backbones.grid import Backbone
+from models.backbones.grid import GridBackbone
 
 
 def create_backbone(
@@ -19,7 +19,8 @@ def create_backbone(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     grid: tuple[int, int] | None = None,
-) -> Backbone:
+    resize: str = "stretch",
+) -> GridBackbone:
     """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the hub's weights.
 
     Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the nearest one), an
@@ -27,6 +28,7 @@ def create_backbone(
 
     size: (H, W) of the input in place of the weights' own.
     grid: cells (h, w) that the feature map is pooled to; None: as it comes.
+    resize: how a photograph becomes the input, one of data.images.RESIZES.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -36,7 +38,7 @@ def create_backbone(
             network, config, classifier = timm.build_network(name, dict(arguments or {}), pretrained)
         if size is not None:
             config = {**config, "input_size": (3, *size)}
-        return Backbone(name, network, config, classifier, grid)
+        return GridBackbone(name, network, config, classifier, grid, arguments, resize)
 
 
 def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

@@ -34,7 +34,6 @@ from models.decoders.interface import Decoder
 from models.decoders.registry import DECODERS
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import check_identity
 from pipeline.terminal import say
 
 FORMAT = 1
@@ -60,8 +59,10 @@ class Checkpoint:
     folder: Path | None = None
 
     def describe(self) -> str:
-        grid = "x".join(map(str, self.identity["grid"]))
-        return f"{self.identity['backbone']} {self.identity['regions']} {grid} ({self.identity['weights']})"
+        found = self.identity
+        grid = "x".join(map(str, found["grid"])) if isinstance(found.get("grid"), list) else ""
+        parts = [found.get("backbone"), found["regions"], grid, f"({found['weights']})" if "weights" in found else ""]
+        return " ".join(str(part) for part in parts if part)
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:
@@ -99,7 +100,8 @@ def load_record(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path} is not a checkpoint's record: {', '.join(wrong)} missing or not as it should be")
     _check_decoding(path, config["decoding"])
-    check_identity(str(path), config["features"])
+    if not isinstance(config["features"].get("regions"), str):
+        raise UserError(f"{path}: features: regions must be the name of their kind")
     return config
 
 
@@ -107,7 +109,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not fit."""
     config = load_record(folder)
     captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
-    if config["features"]["channels"] != captioner.config.channels:
+    if config["features"].get("channels", captioner.config.channels) != captioner.config.channels:
         raise UserError(f"{folder}/config.json: features and model have other channels; copy it again")
     vocabulary = load_vocabulary(folder)
     if len(vocabulary) != captioner.config.words:

@@ -8,6 +8,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from data.files import atomic_write
 from pipeline.checkpoints.checkpoint import SHARED
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import do_not_wait_for_an_absent_hub
 
 SCHEME = "hf-hub:"  # as timm has it
 CARD = """---
@@ -66,3 +68,15 @@ def copy_shared(source: Path, target: Path) -> None:
                 shutil.copyfile(source / name, temporary)
         else:
             (target / name).unlink(missing_ok=True)  # of another checkpoint that was there
+
+
+def do_not_wait_for_an_absent_hub() -> None:
+    """Where the hub's host does not answer, use its local cache or fail at once: its client retries for a minute."""
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return  # a proxy answers for the hub
+    try:
+        port = host.port or (443 if host.scheme == "https" else 80)
+        socket.create_connection((host.hostname, port), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True

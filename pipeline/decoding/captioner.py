@@ -26,7 +26,7 @@ from data.images import Photograph, Photographs, UnreadableImage, as_photographs
 from data.segmentation import segmented
 from data.vocabulary import PAD, UNK, Vocabulary
 from models import ModelError
-from models.backbones.grid import Backbone
+from models.backbones.interface import Backbone
 from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
@@ -37,7 +37,8 @@ from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_share
 from pipeline.cli import UserError, is_out_of_memory
 from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
-from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone, restore_backbone
+from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
+from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
@@ -318,7 +319,7 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
 
     def try_caption(self, photos: Sequence[Photograph], **options: Any) -> list[tuple[list[Caption], str]]:
         """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
-        framing = framing_of(self.backbone, self.checkpoint.identity["resize"], self.max_pixels)
+        framing = framing_of(self.backbone, self.max_pixels)
         read = [*Photographs(photos, framing)]
         good = [i for i, (photo, _) in enumerate(read) if photo is not None]
         captions: list[list[Caption]] = []
@@ -350,5 +351,5 @@ def load_captioner(path: Path | str, device: str = "auto", precision: str = "aut
     """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs with; it needs no other file and no flag."""
     folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)
-    backbone = restore_backbone(folder, checkpoint.identity)
+    backbone = restore(folder, checkpoint.identity)
     return PhotoCaptioner(checkpoint, backbone, open_machine(device, precision=precision), folder)

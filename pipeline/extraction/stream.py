@@ -30,7 +30,7 @@ from data.cache.reader import Rows, Unreadable, iterate, views_of
 from data.cache.writer import Shard, stamp, write_shard
 from data.images import Framing, Photo, Photographs, stack, try_image
 from data.sources import Image
-from models.backbones.grid import Backbone
+from models.backbones.interface import Backbone
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import extract_regions, framing_of
 from pipeline.runtime import Machine
@@ -50,11 +50,11 @@ class Work(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A batch of photographs: pixels uint8 [n,3,H,W] and frames [n,4] of the n readable ones, (height, width) of their
+    """A batch of photographs: pixels uint8 [n,3,H,W] and view_boxes [n,4] of the n readable ones, (height, width) of their
     originals, and for all of the batch the reason, empty where readable."""
 
     pixels: Tensor
-    frames: Tensor
+    view_boxes: Tensor
     originals: list[tuple[int, int]]
     reasons: list[str]
 
@@ -65,7 +65,6 @@ class Recipe:
 
     backbone: Backbone
     machine: Machine
-    resize: str
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]
     batch: int
@@ -80,8 +79,8 @@ class Recipe:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Regions an image and channels, (R, C)."""
-        return self.identity["grid"][0] * self.identity["grid"][1], self.identity["channels"]
+        """Regions an image at most and channels, (R, C)."""
+        return self.backbone.shape
 
 
 class ShardRows:
@@ -124,7 +123,7 @@ class ShardRows:
 
 def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress) -> list[Path]:
     """Make every shard that is not there and that nobody else is making; the paths of those made."""
-    framing = framing_of(recipe.backbone, recipe.resize, recipe.max_pixels)
+    framing = framing_of(recipe.backbone, recipe.max_pixels)
     work = _batches(shards, claims, recipe)
     decoded = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
     rows, made, unreadable = None, [], 0
@@ -206,8 +205,8 @@ class _ByPath(Photographs):
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
     good = [photo for photo, _ in photos if photo is not None]
-    pixels, frames = stack(good) if good else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
-    return Decoded(pixels, frames, [photo.original for photo in good], [reason for _, reason in photos])
+    pixels, view_boxes = stack(good) if good else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
+    return Decoded(pixels, view_boxes, [photo.original for photo in good], [reason for _, reason in photos])
 
 
 # -------------------------------------------------------------------------------------------------------------- looking
@@ -222,8 +221,8 @@ def _seen(
     for work, batch in decoded:
         parts: list[Tensor] = []
         for view in ("", *recipe.views):
-            pixels, frames = seen_as(view, batch)
-            parts += extract_regions(recipe.backbone, pixels, recipe.machine, frames) if len(pixels) else nothing(*recipe.shape)
+            pixels, view_boxes = seen_as(view, batch)
+            parts += extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes) if len(pixels) else nothing(*recipe.shape)
         copied = None
         if gpu:
             pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
@@ -238,11 +237,11 @@ def _seen(
 
 
 def seen_as(view: str, batch: Decoded) -> tuple[Tensor, Tensor]:
-    """Pixels and frames of a view of a batch: as it is, or flip, mirrored left to right with the frame of the mirrored
+    """Pixels and view_boxes of a view of a batch: as it is, or flip, mirrored left to right with the frame of the mirrored
     photograph."""
     if not view:
-        return batch.pixels, batch.frames
-    left, top, right, bottom = batch.frames.unbind(1)
+        return batch.pixels, batch.view_boxes
+    left, top, right, bottom = batch.view_boxes.unbind(1)
     return batch.pixels.flip(3), torch.stack([1 - right, top, 1 - left, bottom], dim=1)
 
 
