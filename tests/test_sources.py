@@ -12,6 +12,7 @@ from data.datasets import folder
 from data.datasets.registry import DATASETS, open_source
 from data.image_formats import HEIC
 from data.sources import check_captioned, image_id, same_photograph
+from pipeline.sources import SourceOptions
 
 # Small data sets, written by the tests: an image file is empty, for a source opens none.
 

@@ -24,7 +24,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.training or self.p == 0 or not x.numel():
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
