@@ -14,33 +14,81 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"extract", "train", "evaluate", "caption", "demo"}
-FILES = sorted(path for room in ("pipeline", "models", "data") for path in (ROOT / room).glob("*.py"))
+SHARED = {"cli", "runtime", "terminal", "sources"}  # files of pipeline/ that commands and rooms share
+FILES = sorted(
+    path for room in ("pipeline", "models", "data") for path in (ROOT / room).rglob("*.py") if "weights" not in path.parts
+)
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """Rooms that a file imports: models, data, `pipeline` (shared) or `stage`."""
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """Our modules that a file imports, also inside functions and for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            room, _, module = name.partition(".")
-            if room in ("models", "data"):
-                found.add(room)
-            elif room == "pipeline" and module:
-                found.add("stage" if module.partition(".")[0] in STAGES else "pipeline")
-    return found
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+    return (found & MODULES.keys()) - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def room_of(module: str) -> str:
+    """models, data, `pipeline.ROOM` for a room of pipeline, `shared`, or `command`."""
+    top, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    if top != "pipeline":
+        return top
+    if name in STAGES:
+        return "command"
+    return "shared" if name in SHARED or not name else f"pipeline.{name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_room_imports_only_what_the_table_allows(path):
-    allowed = {"models": {"models"}, "data": {"data"}, "pipeline": {"models", "data", "pipeline"}}[path.parent.name]
-    if path.stem == "demo":
-        allowed = allowed | {"stage"}
-    assert rooms_imported(path) <= allowed
+    """DESIGN: models and data stand alone; rooms of pipeline import everything but commands; only demo runs commands."""
+    room, rooms = room_of(module_of(path)), {room_of(module) for module in imported(path)}
+    if room in ("models", "data"):
+        assert rooms <= {room}
+    elif room == "command":
+        own = module_of(path).split(".")[1]
+        others = {module.split(".")[1] for module in imported(path) if room_of(module) == "command"} - {own}
+        assert own == "demo" or not others
+    else:
+        assert "command" not in rooms
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """A path that leads back to where it began; empty where there is none."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for following in sorted(arrows.get(path[-1], ())):
+            if following in path:
+                return [*path[path.index(following) :], following]
+            if following not in done and (found := search([*path, following])):
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for start in sorted(arrows) if start not in done and (found := search([start]))), [])
+
+
+def test_no_file_imports_itself_through_others():
+    assert circle({module: imported(path) for module, path in MODULES.items()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_room_of_pipeline_imports_itself_through_others():
+    arrows: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        arrows.setdefault(room_of(module), set()).update({room_of(other) for other in imported(path)} - {room_of(module)})
+    assert circle({room: others for room, others in arrows.items() if room != "command"}) == []
 
 
 def test_no_file_is_named_for_odds_and_ends():
@@ -49,7 +97,8 @@ def test_no_file_is_named_for_odds_and_ends():
 
 def test_main_of_each_stage_has_at_most_25_lines():
     for stage in STAGES:
-        tree = ast.parse((ROOT / "pipeline" / f"{stage}.py").read_text())
+        folder = ROOT / "pipeline" / stage
+        tree = ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text())
         main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
         assert main.end_lineno - main.lineno + 1 <= 25, stage
 

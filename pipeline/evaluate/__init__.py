@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data import DataError
@@ -27,12 +27,16 @@ def main(config: EvaluateConfig) -> None:
     A file: --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
     """
     if config.captions:
-        jobs = list(jobs_of_files(config))
+        return score_captions(config, list(jobs_of_files(config)))
+    opened = open_checkpoints(config)
+    if opened.task.scored_as_captions:
+        score_captions(config, [job_of_checkpoint(config, opened)])
     else:
-        opened = open_checkpoints(config)
-        if not opened.task.scored_as_captions:
-            return score_task(config, opened)
-        jobs = [job_of_checkpoint(config, opened)]
+        score_task(config, opened)
+
+
+def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
+    """Score the captions of each job, write the scores, and print them."""
     if config.server:
         send_to_server(config, jobs[0])
     with open_meteor(config.meteor) as meteor:
