@@ -102,7 +102,7 @@ def make_batch(real: Path, images: int, machine: Machine) -> tuple[Batch, Reward
     tokens = flickr8k_tokens(real, max(images, REFERENCES))
     captions = [[[vocabulary.words[n] for n in row if n not in (PAD, BOS, EOS)] for row in group] for group in tokens.tolist()]
     photographs = [types.SimpleNamespace(id=number, captions=[]) for number in range(len(captions))]
-    rewards = Rewards("CIDEr", types.SimpleNamespace(images=photographs, tokens=captions), vocabulary, machine.device)
+    rewards = Rewards("CIDEr", types.SimpleNamespace(images=photographs, tokens=captions), vocabulary)
     return Batch(*random_regions(images), tokens[:images], list(range(images))).to(machine.device), rewards
 
 

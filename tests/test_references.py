@@ -13,26 +13,10 @@ import pytest
 from data import DataError, characters, segmentation, tokens
 from pipeline.scoring import ngrams as references
 from pipeline.scoring.metrics import score
-from pipeline.scoring.ngrams import TABLES, HashTable, References, keep, kept_path, load_kept, user_cache
+from pipeline.scoring.ngrams import TABLES, References, keep, kept_path, load_kept, user_cache
 
 REFERENCES = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits on 1 1/2 mats"]}
 CANDIDATES = {4: "a dog sits", 9: "a new cat on 1 1/2 mats"}
-
-
-def test_a_hash_table_finds_every_key_and_nothing_else():
-    generator = np.random.default_rng(0)
-    for count in (0, 1, 2, 30, 5000):
-        keys = np.unique(generator.integers(0, 1 << 62, count))
-        near = np.unique(np.concatenate([keys + 1, generator.integers(0, 1 << 20, 1000)]))
-        others = np.setdiff1d(near, keys)
-        table = HashTable(keys)
-        assert table.find(keys).tolist() == list(range(len(keys)))
-        assert (table.find(others) == -1).all()
-
-
-def test_a_hash_table_holds_keys_that_differ_in_a_few_bits():
-    keys = (np.arange(300)[:, None] << 32 | np.arange(300)).ravel()
-    assert HashTable(keys).find(keys[::-1].copy()).tolist() == list(range(len(keys)))[::-1]
 
 
 def test_kept_references_score_as_new_ones(tmp_path):

@@ -3,6 +3,11 @@
 The likeliest caption is a safe one; the one that agrees most with all that might be said scores higher. A caption's expected
 CIDEr is the mean of CIDEr-D against samples in place of references, document frequencies being those of the training captions.
 C candidates, S samples, L words at most, N = 4 lengths of n-grams.
+
+This is a CIDEr of its own, beside pipeline.scoring.token_cider: there the samples would be references that are counted
+anew for each image, and their document frequencies cannot be those of the training captions. For 5 beams and 50 samples
+this takes 2.5 ms an image, token_cider 5.3 ms one image at a time and 2.8 ms for 50 images together (2 cores of an AMD
+EPYC, one thread, 2026-11-28).
 """
 
 from __future__ import annotations

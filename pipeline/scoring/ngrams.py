@@ -65,43 +65,6 @@ class Numbers(dict):
         return number
 
 
-class HashTable:
-    """Places of different int64 keys, -1 for others: cuckoo hashing (Pagh and Rodler 2001), all questions at once.
-
-    A key stands in one of two slots, so a question takes two looks where a binary search takes twenty.
-    """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys = np.append(keys, MISSING)  # which place -1 leads to
-        self.bits = max(4, (2 * len(keys)).bit_length())
-        while not self._fill():
-            self.bits += 1
-
-    def _fill(self) -> bool:
-        self.places = np.full((2, 1 << self.bits), -1, np.int32)
-        homeless = np.arange(len(self.keys) - 1)
-        for turn in range(200):  # in a few turns all have one of their two slots, but for rare bad luck
-            slots, places = self._slots(self.keys[homeless])[turn % 2], self.places[turn % 2]
-            evicted = np.unique(places[slots])
-            places[slots] = homeless  # of several that want one slot, one gets it
-            lost = homeless[places[slots] != homeless]
-            homeless = np.concatenate([evicted[evicted >= 0], lost])
-            if not len(homeless):
-                return True
-        return False
-
-    def find(self, wanted: np.ndarray) -> np.ndarray:
-        """The place of each key, -1 where it is not there."""
-        first, second = (places[slots] for places, slots in zip(self.places, self._slots(wanted), strict=True))
-        second = np.where(self.keys[second] == wanted, second, -1)
-        return np.where(self.keys[first] == wanted, first, second)
-
-    def _slots(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mixed = keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # multiplicative: Knuth, TAOCP 3, 6.4
-        mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
-        return (mixed >> np.uint64(64 - self.bits)).view(np.int64), (mixed & np.uint64((1 << self.bits) - 1)).view(np.int64)
-
-
 class Matches(NamedTuple):
     """S captions held against the references of one image each."""
 
@@ -192,12 +155,10 @@ class References:
             start = start[words.left[start] > n]
             before = names[start]
             key = before << 32 | words.numbers[start + n]
-            known = (before < len(self.idf)).nonzero()[0]  # an n-gram of an unseen beginning is unseen
-            named = np.full(len(start), -1, np.int64)
-            named[known] = self.table.find(key[known])
-            strange = (named < 0).nonzero()[0]
+            place = self.keys.searchsorted(key)
+            named = place + self.words
+            strange = (self.keys.take(place, mode="clip") != key).nonzero()[0] if len(self.keys) else np.arange(len(key))
             different, place = np.unique(key[strange], return_inverse=True)
-            named += self.words
             named[strange] = unseen + place
             unseen += len(different)
             names[start] = named
@@ -276,10 +237,6 @@ class References:
     @cached_property
     def most(self) -> np.ndarray:
         return reduce(np.maximum, self.entry_counts.T)
-
-    @cached_property
-    def table(self) -> HashTable:
-        return HashTable(self.keys)
 
     def grouped(self) -> list[list[list[int]]]:
         """The references' tokens, numbered, by image and reference."""

@@ -150,4 +150,4 @@ def make_objective(
         return CrossEntropy(config, machine, task.unit)
     if not task.self_critical:
         raise UserError(f"--scst: --task {task.name} has no rewards; train it without")
-    return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary, machine.device))
+    return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary))

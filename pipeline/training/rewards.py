@@ -79,10 +79,9 @@ def find_callable(name: str) -> Callable[..., Any]:
 
 
 class Rewards:
-    """Rewards of samples of `train`'s images; references are counted once. On other devices than a CPU CIDEr alone is
-    computed there; with other parts, or pieces of words, on the host."""
+    """Rewards of samples of `train`'s images; references are counted once."""
 
-    def __init__(self, spec: str, train: ImageTexts, vocabulary: Vocabulary, device: torch.device) -> None:
+    def __init__(self, spec: str, train: ImageTexts, vocabulary: Vocabulary) -> None:
         self.parts = parse_rewards(spec)
         if len(train.images) < 2 and any(name == "CIDEr" for name, _ in self.parts):
             raise UserError(
@@ -98,17 +97,14 @@ class Rewards:
             end = vocabulary.words[EOS]
             self.references = References({i: [(*caption, end) for caption in group] for i, group in words.items()})
         else:
-            on_device = device if all(name == "CIDEr" for name, _ in self.parts) else "cpu"
-            self.cider = TokenCider(words, vocabulary, eos=True, device=on_device)
+            self.cider = TokenCider(words, vocabulary, eos=True)
             self.references = self.cider.references
 
     def __call__(self, image_ids: Sequence[int], samples: Tensor) -> Tensor:
-        """[B,K] float32, where it was computed, for `samples` [B,K,L] int64, each read up to its <eos>.
+        """[B,K] float32, on the CPU, for `samples` [B,K,L] int64, each read up to its <eos>.
 
         UserError for a callable that does not give a number for each sample; one that is not finite is given back as it is.
         """
-        if self.cider is not None and self.cider.tables is not None:
-            return self.cider(self.cider.rows(image_ids), samples) * sum(weight for _, weight in self.parts)
         tokens = samples.cpu()
         each = np.repeat([self.references.row_of(image_id) for image_id in image_ids], tokens.shape[1])
         total = np.zeros(len(each))
@@ -118,7 +114,7 @@ class Rewards:
         return torch.from_numpy(total.astype(np.float32)).view(tokens.shape[:2])
 
     def _built_in(self, each: np.ndarray, tokens: Tensor) -> dict[str, np.ndarray]:
-        matches = self.cider.compare(each, tokens) if self.cider is not None else self._compare_words(each, tokens)
+        matches = self.cider.compare(each, tokens.numpy()) if self.cider is not None else self._compare_words(each, tokens)
         found = {"CIDEr": cider_of_matches(each, matches, self.references)}
         if any(name.startswith("BLEU") for name, _ in self.parts):
             scores = bleu(bleu_sums(each, matches, self.references))
