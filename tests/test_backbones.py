@@ -92,7 +92,7 @@ def test_an_unknown_tag_or_spelling_is_answered_with_the_nearest(name, message, 
 
 
 def test_an_argument_the_model_does_not_take_is_named():
-    with pytest.raises(ModelError, match=r"--backbone-arg: resnet18 does not take .*colour"):
+    with pytest.raises(ModelError, match=r"arguments: resnet18 does not take .*colour"):
         create_backbone("resnet18", {"colour": 1})
 
 

@@ -69,7 +69,7 @@ class GridBackbone(Backbone):
         self.grid = grid or natural
         if any(cells > most for cells, most in zip(self.grid, natural, strict=True)):
             wanted, most = ("x".join(map(str, cells)) for cells in (self.grid, natural))
-            raise ModelError(f"--grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, or a larger --size")
+            raise ModelError(f"grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, or a larger size")
         self.pooled = self.grid != natural
 
     @property
@@ -158,8 +158,7 @@ class GridBackbone(Backbone):
                     names = f"; its key {theirs} is the backbone's {same} under another name"
                     break
             raise ModelError(
-                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}{names}; "
-                "pass the --backbone (and --backbone-arg) that these weights were made with"
+                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}{names}"
             )
         self.network.load_state_dict(found)
         return left_out
@@ -191,7 +190,7 @@ class GridBackbone(Backbone):
                 self.layout = "tokens"
                 out = self._map(torch.zeros(1, 3, *self.size))
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            mend = "; a transformer's size goes with --backbone-arg img_size=N" if "size" in str(error).lower() else ""
+            mend = "; a transformer's size goes with the argument img_size=N" if "size" in str(error).lower() else ""
             raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}{mend}") from error
         if not isinstance(out, Tensor) or out.ndim != 4:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__

@@ -15,6 +15,6 @@ def no_hub(name: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return (
         f"the pretrained weights of {name} could not be fetched from the hub ({type(error).__name__}: {reason}); "
-        "to go on without it: --weights FILE (a state dict, .safetensors or .pth, fetched elsewhere), a folder that "
-        "holds the hub's cache in HF_HOME, or --weights random to try the path"
+        "to go on without it: weights from a file (a state dict, .safetensors or .pth, fetched elsewhere), a folder that "
+        "holds the hub's cache in HF_HOME, or random weights to try the path"
     )

@@ -13,16 +13,16 @@ from models.backbones.messages import nearest, no_hub
 
 def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
     if ":" in name:
-        raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and its weights by --weights FILE")
+        raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and weights from a file")
     _check_timm_name(name)
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except TypeError as error:
-        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
+        raise ModelError(f"arguments: {name} does not take {arguments}: {error}") from error
     except Exception as error:
         if not pretrained and not arguments:
             raise
-        told = no_hub(name, error) if pretrained else f"--backbone-arg: {name} cannot be built with {arguments}: {error!r}"
+        told = no_hub(name, error) if pretrained else f"arguments: {name} cannot be built with {arguments}: {error!r}"
         raise ModelError(told) from error
     config = timm.data.resolve_model_data_config(network)
     classifier = network.pretrained_cfg.get("classifier") or ()

@@ -23,7 +23,7 @@ def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
     try:
         model = torchvision.models.get_model(short, weights=weights if pretrained else None, **arguments)
     except TypeError as error:
-        raise ModelError(f"--backbone-arg: {name} does not take {arguments}: {error}") from error
+        raise ModelError(f"arguments: {name} does not take {arguments}: {error}") from error
     except Exception as error:
         if not pretrained:
             raise

@@ -24,7 +24,7 @@ BOX_FREQUENCIES = 4  # pi/2 to 4 pi a coordinate: cells of a grid of up to about
 
 @dataclass(frozen=True)
 class TransformerOptions:
-    """Options of --decoder transformer: its sizes."""
+    """Options of the Transformer: its sizes."""
 
     width: int = size(512, "model width D")
     heads: int = size(8, "attention heads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.images import RESIZES
+from models import ModelError
 from models.backbones.grid import GridBackbone
 from models.backbones.registry import create_backbone, shapes_of_network
 from pipeline.checkpoints.hub import do_not_wait_for_an_absent_hub
@@ -162,7 +164,8 @@ def open_backbone(
     """
     if weights == "pretrained":
         do_not_wait_for_an_absent_hub()
-    backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid, resize)
+    with by_option():
+        backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid, resize)
     backbone.from_hub = weights == "pretrained"
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
@@ -172,10 +175,28 @@ def open_backbone(
             say(f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} ({len(others)} in all)")
         if prefix:
             say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
-        left_out = backbone.load(tensors, f"--weights {path}")
+        try:
+            left_out = backbone.load(tensors, f"--weights {path}")
+        except ModelError as error:
+            made = "pass the --backbone (and --backbone-arg) that these weights were made with"
+            raise ModelError(f"{error}; {made}") from error
         if left_out:
             say(f"left out of {path.name}, the classifier: {', '.join(left_out)}")
     return backbone
+
+
+@contextlib.contextmanager
+def by_option() -> Iterator[None]:
+    """What cannot be built as asked, said by the names of the options."""
+    names = {"grid ": "--grid ", "arguments:": "--backbone-arg:", "the argument ": "--backbone-arg ",
+             "a larger size": "a larger --size", "weights from a file": "--weights FILE", "random weights": "--weights random"}  # fmt: skip
+    try:
+        yield
+    except ModelError as error:
+        text = str(error)
+        for name, flag in names.items():
+            text = text.replace(name, flag, 1)
+        raise ModelError(text) from error
 
 
 def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
