@@ -23,7 +23,17 @@ from typing import NamedTuple
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, peak_above, precisions, ratio, report, seconds_of, waiter, why_fp32
+from benchmarks.measure import (
+    header,
+    in_turn,
+    peak_above,
+    precisions,
+    ratio,
+    report,
+    seconds_of,
+    waiter,
+    why_fp32,
+)
 from benchmarks.peers import (
     WORDS,
     decoder_operations,

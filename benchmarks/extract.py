@@ -32,7 +32,14 @@ from data.cache.writer import plan_shards
 from data.sources import Image
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.grid import open_backbone
-from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers, extract_shards
+from pipeline.extraction.stream import (
+    Recipe,
+    Work,
+    _read_in_processes,
+    _read_in_threads,
+    decoding_workers,
+    extract_shards,
+)
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import progress
 

@@ -28,7 +28,16 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.measure import header, in_turn, peak_above, ratio, report, seconds_of, waiter, why_fp32
+from benchmarks.measure import (
+    header,
+    in_turn,
+    peak_above,
+    ratio,
+    report,
+    seconds_of,
+    waiter,
+    why_fp32,
+)
 from benchmarks.peers import WORDS, flickr8k_tokens, our_captioner, random_regions
 from data.batches import Batch
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary

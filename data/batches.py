@@ -118,8 +118,9 @@ class ImageTexts:
     @staticmethod
     def _refuse_empty(example: Example, images: Mapping[int, Image]) -> None:
         name = f"image {example.image_id} ({images[example.image_id].name})" if example.image_id in images else str(example.id)
-        target = f"hold no word: {example.targets[0]!r}" if example.targets else "are missing"
-        raise DataError(f"the captions of {name} {target}")
+        if not example.targets:
+            raise DataError(f"{name} has no caption or other target")
+        raise DataError(f"the captions of {name} hold no word: {example.targets[0]!r}")
 
     def __len__(self) -> int:
         return len(self.image_ids)

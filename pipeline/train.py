@@ -52,7 +52,15 @@ from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed
 from pipeline.training.config import PATIENT_STEPS, PRESETS, TrainConfig, resolve
 from pipeline.training.logger import Journal
-from pipeline.training.loop import Run, Stopped, averaged, restore, save_progress, stopping_on_signals, train_until_due
+from pipeline.training.loop import (
+    Run,
+    Stopped,
+    averaged,
+    restore,
+    save_progress,
+    stopping_on_signals,
+    train_until_due,
+)
 
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 FEW_DEV_IMAGES = 20  # fewer say little

@@ -17,7 +17,7 @@ from models.regions import Regions
 from pipeline import caption, evaluate
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
-from pipeline.decoding.consensus import NAME, Frequencies, expected_cider
+from pipeline.decoding.consensus import NAME, Frequencies, expected_cider, save_frequencies
 from pipeline.scoring.metrics import cider
 from pipeline.scoring.ngrams import References
 from tests.test_commands import at, photos, refused, works
@@ -92,6 +92,15 @@ def test_evaluate_and_caption_take_consensus_and_refuse_what_does_not_go_with_it
     assert one == two
     assert "--consensus" in refused(evaluate.main, *over[:-4], "--consensus", 5, "--sample")
     assert "--consensus is 0" in refused(caption.main, *photos(world, 1), "--checkpoint", world / "run", "--consensus", 0)
+
+
+def test_a_vocabulary_that_is_too_large_for_consensus_trains_and_only_consensus_is_refused(tmp_path):
+    save_frequencies([[[1, 70_000, 2]], [[1, 5, 2]]], 70_001, tmp_path)
+    assert not (tmp_path / NAME).exists()
+    with pytest.raises(UserError, match=r"--consensus: .* vocabularies of more than 65,535 words have none"):
+        Frequencies.load(tmp_path)
+    save_frequencies([[[1, 65_534, 2]], [[1, 5, 2]]], 65_535, tmp_path)
+    assert Frequencies.load(tmp_path).documents == 2
 
 
 def test_a_checkpoint_without_frequencies_or_with_broken_ones_is_named(world, tmp_path):

@@ -22,7 +22,13 @@ from models.backbones.registry import create_backbone
 from models.regions import grid_regions
 from pipeline import evaluate, extract, train
 from pipeline.decoding.captioner import load_captioner
-from pipeline.extraction.stream import Recipe, Work, _read_in_processes, _read_in_threads, decoding_workers
+from pipeline.extraction.stream import (
+    Recipe,
+    Work,
+    _read_in_processes,
+    _read_in_threads,
+    decoding_workers,
+)
 from pipeline.runtime import open_machine
 from tests.test_commands import QUICK, at, photos, refused, run, works, world  # noqa: F401  a fixture
 from tests.test_images import RED, halves

@@ -26,7 +26,7 @@ import typing
 import unittest
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 import click
@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from data.sources import image_id
 from pipeline import caption, evaluate, extract, train
 from pipeline.caption import CaptionConfig
+from pipeline.cli import options_of
 from pipeline.evaluate import EvaluateConfig
 from pipeline.extract import ExtractConfig
 from pipeline.training.config import TrainConfig
@@ -290,7 +291,7 @@ class Hostile:
 
 def weights_files(draw: Draw, case: Path) -> list[Command]:
     """--weights: .safetensors and .pth, hostile pickles among them; `escaped` appears where one has its way."""
-    from pipeline.extraction.backbone import scenes_weights
+    from pipeline.extraction.grid import scenes_weights
 
     path, tensors = case / "in" / "weights.safetensors", load_file(scenes_weights())
     shutil.copyfile(scenes_weights(), path)
@@ -327,8 +328,8 @@ UNTRIED = {"epochs", "minutes", "patience", "compile", "wandb", "meteor", "spice
 ODD_NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1e300", "1e-300", "inf", "nan", "9" * 30, "1000000000", "2147483648",
                "9223372036854775807", "1e3")
 # No system passes on a NUL or half a character; \udcff stands for a byte that is not UTF-8.
-NEG_INF = ("\0", "\ud800", "..")
-ODD = (*(text for text in TEXTS if not any(part in text for part in NEG_INF)), "\udcff", *ODD_NUMBERS, "7x7", "1x9999",
+UNPASSABLE = ("\0", "\ud800", "..")
+ODD = (*(text for text in TEXTS if not any(part in text for part in UNPASSABLE)), "\udcff", *ODD_NUMBERS, "7x7", "1x9999",
        "0x10", "a=b", "in_chans=1", "block_args=None", "CIDEr:0", "no.such:thing")  # fmt: skip
 
 
@@ -343,14 +344,23 @@ def stages_of(draw: Draw, case: Path) -> tuple[type, click.Command, list[object]
     ])  # fmt: skip
 
 
+def settings_of(config: type) -> list[Field]:
+    """The settings of a command, and the options of all extensions that it can choose."""
+    found = [item for item in fields(config) if item.name not in {*UNTRIED, "extensions"}]
+    for item in list(found):
+        found += [option for name in item.metadata["registry"] or () for option in options_of(item, name)]
+    return found
+
+
 def options(draw: Draw, case: Path) -> list[Command]:
     give(case, "coco.json", "photos")
     config, stage, works = stages_of(draw, case)
     odd: list[object] = []
     for _ in range(draw(st.integers(1, 2))):
-        item = one_of(draw, [item for item in fields(config) if item.name not in UNTRIED and item.default is not True])
+        item = one_of(draw, [item for item in settings_of(config) if item.default is not True])
         flag = "--" + item.name.replace("_", "-")
-        choices = [each for each in item.metadata["choices"] if each != "sample"]  # which is drawn, for long
+        choices = item.metadata.get("choices") or item.metadata.get("registry") or ()
+        choices = [each for each in choices if each != "sample"]  # which is drawn, for long
         value = one_of(draw, one_of(draw, [ODD_NUMBERS, ODD, choices or ODD_NUMBERS]))
         odd += [flag] if item.default is False else [flag, value]
     return [(stage, [*works, *odd])]
@@ -365,7 +375,7 @@ def configs(draw: Draw, case: Path) -> list[Command]:
         record = json.loads((case.parent / "run" / "config.json").read_bytes())
         file.write_bytes(json_bytes(draw, one_of(draw, (record, record["training"]))))
     else:
-        names = [item.name for item in fields(config) if item.name not in UNTRIED]
+        names = [item.name for item in settings_of(config)]
         lines = [f"{one_of(draw, names)} = {json.dumps(value) if isinstance(value, int | str) else str(value).lower()}"
                  for value in draw(st.lists(VALUES, min_size=1, max_size=4))]  # fmt: skip
         file.write_bytes(spoil_lines(draw, "\n".join(lines), "=") if draw(st.booleans()) else

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from data import DataError, results
-from data.results import SERVER_IMAGES, choose, read_ids, read_references, read_results, write_results, write_server
+from data.results import (
+    SERVER_IMAGES,
+    choose,
+    read_ids,
+    read_references,
+    read_results,
+    write_results,
+    write_server,
+)
 from data.sources import Image
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from data import DataError
-from data.batches import CaptionedImages, pad, prefetch
+from data.batches import ImageTexts, pad, prefetch
 from data.cache.reader import FeatureCache, Rows
 from data.cache.writer import plan_shards, write_shard
+from data.examples import Example
 from data.sources import Image
 from data.subwords import Subwords
 from data.vocabulary import BOS, EOS, PAD, SPECIALS, UNK, Vocabulary
+from pipeline.tasks.captioning import Captioning
 from tests.test_features import some_images, write_plan
 
 CAPTIONS = [["a", "dog", "runs"], ["a", "dog"], ["a", "cat"]]
@@ -53,10 +55,16 @@ def test_a_vocabulary_of_no_words_is_an_error(captions, min_count):
         Vocabulary.build(captions, min_count)
 
 
-def captioned(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> CaptionedImages:
+def texts_of(images: list[Image], cache: FeatureCache) -> ImageTexts:
+    examples = [Example(image.id, image.id, "", image.captions) for image in images]
+    by_id = {image.id: image for image in images}
+    return ImageTexts(examples, by_id, cache, "train", holds_mirrored=Captioning().holds_mirrored)
+
+
+def captioned(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
     images = [Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()]
     write_plan(tmp_path / "cache", some_images(max(captions) + 1))
-    return CaptionedImages(images, FeatureCache(tmp_path / "cache"), "train")
+    return texts_of(images, FeatureCache(tmp_path / "cache"))
 
 
 def test_every_caption_comes_once_an_epoch_beside_its_own_images_row(tmp_path):
@@ -105,7 +113,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader():
 # ---------------------------------------------------------------------------------------------------------- views, parts
 
 
-def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> CaptionedImages:
+def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
     """Images whose features hold their id, and in the mirrored view their id + 1000."""
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -116,7 +124,7 @@ def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> CaptionedIma
         tables = np.zeros((len(ids), 4, 4)), np.full(len(ids), 4)
         rows = [Rows(ids, *tables), Rows(ids + 1000, tables[0] + 0.5, tables[1])]
         write_shard(shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": ["flip"]})
-    return CaptionedImages(images, FeatureCache(cache), "train")
+    return texts_of(images, FeatureCache(cache))
 
 
 @pytest.mark.parametrize("kept_on", [None, "cpu"])
@@ -148,7 +156,7 @@ def test_asked_for_whole_a_photograph_that_would_go_without_a_caption_is_not_mir
     mirrored = set()
     for epoch in range(8):
         for batch in images.batches(ids, 8, np.random.default_rng(epoch), views=True, whole=True):
-            assert batch.captions == 2 * len(batch.image_ids)
+            assert batch.texts == 2 * len(batch.image_ids)
             mirrored |= {i for i, row in zip(batch.image_ids, batch.features, strict=True) if row.max() >= 1000}
     assert mirrored == set(range(0, 40, 2))
 
@@ -165,11 +173,11 @@ def test_parts_of_a_batch_are_the_same_images_and_its_processes_share_them(tmp_p
         parts = batch.split(3)
         assert [i for part in parts for i in part.image_ids] == batch.image_ids
         assert torch.equal(torch.cat([part.features for part in parts]), batch.features)
-        assert sum(part.words for part in parts) == batch.words == 2 * batch.captions
+        assert sum(part.words for part in parts) == batch.words == 2 * batch.texts
     ranks = [list(images.batches(ids, 5, np.random.default_rng(0), rank=rank, world=3)) for rank in range(3)]
     for batch, *shares in zip(whole, *ranks, strict=True):
         assert sorted(i for share in shares if share.counted for i in share.image_ids) == sorted(batch.image_ids)
-        assert sum(share.words for share in shares) == batch.words and sum(share.captions for share in shares) == batch.captions
+        assert sum(share.words for share in shares) == batch.words and sum(share.captions for share in shares) == batch.texts
     assert [share[-1].counted for share in ranks] == [True, False, False]  # the last batch has one image
 
 

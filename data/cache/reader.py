@@ -314,7 +314,9 @@ class FeatureCache:
         Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions); DataError here for an image
         without a row.
         """
-        from data.cache.torch_dataset import CachedImages  # here, since reading a cache needs no torch
+        from data.cache.torch_dataset import (
+            CachedImages,  # here, since reading a cache needs no torch
+        )
 
         return CachedImages(self, captions)
 

@@ -11,7 +11,17 @@ import re
 from pathlib import Path
 
 from data import DataError
-from data.sources import Image, Listing, Source, check_caption, check_id, check_name, check_split, on_disk, read_json
+from data.sources import (
+    Image,
+    Listing,
+    Source,
+    check_caption,
+    check_id,
+    check_name,
+    check_split,
+    on_disk,
+    read_json,
+)
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
 COCO_PLACES = (

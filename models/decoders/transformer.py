@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from models import ModelError
-from models.decoders.attention import CrossAttention, KVCache, Layout, Packed, SelfAttention, additive, move
+from models.decoders.attention import (
+    CrossAttention,
+    KVCache,
+    Layout,
+    Packed,
+    SelfAttention,
+    additive,
+    move,
+)
 from models.decoders.dropout import Dropout
 from models.decoders.interface import MOST_LAYERS, Decoder, DecoderConfig, size
 from models.regions import Regions

@@ -25,7 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from data.datasets.sample import COLOURS, SHAPES, SIZES, Scene, draw_scene, encode_jpeg, make_scene, scene_rng
+from data.datasets.sample import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    draw_scene,
+    encode_jpeg,
+    make_scene,
+    scene_rng,
+)
 
 ARCHITECTURE = "test_resnet"
 OUT = Path(__file__).parent / f"{ARCHITECTURE}_scenes.safetensors"

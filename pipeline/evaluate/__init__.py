@@ -15,7 +15,15 @@ from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints, sc
 from pipeline.evaluate.config import EvaluateConfig, Job
 from pipeline.evaluate.file import jobs_of_files
 from pipeline.scoring.java import Meteor, NotComputed
-from pipeline.scoring.report import ON_REQUEST, Card, compare, image_lines, make_card, print_cards, print_examples
+from pipeline.scoring.report import (
+    ON_REQUEST,
+    Card,
+    compare,
+    image_lines,
+    make_card,
+    print_cards,
+    print_examples,
+)
 from pipeline.terminal import say
 
 
