@@ -1,4 +1,5 @@
-"""A picture of training runs, from their metrics.jsonl: CIDEr on dev, and the loss or the reward on train.
+"""A picture of training runs, from their metrics.jsonl: CIDEr on dev, and the loss or the reward on
+train.
 
     python -m benchmarks.curves runs/f8k-scst [runs/OTHER ...] --out docs/scst_flickr8k.svg
 
@@ -14,16 +15,30 @@ import click
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="an image; .svg, .png and others by its name")
+@click.argument(
+    "runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="an image; .svg, .png and others by its name",
+)
 def main(runs: tuple[Path, ...], out: Path) -> None:
     """Draw the curves of RUNS over their minutes."""
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise click.ClickException("curves are drawn by matplotlib: pip install -e '.[bench]'") from error
+        raise click.ClickException(
+            "curves are drawn by matplotlib: pip install -e '.[bench]'"
+        ) from error
     mpl.use("Agg")
-    mpl.rcParams |= {"svg.hashsalt": "onceover", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    mpl.rcParams |= {
+        "svg.hashsalt": "onceover",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     from matplotlib import pyplot
 
     figure, (score, train) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
@@ -31,10 +46,18 @@ def main(runs: tuple[Path, ...], out: Path) -> None:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "seconds" in line]  # those of validations have the time
         minutes = [line["seconds"]["elapsed"] / 60 for line in lines]
-        scored = [(minute, line["dev"]["CIDEr"]) for minute, line in zip(minutes, lines, strict=True) if "dev" in line]
+        scored = [
+            (minute, line["dev"]["CIDEr"])
+            for minute, line in zip(minutes, lines, strict=True)
+            if "dev" in line
+        ]
         score.plot(*zip(*scored, strict=True), marker=".", label=run.name)
         what = "reward" if any("reward" in line["train"] for line in lines) else "loss"
-        trained = [(minute, line["train"][what]) for minute, line in zip(minutes, lines, strict=True) if line["train"]]
+        trained = [
+            (minute, line["train"][what])
+            for minute, line in zip(minutes, lines, strict=True)
+            if line["train"]
+        ]
         train.plot(*zip(*trained, strict=True), marker=".", label=run.name)
     score.set(title="CIDEr on dev", xlabel="minutes")
     train.set(title=f"{what} on train", xlabel="minutes")

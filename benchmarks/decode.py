@@ -1,13 +1,16 @@
-"""Beam search against its plain twin, Hugging Face's `generate` and the limit of the machine's products.
+"""Beam search against its plain twin, Hugging Face's `generate` and the limit of the machine's
+products.
 
     python -m benchmarks.decode [--checkpoint RUN --features CACHE] [--json FILE]
 
-Beam 5, exactly 20 words, 10,000 words, random weights, from given encoder states; each at its best batch of 50, 100 or 200
-images, at one thread and at as many as there are cores (ours then decodes a batch in each). All take turns in one process;
-figures are medians, ratios medians of the rounds' ratios, of the thread setting that is the better one for ours. `of_limit` is
-the share of the operations a second of the best product with the rows of one step. Ours and the twin run in bf16 where the
-machine computes in it; else all is in fp32, over fewer images, and the report says so. With --checkpoint also a trained
-captioner over real photographs, where captions end by themselves, against the same with 20 words each.
+Beam 5, exactly 20 words, 10,000 words, random weights, from given encoder states; each at its best
+batch of 50, 100 or 200 images, at one thread and at as many as there are cores (ours then decodes a
+batch in each). All take turns in one process; figures are medians, ratios medians of the rounds'
+ratios, of the thread setting that is the better one for ours. `of_limit` is the share of the
+operations a second of the best product with the rows of one step. Ours and the twin run in bf16
+where the machine computes in it; else all is in fp32, over fewer images, and the report says so.
+With --checkpoint also a trained captioner over real photographs, where captions end by themselves,
+against the same with 20 words each.
 """
 
 from __future__ import annotations
@@ -60,7 +63,9 @@ FORCED = Generation(num_beams=BEAMS, min_length=LENGTH, max_length=LENGTH)
 
 
 class Sizes(NamedTuple):
-    """Images of a round of ours, of Hugging Face and of the twin, and the batches that are tried."""
+    """Images of a round of ours, of Hugging Face and of the twin, and the batches that are
+    tried.
+    """
 
     ours: int
     theirs: int
@@ -72,14 +77,25 @@ SIZES = {"bf16": Sizes(400, 200, 50, (50, 100, 200)), "fp32": Sizes(50, 25, 5, (
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="a trained run, to decode by itself")
-@click.option("--features", type=click.Path(exists=True, path_type=Path), help="the cache that it reads")
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, path_type=Path),
+    help="a trained run, to decode by itself",
+)
+@click.option(
+    "--features", type=click.Path(exists=True, path_type=Path), help="the cache that it reads"
+)
 @click.option("--rounds", default=3)
 @click.option("--device", default="auto")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
 @click.option("--only-memory", is_flag=True, hidden=True)
 def main(
-    checkpoint: Path | None, features: Path | None, rounds: int, device: str, out: Path | None, only_memory: bool
+    checkpoint: Path | None,
+    features: Path | None,
+    rounds: int,
+    device: str,
+    out: Path | None,
+    only_memory: bool,
 ) -> None:
     """Time beam search, and measure the memory that a batch of 64 takes."""
     machine = open_machine(device)
@@ -143,21 +159,35 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
     for name, make in makers.items() if len(sizes.batches) > 1 else ():
         tried = {batch: make(batch) for batch in sizes.batches}
         tried[sizes.batches[0]]()
-        best[name] = min(sizes.batches, key=lambda batch, tried=tried: seconds_of(tried[batch], wait))
-    seconds = in_turn({name: makers[name](batch) for name, batch in best.items()} | {"twin": plainly}, rounds, wait)
+        best[name] = min(
+            sizes.batches, key=lambda batch, tried=tried: seconds_of(tried[batch], wait)
+        )
+    seconds = in_turn(
+        {name: makers[name](batch) for name, batch in best.items()} | {"twin": plainly},
+        rounds,
+        wait,
+    )
     others = {**{f"hf_{precision}": sizes.theirs for precision in peers}, "twin": sizes.twin}
     for name, count in others.items():
         seconds[name] = [each * sizes.ours / count for each in seconds[name]]
     found: dict[str, float] = {}
     for name, each in seconds.items():
-        found[f"{name}, images/s at batch {best.get(name, sizes.twin)}"] = median_rate(sizes.ours, each)
+        found[f"{name}, images/s at batch {best.get(name, sizes.twin)}"] = median_rate(
+            sizes.ours, each
+        )
     found |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in others}
     found["ratio_hf_fp32_with_encoder"] = ratio(seconds["hf_fp32"], seconds["ours_with_encoder"])
     rows = best["ours"] * BEAMS
-    top = limit([(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], machine)
+    top = limit(
+        [(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], machine
+    )
     operations = decoder_operations(captioner.config, (LENGTH - 1) / 2) * (1 + BEAMS * (LENGTH - 1))
     rate = median_rate(sizes.ours, seconds["ours"]) * operations
-    return found | {"operations a second, GFLOP/s": rate / 1e9, "limit, GFLOP/s": top / 1e9, "of_limit": rate / top}
+    return found | {
+        "operations a second, GFLOP/s": rate / 1e9,
+        "limit, GFLOP/s": top / 1e9,
+        "of_limit": rate / top,
+    }
 
 
 def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory:
@@ -165,7 +195,9 @@ def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory
         return captioner.encode(regions)
 
 
-def searcher(captioner: Transformer, machine: Machine, options: Generation) -> Callable[[Memory], object]:
+def searcher(
+    captioner: Transformer, machine: Machine, options: Generation
+) -> Callable[[Memory], object]:
     """Memory to captions; on a GPU the whole search of a shape is one CUDA graph."""
     search = BeamSearch(captioner, options)
 
@@ -177,7 +209,9 @@ def searcher(captioner: Transformer, machine: Machine, options: Generation) -> C
 
 
 def peak_memory(machine: Machine) -> float:
-    """GB of memory that beam search of 64 images takes at most, beyond what weights and a first small search took."""
+    """GB of memory that beam search of 64 images takes at most, beyond what weights and a first
+    small search took.
+    """
     captioner = our_captioner().eval()
     cast_linears_to_bf16(captioner, machine)
     search = searcher(captioner, machine, FORCED)
@@ -185,8 +219,12 @@ def peak_memory(machine: Machine) -> float:
     return peak_above(lambda: search(encode(captioner, random_regions(64), machine)))
 
 
-def trained(folder: Path, features: Path, machine: Machine, rounds: int, count: int = 3200, batch: int = 200) -> dict:
-    """A trained captioner over the cache's first photographs: captions that end by themselves against 20 words each."""
+def trained(
+    folder: Path, features: Path, machine: Machine, rounds: int, count: int = 3200, batch: int = 200
+) -> dict:
+    """A trained captioner over the cache's first photographs: captions that end by themselves
+    against 20 words each.
+    """
     checkpoint, cache = load_checkpoint(folder), FeatureCache(features)
     captioner = checkpoint.captioner.to(machine.device)
     cast_linears_to_bf16(captioner, machine)
@@ -194,16 +232,25 @@ def trained(folder: Path, features: Path, machine: Machine, rounds: int, count: 
     memories = []
     for start in range(0, len(ids), batch):
         rows = cache.rows(ids[start : start + batch])
-        memories.append(encode(captioner, Regions(*(torch.from_numpy(part).to(machine.device) for part in rows)), machine))
-    by_itself, forced = (searcher(captioner, machine, options) for options in (Generation(num_beams=BEAMS), FORCED))
+        memories.append(
+            encode(
+                captioner,
+                Regions(*(torch.from_numpy(part).to(machine.device) for part in rows)),
+                machine,
+            )
+        )
+    by_itself, forced = (
+        searcher(captioner, machine, options) for options in (Generation(num_beams=BEAMS), FORCED)
+    )
     seconds = in_turn({"by_itself": lambda: list(on_every_core(by_itself, memories, machine)),
                        "forced": lambda: list(on_every_core(forced, memories, machine))}, rounds,
                       waiter(machine.device))  # fmt: skip
     return {
-        "trained, photographs": len(ids), "trained, images/s": median_rate(len(ids), seconds["by_itself"]),
+        "trained, photographs": len(ids),
+        "trained, images/s": median_rate(len(ids), seconds["by_itself"]),
         "trained, 20 words each, images/s": median_rate(len(ids), seconds["forced"]),
         "ratio_forced_length": ratio(seconds["forced"], seconds["by_itself"]),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

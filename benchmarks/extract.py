@@ -2,10 +2,10 @@
 
     python -m benchmarks.extract [--json FILE]
 
-The ceiling of a CPU is 1 / (1/d + 1/f): d photographs decoded and resized a second on all cores, f seen a second by the
-backbone at its best batch on all cores, each alone. Of a GPU it is the least of decoding, looking and writing, each alone.
-The stage is all of it: JPEG on disk to complete, fsynced shards on disk. The plain loop is Pillow, fp32, contiguous, one
-photograph at a time.
+The ceiling of a CPU is 1 / (1/d + 1/f): d photographs decoded and resized a second on all cores, f
+seen a second by the backbone at its best batch on all cores, each alone. Of a GPU it is the least
+of decoding, looking and writing, each alone. The stage is all of it: JPEG on disk to complete,
+fsynced shards on disk. The plain loop is Pillow, fp32, contiguous, one photograph at a time.
 """
 
 from __future__ import annotations
@@ -45,14 +45,22 @@ from pipeline.terminal import progress
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(path_type=Path), envvar="ONCEOVER_REAL", default="../shared/real")
-@click.option("--work", type=click.Path(path_type=Path), default=Path(tempfile.gettempdir()) / "onceover-benchmark",
-              help="folder for photographs (kept) and caches (removed)")  # fmt: skip
+@click.option(
+    "--real", type=click.Path(path_type=Path), envvar="ONCEOVER_REAL", default="../shared/real"
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path(tempfile.gettempdir()) / "onceover-benchmark",
+    help="folder for photographs (kept) and caches (removed)",
+)
 @click.option("--count", default=1000, help="photographs of 640x480; as many of 224x224")
 @click.option("--backbone", "names", multiple=True, default=("mobilenetv2_100", "resnet50"))
 @click.option("--device", default="auto")
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(real: Path, work: Path, count: int, names: tuple[str, ...], device: str, out: Path | None) -> None:
+def main(
+    real: Path, work: Path, count: int, names: tuple[str, ...], device: str, out: Path | None
+) -> None:
     """Measure decoding, looking and the whole stage in one run."""
     machine = open_machine(device)
     made, what = make_photographs(work / f"coco-{count}", count, real)
@@ -61,7 +69,9 @@ def main(real: Path, work: Path, count: int, names: tuple[str, ...], device: str
         sets[f"{len(small)} JPEGs of 224x224, as found"] = small
     first = header() | {"machine": str(machine), "torch": torch.__version__}
     click.echo(json.dumps(first))
-    figures = [measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()]
+    figures = [
+        measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()
+    ]
     large, what = make_photographs(work / "large-64", 64, real, 2560, 1920)
     figures += [reduced_scale(name, what, large, real, machine) for name in names]
     if out:
@@ -75,7 +85,10 @@ def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machin
     recipe = Recipe(backbone, machine, "stretch", identity, {}, 32, decoding_workers(None))
     gpu = machine.device.type == "cuda"
     found: dict = {"backbone": name, "photographs": kind, "decode": rate(recipe, images)}
-    forward = {batch: forward_rate(recipe, batch) for batch in ((32, 64, 128, 256) if gpu else (8, 16, 32, 64))}
+    forward = {
+        batch: forward_rate(recipe, batch)
+        for batch in ((32, 64, 128, 256) if gpu else (8, 16, 32, 64))
+    }
     recipe.batch = found["batch"] = max(forward, key=forward.get) if gpu else 32
     found["forward"] = max(forward.values())
     cache = work / "cache"
@@ -108,14 +121,24 @@ def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: 
     known = name == "mobilenetv2_100" and weights.exists()
     backbone = place_backbone(open_backbone(name, str(weights) if known else "random", {}), machine)
     recipe = Recipe(backbone, machine, backbone.identity(), {}, 32, decoding_workers(None))
-    found: dict = {"backbone": name, "photographs": what, "weights": "trained" if known else "random"}
+    found: dict = {
+        "backbone": name,
+        "photographs": what,
+        "weights": "trained" if known else "random",
+    }
     rows, gap = [], decoding.GAP
-    images_of = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
+    images_of = tuple(
+        Image(number, path.name, path, "all", ()) for number, path in enumerate(paths)
+    )
     for label, decoding.GAP in (("decode, reduced scale", gap), ("decode, full scale", 10**6)):
         found[label] = rate(recipe, list(images_of))
         framing = framing_of(backbone)
         (_, batch), *_ = _read_in_threads(iter([Work(None, images_of, True)]), framing, recipe)
-        rows.append(extract_regions(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1)).features.float().flatten(1))
+        rows.append(
+            extract_regions(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1))
+            .features.float()
+            .flatten(1)
+        )
     decoding.GAP = gap
     found["cosine of rows, least"] = float(torch.nn.functional.cosine_similarity(*rows).min())
     found["cosine of rows, mean"] = float(torch.nn.functional.cosine_similarity(*rows).mean())
@@ -125,7 +148,9 @@ def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: 
 
 
 def rate(recipe: Recipe, images: list[Image]) -> float:
-    """Photographs decoded a second, as the stage decodes, with nothing else running; a first pass warms the disk's cache."""
+    """Photographs decoded a second, as the stage decodes, with nothing else running; a first pass
+    warms the disk's cache.
+    """
     framing = framing_of(recipe.backbone)
     read = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
 
@@ -142,7 +167,9 @@ def rate(recipe: Recipe, images: list[Image]) -> float:
 
 
 def forward_rate(recipe: Recipe, batch: int, seconds: float = 4.0) -> float:
-    pixels = torch.randint(0, 256, (batch, *recipe.backbone.size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    pixels = torch.randint(0, 256, (batch, *recipe.backbone.size, 3), dtype=torch.uint8).permute(
+        0, 3, 1, 2
+    )
     pixels = pixels.to(recipe.machine.device)
     wait = torch.cuda.synchronize if recipe.machine.device.type == "cuda" else lambda: None
     extract_regions(recipe.backbone, pixels, recipe.machine)
@@ -192,7 +219,9 @@ def cosine(recipe: Recipe, paths: list[Path]) -> float:
     framing = framing_of(recipe.backbone)
     (_, batch), *_ = _read_in_threads(iter([Work(None, images, True)]), framing, recipe)
     rows = [
-        extract_regions(recipe.backbone, batch.pixels, Machine(machine.device, precision, 0, 1)).features.float().flatten(1)
+        extract_regions(recipe.backbone, batch.pixels, Machine(machine.device, precision, 0, 1))
+        .features.float()
+        .flatten(1)
         for precision in ("bf16", "fp32")
     ]
     return float(torch.nn.functional.cosine_similarity(*rows).min())

@@ -24,8 +24,8 @@ def header() -> dict[str, object]:
 
 
 def precisions(machine: Machine) -> tuple[str, ...]:
-    """What to measure in: fp32, and bf16 where the machine computes in it. A CPU that only emulates bf16 takes many times as
-    long as in fp32, which says nothing of either side."""
+    """What to measure in: fp32, and bf16 where the machine computes in it. A CPU that only emulates
+    bf16 takes many times as long as in fp32, which says nothing of either side."""
     return ("fp32", "bf16") if machine.precision == "bf16" else ("fp32",)
 
 
@@ -34,7 +34,10 @@ def why_fp32(machine: Machine) -> dict[str, str]:
     if machine.precision == "bf16":
         return {}
     lacks = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
-    return {"precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 would only be emulated"}
+    return {
+        "precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 "
+        "would only be emulated"
+    }
 
 
 def _processor() -> str:
@@ -58,9 +61,13 @@ def seconds_of(work: Callable[[], object], synchronize: Callable[[], None] = lam
 
 
 def in_turn(
-    works: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round, after one that is not counted: all see the same busy or idle machine."""
+    """Seconds of each work in each round, after one that is not counted: all see the same busy or
+    idle machine.
+    """
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
@@ -72,8 +79,12 @@ def in_turn(
 
 
 def peak_above(work: Callable[[], object]) -> float:
-    """GB of memory that a work takes at most, beyond what this process has in memory before it (Linux)."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that what follows is what the work takes
+    """GB of memory that a work takes at most, beyond what this process has in memory before it
+    (Linux).
+    """
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # what is free goes back, so that what follows is what the work takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     work()

@@ -1,4 +1,6 @@
-"""Photographs for benchmarks: JPEGs of COCO's size, 640x480 and about 150 KB, from real ones with detail added, or drawn."""
+"""Photographs for benchmarks: JPEGs of COCO's size, 640x480 and about 150 KB, from real ones with
+detail added, or drawn.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,15 @@ BYTES_A_PIXEL = 150_000 / (640 * 480)
 def make_photographs(
     folder: Path, count: int, real: Path | None, width: int = 640, height: int = 480
 ) -> tuple[list[Path], str]:
-    """`count` JPEGs 000000.jpg, ... in `folder`, made once; and a line that says what they are made of."""
-    origins = sorted((real / "flickr8k" / "images").glob("*.jpg"))[:count] if real and (real / "flickr8k").is_dir() else []
+    """`count` JPEGs 000000.jpg, ...
+
+    in `folder`, made once; and a line that says what they are made of.
+    """
+    origins = (
+        sorted((real / "flickr8k" / "images").glob("*.jpg"))[:count]
+        if real and (real / "flickr8k").is_dir()
+        else []
+    )
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.jpg" for number in range(count)]
 
@@ -32,10 +41,14 @@ def make_photographs(
             blotches = rng.integers(0, 256, (12, 16, 3), np.uint8)
             photo = Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(photo, np.float32)
-        contrast = 4 + 0.1 * np.abs(pixels - pixels.mean((0, 1))).mean()  # fine grain, the detail that enlarging lost
+        contrast = (
+            4 + 0.1 * np.abs(pixels - pixels.mean((0, 1))).mean()
+        )  # fine grain, the detail that enlarging lost
         grain = rng.normal(0, contrast, pixels.shape[:2])[..., None]
         photo = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
-        quality = min(range(60, 97, 3), key=lambda quality: abs(_size(photo, quality, paths[number]) - wanted))
+        quality = min(
+            range(60, 97, 3), key=lambda quality: abs(_size(photo, quality, paths[number]) - wanted)
+        )
         temporary = paths[number].with_suffix(".tmp")
         photo.save(temporary, "JPEG", quality=quality)
         temporary.replace(paths[number])

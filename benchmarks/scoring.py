@@ -1,10 +1,12 @@
-"""Scoring against pycocoevalcap: 5,000 captions against 25,010 references, and CIDEr of 250 samples for a training step.
+"""Scoring against pycocoevalcap: 5,000 captions against 25,010 references, and CIDEr of 250 samples
+for a training step.
 
     python -m benchmarks.scoring [--json FILE]
 
-Published captions of COCO's Karpathy test split ($ONCEOVER_REAL/results/coco_karpathy_test). pycocoevalcap runs its Java
-tokenizer, BLEU, ROUGE-L and CIDEr, as users do. Both start from captions in memory. Figures are medians of their runs, but
-for `prepare` and pycocoevalcap's CIDEr of one training step, which run once.
+Published captions of COCO's Karpathy test split ($ONCEOVER_REAL/results/coco_karpathy_test).
+pycocoevalcap runs its Java tokenizer, BLEU, ROUGE-L and CIDEr, as users do. Both start from
+captions in memory. Figures are medians of their runs, but for `prepare` and pycocoevalcap's CIDEr
+of one training step, which run once.
 """
 
 from __future__ import annotations
@@ -36,8 +38,13 @@ IMAGES, SAMPLES, LENGTH = 50, 5, 20  # of one training step
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
-              default="../shared/real", help="folder of the published captions")  # fmt: skip
+@click.option(
+    "--real",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of the published captions",
+)
 @click.option("--runs", default=5, help="runs of ours; pycocoevalcap has three")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
 def main(real: Path, runs: int, out: Path | None) -> None:
@@ -55,15 +62,28 @@ def main(real: Path, runs: int, out: Path | None) -> None:
         in_memory = References.load(kept)
         validation, _ = measure(lambda: score(captions, in_memory), runs)
         os.environ["XDG_CACHE_HOME"] = work
-        command = [sys.executable, "-m", "pipeline.evaluate", "--captions", captions_file, "--references", references_file]
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.evaluate",
+            "--captions",
+            captions_file,
+            "--references",
+            references_file,
+        ]
         started, _ = measure(lambda: subprocess.run(command, check=True, capture_output=True), runs)
     for found in (scores.values, again.values):
         assert all(abs(found[name] - wanted[name]) < 1e-6 for name in wanted), (found, wanted)
     figures = header() | {
         "captions": len(captions),
-        "references": sum(map(len, references.values())), "pycocoevalcap_s": theirs, "ours_s": ours,
-        "ratio": theirs / ours, "references_kept_s": prepared, "references_in_memory_s": validation, "command_s": started,
-    }  # fmt: skip
+        "references": sum(map(len, references.values())),
+        "pycocoevalcap_s": theirs,
+        "ours_s": ours,
+        "ratio": theirs / ours,
+        "references_kept_s": prepared,
+        "references_in_memory_s": validation,
+        "command_s": started,
+    }
     figures |= training_step(references)
     report(figures, out)
 
@@ -78,25 +98,37 @@ def measure(work: Callable, runs: int) -> tuple[float, object]:
     return statistics.median(seconds), found
 
 
-def pycocoevalcap(captions: dict[int, str], references: dict[int, tuple[str, ...]]) -> dict[str, float]:
+def pycocoevalcap(
+    captions: dict[int, str], references: dict[int, tuple[str, ...]]
+) -> dict[str, float]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = PTBTokenizer().tokenize({i: [{"caption": c} for c in group] for i, group in references.items()})
+        truth = PTBTokenizer().tokenize(
+            {i: [{"caption": c} for c in group] for i, group in references.items()}
+        )
         given = PTBTokenizer().tokenize({i: [{"caption": captions[i]}] for i in references})
         bleu, _ = Bleu().compute_score(truth, given, verbose=0)
         rouge, _ = Rouge().compute_score(truth, given)
         cider, _ = Cider().compute_score(truth, given)
-    return dict(zip(["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"], [*bleu, rouge, cider], strict=True))
+    return dict(
+        zip(
+            ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"],
+            [*bleu, rouge, cider],
+            strict=True,
+        )
+    )
 
 
 def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> dict[str, object]:
-    """Milliseconds for CIDEr of 50 images' 5 samples against their 5 references each, other images every step.
+    """Milliseconds for CIDEr of 50 images' 5 samples against their 5 references each, other images
+    every step.
 
-    The samples are captions of the image or of another one, half of them with three words changed, up to 20 words.
+    The samples are captions of the image or of another one, half of them with three words changed,
+    up to 20 words.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
@@ -106,7 +138,9 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
     batches = []
     for _ in range(steps):
         owners = rng.sample(ids, IMAGES)
-        samples = [[_sample(rng, tokens, ids, i, vocabulary) for _ in range(SAMPLES)] for i in owners]
+        samples = [
+            [_sample(rng, tokens, ids, i, vocabulary) for _ in range(SAMPLES)] for i in owners
+        ]
         batches.append((owners, np.array(samples)))
     figures: dict[str, object] = {}
     for eos in (False, True):
@@ -122,7 +156,9 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
             seconds.append(time.perf_counter() - start)
         figures[f"{name}_ms"] = statistics.median(seconds) * 1e3
         figures[f"{name}_ms_90th"] = float(np.percentile(seconds, 90)) * 1e3
-    owners, batch = batches[-1]  # the plain way: pycocoevalcap's scorer over the samples, document frequencies at hand
+    owners, batch = batches[
+        -1
+    ]  # the plain way: pycocoevalcap's scorer over the samples, document frequencies at hand
     counted = CiderScorer()
     for group in tokens.values():
         counted += ("", [" ".join(words) for words in group])
@@ -138,7 +174,9 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
     return figures
 
 
-def _sample(rng: random.Random, tokens: dict, ids: list[int], image_id: int, vocabulary: Vocabulary) -> list[int]:
+def _sample(
+    rng: random.Random, tokens: dict, ids: list[int], image_id: int, vocabulary: Vocabulary
+) -> list[int]:
     words = list(rng.choice(tokens[image_id if rng.random() < 0.5 else rng.choice(ids)]))
     if rng.random() < 0.5:
         for _ in range(3):

@@ -2,16 +2,19 @@
 
     python -m benchmarks.scst [--images 10] [--samples 5] [--device cuda] [--json FILE]
 
-Preset base (3+3 layers, width 512) over 49x2048 features, 10,000 words, random weights, so that samples seldom end before
-their limit of 20 words; references of Flickr8k's lengths with random words; draw, reward by CIDEr, loss, gradient, AdamW.
+Preset base (3+3 layers, width 512) over 49x2048 features, 10,000 words, random weights, so that
+samples seldom end before their limit of 20 words; references of Flickr8k's lengths with random
+words; draw, reward by CIDEr, loss, gradient, AdamW.
 
-twin       as people write it, fp32: each image's features repeated for each sample before the encoder, all words read again at
-           every step, the gradient backwards through all those steps
-twin_kv    in our precision (bf16 where the machine computes in it), images encoded once and repeated, keys and values of the
-           words kept, backwards through the steps as well
+twin       as people write it, fp32: each image's features repeated for each sample before the
+           encoder, all words read again at every step, the gradient backwards through all those
+           steps
+twin_kv    in our precision (bf16 where the machine computes in it), images encoded once and
+           repeated, keys and values of the words kept, backwards through the steps as well
 
-All take turns in one process, medians of the rounds, ratios medians of the rounds' ratios; memory is the peak of a step beyond
-weights and optimiser (on a CPU each in a process of its own, on a GPU ours alone). Rewards are the same code for all three.
+All take turns in one process, medians of the rounds, ratios medians of the rounds' ratios; memory
+is the peak of a step beyond weights and optimiser (on a CPU each in a process of its own, on a GPU
+ours alone). Rewards are the same code for all three.
 """
 
 from __future__ import annotations
@@ -62,8 +65,13 @@ class Work(NamedTuple):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
-              default="../shared/real", help="folder of Flickr8k's captions")  # fmt: skip
+@click.option(
+    "--real",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of Flickr8k's captions",
+)
 @click.option("--images", default=10)
 @click.option("--samples", default=5)
 @click.option("--rounds", default=3)
@@ -72,9 +80,15 @@ class Work(NamedTuple):
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
 @click.option("--only-memory", hidden=True)
 def main(
-    real: Path, images: int, samples: int, rounds: int, device: str, ours_alone: bool, out: Path | None,
+    real: Path,
+    images: int,
+    samples: int,
+    rounds: int,
+    device: str,
+    ours_alone: bool,
+    out: Path | None,
     only_memory: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Time steps and their parts, and measure their memory."""
     machine = open_machine(device)
     batch, rewards = make_batch(real, images, machine)
@@ -85,21 +99,45 @@ def main(
     works = {name: make_work(name, machine, batch, rewards, samples) for name in names}
     wait = waiter(machine.device)
     seconds = in_turn({name: work.step for name, work in works.items()}, rounds, wait)
-    figures = header() | {"machine": str(machine), "torch": torch.__version__, "images": images, "samples": samples}
+    figures = header() | {
+        "machine": str(machine),
+        "torch": torch.__version__,
+        "images": images,
+        "samples": samples,
+    }
     figures |= why_fp32(machine)
     figures |= {f"{name}, s a step": statistics.median(each) for name, each in seconds.items()}
     figures["ours, samples/s"] = images * samples / figures["ours, s a step"]
-    figures |= {f"ratio_{name}": ratio(each, seconds["ours"]) for name, each in seconds.items() if name != "ours"}
+    figures |= {
+        f"ratio_{name}": ratio(each, seconds["ours"])
+        for name, each in seconds.items()
+        if name != "ours"
+    }
     figures |= parts_of_a_step(works["ours"].captioner, machine, batch, rewards, samples, wait)
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         works["ours"].step()
-        figures["ours, GB beyond weights and optimiser"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        figures["ours, GB beyond weights and optimiser"] = (
+            torch.cuda.max_memory_allocated() - before
+        ) / 1e9
     elif sys.platform == "linux":
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.scst", "--only-memory", name, "--device", device, "--real", str(real),
-                       "--images", str(images), "--samples", str(samples)]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.scst",
+                "--only-memory",
+                name,
+                "--device",
+                device,
+                "--real",
+                str(real),
+                "--images",
+                str(images),
+                "--samples",
+                str(samples),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             figures[f"{name}, GB beyond weights and optimiser"] = float(done.stdout.split()[-1])
     report(figures, out)
@@ -109,10 +147,17 @@ def make_batch(real: Path, images: int, machine: Machine) -> tuple[Batch, Reward
     """Random regions on the device, and rewards by references with random words."""
     vocabulary = Vocabulary([*SPECIALS, *(f"w{number}" for number in range(len(SPECIALS), WORDS))])
     tokens = flickr8k_tokens(real, max(images, REFERENCES))
-    captions = [[[vocabulary.words[n] for n in row if n not in (PAD, BOS, EOS)] for row in group] for group in tokens.tolist()]
+    captions = [
+        [[vocabulary.words[n] for n in row if n not in (PAD, BOS, EOS)] for row in group]
+        for group in tokens.tolist()
+    ]
     photographs = [types.SimpleNamespace(id=number, captions=[]) for number in range(len(captions))]
-    rewards = Rewards("CIDEr", types.SimpleNamespace(images=photographs, tokens=captions), vocabulary)
-    return Batch(*random_regions(images), tokens[:images], list(range(images))).to(machine.device), rewards
+    rewards = Rewards(
+        "CIDEr", types.SimpleNamespace(images=photographs, tokens=captions), vocabulary
+    )
+    return Batch(*random_regions(images), tokens[:images], list(range(images))).to(
+        machine.device
+    ), rewards
 
 
 def make_work(name: str, machine: Machine, batch: Batch, rewards: Rewards, samples: int) -> Work:
@@ -124,7 +169,9 @@ def make_work(name: str, machine: Machine, batch: Batch, rewards: Rewards, sampl
     optimizer.zero_grad(set_to_none=True)
     ours = critical(captioner, machine, rewards, samples)
     losses = {
-        "ours": lambda step: ours(captioner, batch, step, 0.0).loss / (len(batch.image_ids) * samples),
+        "ours": lambda step: (
+            ours(captioner, batch, step, 0.0).loss / (len(batch.image_ids) * samples)
+        ),
         "twin": lambda _: twin_loss(captioner, batch, rewards, samples),
         "twin_kv": lambda _: twin_kv_loss(captioner, machine, batch, rewards, samples),
     }
@@ -140,14 +187,25 @@ def make_work(name: str, machine: Machine, batch: Batch, rewards: Rewards, sampl
     return Work(captioner, optimizer, step)
 
 
-def critical(captioner: Transformer, machine: Machine, rewards: Rewards, samples: int) -> SelfCritical:
-    return SelfCritical(TrainConfig(scst=True, init=Path(), num_samples=samples), machine, captioner, rewards)
+def critical(
+    captioner: Transformer, machine: Machine, rewards: Rewards, samples: int
+) -> SelfCritical:
+    return SelfCritical(
+        TrainConfig(scst=True, init=Path(), num_samples=samples), machine, captioner, rewards
+    )
 
 
 def parts_of_a_step(
-    captioner: Transformer, machine: Machine, batch: Batch, rewards: Rewards, samples: int, wait: Callable[[], None]
+    captioner: Transformer,
+    machine: Machine,
+    batch: Batch,
+    rewards: Rewards,
+    samples: int,
+    wait: Callable[[], None],
 ) -> dict[str, float]:
-    """Seconds of encoding and sampling, of the reward, and of the update (teacher-forced pass, gradient), each by itself."""
+    """Seconds of encoding and sampling, of the reward, and of the update (teacher-forced pass,
+    gradient), each by itself.
+    """
     ours, found = critical(captioner, machine, rewards, samples), {}
 
     def sampling() -> None:
@@ -167,16 +225,25 @@ def parts_of_a_step(
             times[name].append(seconds_of(work, wait))
     median = {name: statistics.median(each[1:]) for name, each in times.items()}
     update = median["whole"] - median["sampling"] - median["reward"]
-    return {"sampling, s": median["sampling"], "reward, s": median["reward"], "update, s": update,
-            "reward_of_step": median["reward"] / median["whole"]}  # fmt: skip
+    return {
+        "sampling, s": median["sampling"],
+        "reward, s": median["reward"],
+        "update, s": update,
+        "reward_of_step": median["reward"] / median["whole"],
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------- twins
+# -------------------------------------------------------------------------------------------- twins
 
 
 def twin_loss(captioner: Transformer, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
     """Everything again for each sample and each word."""
-    regions = Regions(*(part.repeat_interleave(samples, 0) for part in (batch.features, batch.boxes, batch.counts)))
+    regions = Regions(
+        *(
+            part.repeat_interleave(samples, 0)
+            for part in (batch.features, batch.boxes, batch.counts)
+        )
+    )
     memory = captioner.encode(regions)
     words = torch.full((len(regions.features), 1, 1), BOS, device=regions.features.device)
     log_p = []
@@ -188,7 +255,9 @@ def twin_loss(captioner: Transformer, batch: Batch, rewards: Rewards, samples: i
 
 
 class Growing(Layout):
-    """Keys and values of one caption's words, put behind those before; the gradient goes through all."""
+    """Keys and values of one caption's words, put behind those before; the gradient goes through
+    all.
+    """
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -202,12 +271,16 @@ class Growing(Layout):
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.kept[layer] is not None:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.kept[layer], (keys, values), strict=True))
+            keys, values = (
+                torch.cat(pair, 2) for pair in zip(self.kept[layer], (keys, values), strict=True)
+            )
         self.kept[layer] = keys, values
         return keys, values
 
 
-def twin_kv_loss(captioner: Transformer, machine: Machine, batch: Batch, rewards: Rewards, samples: int) -> Tensor:
+def twin_kv_loss(
+    captioner: Transformer, machine: Machine, batch: Batch, rewards: Rewards, samples: int
+) -> Tensor:
     with machine.autocast():
         memory = captioner.encode(Regions(batch.features, batch.boxes, batch.counts))
         each = torch.arange(memory.images, device=machine.device).repeat_interleave(samples)
@@ -218,7 +291,9 @@ def twin_kv_loss(captioner: Transformer, machine: Machine, batch: Batch, rewards
             newest, likely = draw(captioner.logits(states).float())
             drawn_words.append(newest)
             log_p.append(likely)
-        return reinforce(torch.stack(drawn_words, 1), torch.stack(log_p, 1), batch, rewards, samples)
+        return reinforce(
+            torch.stack(drawn_words, 1), torch.stack(log_p, 1), batch, rewards, samples
+        )
 
 
 def draw(logits: Tensor) -> tuple[Tensor, Tensor]:

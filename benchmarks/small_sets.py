@@ -1,11 +1,13 @@
 """What a few photographs are enough for: default options, against the best constant caption.
 
-    python -m benchmarks.small_sets --features cache/f8k --work FOLDER [--sizes 12,30,100,200,500] [--seeds 0,1,2]
+    python -m benchmarks.small_sets --features cache/f8k --work FOLDER [--sizes 12,30,100,200,500]
+    [--seeds 0,1,2]
 
-Takes the first N photographs of Flickr8k's train split by file name, with 1 and with 5 captions each,
-trains on them with the default options of pipeline.train, and scores the captions of the 1,000
-photographs of val against their five references. The constant caption is the one of the train
-captions with the highest mean CIDEr on the train photographs; it is given to every photograph of val.
+Takes the first N photographs of Flickr8k's train split by file name, with 1 and with 5 captions
+each, trains on them with the default options of pipeline.train, and scores the captions of the
+1,000 photographs of val against their five references. The constant caption is the one of the train
+captions with the highest mean CIDEr on the train photographs; it is given to every photograph of
+val.
 
 Runs that are finished in --work are not made again. The table is printed in Markdown.
 """
@@ -30,34 +32,71 @@ from pipeline.scoring.ngrams import References
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
-              default="../shared/real", help="folder of Flickr8k")  # fmt: skip
-@click.option("--features", type=click.Path(exists=True, path_type=Path), default="cache/f8k", help="its cache")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="runs are kept here")
+@click.option(
+    "--real",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of Flickr8k",
+)
+@click.option(
+    "--features",
+    type=click.Path(exists=True, path_type=Path),
+    default="cache/f8k",
+    help="its cache",
+)
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="runs are kept here",
+)
 @click.option("--sizes", default="12,30,100,200,500", help="numbers of photographs")
 @click.option("--captions", default="1,5", help="captions of each")
 @click.option("--seeds", default="0,1,2")
 def main(real: Path, features: Path, work: Path, sizes: str, captions: str, seeds: str) -> None:
     """Train on small parts of Flickr8k with default options and score val."""
     images = json.loads((real / "flickr8k" / "dataset_flickr8k.json").read_text())["images"]
-    train = sorted((image for image in images if image["split"] == "train"), key=lambda image: image["filename"])
+    train = sorted(
+        (image for image in images if image["split"] == "train"),
+        key=lambda image: image["filename"],
+    )
     val = [image for image in images if image["split"] == "val"]
     work.mkdir(parents=True, exist_ok=True)
     rows = []
     for size in map(int, sizes.split(",")):
         for count in map(int, captions.split(",")):
             part = [{**image, "sentences": image["sentences"][:count]} for image in train[:size]]
-            dataset, constant = work / f"dataset_{size}_{count}.json", work / f"constant_{size}_{count}.json"
+            dataset, constant = (
+                work / f"dataset_{size}_{count}.json",
+                work / f"constant_{size}_{count}.json",
+            )
             dataset.write_text(json.dumps({"images": part + val}))
             caption = best_constant(part)
-            constant.write_text(json.dumps([{"image_id": image["imgid"], "caption": caption} for image in val]))
-            options = ["--dataset", "karpathy", "--root", str(real / "flickr8k"), "--annotations", str(dataset),
-                       "--features", str(features)]  # fmt: skip
-            runs = [measure(work / f"run_{size}_{count}_{seed}", options, constant, seed) for seed in seeds.split(",")]
+            constant.write_text(
+                json.dumps([{"image_id": image["imgid"], "caption": caption} for image in val])
+            )
+            options = [
+                "--dataset",
+                "karpathy",
+                "--root",
+                str(real / "flickr8k"),
+                "--annotations",
+                str(dataset),
+                "--features",
+                str(features),
+            ]
+            runs = [
+                measure(work / f"run_{size}_{count}_{seed}", options, constant, seed)
+                for seed in seeds.split(",")
+            ]
             rows.append(row(size, count, runs))
             click.echo(rows[-1], err=True)
     click.echo(json.dumps(header()))
-    click.echo("| photographs x captions | minutes | steps | dev CIDEr | val CIDEr | constant | difference, 95 % |")
+    click.echo(
+        "| photographs x captions | minutes | steps | dev CIDEr | val CIDEr | constant | "
+        "difference, 95 % |"
+    )
     click.echo("|---|---|---|---|---|---|---|")
     for line in rows:
         click.echo(line)
@@ -65,7 +104,9 @@ def main(real: Path, features: Path, work: Path, sizes: str, captions: str, seed
 
 def best_constant(images: list[dict[str, Any]]) -> str:
     """The caption with the highest mean CIDEr over the images' own references."""
-    captions = {image["imgid"]: [sentence["raw"] for sentence in image["sentences"]] for image in images}
+    captions = {
+        image["imgid"]: [sentence["raw"] for sentence in image["sentences"]] for image in images
+    }
     references, ids = References(captions), list(captions)
     texts = sorted({text for group in captions.values() for text in group})
     means = [cider(references, ids, [words] * len(ids)).mean() for words in map(tokenize, texts)]
@@ -73,40 +114,75 @@ def best_constant(images: list[dict[str, Any]]) -> str:
 
 
 def measure(run: Path, options: list[str], constant: Path, seed: str) -> dict[str, Any]:
-    """Figures of one run: trained, scored and compared in processes of their own, as a user would."""
+    """Figures of one run: trained, scored and compared in processes of their own, as a user
+    would.
+    """
     kept = run.with_suffix(".json")
     if kept.exists():
         return json.loads(kept.read_text())
     start = time.monotonic()
-    command("train", *options, "--seed", seed, "--out", str(run), *(["--resume"] if run.exists() else []))
+    command(
+        "train",
+        *options,
+        "--seed",
+        seed,
+        "--out",
+        str(run),
+        *(["--resume"] if run.exists() else []),
+    )
     minutes = (time.monotonic() - start) / 60
-    command("evaluate", *options, "--checkpoint", str(run), "--split", "val", "--against", str(constant),
-            "--out", str(run / "val.json"))  # fmt: skip
+    command(
+        "evaluate",
+        *options,
+        "--checkpoint",
+        str(run),
+        "--split",
+        "val",
+        "--against",
+        str(constant),
+        "--out",
+        str(run / "val.json"),
+    )
     scores = json.loads((run / "val.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "dev" in line]
     best = max(lines, key=lambda line: (line["dev"]["CIDEr"], -line["dev"]["loss"]))
     against = scores["against"]
-    figures = {"minutes": minutes, "steps": lines[-1]["step"], "dev": best["dev"]["CIDEr"],
-               "val": scores["scores"]["CIDEr"], "constant": against["scores"]["CIDEr"],
-               "interval": against["differences"]["CIDEr"]["interval"]}  # fmt: skip
+    figures = {
+        "minutes": minutes,
+        "steps": lines[-1]["step"],
+        "dev": best["dev"]["CIDEr"],
+        "val": scores["scores"]["CIDEr"],
+        "constant": against["scores"]["CIDEr"],
+        "interval": against["differences"]["CIDEr"]["interval"],
+    }
     kept.write_text(json.dumps(figures))
     return figures
 
 
 def command(stage: str, *options: str) -> None:
-    subprocess.run([sys.executable, "-m", f"pipeline.{stage}", *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", f"pipeline.{stage}", *options], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def row(size: int, count: int, runs: list[dict[str, Any]]) -> str:
     """A line of the table: minutes and steps are medians, scores stand for each seed."""
+
     def each(name: str) -> str:
         return ", ".join(f"{run[name]:.3f}" for run in runs)
 
     differences = ", ".join("{:+.3f} to {:+.3f}".format(*run["interval"]) for run in runs)
     minutes, steps = (statistics.median(run[name] for run in runs) for name in ("minutes", "steps"))
-    cells = [f"{size} x {count}", f"{minutes:.1f}", f"{steps:,.0f}", each("dev"), each("val"), f"{runs[0]['constant']:.3f}",
-             differences]  # fmt: skip
+    cells = [
+        f"{size} x {count}",
+        f"{minutes:.1f}",
+        f"{steps:,.0f}",
+        each("dev"),
+        each("val"),
+        f"{runs[0]['constant']:.3f}",
+        differences,
+    ]
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,9 +1,12 @@
-"""Minutes of training until CIDEr on dev reaches a score: the shortest way known, a figure to be beaten.
+"""Minutes of training until CIDEr on dev reaches a score: the shortest way known, a figure to be
+beaten.
 
-    python -m benchmarks.time_to_score --features cache/f8k [--json FILE] [-- options of pipeline.train]
+    python -m benchmarks.time_to_score --features cache/f8k [--json FILE] [-- options of
+    pipeline.train]
 
-Trains Flickr8k by RECIPE as a user would, in a process of its own, and looks at metrics.jsonl while it goes; the clock runs
-from the command's start to the end of the validation that first reaches the score. Options after -- are added to the recipe.
+Trains Flickr8k by RECIPE as a user would, in a process of its own, and looks at metrics.jsonl while
+it goes; the clock runs from the command's start to the end of the validation that first reaches the
+score. Options after -- are added to the recipe.
 """
 
 from __future__ import annotations
@@ -20,50 +23,117 @@ import click
 from benchmarks.measure import header, report
 from pipeline.cli import UserError
 
-RECIPE = ("--preset", "small", "--epochs", "4", "--dropout", "0.1", "--lr", "0.0006", "--ema", "0.99")
+RECIPE = (
+    "--preset",
+    "small",
+    "--epochs",
+    "4",
+    "--dropout",
+    "0.1",
+    "--lr",
+    "0.0006",
+    "--ema",
+    "0.99",
+)
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
-              default="../shared/real", help="folder of Flickr8k")  # fmt: skip
-@click.option("--features", type=click.Path(exists=True, path_type=Path), default="cache/f8k", help="its cache")
+@click.option(
+    "--real",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of Flickr8k",
+)
+@click.option(
+    "--features",
+    type=click.Path(exists=True, path_type=Path),
+    default="cache/f8k",
+    help="its cache",
+)
 @click.option("--target", default=0.45, help="CIDEr on dev")
 @click.option("--processes", default=1, help="started by torchrun where more than one")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
 @click.argument("more", nargs=-1)
-def main(real: Path, features: Path, target: float, processes: int, out: Path | None, more: tuple[str, ...]) -> None:
+def main(
+    real: Path,
+    features: Path,
+    target: float,
+    processes: int,
+    out: Path | None,
+    more: tuple[str, ...],
+) -> None:
     """Train until CIDEr on dev is at least the target, and say how long that took."""
     launcher = ["-m", "pipeline.train"]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *launcher,
+        ]
     options = [*RECIPE, *more]
     with tempfile.TemporaryDirectory() as folder:
         run, start = Path(folder) / "run", time.monotonic()
-        command = [sys.executable, *launcher, "--dataset", "karpathy", "--root", str(real / "flickr8k"),
-                   "--features", str(features), "--out", str(run), *options]  # fmt: skip
+        command = [
+            sys.executable,
+            *launcher,
+            "--dataset",
+            "karpathy",
+            "--root",
+            str(real / "flickr8k"),
+            "--features",
+            str(features),
+            "--out",
+            str(run),
+            *options,
+        ]
         process = subprocess.Popen(command)
         try:
-            line, seconds = wait_for(run / "metrics.jsonl", target, process), time.monotonic() - start
+            line, seconds = (
+                wait_for(run / "metrics.jsonl", target, process),
+                time.monotonic() - start,
+            )
         finally:
             process.terminate()
             process.wait()
-    report(header() | {"minutes": seconds / 60, "CIDEr on dev": line["dev"]["CIDEr"], "target": target, "epoch": line["epoch"],
-                       "step": line["step"], "captions/s": line["train"]["captions_per_s"], "processes": processes,
-                       "options": " ".join(options)}, out)  # fmt: skip
+    report(
+        header()
+        | {
+            "minutes": seconds / 60,
+            "CIDEr on dev": line["dev"]["CIDEr"],
+            "target": target,
+            "epoch": line["epoch"],
+            "step": line["step"],
+            "captions/s": line["train"]["captions_per_s"],
+            "processes": processes,
+            "options": " ".join(options),
+        },
+        out,
+    )
 
 
 def wait_for(path: Path, target: float, process: subprocess.Popen) -> dict:
-    """The first line of metrics.jsonl whose CIDEr reaches the target; UserError where the run ends before it."""
+    """The first line of metrics.jsonl whose CIDEr reaches the target; UserError where the run ends
+    before it.
+    """
     best = 0.0
     while True:
         ended = process.poll() is not None
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         for line in lines:
             best = max(best, line.get("dev", {}).get("CIDEr", 0.0))
             if best >= target:
                 return line
         if ended:
-            raise UserError(f"the run ended with exit code {process.returncode} and CIDEr {best:.3f} on dev, below {target}")
+            raise UserError(
+                f"the run ended with exit code {process.returncode} and CIDEr {best:.3f} on "
+                f"dev, below {target}"
+            )
         time.sleep(0.1)
 
 

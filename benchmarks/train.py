@@ -1,12 +1,15 @@
-"""A training step of our decoder against its plain twin, Hugging Face's GPT-2 and the limit of the machine's products.
+"""A training step of our decoder against its plain twin, Hugging Face's GPT-2 and the limit of the
+machine's products.
 
     python -m benchmarks.train [--json FILE]
 
-50 images of 49x2048 features with five captions of Flickr8k's lengths each, random words of 10,000; loss, gradient and AdamW.
-Ours and the twin encode the images; Hugging Face is given encoded regions, repeated for each caption, and has no encoder. All
-take turns in one process; figures are medians, ratios medians of the rounds' ratios. `of_limit` is the share of the best
-product's operations a second that went into operations that training needs: padding and repeated images do not count. Ours and
-the twin run in bf16 where the machine computes in it; else all is in fp32, with 10 images, and the report says so.
+50 images of 49x2048 features with five captions of Flickr8k's lengths each, random words of 10,000;
+loss, gradient and AdamW. Ours and the twin encode the images; Hugging Face is given encoded
+regions, repeated for each caption, and has no encoder. All take turns in one process; figures are
+medians, ratios medians of the rounds' ratios. `of_limit` is the share of the best product's
+operations a second that went into operations that training needs: padding and repeated images do
+not count. Ours and the twin run in bf16 where the machine computes in it; else all is in fp32, with
+10 images, and the report says so.
 """
 
 from __future__ import annotations
@@ -40,28 +43,54 @@ from pipeline.runtime import Machine, open_machine
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--real", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="ONCEOVER_REAL",
-              default="../shared/real", help="folder of Flickr8k's captions")  # fmt: skip
-@click.option("--images", type=int, help="images a step, five captions each  [50; 10 where all is in fp32]")
+@click.option(
+    "--real",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of Flickr8k's captions",
+)
+@click.option(
+    "--images", type=int, help="images a step, five captions each  [50; 10 where all is in fp32]"
+)
 @click.option("--rounds", type=int, help="[7; 3 where all is in fp32]")
 @click.option("--device", default="auto")
 @click.option("--compile", "compiled", is_flag=True, help="ours by torch.compile")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
-def main(real: Path, images: int | None, rounds: int | None, device: str, compiled: bool, out: Path | None) -> None:
+def main(
+    real: Path,
+    images: int | None,
+    rounds: int | None,
+    device: str,
+    compiled: bool,
+    out: Path | None,
+) -> None:
     """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
     machine = open_machine(device)
-    images, rounds = images or (50 if machine.precision == "bf16" else 10), rounds or (7 if machine.precision == "bf16" else 3)
+    images, rounds = (
+        images or (50 if machine.precision == "bf16" else 10),
+        rounds or (7 if machine.precision == "bf16" else 3),
+    )
     tokens = flickr8k_tokens(real, images)
-    figures = header() | {"machine": str(machine), "torch": torch.__version__, "images": images,
-                          "mean words": ((tokens != PAD).sum() / tokens[:, :, 0].numel() - 2).item(),
-                          "longest": tokens.shape[2] - 2, **why_fp32(machine)}  # fmt: skip
+    figures = header() | {
+        "machine": str(machine),
+        "torch": torch.__version__,
+        "images": images,
+        "mean words": ((tokens != PAD).sum() / tokens[:, :, 0].numel() - 2).item(),
+        "longest": tokens.shape[2] - 2,
+        **why_fp32(machine),
+    }
     for dropout in (0.0, 0.1):
         found = measure(tokens, dropout, rounds, machine, compiled)
-        figures |= {f"{name}{' (dropout 0.1)' if dropout else ''}": value for name, value in found.items()}
+        figures |= {
+            f"{name}{' (dropout 0.1)' if dropout else ''}": value for name, value in found.items()
+        }
     report(figures, out)
 
 
-def measure(tokens: torch.Tensor, dropout: float, rounds: int, machine: Machine, compiled: bool) -> dict[str, object]:
+def measure(
+    tokens: torch.Tensor, dropout: float, rounds: int, machine: Machine, compiled: bool
+) -> dict[str, object]:
     device = machine.device
     images, captions = tokens.shape[0], tokens[:, :, 0].numel()
     there = random_regions(images)
@@ -81,17 +110,33 @@ def measure(tokens: torch.Tensor, dropout: float, rounds: int, machine: Machine,
     }
     for precision, peer in peers.items():
         their_loss = functools.partial(hugging_face_loss, peer, encoded, on_device)
-        works[f"hf_{precision}"] = training_step(peer, their_loss, replace(machine, precision=precision))
+        works[f"hf_{precision}"] = training_step(
+            peer, their_loss, replace(machine, precision=precision)
+        )
     seconds = in_turn(works, rounds, waiter(device))
-    words = (tokens != PAD).sum().item() - captions  # rows of the decoder: all but each caption's last token
-    operations = 3 * (images * encoder_operations(captioner.config)
-                      + words * decoder_operations(captioner.config, words / captions / 2))  # fmt: skip
+    words = (
+        tokens != PAD
+    ).sum().item() - captions  # rows of the decoder: all but each caption's last token
+    operations = 3 * (
+        images * encoder_operations(captioner.config)
+        + words * decoder_operations(captioner.config, words / captions / 2)
+    )
     best = limit([(3000, 512, 2048), (3000, 512, WORDS), (4096, 4096, 4096)], machine)
-    figures: dict[str, object] = {f"{name}, captions/s": median_rate(captions, found) for name, found in seconds.items()}
-    figures |= {f"ratio_{name}": ratio(found, seconds["ours"]) for name, found in seconds.items() if name != "ours"}
+    figures: dict[str, object] = {
+        f"{name}, captions/s": median_rate(captions, found) for name, found in seconds.items()
+    }
+    figures |= {
+        f"ratio_{name}": ratio(found, seconds["ours"])
+        for name, found in seconds.items()
+        if name != "ours"
+    }
     rate = median_rate(1, seconds["ours"]) * operations
-    return figures | {"operations a step, GFLOP": operations / 1e9, "operations a second, GFLOP/s": rate / 1e9,
-                      "limit, GFLOP/s": best / 1e9, "of_limit": rate / best}  # fmt: skip
+    return figures | {
+        "operations a step, GFLOP": operations / 1e9,
+        "operations a second, GFLOP/s": rate / 1e9,
+        "limit, GFLOP/s": best / 1e9,
+        "of_limit": rate / best,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Files in, arrays out: sources of photographs and captions, the vocabulary, the feature cache. No model, no device."""
+"""Files in, arrays out: sources of photographs and captions, the vocabulary, the feature cache.
+
+No model, no device.
+"""
 
 
 class DataError(ValueError):

@@ -23,11 +23,13 @@ from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 @dataclass
 class Batch:
-    """features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64, image_ids (B of them).
+    """features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64,
+    image_ids (B of them).
 
-    A text of `tokens` is its prompt, <bos>, its target and <eos> (none where the target was cut at the length limit);
-    <pad> fills T, and whole texts where an image has fewer than K. Only tokens after <bos> count in the loss.
-    `counted` is False where a process has no image of a step and takes another's, whose loss is not to count.
+    A text of `tokens` is its prompt, <bos>, its target and <eos> (none where the target was cut at
+    the length limit); <pad> fills T, and whole texts where an image has fewer than K. Only tokens
+    after <bos> count in the loss. `counted` is False where a process has no image of a step and
+    takes another's, whose loss is not to count.
     """
 
     features: Tensor
@@ -50,7 +52,11 @@ class Batch:
         if not self.counted:
             return 0
         after_first = int((self.tokens[:, :, 1:] != PAD).sum())
-        return after_first if self.prompt_lengths is None else after_first - int(self.prompt_lengths.sum())
+        return (
+            after_first
+            if self.prompt_lengths is None
+            else after_first - int(self.prompt_lengths.sum())
+        )
 
     @property
     def texts(self) -> int:
@@ -60,18 +66,27 @@ class Batch:
         """The same images in at most `parts` batches of about one size."""
         size = -(-len(self.image_ids) // parts)
         cut = [part.split(size) for part in (self.features, self.boxes, self.counts, self.tokens)]
-        return [Batch(*four, ids, self.counted) for *four, ids in zip(*cut, iterate(self.image_ids, size), strict=True)]
+        return [
+            Batch(*four, ids, self.counted)
+            for *four, ids in zip(*cut, iterate(self.image_ids, size), strict=True)
+        ]
 
     def to(self, device: torch.device) -> Batch:
-        """The regions on a device; tokens stay, since where words stand is found out without keeping a device waiting."""
-        moved = [part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)]
+        """The regions on a device; tokens stay, since where words stand is found out without
+        keeping a device waiting.
+        """
+        moved = [
+            part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
+        ]
         return Batch(*moved, self.tokens, self.image_ids, self.counted)
 
 
 class ImageTexts:
-    """The images of one split with the texts to learn of them, ready to be drawn in batches from a cache.
+    """The images of one split with the texts to learn of them, ready to be drawn in batches from a
+    cache.
 
-    images: of the examples, in their order, without those that the cache lists as unreadable (`left_out` of them).
+    images: of the examples, in their order, without those that the cache lists as unreadable
+        (`left_out` of them).
     image_ids: the same by id; None for an example without an image.
     tokens, prompts: by image and text, the words of the target and of the prompt.
     """
@@ -85,21 +100,28 @@ class ImageTexts:
         segment: str = "words",
         holds_mirrored: Callable[[Sequence[str]], bool] = lambda words: True,
     ) -> None:
-        """images: by id, of the whole source. holds_mirrored: whether a text holds of the mirrored image too.
+        """images: by id, of the whole source. holds_mirrored: whether a text holds of the mirrored
+        image too.
 
         Raises DataError for an image without a row, and for targets without a word.
         """
         self.cache, self.segment, self.holds_mirrored = cache, segment, holds_mirrored
         ids = dict.fromkeys(example.image_id for example in examples)
-        self.images, self.left_out = cache.select(images[image_id] for image_id in ids if image_id is not None)
+        self.images, self.left_out = cache.select(
+            images[image_id] for image_id in ids if image_id is not None
+        )
         rows = {image.id for image in self.images}
         self.examples = [e for e in examples if e.image_id is None or e.image_id in rows]
         if not self.examples:
-            raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
+            raise DataError(
+                f"split {split!r} has no image with features in {cache.path}: all are unreadable"
+            )
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
         groups: dict[object, list[Example]] = {}
         for number, example in enumerate(self.examples):
-            groups.setdefault((number,) if example.image_id is None else example.image_id, []).append(example)
+            groups.setdefault(
+                (number,) if example.image_id is None else example.image_id, []
+            ).append(example)
         self.image_ids = [group[0].image_id for group in groups.values()]
         self.tokens: list[list[list[str]]] = []
         self.prompts: list[list[list[str]]] = []
@@ -117,7 +139,11 @@ class ImageTexts:
 
     @staticmethod
     def _refuse_empty(example: Example, images: Mapping[int, Image]) -> None:
-        name = f"image {example.image_id} ({images[example.image_id].name})" if example.image_id in images else str(example.id)
+        name = (
+            f"image {example.image_id} ({images[example.image_id].name})"
+            if example.image_id in images
+            else str(example.id)
+        )
         if not example.targets:
             raise DataError(f"{name} has no caption or other target")
         raise DataError(f"the captions of {name} hold no word: {example.targets[0]!r}")
@@ -129,7 +155,9 @@ class ImageTexts:
     def texts(self) -> int:
         return sum(map(len, self.tokens))
 
-    def encode(self, vocabulary: Vocabulary, max_length: int, max_prompt: int = 0) -> list[list[list[int]]]:
+    def encode(
+        self, vocabulary: Vocabulary, max_length: int, max_prompt: int = 0
+    ) -> list[list[list[int]]]:
         """Ids by image and text: the prompt, <bos>, the target, <eos>.
 
         A longer prompt loses its first tokens, a longer target its last ones and its <eos>.
@@ -141,24 +169,33 @@ class ImageTexts:
                 read = vocabulary.encode(prompt)
                 target = vocabulary.encode(words)
                 end = [EOS] if len(target) <= max_length else []
-                texts.append([*read[max(0, len(read) - max_prompt) :], BOS, *target[:max_length], *end])
+                texts.append(
+                    [*read[max(0, len(read) - max_prompt) :], BOS, *target[:max_length], *end]
+                )
             found.append(texts)
         return found
 
     def keep_on(self, device: torch.device, views: int = 0) -> None:
-        """Keep the features of all images, as they are and in the first `views` views, on a device."""
+        """Keep the features of all images, as they are and in the first `views` views, on a
+        device.
+        """
         ids = [image.id for image in self.images]
-        kept = torch.empty((1 + views) * len(ids), *self.cache.shape, dtype=torch.float16, device=device)
+        kept = torch.empty(
+            (1 + views) * len(ids), *self.cache.shape, dtype=torch.float16, device=device
+        )
         for view in range(1 + views):
             for start in range(0, len(ids), 1000):
                 some, at = ids[start : start + 1000], view * len(ids) + start
-                kept[at : at + len(some)] = torch.from_numpy(self.cache.rows(some, views=[view] * len(some)).features)
+                kept[at : at + len(some)] = torch.from_numpy(
+                    self.cache.rows(some, views=[view] * len(some)).features
+                )
         self.on_device = kept, {image_id: row for row, image_id in enumerate(ids)}
 
     def features(
         self, image_ids: Sequence[int | None], views: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """features [B,R,C] float16 where they are kept, boxes [B,R,4], counts [B] int64; `views` as in `FeatureCache.rows`.
+        """features [B,R,C] float16 where they are kept, boxes [B,R,4], counts [B] int64; `views` as
+        in `FeatureCache.rows`.
 
         A text without an image (None) has 0 regions.
         """
@@ -171,15 +208,29 @@ class ImageTexts:
             kept, row_of = self.on_device
             rows = self.cache.rows(image_ids, tables_only=True, views=views)
             images = len(self.images)
-            at = [row_of[i] + view * images for i, view in zip(image_ids, views or [0] * len(image_ids), strict=True)]
+            at = [
+                row_of[i] + view * images
+                for i, view in zip(image_ids, views or [0] * len(image_ids), strict=True)
+            ]
             features = kept[torch.tensor(at).to(kept.device)]
-        return features, torch.from_numpy(rows.boxes), torch.from_numpy(rows.counts.astype(np.int64))
+        return (
+            features,
+            torch.from_numpy(rows.boxes),
+            torch.from_numpy(rows.counts.astype(np.int64)),
+        )
 
-    def _features_of_some(self, image_ids: Sequence[int | None], views: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _features_of_some(
+        self, image_ids: Sequence[int | None], views: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         place = [at for at, image_id in enumerate(image_ids) if image_id is not None]
         some = [image_id for image_id in image_ids if image_id is not None]
         parts = self.features(some, None if views is None else [views[at] for at in place])
-        return tuple(part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, torch.tensor(place, dtype=torch.int64).to(part.device), part) for part in parts)
+        return tuple(
+            part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(
+                0, torch.tensor(place, dtype=torch.int64).to(part.device), part
+            )
+            for part in parts
+        )
 
     def batches(
         self,
@@ -195,23 +246,36 @@ class ImageTexts:
         """All images once in batches of `size` images, shuffled by `generator` (None: in order).
 
         ids: what `encode` gives.
-        views: each image as it is or in one of the cache's views, as likely one as the other; a mirrored photograph goes
-            without the texts that do not hold of it, and is not drawn where those are all.
+        views: each image as it is or in one of the cache's views, as likely one as the other; a
+            mirrored photograph goes without the texts that do not hold of it, and is not drawn
+            where those are all.
         whole: an image some of whose texts would be left out is drawn as it is.
-        skip: leave out the first batches. rank, world: of each batch give only the part of one process of several.
+        skip: leave out the first batches. rank, world: of each batch give only the part of one
+            process of several.
         """
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
-        drawn = generator.integers(1 + len(self.cache.views), size=len(self)) if views else np.zeros(len(self), int)
+        drawn = (
+            generator.integers(1 + len(self.cache.views), size=len(self))
+            if views
+            else np.zeros(len(self), int)
+        )
         if views:
             least = [len(texts) if whole else 1 for texts in self.tokens]
-            drawn = drawn * [len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)]
+            drawn = drawn * [
+                len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)
+            ]
         drawn = drawn.tolist()
         for chosen in list(iterate(order.tolist(), size))[skip:]:
             mine = chosen[rank::world]
             counted, mine = bool(mine), mine or chosen[:1]
             image_ids, seen = [self.image_ids[i] for i in mine], [drawn[i] for i in mine]
-            texts = [[ids[i][k] for k in self.mirrored[i]] if view else ids[i] for i, view in zip(mine, seen, strict=True)]
-            yield Batch(*self.features(image_ids, seen if views else None), pad(texts), image_ids, counted)
+            texts = [
+                [ids[i][k] for k in self.mirrored[i]] if view else ids[i]
+                for i, view in zip(mine, seen, strict=True)
+            ]
+            yield Batch(
+                *self.features(image_ids, seen if views else None), pad(texts), image_ids, counted
+            )
 
     @functools.cached_property
     def mirrored(self) -> list[list[int]]:

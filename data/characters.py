@@ -1,10 +1,11 @@
 """The characters outside ASCII as coco-caption's tokenizer classifies them.
 
-Java's tokenizer has its own table of characters. It is the table of Unicode 6.3 for letters and digits, and a hand-made
-list for combining marks and symbols: the marks of Vietnamese, Arabic, Hebrew or Hindi belong to a word, those of Burmese,
-Khmer or Sinhala do not. Python's `unicodedata` can give neither, and it changes with Python's version, so the table
-stands here. Every kind has an example character. `classify` replaces each character with the example of its kind, so
-that a rule that names the example holds for the whole kind, and positions stay the same.
+Java's tokenizer has its own table of characters. It is the table of Unicode 6.3 for letters and
+digits, and a hand-made list for combining marks and symbols: the marks of Vietnamese, Arabic,
+Hebrew or Hindi belong to a word, those of Burmese, Khmer or Sinhala do not. Python's `unicodedata`
+can give neither, and it changes with Python's version, so the table stands here. Every kind has an
+example character. `classify` replaces each character with the example of its kind, so that a rule
+that names the example holds for the whole kind, and positions stay the same.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ a1 a6-a9 ac ae-b1 b4 b6-b8 bf d7 f7 37e 387 589 5be 5c0 5c3 5c6 5f3-5f4 600-603 
 213a-213b 2140-2144 214a-214d 214f 2190-2bff 3002 3012 30fb ff01-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff65"""
 
 LETTER, MARK, DIGIT, SYMBOL, SPACE, DROPPED = "é", "\u0301", "\u0661", "©", "\u2003", "\0"
-# A character that is in no table and is not named by a rule is DROPPED, and ends the word before it.
+# A character that is in no table and is not named by a rule is DROPPED, and ends the word before
+# it.
 KINDS = {
     LETTER: LETTERS,
     MARK: MARKS,
@@ -92,9 +94,13 @@ class _Classes(dict[int, str]):
     """The example of each code point's kind; filled as characters are met."""
 
     def __init__(self) -> None:
-        super().__init__((code, chr(code)) for code in range(128) if chr(code).isprintable() or chr(code) == "\t")
+        super().__init__(
+            (code, chr(code)) for code in range(128) if chr(code).isprintable() or chr(code) == "\t"
+        )
         self.update((ord(sign), sign) for sign in NAMED)
-        ends = ((text.split("-"), example) for example, table in KINDS.items() for text in table.split())
+        ends = (
+            (text.split("-"), example) for example, table in KINDS.items() for text in table.split()
+        )
         ranges = sorted((int(text[0], 16), int(text[-1], 16), example) for text, example in ends)
         self.firsts, self.lasts, self.examples = zip(*ranges, strict=True)
 

@@ -17,10 +17,20 @@ with contextlib.suppress(ImportError):  # the extra [heic]
 
 def _readable_suffixes() -> frozenset[str]:
     """The suffixes of formats that Pillow decodes by itself."""
-    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # recognised only, or given to another program
+    no_decoder = {
+        "BUFR",
+        "EPS",
+        "GRIB",
+        "HDF5",
+        "MPEG",
+        "PDF",
+        "WMF",
+    }  # recognised only, or given to another program
     registered = PillowImage.registered_extensions()
     return frozenset(
-        suffix for suffix, kind in registered.items() if kind == "MPO" or (kind in PillowImage.OPEN and kind not in no_decoder)
+        suffix
+        for suffix, kind in registered.items()
+        if kind == "MPO" or (kind in PillowImage.OPEN and kind not in no_decoder)
     )
 
 

@@ -1,9 +1,11 @@
-"""Photographs from disk to pixels: any file Pillow reads becomes upright RGB of the backbone's size.
+"""Photographs from disk to pixels: any file Pillow reads becomes upright RGB of the backbone's
+size.
 
-Pillow decodes (JPEGs of more than twice the size that is needed at a reduced scale, as its thumbnails are), torch's uint8
-kernel resizes: within one step of 255 of Pillow's own, five times as fast. Threads do both side by side: neither holds the
-interpreter. What is transparent shows white; greyscale of more than 8 bits is scaled to 8. The decode path recorded in a
-cache is `DECODE_PATH`: rows made by another differ in their last digits.
+Pillow decodes (JPEGs of more than twice the size that is needed at a reduced scale, as its
+thumbnails are), torch's uint8 kernel resizes: within one step of 255 of Pillow's own, five times as
+fast. Threads do both side by side: neither holds the interpreter. What is transparent shows white;
+greyscale of more than 8 bits is scaled to 8. The decode path recorded in a cache is `DECODE_PATH`:
+rows made by another differ in their last digits.
 """
 
 from __future__ import annotations
@@ -30,13 +32,24 @@ from data.image_formats import HEIC_BRANDS, SUFFIXES
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
 GAP = 2  # a JPEG is decoded at a reduced scale that is still so many times the size needed
-FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}  # lanczos is Pillow's
+FILTERS = {
+    "nearest": "nearest-exact",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+}  # lanczos is Pillow's
 
-# Told as UnreadableImage instead; the filter is set here since one set around each photograph is not safe in threads.
+# Told as UnreadableImage instead; the filter is set here since one set around each photograph is
+# not safe in threads.
 warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken tags in files that are read all the same
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: editors keep histories of megabytes as PNG text
+warnings.filterwarnings(
+    "ignore", module=r"PIL\."
+)  # of broken tags in files that are read all the same
+warnings.filterwarnings(
+    "ignore", message="The given NumPy array is not writable"
+)  # it is only read
+PngImagePlugin.MAX_TEXT_CHUNK = (
+    PngImagePlugin.MAX_TEXT_MEMORY
+)  # 64 MB: editors keep histories of megabytes as PNG text
 
 
 class UnreadableImage(DataError):
@@ -51,9 +64,12 @@ class NotAPhotograph(DataError, TypeError):
 class Framing:
     """How a photograph becomes a backbone's input.
 
-    stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in the middle that has the
-    shape of `size`. letterbox: the whole photograph in its own shape, the rest filled with `fill` (RGB).
-    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a pixel while it is decoded.
+    stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in
+        the middle that has the
+    shape of `size`. letterbox: the whole photograph in its own shape, the rest filled with `fill`
+        (RGB).
+    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a
+        pixel while it is decoded.
     """
 
     size: tuple[int, int]
@@ -64,8 +80,9 @@ class Framing:
 
 
 class Photo(NamedTuple):
-    """pixels uint8 [3,H,W] RGB, channels last in memory; (height, width) of the upright original; and the part of it that
-    the pixels show: x0 y0 x1 y1 in 0..1 of the original, beyond that where there is filling."""
+    """pixels uint8 [3,H,W] RGB, channels last in memory; (height, width) of the upright original;
+    and the part of it that the pixels show: x0 y0 x1 y1 in 0..1 of the original, beyond that where
+    there is filling."""
 
     pixels: np.ndarray
     original: tuple[int, int]
@@ -73,13 +90,21 @@ class Photo(NamedTuple):
 
 
 Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
-TAKEN = "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or [H,W,4], or a list of these"
+TAKEN = (
+    "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or "
+    "[H,W,4], or a list of these"
+)
 
 
 def as_photographs(given: object) -> tuple[list[Photograph], bool]:
     """One photograph or several as a list, and whether it was one. Raises NotAPhotograph."""
     one = isinstance(given, Photograph | bytearray | memoryview)
-    several = not one and isinstance(given, Iterable) and not hasattr(given, "read") and not hasattr(given, "shape")
+    several = (
+        not one
+        and isinstance(given, Iterable)
+        and not hasattr(given, "read")
+        and not hasattr(given, "shape")
+    )
     photographs = list(given) if several else [given]
     for number, each in enumerate(photographs):
         if isinstance(each, bytearray | memoryview):
@@ -87,7 +112,9 @@ def as_photographs(given: object) -> tuple[list[Photograph], bool]:
             continue
         what = type(each).__name__
         if isinstance(each, np.ndarray):
-            if each.dtype == np.uint8 and (each.ndim == 2 or (each.ndim == 3 and each.shape[2] in (3, 4))):
+            if each.dtype == np.uint8 and (
+                each.ndim == 2 or (each.ndim == 3 and each.shape[2] in (3, 4))
+            ):
                 continue
             what = f"array of {each.dtype} {list(each.shape)}"
         elif isinstance(each, Photograph):
@@ -106,8 +133,8 @@ def describe(photograph: Photograph, number: int) -> str:
 
 
 def read_image(photograph: Photograph, framing: Framing) -> Photo:
-    """Decode, turn upright (EXIF) and frame one photograph: a path, the bytes of a file, a PIL image or a uint8 array [H,W],
-    [H,W,3] or [H,W,4]. Raises UnreadableImage."""
+    """Decode, turn upright (EXIF) and frame one photograph: a path, the bytes of a file, a PIL
+    image or a uint8 array [H,W], [H,W,3] or [H,W,4]. Raises UnreadableImage."""
     try:
         if isinstance(photograph, np.ndarray):
             photograph = PillowImage.fromarray(photograph)
@@ -122,12 +149,17 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         pixels = re.search(r"\d+", str(error))
         limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
         raise UnreadableImage(
-            f"more than {limit:,} pixels ({int(pixels[0]) if pixels else 0:,}); --max-pixels N raises the limit"
+            f"more than {limit:,} pixels ({int(pixels[0]) if pixels else 0:,}); --max-pixels N "
+            "raises the limit"
         ) from error
-    except Exception as error:  # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
+    # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
+    except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if "MAX_TEXT" in reason or "text chunks" in reason:
-            reason = "the text or colour profile in the PNG is of more than 64 MB; save it without metadata"
+            reason = (
+                "the text or colour profile in the PNG is of more than 64 MB; save it "
+                "without metadata"
+            )
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
@@ -139,15 +171,22 @@ def _read_file(path: os.PathLike | str, framing: Framing) -> Photo:
             before = os.fstat(file.fileno())
             photo, original = _decode(file, framing)
             after = os.stat(path)
-        if (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns):
+        if (before.st_ino, before.st_size, before.st_mtime_ns) == (
+            after.st_ino,
+            after.st_size,
+            after.st_mtime_ns,
+        ):
             return _frame(photo, original, framing)
     raise UnreadableImage("it changed while it was read")
 
 
 def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]:
-    """The upright photograph in RGB, perhaps at a reduced scale, and the (height, width) it has in full."""
+    """The upright photograph in RGB, perhaps at a reduced scale, and the (height, width) it has in
+    full.
+    """
     if framing.max_pixels and PillowImage.MAX_IMAGE_PIXELS:
-        # Pillow's limit is one for the process, so it is only raised; `_upright` holds each photograph to its own.
+        # Pillow's limit is one for the process, so it is only raised; `_upright` holds each
+        # photograph to its own.
         PillowImage.MAX_IMAGE_PIXELS = max(PillowImage.MAX_IMAGE_PIXELS, framing.max_pixels)
     try:
         opened = PillowImage.open(file)
@@ -155,7 +194,11 @@ def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]
         file.seek(0)
         head = file.read(12)
         heic = head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS and ".heic" not in SUFFIXES
-        hint = "it is HEIC, which pip install -e '.[heic]' reads" if heic else "not an image that Pillow reads"
+        hint = (
+            "it is HEIC, which pip install -e '.[heic]' reads"
+            if heic
+            else "not an image that Pillow reads"
+        )
         raise UnreadableImage(hint) from error
     with opened:
         return _upright(opened, framing)
@@ -185,8 +228,8 @@ def _upright(
 
 
 def _transparent(opened: PillowImage.Image) -> object:
-    """The value that is transparent, if an image has one, on the scale of its pixels: Pillow gives a PNG's as the file has it,
-    in 2, 4 or 16 bits, beside pixels of 8."""
+    """The value that is transparent, if an image has one, on the scale of its pixels: Pillow gives
+    a PNG's as the file has it, in 2, 4 or 16 bits, beside pixels of 8."""
     value = opened.info.get("transparency")
     tiles = getattr(opened, "tile", ())  # none once it is loaded
     if opened.format != "PNG" or not tiles:
@@ -198,7 +241,9 @@ def _transparent(opened: PillowImage.Image) -> object:
 
 
 def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
-    """A photograph of any mode as RGB: on white where it is transparent, scaled where it has more than 8 bits."""
+    """A photograph of any mode as RGB: on white where it is transparent, scaled where it has more
+    than 8 bits.
+    """
     if photo.mode.startswith("I") or photo.mode == "F":
         return _eight_bits(photo, kind).convert("RGB")
     if not photo.has_transparency_data:
@@ -212,9 +257,9 @@ def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
 def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
     """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits.
 
-    16 bits are divided by 257, or where all values are below 4096 scaled from 8, 10 or 12 bits. 32 bits, whole or real, are
-    scaled from their least to their greatest value. Those that fill a usual range stay in it: 0..1 (real) or 0..255, where
-    the greatest value is in the upper half.
+    16 bits are divided by 257, or where all values are below 4096 scaled from 8, 10 or 12 bits. 32
+    bits, whole or real, are scaled from their least to their greatest value. Those that fill a
+    usual range stay in it: 0..1 (real) or 0..255, where the greatest value is in the upper half.
     """
     values = np.asarray(photo)
     found = values.astype(np.float64)
@@ -241,13 +286,19 @@ def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing
     (height, width), pixels = framing.size, np.asarray(photo)
     h, w = pixels.shape[:2]
     if framing.resize == "stretch":
-        return Photo(_resize(pixels, framing.size, framing).transpose(2, 0, 1), original, (0.0, 0.0, 1.0, 1.0))
+        return Photo(
+            _resize(pixels, framing.size, framing).transpose(2, 0, 1),
+            original,
+            (0.0, 0.0, 1.0, 1.0),
+        )
     if framing.resize == "crop":
         scale = max(height / h, width / w)
         part_h, part_w = min(h, max(1, round(height / scale))), min(w, max(1, round(width / scale)))
         y, x = (h - part_h) // 2, (w - part_w) // 2
         found = _resize(pixels[y : y + part_h, x : x + part_w], framing.size, framing)
-        return Photo(found.transpose(2, 0, 1), original, (x / w, y / h, (x + part_w) / w, (y + part_h) / h))
+        return Photo(
+            found.transpose(2, 0, 1), original, (x / w, y / h, (x + part_w) / w, (y + part_h) / h)
+        )
     scale = min(height / h, width / w)
     inner_h, inner_w = max(1, min(height, round(h * scale))), max(1, min(width, round(w * scale)))
     y, x = (height - inner_h) // 2, (width - inner_w) // 2
@@ -296,4 +347,6 @@ class Photographs(Dataset):
 def stack(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
     """Photographs as a batch: pixels uint8 [B,3,H,W], channels last, and frames [B,4] float32."""
     pixels = np.stack([photo.pixels.transpose(1, 2, 0) for photo in photos])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([photo.frame for photo in photos])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(
+        [photo.frame for photo in photos]
+    )

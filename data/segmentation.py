@@ -1,8 +1,9 @@
-"""Captions of scripts that are written without blanks between words: Chinese, Japanese, Thai and others.
+"""Captions of scripts that are written without blanks between words: Chinese, Japanese, Thai and
+others.
 
-The scorer's tokens are what stands between blanks, so that a whole Chinese sentence is one token. With
-segment "characters" each character of such a script, with the marks that belong to it, is a token of its own;
-words of other scripts stay whole. Captions are joined again without the blanks.
+The scorer's tokens are what stands between blanks, so that a whole Chinese sentence is one token.
+With segment "characters" each character of such a script, with the marks that belong to it, is a
+token of its own; words of other scripts stay whole. Captions are joined again without the blanks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ UNSPACED = (
     "\uaa60-\uaadf\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00016ff0-\U00018cff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-WIDE_SIGNS = "\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # 。 、 「 ！
+WIDE_SIGNS = (
+    "\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # 。 、 「 ！
+)
 UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 EAST_ASIAN = re.compile(
     "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
@@ -66,12 +69,17 @@ def without_blanks(captions: Iterable[str]) -> str | None:
     scripts.
     """
     total = 0
-    found: dict[bool, list[tuple[str, list[int]]]] = {True: [], False: []}  # by whether of East Asia
+    found: dict[bool, list[tuple[str, list[int]]]] = {
+        True: [],
+        False: [],
+    }  # by whether of East Asia
     for caption in captions:
         total += 1
         if UNSPACED_RUN.search(caption):
             pieces = [sum(map(_is_character, piece)) for piece in caption.split()]
-            found[EAST_ASIAN.search(caption) is not None].append((caption, [n for n in pieces if n]))
+            found[EAST_ASIAN.search(caption) is not None].append(
+                (caption, [n for n in pieces if n])
+            )
     for east_asian, group in found.items():
         if 4 * len(group) < max(total, 1):
             continue

@@ -1,10 +1,12 @@
-"""The words of a caption, exactly as coco-caption's PTBTokenizer gives them: lower case, punctuation gone.
+"""The words of a caption, exactly as coco-caption's PTBTokenizer gives them: lower case,
+punctuation gone.
 
-coco-caption runs Stanford's PTBTokenizer (Java, `-preserveLines -lowerCase`) and drops PUNCTUATION from its answer.
-Both that and nltk's Treebank tokenizer follow the Penn Treebank; they differ in what stays whole. So what Java leaves
-whole (`u.s.`, `1 1/2`, `well-lit`, `and/or`, `r&b`, `!!!`) is taken out first, and Treebank splits the words that are
-left (`do n't`, `can not`, `dog 's`). Of several rules that hold, Java takes the longest match; WHOLE is ordered so that
-the first match is the longest. What Java knows of characters outside ASCII stands in data/characters.py.
+coco-caption runs Stanford's PTBTokenizer (Java, `-preserveLines -lowerCase`) and drops PUNCTUATION
+from its answer. Both that and nltk's Treebank tokenizer follow the Penn Treebank; they differ in
+what stays whole. So what Java leaves whole (`u.s.`, `1 1/2`, `well-lit`, `and/or`, `r&b`, `!!!`) is
+taken out first, and Treebank splits the words that are left (`do n't`, `can not`, `dog 's`). Of
+several rules that hold, Java takes the longest match; WHOLE is ordered so that the first match is
+the longest. What Java knows of characters outside ASCII stands in data/characters.py.
 """
 
 from __future__ import annotations
@@ -16,19 +18,44 @@ from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from data.characters import DIGIT, DROPPED, LETTER, MARK, SPACE, classify
 
-# What coco-caption drops. Its bracket names are in upper case, so they never meet a lower-case token: brackets stay.
+# What coco-caption drops. Its bracket names are in upper case, so they never meet a lower-case
+# token: brackets stay.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 TREEBANK = TreebankWordTokenizer()
-TAKEN = "\ue000"  # stands in Treebank's text for a token taken out; a private character: Java drops it from captions
+# stands in Treebank's text for a token taken out; a private character: Java drops it from captions
+TAKEN = "\ue000"
 
 # Java's spelling of single signs, and of quotes that stand together.
 SIGNS = {
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", '"': "''", "…": "...",
-    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&mdash;": "--", "&ndash;": "--", "&nbsp;": "",
-    "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$", "\x85": "...", "¢": "cents",
-    "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+    '"': "''",
+    "…": "...",
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": "''",
+    "&mdash;": "--",
+    "&ndash;": "--",
+    "&nbsp;": "",
+    "£": "#",
+    "€": "$",
+    "¤": "$",
+    "₠": "$",
+    "\x80": "$",
+    "\x85": "...",
+    "¢": "cents",
+    "¼": "1/4",
+    "½": "1/2",
+    "¾": "3/4",
+    "⅓": "1/3",
+    "⅔": "2/3",
     **dict.fromkeys(["---", "----", "–", "—", "―", "\x96", "\x97"], "--"),
-}  # fmt: skip
+}
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))
 QUOTES = str.maketrans({
     "‘": "`", "’": "'", "“": "``", "”": "''", "«": "``", "»": "''", "‹": "`", "›": "'", "‛": "`",
@@ -36,8 +63,9 @@ QUOTES = str.maketrans({
 })  # fmt: skip
 PLAIN_QUOTES = str.maketrans("’\x92‘\x91‛", "''```")
 
-# Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next letter), those that
-# may not, those that ask for a capital first, and those that ask for a number after.
+# Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next
+# letter), those that may not, those that ask for a capital first, and those that ask for a number
+# after.
 ENDING = """al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|blvd|bros|calif|colo?|conn|corp|cos?|ct|dak|dec|esq|est|etc|ext|
     feb|fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mon?|mont|neb|nev|nov|oct|okla|penn|plc|
     pp?t[ey]s?|rd|rt|sept?|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wisc?|wyo"""
@@ -52,17 +80,22 @@ COUNTED = "art|ca|figs?|nos?|op|pp|prop"
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
     One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\."""
 
-# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII, MARK for any
-# combining mark, `“` for any low or double quotation mark, and so on (data/characters.py).
+# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII,
+# MARK for any combining mark, `“` for any low or double quotation mark, and so on
+# (data/characters.py).
 B = rf"[a-z{LETTER}]"  # a letter
 D = rf"[0-9{DIGIT}]"  # a digit
 A = rf"[a-z{LETTER}0-9{DIGIT}]"  # what stands between hyphens: Java takes no combining mark there
 L = rf"[a-z{LETTER}{MARK}\xad]"  # a letter of a word: combining marks and soft hyphens too
-LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"  # what a word goes on with: a letter of a word or a digit
+LD = (
+    rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"  # what a word goes on with: a letter of a word or a digit
+)
 S = rf"[\s\xa0{SPACE}]"  # a blank
 Q = "['’`‘]"  # an apostrophe
 ACRONYM = r"[a-z](?:\.[a-z])+"
-STEM = "['’](?:[smd]|re|ve|ll)"  # of `it's`, `I'm`, `they're`; a plain quote may open a word instead
+STEM = (
+    "['’](?:[smd]|re|ve|ll)"  # of `it's`, `I'm`, `they're`; a plain quote may open a word instead
+)
 REST = rf"(?:{STEM}(?:(?<=’.)|(?<=’..)|(?![a-z])))"
 ELISION = rf"(?:[dol]{Q}(?={A}{A}))?"
 KEPT = r"(?:\.(?=[,;:、]))"  # a dot inside a sentence
@@ -73,7 +106,8 @@ MARKUP = rf"<(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *{VALUE})?)*\ */?)\
 PHONE = r"""(?:\(\d{2,3}\)[\ \xa0]?|(?:\+\+?)?(?:\d{2,4}[-\ \xa0])?\d{2,4}[-\ \xa0])
     \d{3,4}[-\ \xa0]?\d{3,5}"""
 URL = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
-# Java's range `,-_` leaves capitals, digits and hyphens out of a host; what is not ASCII may stand in it.
+# Java's range `,-_` leaves capitals, digits and hyphens out of a host; what is not ASCII may stand
+# in it.
 HOST = rf"""(?!(?<={S})[\xa0{SPACE}])(?:
     (?-i:[^\s"`'$!?(){{}}|,-_]+\.)+(?:com|net|org|edu)
     | www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}})"""
@@ -116,16 +150,22 @@ WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | n{Q}t(?!{B})
   | (?:d'ye|more'n)(?!{L}) | (?P<stem>{L}*){REST} | {L}+"""
 SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+
   | << | >> | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
-FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII  # ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
+FLAGS = (
+    re.VERBOSE | re.IGNORECASE | re.ASCII
+)  # ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
 # A run of letters before a blank is always a word: tried first, as most tokens are one.
-SCAN = re.compile(rf"(?P<alone>{L}+)(?=[\ \t]|$) | (?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", FLAGS)
+SCAN = re.compile(
+    rf"(?P<alone>{L}+)(?=[\ \t]|$) | (?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", FLAGS
+)
 UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # what Java drops where it stands alone
 
-# The short way. PLAIN, nine captions of ten: letters, spaces, commas, one last full stop. NEARLY, most of the rest: words
-# of two letters or more may also be joined by hyphens, or own something (`man's`). Treebank's contractions and a last
-# word that keeps its dot go the long way.
+# The short way. PLAIN, nine captions of ten: letters, spaces, commas, one last full stop. NEARLY,
+# most of the rest: words of two letters or more may also be joined by hyphens, or own something
+# (`man's`). Treebank's contractions and a last word that keeps its dot go the long way.
 PLAIN = re.compile(r"([A-Za-z,\s]*)(\.?)\s*")
-NEARLY = re.compile(r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|,(?!\S)|\s)*)(\.?)\s*")
+NEARLY = re.compile(
+    r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|,(?!\S)|\s)*)(\.?)\s*"
+)
 SPLIT = frozenset(["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
 KEEPS_DOT = re.compile(rf"{ENDING}|{TITLE}|{CAPITAL}|[a-z]", re.VERBOSE)
 
@@ -136,7 +176,12 @@ def tokenize(caption: str) -> list[str]:
         words = plain[1].lower().replace(",", " ").split()
     elif plain := NEARLY.fullmatch(caption):
         words = plain[1].lower().replace(",", " ").replace("'s", " 's").split()
-    if plain and words and SPLIT.isdisjoint(words) and not (plain[2] and KEEPS_DOT.fullmatch(words[-1])):
+    if (
+        plain
+        and words
+        and SPLIT.isdisjoint(words)
+        and not (plain[2] and KEEPS_DOT.fullmatch(words[-1]))
+    ):
         return words
     return _tokenize_any(caption)
 
@@ -161,14 +206,18 @@ def _tokenize_any(caption: str) -> list[str]:
                 token = token.replace("(", SIGNS["("]).replace(")", SIGNS[")"])
             if token[0] not in "<#" and "/" not in token and "@" not in token:  # a word or a number
                 token = token.replace("\xad", "")
-        elif match[0] in UNKNOWN:  # match[0] is what `classify` wrote, token the caption's own characters
+        elif (
+            match[0] in UNKNOWN
+        ):  # match[0] is what `classify` wrote, token the caption's own characters
             return " "
         else:
             token = SIGNS.get(token, token).translate(QUOTES)
         return keep(token)
 
     def split(word: str, stem: str | None) -> str:
-        """Leave an English word to Treebank; other words are whole but for their ending (`café's`)."""
+        """Leave an English word to Treebank; other words are whole but for their ending
+        (`café's`).
+        """
         plain = word.replace("\xad", "").translate(PLAIN_QUOTES)
         if stem:
             stem, _, ending = plain.rpartition("'")
@@ -185,11 +234,17 @@ def _tokenize_any(caption: str) -> list[str]:
 
     text = SCAN.sub(take, classify(caption))
     rest = iter(taken)
-    return [next(rest) if word == TAKEN else word for word in TREEBANK.tokenize(text) if word not in PUNCTUATION]
+    return [
+        next(rest) if word == TAKEN else word
+        for word in TREEBANK.tokenize(text)
+        if word not in PUNCTUATION
+    ]
 
 
 def _lower(token: str) -> str:
-    """Java's lower case: where Python ends a word for the final sigma (`ΟΔΟΣ-ΕΡΜΟΥ`), Java may not."""
+    """Java's lower case: where Python ends a word for the final sigma (`ΟΔΟΣ-ΕΡΜΟΥ`), Java may
+    not.
+    """
     if "Σ" not in token:
         return token.lower()
 
@@ -197,7 +252,9 @@ def _lower(token: str) -> str:
         before, after = match.string[: match.start()], match.string[match.end() :]
         return "ς" if _has_case(before) and not _has_case(after) else "σ"
 
-    return "".join(re.sub("Σ", small_sigma, part).lower() for part in re.split("([!?@/:&+=])", token))
+    return "".join(
+        re.sub("Σ", small_sigma, part).lower() for part in re.split("([!?@/:&+=])", token)
+    )
 
 
 def _has_case(text: str) -> bool:

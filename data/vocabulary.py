@@ -15,26 +15,44 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 class Vocabulary:
     """Words by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>.
 
-    segment: what its words are, as `data.segmentation` has it; captions of characters are joined without blanks.
+    segment: what its words are, as `data.segmentation` has it; captions of characters are joined
+        without blanks.
     """
 
     def __init__(self, words: Sequence[str], segment: str = "words") -> None:
         self.words, self.segment = tuple(words), segment
         if self.words[: len(SPECIALS)] != SPECIALS or len(set(self.words)) != len(self.words):
-            raise DataError(f"no vocabulary: it must begin with {' '.join(SPECIALS)} and name each word once")
-        self._ids = {word: number for number, word in enumerate(self.words) if number > UNK}  # an "<eos>" in a text is none
+            raise DataError(
+                f"no vocabulary: it must begin with {' '.join(SPECIALS)} and name each word once"
+            )
+        self._ids = {
+            word: number for number, word in enumerate(self.words) if number > UNK
+        }  # an "<eos>" in a text is none
 
     @classmethod
     def build(
         cls, captions: Iterable[Sequence[str]], min_count: int, segment: str = "words"
     ) -> Vocabulary:
-        """Words seen at least `min_count` times in tokenised captions, most frequent first, ties by alphabet."""
+        """Words seen at least `min_count` times in tokenised captions, most frequent first, ties by
+        alphabet.
+        """
         counts = Counter(word for tokens in captions for word in tokens)
-        words = sorted((word for word in counts if counts[word] >= min_count), key=lambda word: (-counts[word], word))
-        words = [word for word in words if word not in SPECIALS and word.split() == [word]]  # to CIDEr "1\xa01/2" is two
+        words = sorted(
+            (word for word in counts if counts[word] >= min_count),
+            key=lambda word: (-counts[word], word),
+        )
+        words = [
+            word for word in words if word not in SPECIALS and word.split() == [word]
+        ]  # to CIDEr "1\xa01/2" is two
         if not words:
-            seen = f"{len(counts)} different words, none {min_count} times" if counts else "no words at all"
-            raise DataError(f"the vocabulary has no words: the train captions hold {seen}; lower --min-count")
+            seen = (
+                f"{len(counts)} different words, none {min_count} times"
+                if counts
+                else "no words at all"
+            )
+            raise DataError(
+                f"the vocabulary has no words: the train captions hold {seen}; lower --min-count"
+            )
         return cls((*SPECIALS, *words), segment)
 
     def __len__(self) -> int:

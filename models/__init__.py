@@ -1,6 +1,10 @@
-"""Tensors in, tensors out: the frozen backbones, the captioner, its search and its loss. No paths, files or flags."""
+"""Tensors in, tensors out: the frozen backbones, the captioner, its search and its loss.
 
-MOST_CAPTIONS = 1000  # beams, samples or captions of an image in commands: more need minutes and gigabytes for each
+No paths, files or flags.
+"""
+
+# beams, samples or captions of an image in commands: more need minutes and gigabytes for each
+MOST_CAPTIONS = 1000
 
 
 class ModelError(ValueError):

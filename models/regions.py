@@ -1,6 +1,7 @@
 """Regions of an image: what every backbone gives and everything downstream reads.
 
-B images, R regions an image, C channels. A grid's regions are the cells of the feature map, row by row.
+B images, R regions an image, C channels. A grid's regions are the cells of the feature map, row by
+row.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 class Regions(NamedTuple):
-    """features [B,R,C] zero past counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the upright whole photograph; counts [B]."""
+    """features [B,R,C] zero past counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the upright whole
+    photograph; counts [B].
+    """
 
     features: Tensor
     boxes: Tensor
@@ -20,7 +23,9 @@ class Regions(NamedTuple):
 
 
 def grid_boxes(height: int, width: int) -> Tensor:
-    """The cells of a height x width grid over the whole photograph, row by row; [height*width,4] float32 in 0..1."""
+    """The cells of a height x width grid over the whole photograph, row by row; [height*width,4]
+    float32 in 0..1.
+    """
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x0, y0 = x.flatten() / width, y.flatten() / height
     return torch.stack([x0, y0, x0 + 1 / width, y0 + 1 / height], dim=1).float()
@@ -29,8 +34,9 @@ def grid_boxes(height: int, width: int) -> Tensor:
 def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regions:
     """Read a feature map [B,C,h,w] as regions, R = h*w.
 
-    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, beyond 0..1 where there is filling around it;
-        None: the whole photograph. A cell of nothing but filling is no region: those left stand first, zeros after.
+    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, beyond 0..1 where
+        there is filling around it; None: the whole photograph. A cell of nothing but filling is no
+        region: those left stand first, zeros after.
     """
     batch, _, height, width = feature_map.shape
     features = feature_map.flatten(2).transpose(1, 2)
@@ -39,9 +45,13 @@ def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regio
     if view_boxes is None:
         return Regions(features, boxes, counts)
     start, size = view_boxes[:, None, :2], view_boxes[:, None, 2:] - view_boxes[:, None, :2]
-    boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(0, 1)
+    boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(
+        0, 1
+    )
     there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # less is rounding, no photograph
     order = (~there).int().argsort(dim=1, stable=True)
     there = there.gather(1, order)[..., None]
-    features, boxes = (part.gather(1, order[..., None].expand_as(part)) * there for part in (features, boxes))
+    features, boxes = (
+        part.gather(1, order[..., None].expand_as(part)) * there for part in (features, boxes)
+    )
     return Regions(features, boxes, there.sum((1, 2)))

@@ -1,19 +1,23 @@
-"""The stages (`python -m pipeline.extract`, `train`, `evaluate`, `caption`, `demo`) and what they share."""
+"""The stages (`python -m pipeline.extract`, `train`, `evaluate`, `caption`, `demo`) and what they
+share.
+"""
 
 import importlib.util
 import os
 import sys
 
-# Before torch starts its threads: how long one that waits for the other spins before it sleeps, in turns of a loop. With a busy
-# neighbour on two cores spinning cost 10 times the step (an AMD EPYC) and 1.6 times (an Intel Xeon); sleeping at once (1000)
-# costs a quiet Xeon 1.6 times.
+# Before torch starts its threads: how long one that waits for the other spins before it sleeps, in
+# turns of a loop. With a busy neighbour on two cores spinning cost 10 times the step (an AMD EPYC)
+# and 1.6 times (an Intel Xeon); sleeping at once (1000) costs a quiet Xeon 1.6 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _refuse_foreign_packages() -> None:
-    """Stop where Python would take another package (or file, say data.py) for our `data` or `models`.
+    """Stop where Python would take another package (or file, say data.py) for our `data` or
+    `models`.
 
-    `python -m pipeline.STAGE` prints the message and exits with 2; an import from Python raises ImportError.
+    `python -m pipeline.STAGE` prints the message and exits with 2; an import from Python raises
+    ImportError.
     """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for name in ("data", "models"):

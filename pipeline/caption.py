@@ -24,26 +24,43 @@ from pipeline.terminal import progress, say
 class CaptionConfig(DecodingOptions):
     """Which photographs, with which checkpoint."""
 
-    photographs: tuple[Path, ...] = setting((), "photographs, and folders of them", name="PHOTO_OR_FOLDER...")
+    photographs: tuple[Path, ...] = setting(
+        (), "photographs, and folders of them", name="PHOTO_OR_FOLDER..."
+    )
     checkpoint: Path = setting(Path("runs/sample"), "folder that pipeline.train wrote")
-    out: Path | None = setting(None, "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities")
-    write_txt: bool = setting(False, "write a .txt with the caption beside each photograph that has none")
-    prefix: str = setting("", "text before each caption in a .txt, as a trigger word; with --write-txt")
+    out: Path | None = setting(
+        None,
+        "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities",
+    )
+    write_txt: bool = setting(
+        False, "write a .txt with the caption beside each photograph that has none"
+    )
+    prefix: str = setting(
+        "", "text before each caption in a .txt, as a trigger word; with --write-txt"
+    )
     batch: int = setting(16, "photographs captioned together", at_least=1, group="machine")
     limit: int | None = setting(None, "caption only the first N photographs", at_least=1)
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
     device: str = setting("auto", "where to run", choices=DEVICES, group="machine")
-    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
-    seed: int = setting(0, "of --sample (whose captions depend on --batch too)", at_least=0, group="machine")
+    precision: str = setting(
+        "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
+    )
+    seed: int = setting(
+        0, "of --sample (whose captions depend on --batch too)", at_least=0, group="machine"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.photographs:
             raise UserError("no photograph named; pass photographs or folders of them")
         if self.out and self.out.is_dir():
-            raise UserError(f"--out {self.out} is a folder; name the file, as {self.out / 'captions.json'}")
+            raise UserError(
+                f"--out {self.out} is a folder; name the file, as {self.out / 'captions.json'}"
+            )
         if self.prefix and not self.write_txt:
-            raise UserError("--prefix is put before the captions in .txt files; pass --write-txt with it")
+            raise UserError(
+                "--prefix is put before the captions in .txt files; pass --write-txt with it"
+            )
 
 
 class Photo(NamedTuple):
@@ -61,7 +78,10 @@ def main(config: CaptionConfig) -> None:
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
     records, unreadable, texts = [], [], Texts(config.prefix)
-    with by_option(), progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar:
+    with (
+        by_option(),
+        progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar,
+    ):
         for number, chosen in enumerate(iterate(photos, config.batch)):
             paths = [photo.path for photo in chosen]
             found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())
@@ -77,7 +97,10 @@ def main(config: CaptionConfig) -> None:
         texts.report()
     report(config, records, unreadable)
     if texts.failed:
-        raise UserError(f"{len(texts.failed):,} .txt could not be written: {'; '.join(texts.failed[:5])}; all else is done")
+        raise UserError(
+            f"{len(texts.failed):,} .txt could not be written: {'; '.join(texts.failed[:5])}; "
+            "all else is done"
+        )
 
 
 class Texts:
@@ -90,14 +113,22 @@ class Texts:
         self.failed: list[str] = []
 
     def write(self, photograph: Path, caption: str) -> None:
-        """Write the caption on one line. A .txt that is there stays as it is, and a failure does not end the run."""
+        """Write the caption on one line.
+
+        A .txt that is there stays as it is, and a failure does not end the run.
+        """
         path = photograph.with_suffix(".txt")
         if other := self.written.get(path):
-            self.not_written.append(f"{photograph}: its .txt would be that of {other}; rename one of the two")
+            self.not_written.append(
+                f"{photograph}: its .txt would be that of {other}; rename one of the two"
+            )
         elif os.path.lexists(path):
             self.kept += 1
         elif is_caption_list(path.name):
-            self.not_written.append(f"{photograph}: {path.name} is the name of a file of captions; rename the photograph")
+            self.not_written.append(
+                f"{photograph}: {path.name} is the name of a file of captions; rename the "
+                "photograph"
+            )
         else:
             try:
                 atomic_write_text(path, " ".join([*self.prefix, caption]) + "\n")
@@ -115,7 +146,9 @@ class Texts:
 
 
 def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
-    """Print a photograph's caption, or its captions with their log-probabilities; its record for --out."""
+    """Print a photograph's caption, or its captions with their log-probabilities; its record for
+    --out.
+    """
     record = {"file_name": photo.name, "image_id": photo.id, "caption": captions[0].text}
     if not all_of_them:
         print(f"{photo.name}: {captions[0].text}", flush=True)
@@ -126,24 +159,34 @@ def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
 
 
 def find_photographs(places: Sequence[Path]) -> list[Photo]:
-    """Photographs by name and id as a cache of the same folder has them; UserError for an id that comes twice."""
+    """Photographs by name and id as a cache of the same folder has them; UserError for an id that
+    comes twice.
+    """
     photos: dict[int, Photo] = {}
     for place in places:
         if not (place.is_file() or place.is_dir()):
-            raise UserError(f"{place} is neither a file nor a folder; pass photographs or folders of them")
-        names, folder = [check_name(place.name, str(place.parent))] if place.is_file() else [], place.parent
+            raise UserError(
+                f"{place} is neither a file nor a folder; pass photographs or folders of them"
+            )
+        names, folder = (
+            [check_name(place.name, str(place.parent))] if place.is_file() else [],
+            place.parent,
+        )
         if place.is_dir():
             files = list_files(place)
             names, folder, left_out = files.photographs, place, files.left_out()
             if not names:
-                raise UserError(f"folder {place} holds no photograph ({left_out or 'no file that is one'})")
+                raise UserError(
+                    f"folder {place} holds no photograph ({left_out or 'no file that is one'})"
+                )
             if left_out:
                 say(left_out)
         for name in names:
             photo = Photo(folder / name, name, image_id(name))
             if photo.id in photos:
                 raise UserError(
-                    f"{photos[photo.id].path} and {photo.path} have one id, {photo.id}, since ids follow from the name "
+                    f"{photos[photo.id].path} and {photo.path} have one id, {photo.id}, since "
+                    "ids follow from the name "
                     f"{name!r}; caption them in separate runs, or pass the folder above both"
                 )
             photos[photo.id] = photo
@@ -159,7 +202,10 @@ def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) ->
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-        say(f"{len(records)} captions: {config.out}{f'; {len(unreadable)} left out' if unreadable else ''}")
+        say(
+            f"{len(records)} captions: "
+            f"{config.out}{f'; {len(unreadable)} left out' if unreadable else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""A command's configuration is one frozen dataclass; its fields make the options, their checks and the record.
+"""A command's configuration is one frozen dataclass; its fields make the options, their checks and
+the record.
 
     @dataclass(frozen=True)
     class ExtractConfig(Settings):
-        dataset: str = setting("sample", "layout of the photographs", registry=DATASETS, group="data")
+        dataset: str = setting("sample", "layout of the photographs", registry=DATASETS,
+            group="data")
         batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
 
     @command(ExtractConfig)
     def main(config: ExtractConfig) -> None: ...
 
-A setting with a `registry` names an extension (a task, a dataset, a decoder). Each entry of the registry may have
-`Options`, a dataclass of its own settings: the command takes those of the names that are chosen, by flags or by
---config, shows them under a heading of their own, and hands them over in `config.extensions`.
+A setting with a `registry` names an extension (a task, a dataset, a decoder). Each entry of the
+registry may have `Options`, a dataclass of its own settings: the command takes those of the names
+that are chosen, by flags or by --config, shows them under a heading of their own, and hands them
+over in `config.extensions`.
 
-`--config FILE` (TOML, or the config.json of an earlier run) sets any option; flags win over it. A user's mistake is
-printed as one message, without a traceback, and the command exits with 2.
+`--config FILE` (TOML, or the config.json of an earlier run) sets any option; flags win over it. A
+user's mistake is printed as one message, without a traceback, and the command exits with 2.
 """
 
 from __future__ import annotations
@@ -46,7 +49,13 @@ except ModuleNotFoundError:  # Python 3.10
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "bf16", "fp32")
 LARGEST = 2**63 - 1  # of a whole number
-KINDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {
+    str: "text",
+    Path: "a path",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 class UserError(click.ClickException):
@@ -75,15 +84,25 @@ def setting(
     name: the name of a positional argument. group: the heading of its help.
     at_least, above, at_most, below: bounds of a number.
     """
-    metadata = {"help": help, "choices": tuple(choices), "registry": registry, "name": name, "group": group,
-                "at_least": at_least, "above": above, "at_most": at_most, "below": below,
-                "may_change_on_resume": may_change_on_resume}  # fmt: skip
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "registry": registry,
+        "name": name,
+        "group": group,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "below": below,
+        "may_change_on_resume": may_change_on_resume,
+    }
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all configurations have: bounds that are checked, and the options of the chosen extensions.
+    """What all configurations have: bounds that are checked, and the options of the chosen
+    extensions.
 
     extensions: by the setting that chooses one (as "task"), the options that were given, by name.
     """
@@ -96,25 +115,38 @@ class Settings:
             for option, value in self.extensions.get(item.name, {}).items():
                 known = {each.name: each for each in options_of(item, getattr(self, item.name))}
                 if option not in known:
-                    raise UserError(f"{flag_of(item.name)} {getattr(self, item.name)} has no option {option!r}")
+                    raise UserError(
+                        f"{flag_of(item.name)} {getattr(self, item.name)} has no option {option!r}"
+                    )
                 check_bounds(known[option], value)
             if (registry := item.metadata.get("registry")) is not None:
                 if getattr(self, item.name) not in registry:
-                    raise UserError(f"{flag_of(item.name)} is {getattr(self, item.name)!r}, not one of {', '.join(registry)}")
+                    raise UserError(
+                        f"{flag_of(item.name)} is {getattr(self, item.name)!r}, not one of "
+                        f"{', '.join(registry)}"
+                    )
                 self.options(item.name)  # raises what is wrong with them
 
     def options(self, name: str) -> Any:
-        """The options of the extension that setting `name` chooses, as an instance of its `Options`; None: it has none."""
+        """The options of the extension that setting `name` chooses, as an instance of its
+        `Options`; None: it has none.
+        """
         item = next(item for item in fields(self) if item.name == name)
         kind = getattr(item.metadata["registry"][getattr(self, name)], "Options", None)
         return kind(**self.extensions.get(name, {})) if kind else None
 
     def record(self) -> dict[str, Any]:
         """All settings and the extensions' options by name, as JSON has them."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extensions"}
+        values = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name != "extensions"
+        }
         for given in self.extensions.values():
             values |= given
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
 
 
 def flag_of(name: str) -> str:
@@ -132,7 +164,9 @@ def check_bounds(item: Any, value: Any) -> None:
     """UserError unless a number is within the bounds of its field."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    at_least, above, at_most, below = (item.metadata.get(name) for name in ("at_least", "above", "at_most", "below"))
+    at_least, above, at_most, below = (
+        item.metadata.get(name) for name in ("at_least", "above", "at_most", "below")
+    )
     good = (at_least is None or value >= at_least) and (above is None or value > above)
     if good and (at_most is None or value <= at_most) and (below is None or value < below):
         return
@@ -164,14 +198,21 @@ def command(
             extensions: dict[str, dict[str, Any]] = {}
             for item in fields(config_class):
                 names = [option.name for option in options_of(item, values.get(item.name))]
-                if found := {name: given[name] for name in names if given.get(name) not in (None, ())}:
+                if found := {
+                    name: given[name] for name in names if given.get(name) not in (None, ())
+                }:
                     extensions[item.name] = found
             main(config_class(**values, **({"extensions": extensions} if extensions else {})))
 
         types_of = typing.get_type_hints(config_class)
-        own = config_class.__annotations__  # what a command shares with another stands after its own
+        own = (
+            config_class.__annotations__
+        )  # what a command shares with another stands after its own
         items = [item for item in fields(config_class) if item.name != "extensions"]
-        options = [_option(item, types_of[item.name]) for item in sorted(items, key=lambda f: f.name not in own)]
+        options = [
+            _option(item, types_of[item.name])
+            for item in sorted(items, key=lambda f: f.name not in own)
+        ]
         found = _Command(
             name=main.__module__,
             callback=call,
@@ -179,7 +220,9 @@ def command(
             help=main.__doc__,
             context_settings={"show_default": True, "max_content_width": 110},
         )
-        found.registries = {item.name: item for item in items if item.metadata.get("registry") is not None}
+        found.registries = {
+            item.name: item for item in items if item.metadata.get("registry") is not None
+        }
         found.sections = sections or {}
         return found
 
@@ -188,7 +231,9 @@ def command(
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistakes and what the system refuses, as UserError; a mistake of ours keeps its traceback."""
+    """A user's mistakes and what the system refuses, as UserError; a mistake of ours keeps its
+    traceback.
+    """
     try:
         yield
     except (DataError, ModelError) as error:
@@ -196,20 +241,34 @@ def plain_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "the system gives no more"
-        raise UserError(f"out of memory: {reason}; smaller sizes or a smaller --batch need less") from error
+        reason = (
+            str(error).strip().splitlines()[0][:200]
+            if str(error).strip()
+            else "the system gives no more"
+        )
+        raise UserError(
+            f"out of memory: {reason}; smaller sizes or a smaller --batch need less"
+        ) from error
     except OSError as error:
-        if error.errno is None or error.errno == errno.EPIPE:  # not of the system; `| head`, which click handles
+        if (
+            error.errno is None or error.errno == errno.EPIPE
+        ):  # not of the system; `| head`, which click handles
             raise
         files = [os.fsdecode(name) if isinstance(name, str | bytes) else f"file descriptor {name}"
                  for name in (error.filename, error.filename2) if name is not None]  # fmt: skip
         reason = error.strerror or os.strerror(error.errno)
-        raise UserError(f"{' to '.join(files) or 'a file or folder (the system does not say which)'}: {reason}") from error
+        raise UserError(
+            f"{' to '.join(files) or 'a file or folder (the system does not say which)'}: {reason}"
+        ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error is numpy's or torch's (on a CPU or a GPU) for arrays that are too large."""
-    return isinstance(error, MemoryError) or "alloc" in str(error) or "size calculation overflowed" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or "alloc" in str(error)
+        or "size calculation overflowed" in str(error)
+    )
 
 
 class _Command(click.Command):
@@ -221,7 +280,9 @@ class _Command(click.Command):
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        if hasattr(sys.stdout, "reconfigure"):  # a character that the terminal does not have ends nothing
+        if hasattr(
+            sys.stdout, "reconfigure"
+        ):  # a character that the terminal does not have ends nothing
             sys.stdout.reconfigure(errors="backslashreplace")
         with plain_errors():
             return super().invoke(ctx)
@@ -250,24 +311,35 @@ class _Command(click.Command):
         for name, item in self.registries.items():
             for other in item.metadata["registry"]:
                 for option in options_of(item, other):
-                    if error.option_name in (flag_of(option.name), f"--no-{flag_of(option.name)[2:]}"):
+                    if error.option_name in (
+                        flag_of(option.name),
+                        f"--no-{flag_of(option.name)[2:]}",
+                    ):
                         now = ctx.meta["extensions"].get(name, item.default)
                         raise UserError(
-                            f"{error.option_name} is an option of {flag_of(name)} {other}; {flag_of(name)} is {now} here"
+                            f"{error.option_name} is an option of {flag_of(name)} {other}; "
+                            f"{flag_of(name)} is {now} here"
                         ) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *(option for _, options in self._extension_options(ctx) for option in options)]
+        return [
+            *super().get_params(ctx),
+            *(option for _, options in self._extension_options(ctx) for option in options),
+        ]
 
     def _extension_options(self, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
-        """The options of each chosen extension that has some, with their heading; they are the same for one context."""
+        """The options of each chosen extension that has some, with their heading; they are the same
+        for one context.
+        """
         made = ctx.meta.setdefault("extension options", {})
         for name, chosen in ctx.meta.get("extensions", {}).items():
             item = self.registries[name]
             if options := options_of(item, chosen):
                 if name not in made:
                     kinds = typing.get_type_hints(item.metadata["registry"][chosen].Options)
-                    made[name] = [_extension_option(option, kinds[option.name]) for option in options]
+                    made[name] = [
+                        _extension_option(option, kinds[option.name]) for option in options
+                    ]
                 yield f"Options of {flag_of(name)} {chosen}", made[name]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -275,7 +347,9 @@ class _Command(click.Command):
         for param in self.params:
             if row := param.get_help_record(ctx):
                 heading = getattr(param, "group", "")
-                sections.setdefault(f"{heading.capitalize()} options" if heading else "Options", []).append(row)
+                sections.setdefault(
+                    f"{heading.capitalize()} options" if heading else "Options", []
+                ).append(row)
         for heading, options in self._extension_options(ctx):
             sections[heading] = [row for option in options if (row := option.get_help_record(ctx))]
         if row := self.get_help_option(ctx).get_help_record(ctx):
@@ -315,10 +389,14 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
     kind, multiple = _kind_of(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        return click.Argument([item.name], nargs=-1, type=click.Path(path_type=Path), metavar=metadata["name"])
+        return click.Argument(
+            [item.name], nargs=-1, type=click.Path(path_type=Path), metavar=metadata["name"]
+        )
     flag = flag_of(item.name)
     if kind is bool:
-        option = click.Option([f"{flag}/--no-{flag[2:]}"], default=item.default, help=metadata["help"])
+        option = click.Option(
+            [f"{flag}/--no-{flag[2:]}"], default=item.default, help=metadata["help"]
+        )
     else:
         if metadata.get("registry") is not None:
             kind = _Registered(metadata["registry"])
@@ -326,13 +404,17 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
             kind = _Choice(metadata["choices"])
         else:
             kind = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}.get(kind, kind)
-        option = click.Option([flag], type=kind, default=item.default, multiple=multiple, help=metadata["help"])
+        option = click.Option(
+            [flag], type=kind, default=item.default, multiple=multiple, help=metadata["help"]
+        )
     option.group = metadata.get("group", "")
     return option
 
 
 def _extension_option(item: Any, annotation: Any) -> click.Parameter:
-    """As `_option`, with None for what was not given: then a preset, or the extension's own default, holds."""
+    """As `_option`, with None for what was not given: then a preset, or the extension's own
+    default, holds.
+    """
     option = _option(item, annotation)
     option.default = () if option.multiple else None
     if item.default not in (None, ()):
@@ -347,13 +429,21 @@ class _Int(click.types.IntParamType):
 
 
 class _Float(click.types.FloatParamType):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         found = super().convert(value, param, ctx)
-        return found if math.isfinite(found) else self.fail(f"{value!r} is not a finite number", param, ctx)
+        return (
+            found
+            if math.isfinite(found)
+            else self.fail(f"{value!r} is not a finite number", param, ctx)
+        )
 
 
 class _Choice(click.Choice):
-    """A choice whose error names the nearest one: click lists them all, which helps less where there are many."""
+    """A choice whose error names the nearest one: click lists them all, which helps less where
+    there are many.
+    """
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         near = difflib.get_close_matches(str(value), list(self.choices), n=1)
@@ -377,8 +467,11 @@ class _Registered(click.ParamType):
 
 
 def _config_option(config_class: type) -> click.Option:
-    own = {name: _kind_of(annotation) for name, annotation in typing.get_type_hints(config_class).items()
-           if name != "extensions"}  # fmt: skip
+    own = {
+        name: _kind_of(annotation)
+        for name, annotation in typing.get_type_hints(config_class).items()
+        if name != "extensions"
+    }
 
     def load(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
@@ -399,7 +492,10 @@ def _config_option(config_class: type) -> click.Option:
                 raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
             if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
                 raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")
-        ctx.default_map = {**(ctx.default_map or {}), **{k: v for k, v in found.items() if v is not None}}
+        ctx.default_map = {
+            **(ctx.default_map or {}),
+            **{k: v for k, v in found.items() if v is not None},
+        }
 
     kind = click.Path(path_type=Path)
     text = "settings from a TOML file or an earlier run's config.json; flags win over it"
@@ -407,7 +503,9 @@ def _config_option(config_class: type) -> click.Option:
 
 
 def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
-    """Whether a setting is an option of an extension that is not chosen, with its default: an older run records all."""
+    """Whether a setting is an option of an extension that is not chosen, with its default: an older
+    run records all.
+    """
     return any(
         option.name == name and option.default == value
         for item in fields(config_class)
@@ -419,9 +517,20 @@ def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
 def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:
     """What a setting's value is in place of what it should be; "" where it is right."""
     if multiple and isinstance(value, list):
-        return next((f"a list with {wrong}" for each in value if (wrong := _what_is_wrong(each, kind, False))), "")
+        return next(
+            (
+                f"a list with {wrong}"
+                for each in value
+                if (wrong := _what_is_wrong(each, kind, False))
+            ),
+            "",
+        )
     types_of = {Path: str, float: int | float}.get(kind, kind)
-    if multiple or not isinstance(value, types_of) or (isinstance(value, bool) and kind is not bool):
+    if (
+        multiple
+        or not isinstance(value, types_of)
+        or (isinstance(value, bool) and kind is not bool)
+    ):
         names = {dict: "a table", list: "a list"}
         shown = names.get(type(value)) or f"{type(value).__name__} {str(value)[:80]!r}"
         return f"{shown}, not {'a list, each ' if multiple else ''}{KINDS[kind]}"
@@ -442,13 +551,20 @@ def _encodes(text: str) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, or of the config.json that an earlier run wrote (its `training` part)."""
+    """The settings of a TOML file, or of the config.json that an earlier run wrote (its `training`
+    part).
+    """
     if not path.is_file():
-        raise UserError(f"{path} is not a file; --config takes a TOML file or an earlier run's config.json")
+        raise UserError(
+            f"{path} is not a file; --config takes a TOML file or an earlier run's config.json"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of both languages, of the encoding, of numbers with 5,000 digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of both languages, of the encoding, of numbers with 5,000 digits
         raise UserError(f"{path} cannot be read: {error}") from error
     found = found.get("training", found) if isinstance(found, dict) else found
     if not isinstance(found, dict):

@@ -1,7 +1,9 @@
-"""The whole path on the embedded sample in a few minutes: draw, extract, train, evaluate, caption, and a figure.
+"""The whole path on the embedded sample in a few minutes: draw, extract, train, evaluate, caption,
+and a figure.
 
-`scene-true captions` is the share of held-out scenes whose caption names two objects, each with its colour, size and
-shape, and a relation between them, all true. With features shuffled between images it must fall to almost nothing.
+`scene-true captions` is the share of held-out scenes whose caption names two objects, each with its
+colour, size and shape, and a relation between them, all true. With features shuffled between images
+it must fall to almost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ SHOWN = 5
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--work", type=click.Path(path_type=Path), default=Path("."), help="folder that holds what is made")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("."),
+    help="folder that holds what is made",
+)
 def main(work: Path) -> None:
     """Draw the embedded sample, extract, train, evaluate, and caption a few held-out scenes."""
     start = time.monotonic()
@@ -51,18 +58,33 @@ def stage(command: click.Command, *arguments: str) -> None:
 
 
 def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -> None:
-    """The table of scores, the paths of what was made, the time since `start`, and the two shares of scene-true captions."""
+    """The table of scores, the paths of what was made, the time since `start`, and the two shares
+    of scene-true captions.
+    """
     scores = json.loads((run / "scores-test.json").read_text())
-    written = {line["image_id"]: line["caption"] for line in json.loads((run / "captions-test.json").read_text())}
+    written = {
+        line["image_id"]: line["caption"]
+        for line in json.loads((run / "captions-test.json").read_text())
+    }
     true = scene_true(sample, written)
     shuffled = scene_true(sample, caption_shuffled(cache, run, list(written)))
     click.echo(f"\nheld-out scenes: {len(written)}; all in {time.monotonic() - start:.0f} s")
     for name, value in scores["scores"].items():
         click.echo(f"  {name:<8} {value:.4f}")
-    for what, path in (("photographs", sample), ("features", cache), ("checkpoint", run), ("captions", captions)):
+    for what, path in (
+        ("photographs", sample),
+        ("features", cache),
+        ("checkpoint", run),
+        ("captions", captions),
+    ):
         click.echo(f"  {what}: {path}")
-    click.echo("(scene-true: two things, their sizes, colours and shapes, and where they stand to each other, all as drawn)")
-    click.echo(f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %"))
+    click.echo(
+        "(scene-true: two things, their sizes, colours and shapes, and where they stand to "
+        "each other, all as drawn)"
+    )
+    click.echo(
+        f"scene-true captions, features shuffled between images: {shuffled:.1%}".replace("%", " %")
+    )
     click.echo(f"scene-true captions: {true:.1%}".replace("%", " %"))
 
 
@@ -72,12 +94,16 @@ def scene_true(sample: Path, captions: dict[int, str]) -> float:
 
 
 def caption_shuffled(cache_path: Path, run: Path, image_ids: list[int]) -> dict[int, str]:
-    """Captions by image id, each made from the features of the next image: what a decoder that looks gets wrong."""
+    """Captions by image id, each made from the features of the next image: what a decoder that
+    looks gets wrong.
+    """
     machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
     others = [*image_ids[1:], image_ids[0]]
     captioner = checkpoint.captioner.to(machine.device)
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, {})
-    found = caption_rows(CaptionGenerator(captioner, checkpoint.vocabulary, machine, how), cache, others)
+    found = caption_rows(
+        CaptionGenerator(captioner, checkpoint.vocabulary, machine, how), cache, others
+    )
     return dict(zip(image_ids, (found[other][0].text for other in others), strict=True))
 
 

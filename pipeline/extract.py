@@ -37,29 +37,47 @@ from pipeline.terminal import Progress, human_bytes, progress, say
 class ExtractConfig(SourceOptions):
     """What to look at, with what, and where to keep it."""
 
-    split: str = setting("all", "which part", choices=("train", "dev", "val", "test", "all"), group="data")
+    split: str = setting(
+        "all", "which part", choices=("train", "dev", "val", "test", "all"), group="data"
+    )
     regions: str = setting("grid", "kind of regions", registry=REGIONS, group="model")
-    out: Path | None = setting(None, "the cache to make or go on with  [cache/DATASET]", group="output")
-    views: str = setting("none", "flip: keep the mirrored photographs too, for train to draw", choices=("none", *VIEWS),
-                         group="model")  # fmt: skip
-    allow_missing: bool = setting(False, "list photographs that the disk lacks as unreadable, and go on")
+    out: Path | None = setting(
+        None, "the cache to make or go on with  [cache/DATASET]", group="output"
+    )
+    views: str = setting(
+        "none",
+        "flip: keep the mirrored photographs too, for train to draw",
+        choices=("none", *VIEWS),
+        group="model",
+    )
+    allow_missing: bool = setting(
+        False, "list photographs that the disk lacks as unreadable, and go on"
+    )
     strict: bool = setting(False, "end at the first photograph that cannot be read")
     retry_unreadable: bool = setting(False, "try unreadable photographs again, changed or not")
     repair: bool = setting(False, "check every row first, and make bad shards again")
-    verify: Path | None = setting(None, "only check every row of this cache: exit 0, or 1 naming what is bad")
+    verify: Path | None = setting(
+        None, "only check every row of this cache: exit 0, or 1 naming what is bad"
+    )
     inspect: Path | None = setting(None, "only show what this cache holds")
     pack: Path | None = setting(None, "only write the cache --out into one HDF5 file of this name")
     batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
-    workers: int | None = setting(None, "threads (on a GPU: processes) that decode  [one a core]", at_least=0, group="machine")
+    workers: int | None = setting(
+        None, "threads (on a GPU: processes) that decode  [one a core]", at_least=0, group="machine"
+    )
     limit: int | None = setting(None, "take only the first N photographs", at_least=1, group="data")
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1, group="data")
     device: str = setting("auto", "where the backbone runs", choices=DEVICES, group="machine")
-    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
+    precision: str = setting(
+        "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
+    )
     seed: int = setting(0, "for --weights random", group="machine")
 
     @property
     def retry_all(self) -> bool:
-        """Whether unreadable photographs are tried again that have not changed: with another limit they may be readable."""
+        """Whether unreadable photographs are tried again that have not changed: with another limit
+        they may be readable.
+        """
         return self.retry_unreadable or self.max_pixels is not None
 
 
@@ -67,7 +85,8 @@ class ExtractConfig(SourceOptions):
 def main(config: ExtractConfig) -> None:
     """Run a CNN over every image once and cache its region features in HDF5.
 
-    Without options: draws the embedded sample of simple scenes and extracts it with the package's own small backbone.
+    Without options: draws the embedded sample of simple scenes and extracts it with the package's
+        own small backbone.
     """
     cache = config.out or Path("cache") / config.dataset
     if config.verify or config.inspect or config.pack:
@@ -84,17 +103,31 @@ def main(config: ExtractConfig) -> None:
     again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, recipe)
-    with Claims(cache) as claims, progress(to_do([*shards, *again], machine), "images", "extract") as bar:
-        mine = shards[machine.rank :: machine.world]  # then the others': whoever is done early helps
-        made = extract_shards([*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar)
+    with (
+        Claims(cache) as claims,
+        progress(to_do([*shards, *again], machine), "images", "extract") as bar,
+    ):
+        mine = shards[
+            machine.rank :: machine.world
+        ]  # then the others': whoever is done early helps
+        made = extract_shards(
+            [*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar
+        )
         make_the_rest(made, images, cache, claims, recipe, bar)
     finish(cache, images, bar)
 
 
 def make_the_rest(
-    made: list[Path], images: Sequence[Image], cache: Path, claims: Claims, recipe: Recipe, bar: Progress
+    made: list[Path],
+    images: Sequence[Image],
+    cache: Path,
+    claims: Claims,
+    recipe: Recipe,
+    bar: Progress,
 ) -> None:
-    """Plan again while that leads to anything: another plan may have taken a file name of this one at the same time."""
+    """Plan again while that leads to anything: another plan may have taken a file name of this one
+    at the same time.
+    """
     while made and absent(images, cache):
         made = extract_shards(plan_shards(images, cache), claims, recipe, bar)
 
@@ -120,12 +153,17 @@ def look_after(config: ExtractConfig, cache: Path) -> None:
 def open_photographs(config: ExtractConfig) -> Source:
     """The source that the options name; bare options name the embedded sample, and it is said."""
     if config.dataset == "sample" and config.root is None:
-        say(f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset folder --root PHOTOGRAPHS")
+        say(
+            f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset "
+            "folder --root PHOTOGRAPHS"
+        )
     return config.open_source()
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:
-    """Ids of `images` that the disk lacks; UserError with the count and the first five, unless they are allowed."""
+    """Ids of `images` that the disk lacks; UserError with the count and the first five, unless they
+    are allowed.
+    """
     absent = {image.id for image in source.missing}
     missing = [image for image in images if image.id in absent]
     if missing and not allowed:
@@ -133,13 +171,16 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
         first = ", ".join(image.name + there_is(disk.similar(image.name)) for image in missing[:5])
         raise UserError(
             f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: {first}"
-            f"{', ...' if len(missing) > 5 else ''}; put them there, or pass --allow-missing to go on without them"
+            f"{', ...' if len(missing) > 5 else ''}; put them there, or pass --allow-missing "
+            "to go on without them"
         )
     return {image.id for image in missing}
 
 
 def there_is(similar: Sequence[str]) -> str:
-    """The photographs, of files with `similar` names, that one that is not there may be, in brackets."""
+    """The photographs, of files with `similar` names, that one that is not there may be, in
+    brackets.
+    """
     photographs = [name for name in similar if Path(name).suffix.lower() in {*SUFFIXES, *HEIC}]
     return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
@@ -147,9 +188,20 @@ def there_is(similar: Sequence[str]) -> str:
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
     """How rows will be made, by the options."""
     backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
-    provenance = describe_versions(machine) | ({} if config.views == "none" else {"views": [config.views]})
-    return Recipe(place_backbone(backbone, machine), machine, backbone.identity(), provenance,
-                  config.batch, decoding_workers(config.workers), config.strict, frozenset(missing), config.max_pixels)  # fmt: skip
+    provenance = describe_versions(machine) | (
+        {} if config.views == "none" else {"views": [config.views]}
+    )
+    return Recipe(
+        place_backbone(backbone, machine),
+        machine,
+        backbone.identity(),
+        provenance,
+        config.batch,
+        decoding_workers(config.workers),
+        config.strict,
+        frozenset(missing),
+        config.max_pixels,
+    )
 
 
 def prepare_folder(cache: Path, recipe: Recipe) -> None:
@@ -160,7 +212,9 @@ def prepare_folder(cache: Path, recipe: Recipe) -> None:
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
-    """What is recorded beside the identity: a difference in it changes a row's last digits at most."""
+    """What is recorded beside the identity: a difference in it changes a row's last digits at
+    most.
+    """
     return {
         "precision": BF16 if machine.precision == "bf16" else machine.precision,
         "decode": DECODE_PATH,
@@ -180,20 +234,32 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     if header is None:
         return
     identity, provenance = recipe.identity, recipe.provenance
-    found = differences(identity, header[0]) + differences(provenance, header[1], ("precision", "decode", "views"))
+    found = differences(identity, header[0]) + differences(
+        provenance, header[1], ("precision", "decode", "views")
+    )
     if found:
-        raise UserError(f"{cache} was made otherwise ({'; '.join(found)}); pass another --out, or the same options")
+        raise UserError(
+            f"{cache} was made otherwise ({'; '.join(found)}); pass another --out, or the same "
+            "options"
+        )
     if other := differences(provenance, header[1]):
         say(f"warning: {cache} was begun with {'; '.join(other)}")
 
 
 def to_do(shards: Sequence[Shard], machine: Machine) -> int:
     """About how many images this process will see, others sharing the rest."""
-    return -(-sum(len(shard.images) for shard in shards if not shard.path.exists()) // machine.world)
+    return -(
+        -sum(len(shard.images) for shard in shards if not shard.path.exists()) // machine.world
+    )
 
 
 def announce(
-    cache: Path, source: Source, images: Sequence[Image], shards: Sequence[Shard], again: Sequence[Shard], recipe: Recipe
+    cache: Path,
+    source: Source,
+    images: Sequence[Image],
+    shards: Sequence[Shard],
+    again: Sequence[Shard],
+    recipe: Recipe,
 ) -> None:
     """Say what is about to be done, and refuse what cannot fit."""
     rows = sum(len(shard.images) for shard in [*shards, *again] if not shard.path.exists())
@@ -203,26 +269,46 @@ def announce(
     done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
     name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
     also = f" and as much of its view {', '.join(recipe.views)}" if recipe.views else ""
-    say(f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, {recipe.workers} decoding")
-    say(f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows to {cache}, {space}")
+    say(
+        f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, "
+        f"{recipe.workers} decoding"
+    )
+    say(
+        f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows "
+        f"to {cache}, {space}"
+    )
     if again:
-        say(f"{sum(len(shard.images) for shard in again):,} photographs that could not be read are tried again")
+        say(
+            f"{sum(len(shard.images) for shard in again):,} photographs that could not be read "
+            "are tried again"
+        )
 
 
 def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
-    """Whoever finishes last joins the shards into features.h5; then say what there is and what comes next."""
+    """Whoever finishes last joins the shards into features.h5; then say what there is and what
+    comes next.
+    """
     if left := absent(images, cache):
-        say(f"this process's part of {cache} is done; {len(left):,} images are still with others, and the last to finish joins "
-            "the shards (one that was killed leaves its shard to the next run)")  # fmt: skip
+        say(
+            f"this process's part of {cache} is done; {len(left):,} images are still with "
+            "others, and the last to finish joins "
+            "the shards (one that was killed leaves its shard to the next run)"
+        )
         return
     unreadable = write_index(cache)
     sweep(cache)
     size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))
-    speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s" if bar.done else "nothing was left to do"
+    speed = (
+        f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
+        if bar.done
+        else "nothing was left to do"
+    )
     say(f"{cache}: complete, {human_bytes(size)}; {speed}")
     if unreadable:
         have = "photograph has" if len(unreadable) == 1 else "photographs have"
-        say(f"{len(unreadable)} {have} no row, listed with reasons in {cache / 'unreadable.jsonl'}:")
+        say(
+            f"{len(unreadable)} {have} no row, listed with reasons in {cache / 'unreadable.jsonl'}:"
+        )
         for record in unreadable[:5]:
             say(f"  {record.file_name}: {record.reason}")
     say(f"next: python -m pipeline.train --features {cache} ...")

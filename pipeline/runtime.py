@@ -1,6 +1,7 @@
 """What every stage asks of the machine: device, precision, threads, rank and free disk.
 
-Precision is chosen by the hardware and said: bf16 on a GPU that has it and on CPUs with avx512_bf16 or AMX, else fp32.
+Precision is chosen by the hardware and said: bf16 on a GPU that has it and on CPUs with avx512_bf16
+or AMX, else fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pipeline.terminal import human_bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a stage runs: `device`, the autocast `precision` (bf16 or fp32), this process's `rank` of `world`."""
+    """Where a stage runs: `device`, the autocast `precision` (bf16 or fp32), this process's `rank`
+    of `world`.
+    """
 
     device: torch.device
     precision: str
@@ -43,7 +46,9 @@ class Machine:
 
 
 def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -> Machine:
-    """Choose device and precision, seed every generator, set up allocator and threads; UserError where it is not there."""
+    """Choose device and precision, seed every generator, set up allocator and threads; UserError
+    where it is not there.
+    """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}, it must be at least 0 and below 2**63")
     setup = _keep_freed_memory() + _keep_to_quota()
@@ -51,17 +56,24 @@ def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -
     found = torch.device(_best_device() if device == "auto" else device)
     if found.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+            raise UserError(
+                "--device cuda: torch sees no CUDA device here; use --device cpu or auto"
+            )
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU, it has {torch.cuda.device_count()}; start no more")
+            raise UserError(
+                f"process {local} of this machine has no GPU, it has "
+                f"{torch.cuda.device_count()}; start no more"
+            )
         found = torch.device("cuda", local)
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu or auto")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Machine(found, _best_precision(found) if precision == "auto" else precision, rank, world, setup)
+    return Machine(
+        found, _best_precision(found) if precision == "auto" else precision, rank, world, setup
+    )
 
 
 def _best_device() -> str:
@@ -80,43 +92,58 @@ def _best_precision(device: torch.device) -> str:
 
 
 def _keep_freed_memory() -> str:
-    """Ask glibc to keep freed blocks: giving each step's tensors back and faulting them in again costs a CPU run 3-10x.
+    """Ask glibc to keep freed blocks: giving each step's tensors back and faulting them in again
+    costs a CPU run 3-10x.
 
-    The same as the variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ before the start,
-    which win where they are set. Elsewhere than on glibc it does nothing. Returns what is to be said.
+    The same as the variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_
+    before the start, which win where they are set. Elsewhere than on glibc it does nothing. Returns
+    what is to be said.
     """
     done = False
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for option, value, name in ((-3, 1 << 30, "MMAP_THRESHOLD"), (-1, (1 << 31) - 1, "TRIM_THRESHOLD"),
-                                    (-2, 1 << 28, "TOP_PAD")):  # fmt: skip
+        for option, value, name in (
+            (-3, 1 << 30, "MMAP_THRESHOLD"),
+            (-1, (1 << 31) - 1, "TRIM_THRESHOLD"),
+            (-2, 1 << 28, "TOP_PAD"),
+        ):
             if f"MALLOC_{name}_" not in os.environ:
                 done = bool(libc.mallopt(option, value)) or done
     return ", freed memory kept" if done else ""
 
 
 def _keep_to_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
-    """No more threads than the processors that a container may use (cgroup v2): torch counts those of the machine, and
-    threads that wait for each other's turn cost up to 10x. OMP_NUM_THREADS wins. Returns what is to be said."""
+    """No more threads than the processors that a container may use (cgroup v2): torch counts those
+    of the machine, and threads that wait for each other's turn cost up to 10x. OMP_NUM_THREADS
+    wins. Returns what is to be said."""
     try:
         quota, period = group.read_text().split()
     except (OSError, ValueError):
         return ""
     there = torch.get_num_threads()
-    if quota == "max" or "OMP_NUM_THREADS" in os.environ or (allowed := max(1, int(quota) // int(period))) >= there:
+    if (
+        quota == "max"
+        or "OMP_NUM_THREADS" in os.environ
+        or (allowed := max(1, int(quota) // int(period))) >= there
+    ):
         return ""
     torch.set_num_threads(allowed)
     return f", {allowed} of {there} threads: the container's share"
 
 
 def refuse_what_cannot_fit(path: Path, need: int) -> str:
-    """Compare `need` bytes with the free space where `path` will be; returns both as text, UserError if it lacks."""
+    """Compare `need` bytes with the free space where `path` will be; returns both as text,
+    UserError if it lacks.
+    """
     place = path
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if need > free:
-        raise UserError(f"{path} needs {human_bytes(need)}, {place} has {human_bytes(free)} free; choose another --out")
+        raise UserError(
+            f"{path} needs {human_bytes(need)}, {place} has {human_bytes(free)} free; choose "
+            "another --out"
+        )
     return f"{human_bytes(need)}, {human_bytes(free)} free"
 
 
@@ -124,5 +151,7 @@ def free_memory() -> int:
     """Bytes of RAM that can be had without swapping; all of it where the system does not say."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        return (
+            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        )
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

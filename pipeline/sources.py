@@ -18,22 +18,44 @@ SAMPLE_ROOT = Path("datasets/sample")
 class SourceOptions(Settings):
     """A dataset, by its layout and its folder."""
 
-    dataset: str = setting("sample", "layout of the photographs and captions", registry=DATASETS, group="data")
-    root: Path | None = setting(None, "folder of the dataset  [sample: datasets/sample, drawn if absent]", group="data",
-                                may_change_on_resume=True)  # fmt: skip
-    annotations: Path | None = setting(None, "caption file, where the layout does not name it", group="data",
-                                       may_change_on_resume=True)  # fmt: skip
-    images: Path | None = setting(None, "folder of the photographs, for --dataset coco", group="data",
-                                  may_change_on_resume=True)  # fmt: skip
+    dataset: str = setting(
+        "sample", "layout of the photographs and captions", registry=DATASETS, group="data"
+    )
+    root: Path | None = setting(
+        None,
+        "folder of the dataset  [sample: datasets/sample, drawn if absent]",
+        group="data",
+        may_change_on_resume=True,
+    )
+    annotations: Path | None = setting(
+        None,
+        "caption file, where the layout does not name it",
+        group="data",
+        may_change_on_resume=True,
+    )
+    images: Path | None = setting(
+        None,
+        "folder of the photographs, for --dataset coco",
+        group="data",
+        may_change_on_resume=True,
+    )
 
     def open_source(self) -> Source:
-        """Open the dataset and say what its reader left out; the embedded sample is drawn where it is absent."""
+        """Open the dataset and say what its reader left out; the embedded sample is drawn where it
+        is absent.
+        """
         root = self.root
         if self.dataset == "sample":
             root = root or (None if self.images else SAMPLE_ROOT)
             ensure_sample(Path(root or self.images))
         options = self.options("dataset")
-        source = open_source(self.dataset, root, self.annotations, self.images, **(asdict(options) if options else {}))
+        source = open_source(
+            self.dataset,
+            root,
+            self.annotations,
+            self.images,
+            **(asdict(options) if options else {}),
+        )
         for note in source.notes:
             say(note)
         return source

@@ -1,4 +1,7 @@
-"""What a person at the terminal sees: lines, a progress bar, sizes. Results go to stdout, all of this to stderr."""
+"""What a person at the terminal sees: lines, a progress bar, sizes.
+
+Results go to stdout, all of this to stderr.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,27 @@ def human_bytes(count: float) -> str:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; a plain line every ten seconds where stderr is a file or a pipe."""
+    """A bar with rate and time left on a terminal; a plain line every ten seconds where stderr is a
+    file or a pipe.
+    """
 
     def __init__(self, total: int, unit: str, what: str, enabled: bool = True) -> None:
-        self.total, self.unit, self.what, self.done, self.begun, self.note = total, unit, what, 0, 0, ""
+        self.total, self.unit, self.what, self.done, self.begun, self.note = (
+            total,
+            unit,
+            what,
+            0,
+            0,
+            "",
+        )
         self.start = self.last_line = time.monotonic()
         self.enabled = enabled
         tty = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False) if tty else None
+        self.bar = (
+            tqdm(total=total, unit=f" {unit}", desc=what, dynamic_ncols=True, leave=False)
+            if tty
+            else None
+        )
 
     def begin(self, done: int) -> None:
         """So much was done before, by an earlier start."""
@@ -50,7 +66,10 @@ class Progress:
         elif self.enabled and time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            text = f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f}/s, {left:.0f} s left"
+            text = (
+                f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, "
+                f"{self.rate:,.0f}/s, {left:.0f} s left"
+            )
             click.echo(f"{text}{'  ' + note if note else ''}", err=True)
 
     @property

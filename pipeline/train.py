@@ -70,11 +70,14 @@ def describe_preset(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
-@command(TrainConfig, {"Presets": [(name, describe_preset(values)) for name, values in PRESETS.items()]})
+@command(
+    TrainConfig, {"Presets": [(name, describe_preset(values)) for name, values in PRESETS.items()]}
+)
 def main(config: TrainConfig) -> None:
     """Train a Transformer decoder on a feature cache, choosing the best epoch by CIDEr on dev.
 
-    Without options: trains on the embedded sample, over the cache that a bare pipeline.extract made of it.
+    Without options: trains on the embedded sample, over the cache that a bare pipeline.extract made
+        of it.
     """
     machine = open_machine(config.device, config.seed, config.precision)
     with distributed.joined(machine):
@@ -98,10 +101,19 @@ def main(config: TrainConfig) -> None:
 
 
 def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures, Path]:
-    """The captions, the cache and the run's folder; bare options name the embedded sample, and it is said."""
+    """The captions, the cache and the run's folder; bare options name the embedded sample, and it
+    is said.
+    """
     if config.dataset == "sample" and config.root is None:
-        say(f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset ... --root ... --features ... --out ...")
-    cache = NoFeatures() if config.features == NoFeatures.path else FeatureCache(config.features or Path("cache") / config.dataset)
+        say(
+            f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset ... "
+            "--root ... --features ... --out ..."
+        )
+    cache = (
+        NoFeatures()
+        if config.features == NoFeatures.path
+        else FeatureCache(config.features or Path("cache") / config.dataset)
+    )
     folder = config.out or Path("runs") / config.dataset
     require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
@@ -110,7 +122,9 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures,
 
 
 class Begun(NamedTuple):
-    """What --init begins with: the model's sizes, its words, and weights (None for a run that goes on: it has its own)."""
+    """What --init begins with: the model's sizes, its words, and weights (None for a run that goes
+    on: it has its own).
+    """
 
     sizes: dict[str, Any]
     vocabulary: Vocabulary
@@ -127,7 +141,8 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun |
     refuse_other_features(found, cache)
     if found.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
-            f"--init {config.init} was trained on dev too, nothing can be chosen by it: pass --train-on-dev, or another --init"
+            f"--init {config.init} was trained on dev too, nothing can be chosen by it: pass "
+            "--train-on-dev, or another --init"
         )
     return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
 
@@ -149,7 +164,8 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
     what = f"captions have no blanks between words (as {example[:40]!r})"
     if config.vocabulary == "word":
         raise UserError(
-            f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several characters, "
+            f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several "
+            "characters, "
             "or --segment words to take each sentence as one word"
         )
     say(f"{what}: pieces are learnt on the text as it is, scores take each character as a word")
@@ -164,12 +180,18 @@ def open_splits(
     config: TrainConfig, task: Task, source: Source, cache: FeatureCache | NoFeatures
 ) -> tuple[ImageTexts, ImageTexts | None]:
     """Train, and dev to choose by: none with --train-on-dev."""
+
     def texts(examples: Sequence[Example], split: str) -> ImageTexts:
-        return ImageTexts(examples, source.by_id, cache, split, config.segment or "words", task.holds_mirrored)
+        return ImageTexts(
+            examples, source.by_id, cache, split, config.segment or "words", task.holds_mirrored
+        )
 
     train = task.examples(source, "train", config.limit)
     dev = select_dev(config, task, source)
-    found = texts([*train, *dev] if config.train_on_dev else train, "train"), None if config.train_on_dev else texts(dev, "dev")
+    found = (
+        texts([*train, *dev] if config.train_on_dev else train, "train"),
+        None if config.train_on_dev else texts(dev, "dev"),
+    )
     if left_out := sum(part.left_out for part in found if part):
         say(f"{left_out} photographs are left out: {cache.path / 'unreadable.jsonl'} lists them")
     return found
@@ -184,14 +206,18 @@ def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]
         if config.train_on_dev:
             return []
         raise UserError(
-            f"{error}. Choosing the best epoch needs a second photograph; pass --train-on-dev to train "
+            f"{error}. Choosing the best epoch needs a second photograph; pass --train-on-dev "
+            "to train "
             "without choosing"
         ) from error
 
 
-def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[ImageTexts], machine: Machine) -> None:
-    """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of its free memory, else in
-    RAM where they fit half of what is free, else on the disk; without a GPU on the disk, whose cache is RAM as well."""
+def keep_features(
+    config: TrainConfig, cache: FeatureCache, parts: Sequence[ImageTexts], machine: Machine
+) -> None:
+    """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of
+    its free memory, else in RAM where they fit half of what is free, else on the disk; without a
+    GPU on the disk, whose cache is RAM as well."""
     gpu = machine.device.type == "cuda"
     views = len(cache.views) if config.views else 0
     size = (1 + views) * sum(len(part) for part in parts) * cache.shape[0] * cache.shape[1] * 2
@@ -211,8 +237,15 @@ def keep_features(config: TrainConfig, cache: FeatureCache, parts: Sequence[Imag
         for part in parts:
             part.keep_on(machine.device, views if part is parts[0] else 0)
     places = {"disk": "on the disk", "ram": "in RAM", "device": f"on {machine.device}"}
-    once = ", once for all processes of a machine" if chosen == "ram" and machine.world > 1 and memory else ""
-    say(f"features stay {places[chosen]} while training ({human_bytes(size)}{once}; --cache-in {config.cache_in})")
+    once = (
+        ", once for all processes of a machine"
+        if chosen == "ram" and machine.world > 1 and memory
+        else ""
+    )
+    say(
+        f"features stay {places[chosen]} while training ({human_bytes(size)}{once}; --cache-in "
+        f"{config.cache_in})"
+    )
 
 
 def open_run(
@@ -230,21 +263,40 @@ def open_run(
     if begun:
         vocabulary = begun.vocabulary
     else:
-        vocabulary = distributed.broadcast(make_vocabulary(config, folder, train) if machine.rank == 0 else None)
+        vocabulary = distributed.broadcast(
+            make_vocabulary(config, folder, train) if machine.rank == 0 else None
+        )
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
     max_prompt = begun.sizes["max_prompt"] if begun else longest_prompt(vocabulary, train)
     kind = DECODERS[config.decoder]
     captioner = kind(
-        kind.Config(len(vocabulary), cache.shape[1], **config.decoder_options, max_length=config.max_length, max_prompt=max_prompt)
+        kind.Config(
+            len(vocabulary),
+            cache.shape[1],
+            **config.decoder_options,
+            max_length=config.max_length,
+            max_prompt=max_prompt,
+        )
     )
     if begun and begun.weights:
         captioner.load_state_dict(begun.weights)
     captioner.to(machine.device)
     record = config.record()
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
-    checkpoint = Checkpoint(captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest)
-    run = Run(config, folder, machine, task, train, dev, checkpoint, Journal(folder, record, config.wandb, machine.rank == 0))
+    checkpoint = Checkpoint(
+        captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest
+    )
+    run = Run(
+        config,
+        folder,
+        machine,
+        task,
+        train,
+        dev,
+        checkpoint,
+        Journal(folder, record, config.wandb, machine.rank == 0),
+    )
     distributed.barrier()  # until all have looked into the folder
     if config.resume:
         return resume(run)
@@ -260,8 +312,12 @@ def open_run(
 
 
 def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Vocabulary:
-    """The vocabulary of the train captions; of pieces, a run's own is kept: another version of their package learns others."""
-    captions = (words for part in (train.prompts, train.tokens) for group in part for words in group)
+    """The vocabulary of the train captions; of pieces, a run's own is kept: another version of
+    their package learns others.
+    """
+    captions = (
+        words for part in (train.prompts, train.tokens) for group in part for words in group
+    )
     if config.vocabulary == "word":
         return Vocabulary.build(captions, config.min_count, config.segment or "words")
     if config.resume and (folder / "tokenizer.json").exists():
@@ -270,47 +326,74 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Voc
 
 
 def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """The length in words (or pieces) that 99 % of the train captions do not exceed, at least 20 (30)."""
+    """The length in words (or pieces) that 99 % of the train captions do not exceed, at least 20
+    (30).
+    """
     least = 30 if config.vocabulary == "bpe" else 20
     return max(least, int(np.percentile(caption_lengths(vocabulary, train), 99, method="higher")))
 
 
 def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """Tokens of the longest prompt of train, which fits the decoder; longer ones lose their first tokens."""
-    return max((len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0)
+    """Tokens of the longest prompt of train, which fits the decoder; longer ones lose their first
+    tokens.
+    """
+    return max(
+        (len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0
+    )
 
 
 def caption_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
     """The length of each caption in words, or in pieces of words."""
     captions = (words for group in part.tokens for words in group)
-    return [len(vocabulary.encode(words) if isinstance(vocabulary, Subwords) else words) for words in captions]
+    return [
+        len(vocabulary.encode(words) if isinstance(vocabulary, Subwords) else words)
+        for words in captions
+    ]
 
 
 def announce(run: Run, cache: FeatureCache) -> None:
     config, model = run.config, run.captioner.config
     parameters = sum(p.numel() for p in run.captioner.parameters())
-    views = f", and as much mirrored ({', '.join(cache.views)})" if config.views and cache.views else ""
+    views = (
+        f", and as much mirrored ({', '.join(cache.views)})" if config.views and cache.views else ""
+    )
     say(f"{cache.path}: {len(cache):,} images, {cache.shape[0]} regions x {cache.shape[1]}, "
         f"{human_bytes(cache.feature_bytes)}{views}")  # fmt: skip
     pieces = "pieces of words" if config.vocabulary == "bpe" else "words"
     parts = {"train": run.train, **({"dev": run.dev} if run.dev else {})}
-    unknown = ", ".join(f"{unknown_share(run.checkpoint.vocabulary, part):.2%} of {name}" for name, part in parts.items())
+    unknown = ", ".join(
+        f"{unknown_share(run.checkpoint.vocabulary, part):.2%} of {name}"
+        for name, part in parts.items()
+    )
     dev = f"dev {len(run.dev):,}" if run.dev else "dev among them: nothing is chosen by it"
     say(f"train {len(run.train):,} images, {run.train.texts:,} {run.task.unit}; {dev}")
     say(f"vocabulary: {model.words:,} {pieces}; unknown: {unknown}")
     lengths = caption_lengths(run.checkpoint.vocabulary, run.train)
     if cut := sum(length > model.max_length for length in lengths):
-        say(f"{cut:,} of {len(lengths):,} train {run.task.unit} ({cut / len(lengths):.1%}) have more than {model.max_length} "
-            f"{pieces} and are cut there; the longest has {max(lengths):,}; --max-length changes it")  # fmt: skip
+        say(
+            f"{cut:,} of {len(lengths):,} train {run.task.unit} ({cut / len(lengths):.1%}) "
+            f"have more than {model.max_length} "
+            f"{pieces} and are cut there; the longest has {max(lengths):,}; --max-length "
+            "changes it"
+        )
     if run.dev and len(run.dev) < FEW_DEV_IMAGES:
         say(
-            f"warning: dev has {len(run.dev)} images; of fewer than about {FEW_DEV_IMAGES} its scores are mostly "
-            "chance, and so is the choice of the best epoch. Add photographs, or pass --train-on-dev, which "
+            f"warning: dev has {len(run.dev)} images; of fewer than about {FEW_DEV_IMAGES} its "
+            "scores are mostly "
+            "chance, and so is the choice of the best epoch. Add photographs, or pass "
+            "--train-on-dev, which "
             "trains on all of them and chooses nothing"
         )
     if config.scst:
-        how = "beams an image" if config.samples == "beam" else f"samples an image at temperature {config.temperature:g}"
-        say(f"self-critical: {config.num_samples} {how}, reward {config.reward}, baseline {config.baseline}")
+        how = (
+            "beams an image"
+            if config.samples == "beam"
+            else f"samples an image at temperature {config.temperature:g}"
+        )
+        say(
+            f"self-critical: {config.num_samples} {how}, reward {config.reward}, baseline "
+            f"{config.baseline}"
+        )
     length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
     length += f", {config.minutes:g} minutes at most" if config.minutes else ""
     name = f"of {config.init}" if config.init else f"preset {config.preset}"
@@ -323,20 +406,33 @@ def announce(run: Run, cache: FeatureCache) -> None:
 
 def unknown_share(vocabulary: Vocabulary, part: ImageTexts) -> float:
     """The share of a split's words that the vocabulary does not know (of a BPE: pieces)."""
-    found = [number for group in part.tokens for words in group for number in vocabulary.encode(words)]
+    found = [
+        number for group in part.tokens for words in group for number in vocabulary.encode(words)
+    ]
     return found.count(UNK) / max(1, len(found))
 
 
 def best_of(scored: Sequence[dict[str, Any]], metric: str) -> int:
-    """The place of the best validation: the highest `metric` on dev, of equal ones the lowest loss."""
-    return max(range(len(scored)), key=lambda at: (scored[at]["dev"][metric], -scored[at]["dev"]["loss"]))
+    """The place of the best validation: the highest `metric` on dev, of equal ones the lowest
+    loss.
+    """
+    return max(
+        range(len(scored)), key=lambda at: (scored[at]["dev"][metric], -scored[at]["dev"]["loss"])
+    )
 
 
 def stopped_early(run: Run) -> bool:
-    """Whether dev has not become better for --patience validations, after the first steps of the training."""
+    """Whether dev has not become better for --patience validations, after the first steps of the
+    training.
+    """
     scored = run.journal.scored
-    counted = [at for at, line in enumerate(scored) if line["step"] - run.place.begin > PATIENT_STEPS]
-    return bool(scored) and sum(at > best_of(scored, run.task.metric) for at in counted) >= run.config.patience
+    counted = [
+        at for at, line in enumerate(scored) if line["step"] - run.place.begin > PATIENT_STEPS
+    ]
+    return (
+        bool(scored)
+        and sum(at > best_of(scored, run.task.metric) for at in counted) >= run.config.patience
+    )
 
 
 def should_stop(run: Run) -> bool:
@@ -347,22 +443,31 @@ def should_stop(run: Run) -> bool:
         return True
     if config.epochs and run.place.epoch >= config.epochs:
         return True
-    return run.validated and distributed.broadcast(run.place.ended or (config.minutes is not None and run.done() >= 1))
+    return run.validated and distributed.broadcast(
+        run.place.ended or (config.minutes is not None and run.done() >= 1)
+    )
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
-    """Loss and scores on dev; keep the weights if they are the best by the task's metric (without dev: always), and where
-    training stands."""
+    """Loss and scores on dev; keep the weights if they are the best by the task's metric (without
+    dev: always), and where training stands."""
     save_progress(run)
     start, config = time.monotonic(), run.config
     with averaged(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
-        better = not dev or best_of([*run.journal.scored, {"dev": dev}], run.task.metric) == len(run.journal.scored)
+        better = not dev or best_of([*run.journal.scored, {"dev": dev}], run.task.metric) == len(
+            run.journal.scored
+        )
         if better and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
     run.reserve = time.monotonic() - start
-    line = {"epoch": run.step / run.steps_an_epoch, "step": run.step, "train": trained, **({"dev": dev} if dev else {}),
-            "seconds": {"validation": run.reserve, "elapsed": run.seconds}}  # fmt: skip
+    line = {
+        "epoch": run.step / run.steps_an_epoch,
+        "step": run.step,
+        "train": trained,
+        **({"dev": dev} if dev else {}),
+        "seconds": {"validation": run.reserve, "elapsed": run.seconds},
+    }
     run.journal.add(line)
     run.sums[0] = 0
     if run.place.step == run.steps_an_epoch:
@@ -373,9 +478,16 @@ def validate(run: Run, trained: dict[str, float]) -> None:
         told[0] += " (best)"
     if trained:
         shown, unit = run.objective.shown, run.objective.unit
-        told = [f"train {shown} {trained[shown]:.3f}", *told, f"{trained['captions_per_s']:.0f} {unit}/s",
-                f"waiting {trained['waiting']:.1%}"]  # fmt: skip
-    say(f"epoch {line['epoch']:.4g}{f'/{config.epochs}' if config.epochs else ''}: {', '.join(told)}")
+        told = [
+            f"train {shown} {trained[shown]:.3f}",
+            *told,
+            f"{trained['captions_per_s']:.0f} {unit}/s",
+            f"waiting {trained['waiting']:.1%}",
+        ]
+    say(
+        f"epoch {line['epoch']:.4g}{f'/{config.epochs}' if config.epochs else ''}: "
+        f"{', '.join(told)}"
+    )
 
 
 @torch.inference_mode()
@@ -383,11 +495,15 @@ def dev_loss(run: Run) -> float:
     """Cross-entropy on dev in nats a word, without smoothing or dropout."""
     run.captioner.eval()
     total, count = 0.0, 0
-    for batch in run.dev.batches(run.dev_ids, run.config.batch, rank=run.machine.rank, world=run.machine.world):
+    for batch in run.dev.batches(
+        run.dev_ids, run.config.batch, rank=run.machine.rank, world=run.machine.world
+    ):
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
             regions = Regions(batch.features, batch.boxes, batch.counts)
-            loss, _ = caption_loss(run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths)
+            loss, _ = caption_loss(
+                run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths
+            )
         total, count = total + loss.item() * batch.counted, count + batch.words
     total, count = distributed.all_reduce(total, count)
     return total / count
@@ -407,13 +523,20 @@ def dev_scores(run: Run) -> dict[str, float]:
 
     with progress(len(mine), "images", "dev", enabled=machine.rank == 0) as bar:
         found = generate_texts(generator, run.dev.cache, mine, done=step) if mine else {}
-    outputs = {id_: texts[0].text for part in distributed.all_gather(found) for id_, texts in part.items()}
-    return distributed.broadcast(None if machine.rank else run.task.score(outputs, run.dev.examples, run.train.examples))
+    outputs = {
+        id_: texts[0].text for part in distributed.all_gather(found) for id_, texts in part.items()
+    }
+    return distributed.broadcast(
+        None if machine.rank else run.task.score(outputs, run.dev.examples, run.train.examples)
+    )
 
 
 def shown_scores(task: Task, scores: Mapping[str, float]) -> str:
     """The scores that are printed for each validation: the task's metric, then those in `shown`."""
-    return ", ".join(f"{name} {scores[key]:.3f}" for key, name in {task.metric: task.metric, **task.shown}.items())
+    return ", ".join(
+        f"{name} {scores[key]:.3f}"
+        for key, name in {task.metric: task.metric, **task.shown}.items()
+    )
 
 
 def defaults_of(config: TrainConfig) -> dict[str, Any]:
@@ -421,7 +544,9 @@ def defaults_of(config: TrainConfig) -> dict[str, Any]:
     found = {}
     for item in fields(config):
         found[item.name] = item.default
-        found |= {option.name: option.default for option in options_of(item, getattr(config, item.name))}
+        found |= {
+            option.name: option.default for option in options_of(item, getattr(config, item.name))
+        }
     return found
 
 
@@ -431,27 +556,44 @@ def resume(run: Run) -> Run:
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
     began = defaults_of(run.config) | recorded["training"]  # options may be younger than it
-    may_change = {item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")}
-    if wrong := [name for name in ("epochs", "eval_steps") if type(began[name]) not in (int, type(None))]:
-        raise UserError(f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again")
-    if run.config.eval_steps is None:  # not asked for: a small data set's own was chosen with its epochs
+    may_change = {
+        item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")
+    }
+    if wrong := [
+        name for name in ("epochs", "eval_steps") if type(began[name]) not in (int, type(None))
+    ]:
+        raise UserError(
+            f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again"
+        )
+    if (
+        run.config.eval_steps is None
+    ):  # not asked for: a small data set's own was chosen with its epochs
         run.config = replace(run.config, eval_steps=began["eval_steps"])
         run.checkpoint.training["eval_steps"] = began["eval_steps"]
     more = more_epochs(run, began)
     changed = [
         f"{name.replace('_', '-')}: {began[name]}, now {value}"
         for name, value in run.checkpoint.training.items()
-        if name not in may_change and not (more and name == "epochs") and began[name] != json.loads(json.dumps(value))
+        if name not in may_change
+        and not (more and name == "epochs")
+        and began[name] != json.loads(json.dumps(value))
     ]
-    if recorded["features"] != run.checkpoint.identity or recorded["trained_on"] != run.checkpoint.trained_on:
+    if (
+        recorded["features"] != run.checkpoint.identity
+        or recorded["trained_on"] != run.checkpoint.trained_on
+    ):
         changed.append("the cache or the photographs")
-    changed += differences(recorded["provenance"], run.checkpoint.provenance, ("views", "precision", "decode"))
+    changed += differences(
+        recorded["provenance"], run.checkpoint.provenance, ("views", "precision", "decode")
+    )
     if load_vocabulary(run.folder).words != run.checkpoint.vocabulary.words:
         changed.append("the captions: they have another vocabulary")
     if changed:
         raise UserError(
-            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); its own are taken by: "
-            f"python -m pipeline.train --config {run.folder}/config.json --out {run.folder} --resume"
+            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); its "
+            "own are taken by: "
+            f"python -m pipeline.train --config {run.folder}/config.json --out {run.folder} "
+            "--resume"
         )
     if run.machine.rank == 0:
         sweep(run.folder)
@@ -481,13 +623,16 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
     scheduled, config = began["epochs"], run.config
     if config.minutes:
         raise UserError(
-            f"--resume: {run.folder} ends by its --minutes, more epochs do not change that; train its weights further "
-            f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out ANOTHER_FOLDER"
+            f"--resume: {run.folder} ends by its --minutes, more epochs do not change that; "
+            "train its weights further "
+            f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out "
+            "ANOTHER_FOLDER"
         )
     begun = 0 < run.place.begin == run.step  # by a start that was killed before its first step
     if not (begun or run.place.epoch >= scheduled or stopped_early(run)):
         raise UserError(
-            f"--resume: {run.folder} is in epoch {run.place.epoch + 1} of {scheduled}; let it end with "
+            f"--resume: {run.folder} is in epoch {run.place.epoch + 1} of {scheduled}; let it "
+            "end with "
             f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
         )
     run.place.begin = run.step
@@ -497,16 +642,24 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
         run.checkpoint.training["resume"] = False
         save_description(run.folder, run.checkpoint)
     done = run.step / run.steps_an_epoch
-    say(f"{run.folder} had ended after epoch {done:.4g} of {scheduled}; the {config.epochs - done:.4g} epochs added get a new "
-        f"{config.schedule} schedule of the learning rate, up to {config.lr:g} again")  # fmt: skip
+    say(
+        f"{run.folder} had ended after epoch {done:.4g} of {scheduled}; the "
+        f"{config.epochs - done:.4g} epochs added get a new "
+        f"{config.schedule} schedule of the learning rate, up to {config.lr:g} again"
+    )
 
 
 def save_and_exit(run: Run, signum: int) -> None:
     """Save, say how to go on, and exit as a process does that the signal ended."""
     save_progress(run)
     distributed.barrier()  # a process that is gone ends the others, which may still be writing
-    launcher = "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
-    again = f"{launcher} -m pipeline.train --config {run.folder}/config.json --out {run.folder} --resume"
+    launcher = (
+        "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
+    )
+    again = (
+        f"{launcher} -m pipeline.train --config {run.folder}/config.json --out "
+        f"{run.folder} --resume"
+    )
     say(f"saved after step {run.step:,}; go on with: {again}")
     sys.exit(128 + signum)
 
@@ -516,10 +669,19 @@ def finish(run: Run) -> None:
     if scored:
         best = scored[best_of(scored, run.task.metric)]
         at = f"epoch {best['epoch']:.4g}, step {best['step']:,}"
-        say(f"best: {at}, dev {run.task.metric} {best['dev'][run.task.metric]:.3f}, kept in {run.folder}")
+        say(
+            f"best: {at}, dev {run.task.metric} {best['dev'][run.task.metric]:.3f}, kept in "
+            f"{run.folder}"
+        )
     else:
-        say(f"the last epoch's weights are kept in {run.folder}: trained on dev too, nothing was chosen")
-    say(f"next: python -m pipeline.evaluate --checkpoint {run.folder} --features {run.train.cache.path} ...")
+        say(
+            f"the last epoch's weights are kept in {run.folder}: trained on dev too, nothing "
+            "was chosen"
+        )
+    say(
+        f"next: python -m pipeline.evaluate --checkpoint {run.folder} --features "
+        f"{run.train.cache.path} ..."
+    )
 
 
 if __name__ == "__main__":

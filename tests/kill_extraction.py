@@ -1,9 +1,12 @@
-"""Kill extractions with SIGKILL at random moments, and hold what is left against an uninterrupted one.
+"""Kill extractions with SIGKILL at random moments, and hold what is left against an uninterrupted
+one.
 
-    python -m tests.kill_extraction PHOTOGRAPHS WORK [--kills 50] [--seed 0] [--limit N] [--backbone B --weights W]
+    python -m tests.kill_extraction PHOTOGRAPHS WORK [--kills 50] [--seed 0] [--limit N] [--backbone
+    B --weights W]
 
-After every kill each shard that is there must be whole; once a run comes through, the cache must equal the uninterrupted
-one's row for row, bit for bit. Then a new folder is begun, until all kills are spent; at last two runs share one folder.
+After every kill each shard that is there must be whole; once a run comes through, the cache must
+equal the uninterrupted one's row for row, bit for bit. Then a new folder is begun, until all kills
+are spent; at last two runs share one folder.
 """
 
 from __future__ import annotations
@@ -36,15 +39,36 @@ from pipeline import extract
 @click.option("--backbone", default="test_resnet")
 @click.option("--weights", default="scenes")
 def main(
-    photographs: Path, work: Path, kills: int, seed: int, limit: int, shard_images: int, backbone: str, weights: str
+    photographs: Path,
+    work: Path,
+    kills: int,
+    seed: int,
+    limit: int,
+    shard_images: int,
+    backbone: str,
+    weights: str,
 ) -> None:
     shards.SHARD_IMAGES = shard_images
-    options = ["--dataset", "folder", "--root", photographs, "--backbone", backbone, "--weights", weights, "--limit", limit]
+    options = [
+        "--dataset",
+        "folder",
+        "--root",
+        photographs,
+        "--backbone",
+        backbone,
+        "--weights",
+        weights,
+        "--limit",
+        limit,
+    ]
     start = time.monotonic()
     wait(begin(options, work / "whole"))
     seconds = time.monotonic() - start
     whole = FeatureCache(work / "whole")
-    print(f"uninterrupted: {len(whole):,} rows in {len(whole.paths)} shards, {seconds:.1f} s", flush=True)
+    print(
+        f"uninterrupted: {len(whole):,} rows in {len(whole.paths)} shards, {seconds:.1f} s",
+        flush=True,
+    )
     rng, killed, through, kept = random.Random(seed), 0, 0, 0
     cache = work / "killed"
     while killed < kills:
@@ -61,12 +85,18 @@ def main(
             kept += len(before)
         if not os.WIFSIGNALED(ended) or killed % 10 == 0 or killed == kills:
             wait(begin(options, cache))
-            assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "a finished shard was made again"
+            assert all(path.stat().st_mtime_ns == then for path, then in before.items()), (
+                "a finished shard was made again"
+            )
             same(whole, cache)
             through += 1
             shutil.rmtree(cache)
-    print(f"killed {killed} times, {kept / max(killed, 1):.1f} shards there on average, all whole; went on to the same cache "
-          f"{through} times", flush=True)  # fmt: skip
+    print(
+        f"killed {killed} times, {kept / max(killed, 1):.1f} shards there on average, all "
+        "whole; went on to the same cache "
+        f"{through} times",
+        flush=True,
+    )
     for run in [begin(options, cache), begin(options, cache)]:
         wait(run)
     same(whole, cache)
@@ -82,7 +112,9 @@ def begin(options: list, cache: Path) -> int:
     try:
         os.setsid()
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        extract.main.main([str(option) for option in [*options, "--out", cache]], standalone_mode=False)
+        extract.main.main(
+            [str(option) for option in [*options, "--out", cache]], standalone_mode=False
+        )
         status = 0
     finally:
         os._exit(status)
@@ -93,7 +125,9 @@ def wait(run: int) -> None:
 
 
 def same(whole: FeatureCache, cache: Path) -> None:
-    """Bit for bit the same rows, ids and index, and nothing left over but what a killed process was writing."""
+    """Bit for bit the same rows, ids and index, and nothing left over but what a killed process was
+    writing.
+    """
     found = FeatureCache(cache)
     assert found.ids.tolist() == whole.ids.tolist() and found.identity == whole.identity
     ids = whole.ids.tolist()

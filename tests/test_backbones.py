@@ -1,4 +1,6 @@
-"""Backbones: layout, channels and preprocessing found right, weights loaded strictly, and a hub stand-in."""
+"""Backbones: layout, channels and preprocessing found right, weights loaded strictly, and a hub
+stand-in.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def test_a_backbones_map_is_measured_not_believed(name, channels, grid):
     backbone = create_backbone(name)
     regions = backbone(torch.zeros(2, 3, *backbone.size, dtype=torch.uint8))
     assert (backbone.channels, backbone.grid) == (channels, grid)
-    assert regions.features.shape == (2, grid[0] * grid[1], channels) and regions.counts.tolist() == [grid[0] * grid[1]] * 2
+    assert (
+        regions.features.shape == (2, grid[0] * grid[1], channels)
+        and regions.counts.tolist() == [grid[0] * grid[1]] * 2
+    )
 
 
 def test_the_recommended_clip_resnet_builds_and_gives_its_map():
@@ -72,7 +77,11 @@ def test_an_unknown_backbone_is_answered_with_the_nearest(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet50.a1_in1", "backbone resnet50 has no weights with the tag 'a1_in1' .* did you mean resnet50.a1_in1k or"),
+        (
+            "resnet50.a1_in1",
+            "backbone resnet50 has no weights with the tag 'a1_in1' .* did you mean "
+            "resnet50.a1_in1k or",
+        ),
         ("resnet50.nope", "no weights with the tag 'nope' .* did you mean resnet50[.]"),
         ("resnet50.", "no weights with the tag ''"),
         ("resnet50.A1_in1k", "did you mean resnet50.a1_in1k or"),
@@ -80,7 +89,10 @@ def test_an_unknown_backbone_is_answered_with_the_nearest(name):
         ("ResNet50", "no backbone 'ResNet50' .* did you mean resnet50 or"),
         ("resnet5O.a1_in1k", "no backbone .* did you mean resnet50.a1_in1k or"),
         ("timm/resnet50.a1_in1k", "no backbone .* did you mean resnet50.a1_in1k or"),
-        ("torchvision/resnet50.IMAGENET1K_V2", "names have no tags; did you mean torchvision/resnet50 or"),
+        (
+            "torchvision/resnet50.IMAGENET1K_V2",
+            "names have no tags; did you mean torchvision/resnet50 or",
+        ),
         ("torchvision/ResNet50", "did you mean torchvision/resnet50 or"),
         ("torchvision/zzz", "torchvision.models.list_models()"),
     ],
@@ -101,18 +113,30 @@ def test_a_model_without_a_spatial_map_is_refused():
         create_backbone("torchvision/vit_b_16")
 
 
-def test_classifier_tensors_are_left_out_with_one_line_and_anything_else_is_an_error(tmp_path, capsys):
+def test_classifier_tensors_are_left_out_with_one_line_and_anything_else_is_an_error(
+    tmp_path, capsys
+):
     weights = timm.create_model("test_resnet", num_classes=7).state_dict()
     torch.save(weights, tmp_path / "w.pth")
     save_file(weights, tmp_path / "w.safetensors")
     for name in ("w.pth", "w.safetensors"):
         backbone = open_backbone("test_resnet", str(tmp_path / name), {})
-        assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
-        assert capsys.readouterr().err == f"left out of {name}, the classifier: fc.bias, fc.weight\n"
-    for wrong in ({**weights, "extra": torch.ones(1)}, {k: v for k, v in weights.items() if k != "conv1.0.weight"},
-                  {**weights, "conv1.0.weight": torch.ones(2)}):  # fmt: skip
+        assert torch.equal(
+            backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"]
+        )
+        assert (
+            capsys.readouterr().err == f"left out of {name}, the classifier: fc.bias, fc.weight\n"
+        )
+    for wrong in (
+        {**weights, "extra": torch.ones(1)},
+        {k: v for k, v in weights.items() if k != "conv1.0.weight"},
+        {**weights, "conv1.0.weight": torch.ones(2)},
+    ):
         save_file(wrong, tmp_path / "w.safetensors")
-        with pytest.raises(ModelError, match=r"w.safetensors does not fit backbone test_resnet: .*(extra|conv1.0.weight)"):
+        with pytest.raises(
+            ModelError,
+            match=r"w.safetensors does not fit backbone test_resnet: .*(extra|conv1.0.weight)",
+        ):
             open_backbone("test_resnet", str(tmp_path / "w.safetensors"), {})
 
 
@@ -124,7 +148,17 @@ def save_weights(path, weights, suffix):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "model.", "backbone.", "encoder.", "model.encoder.0.", "conv1."]
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "module._orig_mod.",
+        "model.",
+        "backbone.",
+        "encoder.",
+        "model.encoder.0.",
+        "conv1.",
+    ],
 )
 def test_a_prefix_common_to_all_keys_is_taken_off_and_said(tmp_path, capsys, prefix, suffix):
     weights = timm.create_model("test_resnet", num_classes=7).state_dict()
@@ -137,7 +171,9 @@ def test_a_prefix_common_to_all_keys_is_taken_off_and_said(tmp_path, capsys, pre
 def test_wrapped_weights_of_torch_itself_are_read(tmp_path):
     network = timm.create_model("test_resnet", num_classes=0)
     for wrapped in (torch.nn.DataParallel(network), torch.optim.swa_utils.AveragedModel(network)):
-        found = open_backbone("test_resnet", save_weights(tmp_path, wrapped.state_dict(), ".pth"), {}).network.state_dict()
+        found = open_backbone(
+            "test_resnet", save_weights(tmp_path, wrapped.state_dict(), ".pth"), {}
+        ).network.state_dict()
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in found.items())
 
 
@@ -153,39 +189,63 @@ def test_a_prefix_that_the_backbone_has_itself_stays():
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        (lambda key: key if key.startswith("layer1") else f"net.{key}",
-         "its key net.conv1.0.weight is the backbone's conv1.0.weight under another name"),
-        (lambda key: key.replace("layer", "stage"), r"its keys are like stage1\S+, the backbone's like layer1\S+"),
-        (lambda key: f"a.b.{key}".replace("conv", "c").replace("layer", "l").replace("bn", "b"),
-         r"its keys are like a.b.c1.0.weight, the backbone's like conv1.0.weight"),
+        (
+            lambda key: key if key.startswith("layer1") else f"net.{key}",
+            "its key net.conv1.0.weight is the backbone's conv1.0.weight under another name",
+        ),
+        (
+            lambda key: key.replace("layer", "stage"),
+            r"its keys are like stage1\S+, the "
+            r"backbone's like layer1\S+",
+        ),
+        (
+            lambda key: f"a.b.{key}".replace("conv", "c").replace("layer", "l").replace("bn", "b"),
+            r"its keys are like a.b.c1.0.weight, the backbone's like conv1.0.weight",
+        ),
     ],
-)  # fmt: skip
+)
 def test_keys_that_do_not_fit_are_shown_beside_the_backbones(tmp_path, rename, message):
     weights = timm.create_model("test_resnet", num_classes=0).state_dict()
     file = save_weights(tmp_path, {rename(key): value for key, value in weights.items()}, ".pth")
-    with pytest.raises(ModelError, match=rf"does not fit backbone test_resnet: .*{message}; pass the --backbone"):
+    with pytest.raises(
+        ModelError, match=rf"does not fit backbone test_resnet: .*{message}; pass the --backbone"
+    ):
         open_backbone("test_resnet", file, {})
 
 
 def around(weights):
     """What training programs save around a model's weights."""
-    state = {"state": {0: {"step": torch.ones(1), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    state = {
+        "state": {0: {"step": torch.ones(1), "exp_avg": torch.ones(2)}},
+        "param_groups": [{"lr": 0.1}],
+    }
     other = {key: value + 1 for key, value in weights.items()}
     return {
-        "lightning": {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in weights.items()}, "loops": {"a": {}},
-                      "optimizer_states": [state], "hyper_parameters": {"lr": 0.1}},
+        "lightning": {
+            "epoch": 3,
+            "state_dict": {f"model.{k}": v for k, v in weights.items()},
+            "loops": {"a": {}},
+            "optimizer_states": [state],
+            "hyper_parameters": {"lr": 0.1},
+        },
         "nested": {"state_dict": {"model": weights}, "optimizer": state},
         "custom name": {"net_g": weights, "optim_state": {"a": torch.ones(1)}, "args": {"lr": 1}},
-        "model_state_dict": {"model_state_dict": weights, "optimizer_state_dict": state, "loss": torch.ones(1)},
+        "model_state_dict": {
+            "model_state_dict": weights,
+            "optimizer_state_dict": state,
+            "loss": torch.ones(1),
+        },
         "timm": {"arch": "test_resnet", "state_dict_ema": other, "state_dict": weights},
         "accelerate": {"module": {f"module.{k}": v for k, v in weights.items()}, "step": 1},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", list(around({})))
 def test_weights_are_found_in_checkpoints_of_training_programs(tmp_path, capsys, kind):
     weights = timm.create_model("test_resnet", num_classes=7).state_dict()
-    backbone = open_backbone("test_resnet", save_weights(tmp_path, around(weights)[kind], ".pth"), {})
+    backbone = open_backbone(
+        "test_resnet", save_weights(tmp_path, around(weights)[kind], ".pth"), {}
+    )
     assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
     both = "w.pth holds several state dicts (state_dict_ema, state_dict): state_dict is read"
     assert (both in capsys.readouterr().err) == (kind == "timm")
@@ -193,27 +253,47 @@ def test_weights_are_found_in_checkpoints_of_training_programs(tmp_path, capsys,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"student": {"a": torch.ones(1)}, "teacher": {"a": torch.ones(1)}}, "several state dicts \\(student, teacher\\)"),
-     ({0: torch.ones(1)}, "no state dict"), ({"a": torch.ones(1), "epoch": 3}, "no state dict"), ({}, "no state dict"),
-     ({"optimizer": {"a": torch.ones(1)}}, "no state dict"), ([torch.ones(1)], "no state dict")],
-)  # fmt: skip
+    [
+        (
+            {"student": {"a": torch.ones(1)}, "teacher": {"a": torch.ones(1)}},
+            "several state dicts \\(student, teacher\\)",
+        ),
+        ({0: torch.ones(1)}, "no state dict"),
+        ({"a": torch.ones(1), "epoch": 3}, "no state dict"),
+        ({}, "no state dict"),
+        ({"optimizer": {"a": torch.ones(1)}}, "no state dict"),
+        ([torch.ones(1)], "no state dict"),
+    ],
+)
 def test_a_file_without_one_clear_state_dict_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1), np.float64(0.5), Path("a")], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize(
+    "beside",
+    [argparse.Namespace(lr=1), np.float64(0.5), Path("a")],
+    ids=lambda each: type(each).__name__,
+)
 def test_a_checkpoint_with_python_objects_is_refused_in_whole_sentences(tmp_path, beside):
-    torch.save({"state_dict": {"a.b": torch.ones(1)}, "hyper_parameters": {"x": beside}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"holds Python objects beside tensors.*torch.save.model.state_dict") as found:
+    torch.save(
+        {"state_dict": {"a.b": torch.ones(1)}, "hyper_parameters": {"x": beside}},
+        tmp_path / "w.pth",
+    )
+    with pytest.raises(
+        UserError, match=r"holds Python objects beside tensors.*torch.save.model.state_dict"
+    ) as found:
         read_weights(tmp_path / "w.pth")
     assert "\x1b" not in str(found.value)
 
 
 def test_one_prefix_with_all_weights_is_taken_and_two_are_refused(tmp_path, capsys):
     weights = timm.create_model("test_resnet", num_classes=0).state_dict()
-    one = {**{f"model.{key}": value for key, value in weights.items()}, "criterion.weight": torch.ones(1)}
+    one = {
+        **{f"model.{key}": value for key, value in weights.items()},
+        "criterion.weight": torch.ones(1),
+    }
     backbone = open_backbone("test_resnet", save_weights(tmp_path, one, ".pth"), {})
     assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
     assert "not under 'model.': criterion.weight (1 in all)" in capsys.readouterr().err
@@ -240,7 +320,9 @@ def test_a_weights_file_with_code_in_it_runs_none(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("text"), lambda path: path.touch()])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.write_text("text"), lambda path: path.touch()]
+)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
     make(tmp_path / f"w{suffix}")
@@ -249,15 +331,25 @@ def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
-    code = "from pipeline.extraction.grid import open_backbone; open_backbone('test_resnet', 'pretrained', {})"
+    code = (
+        "from pipeline.extraction.grid import open_backbone; open_backbone('test_resnet', "
+        "'pretrained', {})"
+    )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "ModelError: the pretrained weights of test_resnet could not be fetched from the hub" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        "ModelError: the pretrained weights of test_resnet could not be fetched from the hub"
+        in done.stderr
+    )
     assert "--weights FILE" in done.stderr
 
 
 def test_pretrained_weights_come_from_the_hub(tmp_path):
-    """The real loading path against a local server that answers as the hub does for one repository."""
+    """The real loading path against a local server that answers as the hub does for one
+    repository.
+    """
     weights = timm.create_model("test_resnet").state_dict()
     save_file(weights, tmp_path / "model.safetensors")
     body = (tmp_path / "model.safetensors").read_bytes()
@@ -284,10 +376,19 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from pipeline.extraction.grid import open_backbone as o; print(o('test_resnet', 'pretrained', {}).digest())"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"),
-                   "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    code = (
+        "from pipeline.extraction.grid import open_backbone as o; print(o('test_resnet', "
+        "'pretrained', {}).digest())"
+    )
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     server.shutdown()
     backbone = create_backbone("test_resnet")
     backbone.load(weights, "planted")
@@ -304,24 +405,39 @@ def test_a_restored_backbone_with_other_weights_is_refused(tmp_path):
 
 def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_its_weights(real):
     weights = read_weights(real / "weights" / "squeezenet1_1.pth")
-    backbone = open_backbone("torchvision/squeezenet1_1", str(real / "weights" / "squeezenet1_1.pth"), {})
+    backbone = open_backbone(
+        "torchvision/squeezenet1_1", str(real / "weights" / "squeezenet1_1.pth"), {}
+    )
     for number in range(2):
         folder = real / "weights" / "reference_io" / "squeezenet1.1_nchw"
-        image = torch.from_numpy(np.load(folder / f"input_{number}.npy")).float().view(1, 3, 224, 224)
+        image = (
+            torch.from_numpy(np.load(folder / f"input_{number}.npy")).float().view(1, 3, 224, 224)
+        )
         with torch.no_grad():
             features = backbone._map(image)
-            logits = torch.conv2d(features, weights["classifier.1.weight"], weights["classifier.1.bias"]).relu()
+            logits = torch.conv2d(
+                features, weights["classifier.1.weight"], weights["classifier.1.bias"]
+            ).relu()
         wanted = torch.from_numpy(np.load(folder / f"output_{number}.npy")).flatten()
         assert torch.allclose(logits.mean((2, 3)).flatten(), wanted, atol=1e-2, rtol=1e-3)
 
 
 def test_bf16_features_stay_near_fp32(real):
-    photos = sorted((real / "flickr8k" / "images").iterdir())[::600]  # few: some CPUs only emulate bf16
+    photos = sorted((real / "flickr8k" / "images").iterdir())[
+        ::600
+    ]  # few: some CPUs only emulate bf16
     weights = str(real / "weights" / "mobilenetv2_100_onnx7_features.pth")
     from data.images import Framing, read_image
 
     backbone = open_backbone("mobilenetv2_100", weights, {})
-    pixels = torch.from_numpy(np.stack([read_image(p, Framing(backbone.size, backbone.interpolation)).pixels for p in photos]))
-    rows = [extract_regions(backbone, pixels, open_machine("cpu", precision=p)).features.float() for p in ("fp32", "bf16")]
+    pixels = torch.from_numpy(
+        np.stack(
+            [read_image(p, Framing(backbone.size, backbone.interpolation)).pixels for p in photos]
+        )
+    )
+    rows = [
+        extract_regions(backbone, pixels, open_machine("cpu", precision=p)).features.float()
+        for p in ("fp32", "bf16")
+    ]
     cosine = torch.cosine_similarity(rows[0].flatten(1), rows[1].flatten(1))
     assert cosine.min() > 0.998  # 0.994 with every convolution in bf16

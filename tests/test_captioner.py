@@ -1,4 +1,6 @@
-"""The decoder's equalities: cached = full, alone = in a batch, padded = unpadded, grouped = each alone."""
+"""The decoder's equalities: cached = full, alone = in a batch, padded = unpadded, grouped = each
+alone.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,19 @@ WORDS, CHANNELS = 11, 6
 
 
 def tiny(**changes) -> Transformer:
-    sizes = {"width": 16, "heads": 2, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 32, "max_length": 7}
+    sizes = {
+        "width": 16,
+        "heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "feedforward": 32,
+        "max_length": 7,
+    }
     torch.manual_seed(0)
     captioner = Transformer(TransformerConfig(WORDS, CHANNELS, **{**sizes, **changes})).eval()
-    for parameter in captioner.parameters():  # away from the tidy initial values, where mistakes cancel
+    for (
+        parameter
+    ) in captioner.parameters():  # away from the tidy initial values, where mistakes cancel
         torch.nn.init.normal_(parameter, std=0.3)
     return captioner
 
@@ -63,7 +74,9 @@ def test_a_beginning_that_all_captions_share_is_read_once():
     first = captioner.decode(tokens[:, :1, :2], memory, cache)
     rest = [captioner.decode(tokens[:, :, t : t + 1], memory, cache) for t in range(2, 6)]
     full = captioner.decode(tokens, memory)
-    assert close(first.expand(-1, 4, -1, -1), full[:, :, :2]) and close(torch.cat(rest, dim=2), full[:, :, 2:])
+    assert close(first.expand(-1, 4, -1, -1), full[:, :, :2]) and close(
+        torch.cat(rest, dim=2), full[:, :, 2:]
+    )
 
 
 def test_images_that_leave_change_nothing_for_those_that_stay():
@@ -77,7 +90,9 @@ def test_images_that_leave_change_nothing_for_those_that_stay():
         memory, tokens, full = memory.keep(kept, in_place=len(kept) < 4), tokens[kept], full[kept]
         cache.keep(kept)
         t = cache.length
-        assert close(captioner.decode(tokens[:, :, t : t + 1], memory, cache), full[:, :, t : t + 1])
+        assert close(
+            captioner.decode(tokens[:, :, t : t + 1], memory, cache), full[:, :, t : t + 1]
+        )
 
 
 def test_reordered_cache_equals_full_decoding_of_the_reordered_prefixes():
@@ -106,10 +121,13 @@ def test_padded_regions_change_nothing_whatever_they_hold():
     captioner, regions, tokens = tiny(), some_regions(2), some_tokens(2, 2, 6)
     noise = some_regions(2, 3, seed=9)
     padded = Regions(
-        torch.cat([regions.features, 100 * noise.features], 1), torch.cat([regions.boxes, noise.boxes], 1), regions.counts
+        torch.cat([regions.features, 100 * noise.features], 1),
+        torch.cat([regions.boxes, noise.boxes], 1),
+        regions.counts,
     )
     assert close(
-        captioner.decode(tokens, captioner.encode(padded)), captioner.decode(tokens, captioner.encode(regions))
+        captioner.decode(tokens, captioner.encode(padded)),
+        captioner.decode(tokens, captioner.encode(regions)),
     )
 
 
@@ -134,7 +152,8 @@ def test_the_captioner_sees_where_a_region_is():
     captioner, regions, tokens = tiny(), some_regions(1), some_tokens(1, 1, 6)
     moved = regions._replace(boxes=regions.boxes.flip(1))
     assert not close(
-        captioner.decode(tokens, captioner.encode(regions)), captioner.decode(tokens, captioner.encode(moved))
+        captioner.decode(tokens, captioner.encode(regions)),
+        captioner.decode(tokens, captioner.encode(moved)),
     )
 
 
@@ -157,7 +176,9 @@ def test_the_loss_is_the_plain_sum_over_words_that_are_there():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_and_its_gradient_are_those_of_the_plain_way(smoothing, monkeypatch):
-    """One caption a row with its own copy of the regions, padded, F.cross_entropy, torch's own gradients."""
+    """One caption a row with its own copy of the regions, padded, F.cross_entropy, torch's own
+    gradients.
+    """
     monkeypatch.setattr(losses, "ROWS", 4)
     captioner, regions = tiny(), some_regions(3)
     regions = regions._replace(counts=torch.tensor([5, 3, 4]))
@@ -168,7 +189,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_way(smoothing, monkeyp
     rows = tokens.flatten(0, 1)[:, None]
     logits = captioner.decode(rows[:, :, :-1], memory).flatten(0, 2)
     targets = rows[:, :, 1:].flatten()
-    plain = F.cross_entropy(logits, targets, ignore_index=0, reduction="sum", label_smoothing=smoothing)
+    plain = F.cross_entropy(
+        logits, targets, ignore_index=0, reduction="sum", label_smoothing=smoothing
+    )
     wanted = torch.autograd.grad(2 * plain, list(captioner.parameters()))
     loss, words = caption_loss(captioner, regions, tokens, 0, smoothing)
     found = torch.autograd.grad(2 * loss, list(captioner.parameters()))
@@ -187,16 +210,23 @@ def test_packed_captions_have_few_shapes_and_what_fills_them_up_changes_nothing(
         packed = Packed(tokens, there)
         assert packed.count == there.sum() and packed.words[: packed.count].equal(tokens[there])
         shapes.add((len(packed.words), packed.shape[1]))
-    assert all(rows % Packed.ROWS == 0 and places % Packed.PLACES == 0 for rows, places in shapes) and len(shapes) < 25
+    assert (
+        all(rows % Packed.ROWS == 0 and places % Packed.PLACES == 0 for rows, places in shapes)
+        and len(shapes) < 25
+    )
     found = captioner(regions, packed)[: packed.count]
     monkeypatch.setattr(Packed, "ROWS", 1)
     monkeypatch.setattr(Packed, "PLACES", 1)
     alone = Packed(tokens, there)
-    assert len(alone.words) == packed.count < len(packed.words) and close(captioner(regions, alone), found)
+    assert len(alone.words) == packed.count < len(packed.words) and close(
+        captioner(regions, alone), found
+    )
 
 
 def test_bf16_stays_within_a_hundredth_of_the_spread_of_scores():
-    """The sizes of preset small, 200 captions: mean distance to fp32 below 0.01 of the scores' standard deviation."""
+    """The sizes of preset small, 200 captions: mean distance to fp32 below 0.01 of the scores'
+    standard deviation.
+    """
     torch.manual_seed(0)
     captioner = Transformer(TransformerConfig(500, 64, width=256, heads=4, feedforward=1024)).eval()
     regions = Regions(torch.randn(40, 9, 64), torch.rand(40, 9, 4), torch.full((40,), 9))
@@ -216,7 +246,9 @@ def test_padding_captions_get_no_gradient():
     for given in (tokens, tokens[:, :1]):
         captioner.zero_grad()
         caption_loss(captioner, regions, given, pad=0)[0].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in captioner.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in captioner.parameters() if p.grad is not None])
+        )
     assert close(*gradients)
 
 
@@ -225,7 +257,9 @@ def test_grid_boxes_tile_the_photograph_row_by_row():
     assert torch.allclose(boxes[0], torch.tensor([0, 0, 0.25, 0.5])) and torch.allclose(
         boxes[6], torch.tensor([0.5, 0.5, 0.75, 1])
     )
-    assert torch.isclose(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum(), torch.tensor(1.0))
+    assert torch.isclose(
+        ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum(), torch.tensor(1.0)
+    )
 
 
 def test_a_regions_features_are_the_cell_its_box_names():
@@ -233,8 +267,12 @@ def test_a_regions_features_are_the_cell_its_box_names():
     regions = grid_regions(feature_map)
     for row in range(3):
         for column in range(4):
-            assert torch.equal(regions.features[0, row * 4 + column], feature_map[0, :, row, column])
-            assert torch.allclose(regions.boxes[0, row * 4 + column, :2], torch.tensor([column / 4, row / 3]))
+            assert torch.equal(
+                regions.features[0, row * 4 + column], feature_map[0, :, row, column]
+            )
+            assert torch.allclose(
+                regions.boxes[0, row * 4 + column, :2], torch.tensor([column / 4, row / 3])
+            )
 
 
 @pytest.mark.parametrize("changes", [{"width": 15}, {"dropout": 1.0}, {"max_length": 0}])
@@ -265,10 +303,12 @@ def test_attention_on_a_cpu_equals_the_fused_one(masked):
     q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
     allowed = (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None, :]
     mask = additive(allowed) if masked else None
-    assert close(attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, allowed if masked else None))
+    assert close(
+        attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, allowed if masked else None)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 
 
 def test_dropped_regions_are_a_share_of_those_that_are_there_each_with_its_place():
@@ -279,10 +319,16 @@ def test_dropped_regions_are_a_share_of_those_that_are_there_each_with_its_place
     kept = drop_regions(regions, 0.3)
     assert kept.features.shape == (50, 7, CHANNELS)
     assert kept.counts.tolist() == [max(1, round(count * 0.7)) for count in counts.tolist()]
-    own = {tuple(row.tolist()) for image in range(50) for row in
-           torch.cat([regions.features, regions.boxes], 2)[image, : counts[image]]}  # fmt: skip
+    own = {
+        tuple(row.tolist())
+        for image in range(50)
+        for row in torch.cat([regions.features, regions.boxes], 2)[image, : counts[image]]
+    }
     for image in range(50):
-        rows = [tuple(row.tolist()) for row in torch.cat([kept.features, kept.boxes], 2)[image, : kept.counts[image]]]
+        rows = [
+            tuple(row.tolist())
+            for row in torch.cat([kept.features, kept.boxes], 2)[image, : kept.counts[image]]
+        ]
         assert len(set(rows)) == len(rows) and set(rows) <= own
     torch.manual_seed(1)
     assert not torch.equal(drop_regions(regions, 0.3).features, kept.features)
@@ -298,7 +344,9 @@ def test_replaced_words_are_a_share_and_never_the_first():
 
 
 def test_scheduled_sampling_reads_the_captioners_own_guess_in_place_of_the_word(monkeypatch):
-    """Every word replaced: the second pass reads <bos> and then, at each place, the likeliest word after the true ones."""
+    """Every word replaced: the second pass reads <bos> and then, at each place, the likeliest word
+    after the true ones.
+    """
     captioner, regions, tokens = tiny(), some_regions(3), some_tokens(3, 2, 6)
     memory = captioner.encode(regions)
     guessed = captioner.decode(tokens, memory).argmax(-1)
@@ -307,7 +355,10 @@ def test_scheduled_sampling_reads_the_captioners_own_guess_in_place_of_the_word(
     states = captioner(regions, Packed(tokens), 0.5)
     assert close(captioner.logits(states), captioner.decode(mixed, memory).flatten(0, 2))
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.ones(*shape))
-    assert close(captioner.logits(captioner(regions, Packed(tokens), 0.5)), captioner.decode(tokens, memory).flatten(0, 2))
+    assert close(
+        captioner.logits(captioner(regions, Packed(tokens), 0.5)),
+        captioner.decode(tokens, memory).flatten(0, 2),
+    )
 
 
 def test_noise_reaches_the_loss_and_a_loss_without_it_is_unchanged():
@@ -319,8 +370,19 @@ def test_noise_reaches_the_loss_and_a_loss_without_it_is_unchanged():
         assert not close(caption_loss(captioner, regions, tokens, 0, 0.0, noise)[0], plain), noise
 
 
-@pytest.mark.parametrize("name", ["words", "channels", "width", "heads", "encoder_layers", "decoder_layers", "feedforward",
-                                  "max_length"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "words",
+        "channels",
+        "width",
+        "heads",
+        "encoder_layers",
+        "decoder_layers",
+        "feedforward",
+        "max_length",
+    ],
+)
 def test_a_size_that_no_machine_has_room_for_is_named_at_once(name):
     with pytest.raises(ModelError, match=f"{name} is .* at most"):
         TransformerConfig(**{"words": 10, "channels": 8, "heads": 1, name: 2**63 - 1})

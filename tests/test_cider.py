@@ -14,8 +14,12 @@ from data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from pipeline.scoring.token_cider import TokenCider
 
 
-def oracle(samples: list[tuple[int, list[str]]], references: dict[int, list[list[str]]]) -> np.ndarray:
-    """pycocoevalcap's CIDEr of each (image, words); document frequencies from all the references."""
+def oracle(
+    samples: list[tuple[int, list[str]]], references: dict[int, list[list[str]]]
+) -> np.ndarray:
+    """pycocoevalcap's CIDEr of each (image, words); document frequencies from all the
+    references.
+    """
     base = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer
     documents = np.log(float(len(references)))
 
@@ -37,18 +41,31 @@ def ids(vocabulary: Vocabulary, words: list[str], length: int, end: bool = True)
     return (found + [PAD] * length)[:length]
 
 
-def drawn(seed: int) -> tuple[dict[int, list[list[str]]], Vocabulary, list[int], list[list[list[str]]]]:
-    """References by image, a vocabulary that lacks some of their words, and 3 samples for each of some images."""
+def drawn(
+    seed: int,
+) -> tuple[dict[int, list[list[str]]], Vocabulary, list[int], list[list[list[str]]]]:
+    """References by image, a vocabulary that lacks some of their words, and 3 samples for each of
+    some images.
+    """
     rng = random.Random(seed)
 
     def sentence(words: str) -> list[str]:
         return rng.choices(words, k=rng.choice([0, 1, 2, 3, 4, 5, 8, 11]))
 
     images = rng.sample(range(10**12), 12)
-    references = {image_id: [sentence("abcdefghijk") for _ in range(rng.randint(1, 5))] for image_id in images}
-    vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghxyz"))  # i j k are unknown, x y z unseen
+    references = {
+        image_id: [sentence("abcdefghijk") for _ in range(rng.randint(1, 5))] for image_id in images
+    }
+    vocabulary = Vocabulary(
+        ("<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghxyz")
+    )  # i j k are unknown, x y z unseen
     owners = [rng.choice(images) for _ in range(6)]
-    return references, vocabulary, owners, [[sentence("abcdefghxyz") for _ in range(3)] for _ in owners]
+    return (
+        references,
+        vocabulary,
+        owners,
+        [[sentence("abcdefghxyz") for _ in range(3)] for _ in owners],
+    )
 
 
 @pytest.mark.parametrize("eos", [False, True], ids=["words", "words and the end"])
@@ -60,8 +77,15 @@ def test_random_samples_score_as_pycocoevalcap_scores_their_words(seed, eos):
     found = cider(cider.rows(owners), tokens)
     assert found.shape == (6, 3) and found.dtype == np.float32
     end = ["<eos>"] if eos else []
-    ended = {image_id: [[*words, *end] for words in captions] for image_id, captions in references.items()}
-    words = [(i, [*w[:9], *(end if len(w) < 9 else [])]) for i, group in zip(owners, samples, strict=True) for w in group]
+    ended = {
+        image_id: [[*words, *end] for words in captions]
+        for image_id, captions in references.items()
+    }
+    words = [
+        (i, [*w[:9], *(end if len(w) < 9 else [])])
+        for i, group in zip(owners, samples, strict=True)
+        for w in group
+    ]
     np.testing.assert_allclose(found.ravel(), oracle(words, ended), atol=1e-5)
 
 
@@ -75,14 +99,26 @@ def test_250_samples_of_real_captions_score_as_pycocoevalcap_scores_them(real: P
     rng = random.Random(1)
     owners = rng.sample(list(tokens), 50)
     samples = [
-        [vocabulary.decode(vocabulary.encode(rng.choice(tokens[rng.choice([image_id, *owners[:2]])]))).split(" ")[:20]
-         for _ in range(5)]
+        [
+            vocabulary.decode(
+                vocabulary.encode(rng.choice(tokens[rng.choice([image_id, *owners[:2]])]))
+            ).split(" ")[:20]
+            for _ in range(5)
+        ]
         for image_id in owners
-    ]  # fmt: skip
-    batch = np.array([[ids(vocabulary, words, 20, len(words) < 20) for words in group] for group in samples])
+    ]
+    batch = np.array(
+        [[ids(vocabulary, words, 20, len(words) < 20) for words in group] for group in samples]
+    )
     end = ["<eos>"] if eos else []
-    ended = {image_id: [[*words, *end] for words in captions] for image_id, captions in tokens.items()}
-    words = [(i, [*w, *(end if len(w) < 20 else [])]) for i, group in zip(owners, samples, strict=True) for w in group]
+    ended = {
+        image_id: [[*words, *end] for words in captions] for image_id, captions in tokens.items()
+    }
+    words = [
+        (i, [*w, *(end if len(w) < 20 else [])])
+        for i, group in zip(owners, samples, strict=True)
+        for w in group
+    ]
     wanted = oracle(words, ended)
     cider = TokenCider(tokens, vocabulary, eos)
     rows = cider.rows(owners)
@@ -118,7 +154,9 @@ def test_an_image_with_itself_scores_ten_times_its_share_of_long_n_grams():
     cider = TokenCider(references, vocabulary)
     tokens = np.array([[vocabulary.encode("abcde")]])
     assert cider(cider.rows([1]), tokens).item() == pytest.approx(10)
-    assert cider(cider.rows([2]), np.array([[[*vocabulary.encode("fg"), EOS]]])).item() == pytest.approx(5)
+    assert cider(
+        cider.rows([2]), np.array([[[*vocabulary.encode("fg"), EOS]]])
+    ).item() == pytest.approx(5)
 
 
 def test_document_frequencies_may_come_from_other_captions():
@@ -126,7 +164,10 @@ def test_document_frequencies_may_come_from_other_captions():
     few = dict(list(references.items())[:4])
     own = [image_id for image_id in owners if image_id in few] or list(few)[:1]
     tokens = np.array([[ids(vocabulary, words, 9) for words in samples[0]] for _ in own])
-    among_all, alone = TokenCider(references, vocabulary), TokenCider(few, vocabulary, frequencies=references)
+    among_all, alone = (
+        TokenCider(references, vocabulary),
+        TokenCider(few, vocabulary, frequencies=references),
+    )
     wanted = among_all(among_all.rows(own), tokens)
     assert np.allclose(alone(alone.rows(own), tokens), wanted, atol=1e-6)
 

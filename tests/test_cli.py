@@ -54,14 +54,19 @@ def run(*arguments: str):
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), MemoryError("Unable to allocate 3 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(), MemoryError("Unable to allocate 3 TiB"), RuntimeError("DefaultCPUAllocator: "
+                                                                         "can't allocate memory"),
     RuntimeError("CUDA out of memory. Tried to allocate 3 GiB"),
     RuntimeError("Storage size calculation overflowed with sizes=[2]"),
 ])  # fmt: skip
 def test_too_little_memory_is_one_plain_message(error):
     failing.append(error)
     result = run()
-    assert result.exit_code == 2 and result.stderr.count("Error:") == 1 and "out of memory" in result.stderr
+    assert (
+        result.exit_code == 2
+        and result.stderr.count("Error:") == 1
+        and "out of memory" in result.stderr
+    )
 
 
 def test_another_runtime_error_keeps_its_traceback():
@@ -80,7 +85,19 @@ def test_names_that_stdout_has_no_characters_for_are_printed_all_the_same():
 
 
 def test_flags_become_fields_with_their_types():
-    run("--word", "folder", "--place", "a/b", "--number", "5", "--tags", "x=1", "--tags", "y=2", "--quiet")
+    run(
+        "--word",
+        "folder",
+        "--place",
+        "a/b",
+        "--number",
+        "5",
+        "--tags",
+        "x=1",
+        "--tags",
+        "y=2",
+        "--quiet",
+    )
     assert seen[-1] == Config("folder", Path("a/b"), 5, ("x=1", "y=2"), True)
     run()
     assert seen[-1] == Config()
@@ -93,14 +110,17 @@ def test_settings_come_from_a_file_and_flags_win(tmp_path, suffix):
     if suffix == ".toml":
         file.write_text('number = 5\nword = "folder"\ntags = ["x"]\nplace = "here"')
     else:
-        file.write_text(json.dumps({"model": {}, "training": values} if suffix == "run.json" else values))
+        file.write_text(
+            json.dumps({"model": {}, "training": values} if suffix == "run.json" else values)
+        )
     assert run("--config", str(file), "--number", "6").exit_code == 0
     assert seen[-1] == Config("folder", Path("here"), 6, ("x",))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("numbr = 5", "unknown setting 'numbr'; did you mean 'number'?"), ("word = ", "cannot be read"),
+    [("numbr = 5", "unknown setting 'numbr'; did you mean 'number'?"), ("word = ", "cannot be "
+                                                                                   "read"),
      ("number = 'x'", "--number"), ("word = 'samle'", "Did you mean 'sample'?")],
 )  # fmt: skip
 def test_a_wrong_settings_file_is_named(tmp_path, text, message):
@@ -193,7 +213,9 @@ def test_a_settings_file_that_the_system_does_not_give_is_one_plain_message(tmp_
 
 
 def test_settings_of_windows_and_whole_numbers_for_others_are_read(tmp_path):
-    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf{"rate": 1, "places": ["a"], "number": null, "quiet": true}')
+    (tmp_path / "c.JSON").write_bytes(
+        b'\xef\xbb\xbf{"rate": 1, "places": ["a"], "number": null, "quiet": true}'
+    )
     assert run("--config", str(tmp_path / "c.JSON")).exit_code == 0
     assert seen[-1] == Config(rate=1.0, places=(Path("a"),), quiet=True)
 
@@ -208,7 +230,8 @@ def test_a_number_that_is_not_finite_is_refused_as_a_flag_too(value):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [("1", "Error: no photographs; put some there"), ("2", "Error: cache/x: No space left on device"),
+    [("1", "Error: no photographs; put some there"), ("2", "Error: cache/x: No space left on "
+                                                           "device"),
      ("13", "Error: --number is 13, it must not be")],
 )  # fmt: skip
 def test_a_users_mistake_is_one_message_and_exit_2(number, message):
@@ -219,24 +242,41 @@ def test_a_users_mistake_is_one_message_and_exit_2(number, message):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOLCK, "No locks available", "cache/shard.h5"), "cache/shard.h5: No locks available"),
+        (
+            OSError(errno.ENOLCK, "No locks available", "cache/shard.h5"),
+            "cache/shard.h5: No locks available",
+        ),
         (OSError(errno.EIO, "Input/output error", b"a/b"), "a/b: Input/output error"),
         (OSError(errno.ESTALE, "Stale file handle", 7), "file descriptor 7: Stale file handle"),
-        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a to b: Invalid cross-device link"),
-        (OSError(errno.ENOSPC, "No space left on device"), "a file or folder (the system does not say which): No space left"),
+        (
+            OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"),
+            "a to b: Invalid cross-device link",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file or folder (the system does not say which): No space left",
+        ),
         (OSError(errno.ELOOP, None, "a"), "a: Too many levels of symbolic links"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "Connection refused"),
-        (TimeoutError(errno.ETIMEDOUT, "Connection timed out", "nfs/x"), "nfs/x: Connection timed out"),
+        (
+            TimeoutError(errno.ETIMEDOUT, "Connection timed out", "nfs/x"),
+            "nfs/x: Connection timed out",
+        ),
     ],
 )
 def test_whatever_the_system_refuses_is_one_plain_message(error, message):
     failing.append(error)
     result = run()
-    assert result.exit_code == 2 and result.output.startswith("Error: ") and message in result.output
+    assert (
+        result.exit_code == 2 and result.output.startswith("Error: ") and message in result.output
+    )
     assert result.output.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [OSError("no errno"), ValueError("x"), AssertionError(), RuntimeError("x"), TypeError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no errno"), ValueError("x"), AssertionError(), RuntimeError("x"), TypeError("x")],
+)
 def test_an_error_that_is_not_of_the_system_keeps_its_traceback(error):
     failing.append(error)
     assert run().exception is error
@@ -252,14 +292,18 @@ def test_an_unknown_choice_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize("stage", ["extract", "train", "evaluate", "caption"])
-def test_every_setting_of_every_command_is_checked_and_a_run_s_own_record_is_taken(stage, tmp_path, monkeypatch):
+def test_every_setting_of_every_command_is_checked_and_a_run_s_own_record_is_taken(
+    stage, tmp_path, monkeypatch
+):
     main = importlib.import_module(f"pipeline.{stage}").main
     options = [each for each in main.params if each.name != "config"]
     file = tmp_path / "c.json"
     for option in options:
         file.write_text(json.dumps({option.name: {"a": 1}}))
         result = CliRunner().invoke(main, ["--config", str(file)])
-        assert result.exit_code == 2 and f"{file}: {option.name} is a table, not" in result.output, option.name
+        assert (
+            result.exit_code == 2 and f"{file}: {option.name} is a table, not" in result.output
+        ), option.name
     taken = []
     monkeypatch.setattr(main, "callback", lambda **values: taken.append(values))
     defaults = {each.name: each.default for each in options if isinstance(each, click.Option)}

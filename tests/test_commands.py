@@ -1,4 +1,6 @@
-"""Each stage through its `main`, on a small drawn sample: the path of the README, and every mistake a user can make."""
+"""Each stage through its `main`, on a small drawn sample: the path of the README, and every mistake
+a user can make.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,18 @@ from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
 from pipeline.evaluate import checkpoint as evaluate_checkpoint
 
-SMALL = ["--width", "32", "--heads", "2", "--encoder-layers", "1", "--decoder-layers", "1", "--feedforward", "64"]
+SMALL = [
+    "--width",
+    "32",
+    "--heads",
+    "2",
+    "--encoder-layers",
+    "1",
+    "--decoder-layers",
+    "1",
+    "--feedforward",
+    "64",
+]
 QUICK = [*SMALL, "--epochs", "2", "--batch", "20", "--min-count", "1", "--beam", "2"]
 
 
@@ -56,17 +69,6 @@ def refused(stage: click.Command, *arguments: object) -> str:
     return result.stderr[result.stderr.index("Error:") :]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    """A drawn sample of 60 scenes, its cache and a run over it, made by the stages."""
-    world = tmp_path_factory.mktemp("world")
-    draw_sample(world / "sample", count=60, seed=3)
-    at = ["--dataset", "karpathy", "--root", world / "sample"]
-    works(extract.main, *at, "--backbone", "test_resnet", "--weights", "scenes", "--out", world / "cache")
-    works(train.main, *at, "--features", world / "cache", "--out", world / "run", *QUICK)
-    return world
-
-
 def at(world: Path) -> list:
     return ["--dataset", "karpathy", "--root", world / "sample"]
 
@@ -75,26 +77,53 @@ def photos(world: Path, count: int = 5) -> list[Path]:
     return sorted((world / "sample").rglob("*.jpg"))[:count]
 
 
-# ------------------------------------------------------------------------------------------------ the path
+# ----------------------------------------------------------------------------------------- the path
 
 
 def test_a_cache_holds_each_photograph_under_its_own_id_name_and_size(world):
     truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
     with h5py.File(world / "cache" / "features.h5") as file:
         names = dict(zip(file["image_ids"][:].tolist(), file["names"].asstr()[:], strict=True))
-        assert names == {image["cocoid"]: f"{image['filepath']}/{image['filename']}" for image in truth}
-        assert {tuple(size) for size in file["sizes"][:]} == {Image.open(photos(world)[0]).size[::-1]}
+        assert names == {
+            image["cocoid"]: f"{image['filepath']}/{image['filename']}" for image in truth
+        }
+        assert {tuple(size) for size in file["sizes"][:]} == {
+            Image.open(photos(world)[0]).size[::-1]
+        }
     assert (world / "cache" / "unreadable.jsonl").read_text() == ""
 
 
 def test_extraction_again_does_nothing_and_another_batch_size_gives_near_rows(world, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (world / "cache").glob("shard*")}
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", world / "cache")
+    works(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        world / "cache",
+    )
     assert before == {path: path.stat().st_mtime_ns for path in (world / "cache").glob("shard*")}
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c",
-          "--batch", 7, "--workers", 0)  # fmt: skip
+    works(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "c",
+        "--batch",
+        7,
+        "--workers",
+        0,
+    )
     one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "c")
-    rows = [torch.from_numpy(cache.rows(one.ids).features).float().flatten(1) for cache in (one, two)]
+    rows = [
+        torch.from_numpy(cache.rows(one.ids).features).float().flatten(1) for cache in (one, two)
+    ]
     assert torch.cosine_similarity(*rows).min() > 0.999
 
 
@@ -102,15 +131,34 @@ def test_extraction_needs_no_captions(world, tmp_path):
     folder = tmp_path / "photos" / "inner"
     folder.mkdir(parents=True)
     shutil.copy(photos(world)[0], folder / "my photo é.jpg")
-    works(extract.main, "--dataset", "folder", "--root", tmp_path / "photos", "--backbone", "test_resnet", "--weights",
-          "scenes", "--out", tmp_path / "cache")  # fmt: skip
+    works(
+        extract.main,
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path / "photos",
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "cache",
+    )
     cache = FeatureCache(tmp_path / "cache")
     assert cache.ids.tolist() == [image_id("inner/my photo é.jpg")]
 
 
 def test_a_rank_that_is_done_makes_the_shards_of_one_that_never_came(world, tmp_path, monkeypatch):
     monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
-    options = [*at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache"]
+    options = [
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "cache",
+    ]
     for rank in (1, 0):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", str(rank))
@@ -122,23 +170,70 @@ def test_a_rank_that_is_done_makes_the_shards_of_one_that_never_came(world, tmp_
 
 def test_a_run_folder_holds_all_that_the_documents_name(world):
     names = {path.name for path in (world / "run").iterdir()}
-    assert {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "last.safetensors",
-            "frequencies.safetensors", "metrics.jsonl", "tensorboard"} == names  # fmt: skip
-    lines = [json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["dev"]["loss"] < lines[0]["dev"]["loss"]
+    assert {
+        "model.safetensors",
+        "config.json",
+        "vocab.json",
+        "backbone.safetensors",
+        "last.safetensors",
+        "frequencies.safetensors",
+        "metrics.jsonl",
+        "tensorboard",
+    } == names
+    lines = [
+        json.loads(line) for line in (world / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[1]["dev"]["loss"] < lines[0][
+        "dev"
+    ]["loss"]
     assert {"CIDEr", "Bleu_4", "ROUGE_L"} <= lines[0]["dev"].keys()
 
 
 def test_training_learns_to_fit_a_few_captions(world, tmp_path):
-    works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "run", "--limit", 8, "--epochs", 60,
-          "--patience", 60, "--batch", 4, "--min-count", 1, "--dropout", 0, "--lr", 0.003, *SMALL)  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    works(
+        train.main,
+        *at(world),
+        "--features",
+        world / "cache",
+        "--out",
+        tmp_path / "run",
+        "--limit",
+        8,
+        "--epochs",
+        60,
+        "--patience",
+        60,
+        "--batch",
+        4,
+        "--min-count",
+        1,
+        "--dropout",
+        0,
+        "--lr",
+        0.003,
+        *SMALL,
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["train"]["loss"] < 0.5 * lines[0]["train"]["loss"]
 
 
 def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkeypatch):
-    options = [*at(world), "--features", world / "cache", *QUICK[:-6], "--epochs", 3, "--batch", 20, "--min-count", 1,
-               "--dropout", 0.1]  # fmt: skip
+    options = [
+        *at(world),
+        "--features",
+        world / "cache",
+        *QUICK[:-6],
+        "--epochs",
+        3,
+        "--batch",
+        20,
+        "--min-count",
+        1,
+        "--dropout",
+        0.1,
+    ]
     works(train.main, *options, "--out", tmp_path / "through")
     whole = train.validate
 
@@ -159,10 +254,22 @@ def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkey
 def test_training_is_the_same_wherever_the_features_are_kept(world, tmp_path):
     lines = []
     for where in ("disk", "ram", "device"):
-        told = works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / where, *QUICK,
-                     "--cache-in", where)  # fmt: skip
+        told = works(
+            train.main,
+            *at(world),
+            "--features",
+            world / "cache",
+            "--out",
+            tmp_path / where,
+            *QUICK,
+            "--cache-in",
+            where,
+        )
         assert f"--cache-in {where}" in told
-        metrics = [json.loads(line) for line in (tmp_path / where / "metrics.jsonl").read_text().splitlines()]
+        metrics = [
+            json.loads(line)
+            for line in (tmp_path / where / "metrics.jsonl").read_text().splitlines()
+        ]
         lines.append([(line["train"]["loss"], line["dev"]) for line in metrics])
     assert lines[0] == lines[1] == lines[2]
 
@@ -177,17 +284,37 @@ def test_the_worked_example_of_the_documents_runs(world, tmp_path):
     os.symlink(world / "cache", tmp_path / "cache" / "sample")
     os.symlink(world / "sample", tmp_path / "datasets" / "sample")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "torch.Size([8, 25, 96])" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "torch.Size([8, 25, 96])" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_evaluate_writes_scores_and_captions_in_coco_results_format(world, tmp_path):
-    output = works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", world / "cache",
-                   "--split", "val", "--out", tmp_path / "scores-val.json")  # fmt: skip
+    output = works(
+        evaluate.main,
+        *at(world),
+        "--checkpoint",
+        world / "run",
+        "--features",
+        world / "cache",
+        "--split",
+        "val",
+        "--out",
+        tmp_path / "scores-val.json",
+    )
     record = json.loads((tmp_path / "scores-val.json").read_text())
     captions = json.loads((tmp_path / "captions-val.json").read_text())
     truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
-    assert {line["image_id"] for line in captions} == {i["cocoid"] for i in truth if i["split"] == "val"}
+    assert {line["image_id"] for line in captions} == {
+        i["cocoid"] for i in truth if i["split"] == "val"
+    }
     assert all(line.keys() == {"image_id", "caption"} for line in captions)
     assert list(record["scores"]) == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
     assert str(tmp_path / "captions-val.json") in output
@@ -198,36 +325,91 @@ def test_evaluate_reports_test_by_default(world):
     assert json.loads((world / "run" / "scores-test.json").read_text())["split"] == "test"
 
 
-def test_evaluate_scores_the_images_of_an_id_list_and_says_how_many_captions_are_new(world, tmp_path):
+def test_evaluate_scores_the_images_of_an_id_list_and_says_how_many_captions_are_new(
+    world, tmp_path
+):
     truth = json.loads((world / "sample" / "dataset_sample.json").read_text())["images"]
     ids = [image["cocoid"] for image in truth if image["split"] == "test"][:3]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", world / "cache", "--ids",
-          tmp_path / "ids.json", "--out", tmp_path / "scores.json")  # fmt: skip
+    works(
+        evaluate.main,
+        *at(world),
+        "--checkpoint",
+        world / "run",
+        "--features",
+        world / "cache",
+        "--ids",
+        tmp_path / "ids.json",
+        "--out",
+        tmp_path / "scores.json",
+    )
     record = json.loads((tmp_path / "scores.json").read_text())
-    assert [line["image_id"] for line in json.loads((tmp_path / "captions-test.json").read_text())] == ids
+    assert [
+        line["image_id"] for line in json.loads((tmp_path / "captions-test.json").read_text())
+    ] == ids
     assert record["images"] == 3 and 0 <= record["statistics"]["novel"] <= 1
     assert "refs:karpathy-test" in record["signature"]
 
 
 def test_a_server_s_files_are_refused_before_decoding_where_the_split_is_not_whole(world, tmp_path):
-    options = ["--checkpoint", world / "run", "--features", world / "cache", "--out", tmp_path / "scores.json"]
-    assert "the server takes all 40,504" in refused(evaluate.main, *at(world), *options, "--server", "ours")
-    assert "no --limit" in refused(evaluate.main, *at(world), *options, "--server", "ours", "--limit", 3)
+    options = [
+        "--checkpoint",
+        world / "run",
+        "--features",
+        world / "cache",
+        "--out",
+        tmp_path / "scores.json",
+    ]
+    assert "the server takes all 40,504" in refused(
+        evaluate.main, *at(world), *options, "--server", "ours"
+    )
+    assert "no --limit" in refused(
+        evaluate.main, *at(world), *options, "--server", "ours", "--limit", 3
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_photograph_is_captioned_as_its_cached_features_are(world, tmp_path):
-    """One photograph at a time against a split in batches: the same captions, in fp32, where rounding hides nothing."""
+    """One photograph at a time against a split in batches: the same captions, in fp32, where
+    rounding hides nothing.
+    """
     out = tmp_path / "cache"
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", out, "--precision", "fp32")
-    works(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", out, "--split", "all", "--precision",
-          "fp32", "--out", tmp_path / "scores-all.json")  # fmt: skip
-    cached = {line["image_id"]: line["caption"] for line in json.loads((tmp_path / "captions-all.json").read_text())}
+    works(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        out,
+        "--precision",
+        "fp32",
+    )
+    works(
+        evaluate.main,
+        *at(world),
+        "--checkpoint",
+        world / "run",
+        "--features",
+        out,
+        "--split",
+        "all",
+        "--precision",
+        "fp32",
+        "--out",
+        tmp_path / "scores-all.json",
+    )
+    cached = {
+        line["image_id"]: line["caption"]
+        for line in json.loads((tmp_path / "captions-all.json").read_text())
+    }
     paths = photos(world, 60)
     captions = load_captioner(world / "run", precision="fp32").caption(paths, batch=1)
     found = {int(path.stem[-12:]): text for path, text in zip(paths, captions, strict=True)}
-    assert sum(found[key] == cached[key] for key in found) >= 59  # two sums in another order may tie apart
+    assert (
+        sum(found[key] == cached[key] for key in found) >= 59
+    )  # two sums in another order may tie apart
 
 
 def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_path):
@@ -235,13 +417,17 @@ def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_p
     mine.mkdir()
     for path in photos(world):
         shutil.copy(path, mine)
-    before = works(caption.main, mine, "--checkpoint", world / "run", "--out", tmp_path / "before.json")
+    before = works(
+        caption.main, mine, "--checkpoint", world / "run", "--out", tmp_path / "before.json"
+    )
     shutil.copytree(world / "run", tmp_path / "moved")
     hidden = [world / name for name in ("sample", "cache", "run")]
     for path in hidden:
         path.rename(path.with_name(f"{path.name}-away"))
     try:
-        after = works(caption.main, mine, "--checkpoint", tmp_path / "moved", "--out", tmp_path / "after.json")
+        after = works(
+            caption.main, mine, "--checkpoint", tmp_path / "moved", "--out", tmp_path / "after.json"
+        )
     finally:
         for path in hidden:
             path.with_name(f"{path.name}-away").rename(path)
@@ -255,34 +441,88 @@ def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_p
 def test_caption_prints_one_line_a_photograph_and_needs_no_out(world):
     result = run(caption.main, *photos(world, 3), "--checkpoint", world / "run")
     lines = result.stdout.splitlines()
-    assert result.exit_code == 0 and [line.split(":")[0] for line in lines] == [p.name for p in photos(world, 3)]
+    assert result.exit_code == 0 and [line.split(":")[0] for line in lines] == [
+        p.name for p in photos(world, 3)
+    ]
 
 
 def test_evaluate_and_caption_take_the_same_decoding_options(world, tmp_path):
     checkpoint, out = ["--checkpoint", world / "run"], tmp_path / "scores.json"
-    cached = [*at(world), *checkpoint, "--features", world / "cache", "--split", "all", "--bootstrap", 0, "--out", out]
+    cached = [
+        *at(world),
+        *checkpoint,
+        "--features",
+        world / "cache",
+        "--split",
+        "all",
+        "--bootstrap",
+        0,
+        "--out",
+        out,
+    ]
     words = json.loads((world / "run" / "vocab.json").read_text())
-    rules = ["--bad-words", "left", "--bad-words", "a large", "--force-words", "circle", "--force-words", "is right",
-             "--no-repeat-ngram", 2, "--min-length", 6, "--max-length", 12, "--beam", 3, "--nbest", 2]  # fmt: skip
+    rules = [
+        "--bad-words",
+        "left",
+        "--bad-words",
+        "a large",
+        "--force-words",
+        "circle",
+        "--force-words",
+        "is right",
+        "--no-repeat-ngram",
+        2,
+        "--min-length",
+        6,
+        "--max-length",
+        12,
+        "--beam",
+        3,
+        "--nbest",
+        2,
+    ]
     assert {"left", "large", "circle", "is", "right"} <= set(words)
     output = works(evaluate.main, *cached, *rules)
     assert "nbest-all.json" in output and json.loads(out.read_text())["decoding"]["min_length"] == 6
     told = works(caption.main, *photos(world), *checkpoint, *rules, "--out", tmp_path / "own.json")
-    own, written = json.loads((tmp_path / "own.json").read_text()), json.loads((tmp_path / "nbest-all.json").read_text())
+    own, written = (
+        json.loads((tmp_path / "own.json").read_text()),
+        json.loads((tmp_path / "nbest-all.json").read_text()),
+    )
     assert len(written) == 60 and len(own) == 5 and len(told.strip().splitlines()) >= 10
     for record in [*written, *own]:
-        assert len(record["captions"]) == 2 and record["captions"][0]["caption"] != record["captions"][1]["caption"]
+        assert (
+            len(record["captions"]) == 2
+            and record["captions"][0]["caption"] != record["captions"][1]["caption"]
+        )
         for found in record["captions"]:
             text = found["caption"].split()
             assert 6 <= len(text) <= 12 and "left" not in text and "a large" not in found["caption"]
-            assert "circle" in text and "is right" in found["caption"] and found["log_probability"] < 0
+            assert (
+                "circle" in text and "is right" in found["caption"] and found["log_probability"] < 0
+            )
     cache = FeatureCache(world / "cache")
-    first = {Path(cache.name_of(record["image_id"])).name: record["captions"][0]["caption"] for record in written}
-    assert sum(record["caption"] == first[record["file_name"]] for record in own) >= 4  # bf16 in batches may tie apart
+    first = {
+        Path(cache.name_of(record["image_id"])).name: record["captions"][0]["caption"]
+        for record in written
+    }
+    assert (
+        sum(record["caption"] == first[record["file_name"]] for record in own) >= 4
+    )  # bf16 in batches may tie apart
 
 
 def test_samples_are_the_same_for_one_seed_and_others_for_another(world, tmp_path):
-    cached = [*at(world), "--checkpoint", world / "run", "--features", world / "cache", "--split", "all", "--bootstrap", 0]
+    cached = [
+        *at(world),
+        "--checkpoint",
+        world / "run",
+        "--features",
+        world / "cache",
+        "--split",
+        "all",
+        "--bootstrap",
+        0,
+    ]
     found = []
     for number, seed in enumerate((1, 1, 2)):
         out = tmp_path / str(number) / "scores.json"
@@ -294,25 +534,50 @@ def test_samples_are_the_same_for_one_seed_and_others_for_another(world, tmp_pat
 
 def test_several_checkpoints_are_scored_as_one_ensemble(world, tmp_path):
     shutil.copytree(world / "run", tmp_path / "A")
-    works(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "B", *QUICK, "--seed", 1)
+    works(
+        train.main,
+        *at(world),
+        "--features",
+        world / "cache",
+        "--out",
+        tmp_path / "B",
+        *QUICK,
+        "--seed",
+        1,
+    )
     common = [*at(world), "--features", world / "cache", "--split", "all", "--bootstrap", 0]
-    output = works(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B")
+    output = works(
+        evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B"
+    )
     assert "A+B" in output and (tmp_path / "A+B" / "scores-all.json").is_file()
     works(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "A")
     works(evaluate.main, *common, "--checkpoint", tmp_path / "A")
-    twice, once = (json.loads((tmp_path / name / "captions-all.json").read_text()) for name in ("A+A", "A"))
+    twice, once = (
+        json.loads((tmp_path / name / "captions-all.json").read_text()) for name in ("A+A", "A")
+    )
     assert twice == once
-    (tmp_path / "B" / "vocab.json").write_text((tmp_path / "B" / "vocab.json").read_text().replace("circle", "ring"))
-    message = refused(evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B")
+    (tmp_path / "B" / "vocab.json").write_text(
+        (tmp_path / "B" / "vocab.json").read_text().replace("circle", "ring")
+    )
+    message = refused(
+        evaluate.main, *common, "--checkpoint", tmp_path / "A", "--checkpoint", tmp_path / "B"
+    )
     assert "vocabular" in message and str(tmp_path / "B") in message
 
 
 def test_captioning_from_python_takes_the_names_of_hugging_face(world):
-    captioner, cache = load_captioner(world / "run", precision="fp32"), FeatureCache(world / "cache")
+    captioner, cache = (
+        load_captioner(world / "run", precision="fp32"),
+        FeatureCache(world / "cache"),
+    )
     regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:3].tolist())))
-    found = captioner.generate(regions, num_beams=4, num_return_sequences=2, min_length=7, bad_words=["left"])
+    found = captioner.generate(
+        regions, num_beams=4, num_return_sequences=2, min_length=7, bad_words=["left"]
+    )
     assert [len(captions) for captions in found] == [2, 2, 2]
-    assert all(len(c.text.split()) >= 7 and "left" not in c.text for captions in found for c in captions)
+    assert all(
+        len(c.text.split()) >= 7 and "left" not in c.text for captions in found for c in captions
+    )
     assert captioner.caption(photos(world, 2), num_beams=1, max_length=3)[0].count(" ") <= 2
 
 
@@ -324,7 +589,9 @@ def test_captioning_from_python_takes_a_photograph_in_any_form_and_gives_one_cap
     forms = [path, str(path), opened, np.asarray(opened), path.read_bytes()]
     assert [captioner.caption(form) for form in forms] == captioner.caption(forms) == [text] * 5
     assert captioner.caption([path]) == [text] and captioner.caption([]) == []
-    with pytest.raises(TypeError, match="photograph number 1 is of type NoneType; taken are a path"):
+    with pytest.raises(
+        TypeError, match="photograph number 1 is of type NoneType; taken are a path"
+    ):
         captioner.caption([path, None])
     with pytest.raises(DataError, match=r"photograph number 1 \(bytes\): not an image"):
         captioner.caption([path, b"nothing"], batch=1)
@@ -338,27 +605,48 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
         shutil.copy(source, tmp_path / name)
     (tmp_path / "c.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    common = [tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json"]
+    common = [
+        tmp_path,
+        "--checkpoint",
+        world / "run",
+        "--write-txt",
+        "--out",
+        tmp_path / "out.json",
+    ]
     output = works(caption.main, *common, "--prefix", "sks,\n")
-    assert "2 .txt files written beside the photographs; 1 photograph has one already, which stays as it is" in output
-    captions = {each["file_name"]: each["caption"] for each in json.loads((tmp_path / "out.json").read_text())}
+    assert (
+        "2 .txt files written beside the photographs; 1 photograph has one already, which "
+        "stays as it is" in output
+    )
+    captions = {
+        each["file_name"]: each["caption"]
+        for each in json.loads((tmp_path / "out.json").read_text())
+    }
     assert len(captions) == 3
-    written = {name: (tmp_path / name).with_suffix(".txt").read_text() for name in ("a.jpg", "sub/b.jpg")}
+    written = {
+        name: (tmp_path / name).with_suffix(".txt").read_text() for name in ("a.jpg", "sub/b.jpg")
+    }
     assert written == {name: f"sks, {captions[name]}\n" for name in written}
     assert all(path.read_bytes() == data for path, data in before.items())
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
         ["a.jpg", "a.txt", "b.jpg", "b.txt", "c.jpg", "c.txt", "out.json", "sub"]
     )
-    assert "0 .txt files written beside the photographs; 3 photographs" in works(caption.main, *common)
+    assert "0 .txt files written beside the photographs; 3 photographs" in works(
+        caption.main, *common
+    )
     assert "left out" not in output  # sidecars are not counted
-    assert "--write-txt" in refused(caption.main, tmp_path, "--checkpoint", world / "run", "--prefix", "sks")
+    assert "--write-txt" in refused(
+        caption.main, tmp_path, "--checkpoint", world / "run", "--prefix", "sks"
+    )
 
 
 def test_extract_takes_the_option_captions_from_as_train_does(tmp_path):
     shown = works(extract.main, "--dataset", "folder", "--help")
     assert "Options of --dataset folder" in shown and "--captions-from [auto|txt]" in shown
     (tmp_path / "a.jpg").touch()
-    config = extract.ExtractConfig(dataset="folder", root=tmp_path, extensions={"dataset": {"captions_from": "txt"}})
+    config = extract.ExtractConfig(
+        dataset="folder", root=tmp_path, extensions={"dataset": {"captions_from": "txt"}}
+    )
     with pytest.raises(DataError, match=r"no photograph in .* has a \.txt"):
         extract.open_photographs(config)
     (tmp_path / "a.txt").write_text("a dog")
@@ -373,7 +661,16 @@ def test_evaluate_of_one_photograph_names_the_split_to_pass(tmp_path):
 
 def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, capsys):
     texts = caption.Texts("sks,")
-    names = "x/a.jpg", "x/a.png", "x/Captions.jpg", "flickr8k.token.png", "x/metadata.jpg", "gone/b.jpg", "kept.jpg", "c.jpg"
+    names = (
+        "x/a.jpg",
+        "x/a.png",
+        "x/Captions.jpg",
+        "flickr8k.token.png",
+        "x/metadata.jpg",
+        "gone/b.jpg",
+        "kept.jpg",
+        "c.jpg",
+    )
     for name in names:
         if "gone" not in name:
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -383,14 +680,25 @@ def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, c
     texts.report()
     told = " ".join(capsys.readouterr().err.split())
     assert "3 .txt files written beside the photographs; 1 photograph has one already" in told
-    for name, why in (("x/a.png", f"its .txt would be that of {tmp_path}/x/a.jpg"), ("x/Captions.jpg", "a file of captions"),
-                      ("flickr8k.token.png", "a file of captions"), ("gone/b.txt", "No such file")):  # fmt: skip
+    for name, why in (
+        ("x/a.png", f"its .txt would be that of {tmp_path}/x/a.jpg"),
+        ("x/Captions.jpg", "a file of captions"),
+        ("flickr8k.token.png", "a file of captions"),
+        ("gone/b.txt", "No such file"),
+    ):
         assert f".txt not written: {tmp_path}/{name}: " in told and why in told
-    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["a.txt", "c.txt", "kept.txt", "metadata.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == [
+        "a.txt",
+        "c.txt",
+        "kept.txt",
+        "metadata.txt",
+    ]
     assert (tmp_path / "x/a.txt").read_text() == "sks, a dog\n" and len(texts.failed) == 1
 
 
-def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(world, tmp_path, monkeypatch):
+def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(
+    world, tmp_path, monkeypatch
+):
     (photo,) = photos(world, 1)
     long = "n" * 230 + ".jpg"
     for name in ("a.jpg", long):
@@ -403,12 +711,25 @@ def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(world,
         atomic_write_text(path, text)
 
     monkeypatch.setattr(caption, "atomic_write_text", full)
-    told = refused(caption.main, tmp_path, "--checkpoint", world / "run", "--write-txt", "--out", tmp_path / "out.json")
+    told = refused(
+        caption.main,
+        tmp_path,
+        "--checkpoint",
+        world / "run",
+        "--write-txt",
+        "--out",
+        tmp_path / "out.json",
+    )
     assert f"1 .txt could not be written: {tmp_path}/a.txt: No space left on device" in told
-    assert len(json.loads((tmp_path / "out.json").read_text())) == 2 and (tmp_path / long).with_suffix(".txt").exists()
+    assert (
+        len(json.loads((tmp_path / "out.json").read_text())) == 2
+        and (tmp_path / long).with_suffix(".txt").exists()
+    )
 
 
-def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(world, tmp_path, monkeypatch):
+def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setattr(folder, "SUFFIXES", folder.SUFFIXES - {".heic"})
     for name, source in zip(("a.jfif", "b.JPE"), photos(world, 2), strict=True):
         shutil.copy(source, tmp_path / name)
@@ -421,7 +742,9 @@ def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(world,
     (tmp_path / "none").mkdir()
     shutil.copy(tmp_path / "c.heic", tmp_path / "none")
     assert line in refused(caption.main, tmp_path / "none", "--checkpoint", world / "run")
-    assert line in refused(extract.main, *small, "--root", tmp_path / "none", "--out", tmp_path / "cache2")
+    assert line in refused(
+        extract.main, *small, "--root", tmp_path / "none", "--out", tmp_path / "cache2"
+    )
     assert "c.heic" in refused(caption.main, tmp_path / "c.heic", "--checkpoint", world / "run")
 
 
@@ -433,12 +756,25 @@ def test_max_pixels_reads_what_was_too_large(world, tmp_path, monkeypatch):
     assert "--max-pixels" in refused(caption.main, *here)
     assert "a.jpg: " in works(caption.main, *here, "--max-pixels", 10**6)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    common = ["--dataset", "folder", "--root", tmp_path / "photos", "--backbone", "test_resnet", "--weights", "scenes",
-              "--out", tmp_path / "cache"]  # fmt: skip
+    common = [
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path / "photos",
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "cache",
+    ]
     assert "--max-pixels N raises the limit" in works(extract.main, *common)
     assert "--max-pixels" in (tmp_path / "cache/unreadable.jsonl").read_text()
     works(extract.main, *common, "--max-pixels", 10**6)
-    assert len(FeatureCache(tmp_path / "cache")) == 1 and not (tmp_path / "cache/unreadable.jsonl").read_text()
+    assert (
+        len(FeatureCache(tmp_path / "cache")) == 1
+        and not (tmp_path / "cache/unreadable.jsonl").read_text()
+    )
     assert "--max-pixels is 0" in refused(extract.main, *common, "--max-pixels", 0)
 
 
@@ -449,11 +785,24 @@ def test_names_in_another_unicode_form_are_extracted_and_trained_on(tmp_path):
     rows = [{"file_name": f"café_{number}.jpg", "text": f"picture {number}"} for number in range(4)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = ["--dataset", "folder", "--root", tmp_path]
-    works(extract.main, *common, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache")
+    works(
+        extract.main,
+        *common,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "cache",
+    )
     source = open_source("folder", tmp_path)
     assert len(FeatureCache(tmp_path / "cache").select(source.images)[0]) == 4
-    images = [{"id": image.id, "file_name": f"café_{n}.jpg"} for n, image in enumerate(source.images)]
-    (tmp_path / "c.json").write_text(json.dumps({"images": images}))  # captions by other names, without photographs
+    images = [
+        {"id": image.id, "file_name": f"café_{n}.jpg"} for n, image in enumerate(source.images)
+    ]
+    (tmp_path / "c.json").write_text(
+        json.dumps({"images": images})
+    )  # captions by other names, without photographs
     (tmp_path / "empty").mkdir()
     elsewhere = open_source("coco", tmp_path / "empty", tmp_path / "c.json")
     assert len(FeatureCache(tmp_path / "cache").select(elsewhere.images)[0]) == 4
@@ -465,7 +814,17 @@ def test_a_photograph_that_is_not_there_is_named_with_the_file_that_is(tmp_path)
     (tmp_path / "d.txt").touch()
     rows = [{"file_name": name, "text": "x"} for name in ("ab.jpg", "c.jpg", "d.jpg")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = refused(extract.main, "--dataset", "folder", "--root", tmp_path, "--backbone", "test_resnet", "--weights", "scenes")
+    told = refused(
+        extract.main,
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+    )
     assert "ab.jpg (there is Ab.jpg, aB.jpg), c.jpg (there is c.png), d.jpg;" in told
 
 
@@ -474,13 +833,31 @@ def test_captions_from_txt_are_trained_on_and_scored(tmp_path):
         Image.new("RGB", (32, 32), (60 * number, 90, 30)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"picture {number}\nthe picture {number}\n")
     common = ["--dataset", "folder", "--root", tmp_path]
-    output = works(extract.main, *common, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "cache")
+    output = works(
+        extract.main,
+        *common,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "cache",
+    )
     assert "4 photographs have a .txt beside them" in output
     common += ["--features", tmp_path / "cache"]
     told = refused(train.main, *common, "--out", tmp_path / "none", *QUICK)
     assert "3 images have no caption in split 'train'" in told and "--captions-from txt" in told
     works(train.main, *common, "--captions-from", "txt", "--out", tmp_path / "run", *QUICK)
-    works(evaluate.main, *common, "--captions-from", "txt", "--checkpoint", tmp_path / "run", "--split", "all")
+    works(
+        evaluate.main,
+        *common,
+        "--captions-from",
+        "txt",
+        "--checkpoint",
+        tmp_path / "run",
+        "--split",
+        "all",
+    )
 
 
 def test_bare_commands_run_on_the_embedded_sample_and_say_so(tmp_path, monkeypatch):
@@ -494,7 +871,7 @@ def test_bare_commands_run_on_the_embedded_sample_and_say_so(tmp_path, monkeypat
     assert "embedded sample" in output and Path("runs/sample/model.safetensors").exists()
 
 
-# --------------------------------------------------------------------------------------------- unspoiled by bad photos
+# -------------------------------------------------------------------------- unspoiled by bad photos
 
 
 def spoil(world: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
@@ -509,13 +886,35 @@ def spoil(world: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
 def test_a_corrupt_photograph_is_listed_and_the_rest_goes_on(world, tmp_path):
     root, bad = spoil(world, tmp_path)
     options = ["--dataset", "karpathy", "--root", root]
-    output = works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c")
+    output = works(
+        extract.main,
+        *options,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "c",
+    )
     assert "2 photographs have no row" in output and bad[0].name in output
-    listed = [json.loads(line) for line in (tmp_path / "c" / "unreadable.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in (tmp_path / "c" / "unreadable.jsonl").read_text().splitlines()
+    ]
     assert {Path(line["file_name"]).name for line in listed} == {path.name for path in bad}
-    output = works(train.main, *options, "--features", tmp_path / "c", "--out", tmp_path / "r", *QUICK)
+    output = works(
+        train.main, *options, "--features", tmp_path / "c", "--out", tmp_path / "r", *QUICK
+    )
     assert "2 photographs are left out" in output
-    output = works(evaluate.main, *options, "--checkpoint", tmp_path / "r", "--features", tmp_path / "c", "--split", "all")
+    output = works(
+        evaluate.main,
+        *options,
+        "--checkpoint",
+        tmp_path / "r",
+        "--features",
+        tmp_path / "c",
+        "--split",
+        "all",
+    )
     assert "58 images, 2 left out" in output
     output = works(caption.main, bad[0], photos(world, 9)[-1], "--checkpoint", tmp_path / "r")
     assert f"left out: {bad[0]}" in output
@@ -525,10 +924,24 @@ def test_a_photograph_the_disk_lacks_ends_before_the_first_image_unless_allowed(
     root, bad = spoil(world, tmp_path)
     for path in bad:
         path.unlink()
-    options = ["--dataset", "karpathy", "--root", root, "--backbone", "test_resnet", "--weights", "scenes",
-               "--out", tmp_path / "c"]  # fmt: skip
+    options = [
+        "--dataset",
+        "karpathy",
+        "--root",
+        root,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "c",
+    ]
     message = refused(extract.main, *options)
-    assert "2 of 60 photographs are not under" in message and bad[0].name in message and "--allow-missing" in message
+    assert (
+        "2 of 60 photographs are not under" in message
+        and bad[0].name in message
+        and "--allow-missing" in message
+    )
     assert not (tmp_path / "c").exists()
     works(extract.main, *options, "--allow-missing")
     assert (tmp_path / "c" / "unreadable.jsonl").read_text().count('"reason": "missing"') == 2
@@ -537,100 +950,195 @@ def test_a_photograph_the_disk_lacks_ends_before_the_first_image_unless_allowed(
 def test_a_path_that_is_neither_file_nor_folder_is_named_and_never_waited_for(world, tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path / "absent.jpg"):
-        assert f"{path} is neither a file nor a folder" in refused(caption.main, path, "--checkpoint", world / "run")
+        assert f"{path} is neither a file nor a folder" in refused(
+            caption.main, path, "--checkpoint", world / "run"
+        )
 
 
 def test_captioning_only_corrupt_photographs_is_an_error(world, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"")
-    message = refused(caption.main, tmp_path / "bad.jpg", "--checkpoint", world / "run", "--out", tmp_path / "c.json")
+    message = refused(
+        caption.main,
+        tmp_path / "bad.jpg",
+        "--checkpoint",
+        world / "run",
+        "--out",
+        tmp_path / "c.json",
+    )
     assert "bad.jpg" in message and not (tmp_path / "c.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def coco_file(tmp_path: Path, world: Path, **changes) -> list:
     """A COCO captions file over two of the sample's photographs, with `changes` to its content."""
     names = [path.name for path in photos(world, 2)]
     content = {
-        "images": [{"id": i + 1, "file_name": name, "width": 9, "height": 9} for i, name in enumerate(names)],
-        "annotations": [{"id": i, "image_id": i % 2 + 1, "caption": "a small red circle"} for i in range(4)],
+        "images": [
+            {"id": i + 1, "file_name": name, "width": 9, "height": 9}
+            for i, name in enumerate(names)
+        ],
+        "annotations": [
+            {"id": i, "image_id": i % 2 + 1, "caption": "a small red circle"} for i in range(4)
+        ],
     }
     (tmp_path / "captions.json").write_text(json.dumps({**content, **changes}))
-    return ["--dataset", "coco", "--annotations", tmp_path / "captions.json", "--images", photos(world)[0].parent]
+    return [
+        "--dataset",
+        "coco",
+        "--annotations",
+        tmp_path / "captions.json",
+        "--images",
+        photos(world)[0].parent,
+    ]
 
 
 @pytest.mark.parametrize("stage", [extract.main, train.main, evaluate.main])
 def test_a_missing_root_is_named(stage, world, tmp_path):
-    rest = {extract.main: ["--weights", "random", "--out", tmp_path / "out"],
-            train.main: ["--features", world / "cache", "--out", tmp_path / "out"],
-            evaluate.main: ["--features", world / "cache", "--checkpoint", world / "run"]}[stage]  # fmt: skip
+    rest = {
+        extract.main: ["--weights", "random", "--out", tmp_path / "out"],
+        train.main: ["--features", world / "cache", "--out", tmp_path / "out"],
+        evaluate.main: ["--features", world / "cache", "--checkpoint", world / "run"],
+    }[stage]
     message = refused(stage, "--dataset", "karpathy", "--root", tmp_path / "absent", *rest)
     assert "absent" in message and "--root" in message and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_dataset_is_answered_with_the_nearest(tmp_path):
-    assert "Did you mean 'coco2017'?" in refused(extract.main, "--dataset", "coco2071", "--root", tmp_path)
+    assert "Did you mean 'coco2017'?" in refused(
+        extract.main, "--dataset", "coco2071", "--root", tmp_path
+    )
 
 
 def test_an_unknown_backbone_is_answered_with_the_nearest(world, tmp_path):
-    message = refused(extract.main, *at(world), "--backbone", "resnet5", "--weights", "random", "--out", tmp_path / "c")
+    message = refused(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "resnet5",
+        "--weights",
+        "random",
+        "--out",
+        tmp_path / "c",
+    )
     assert "did you mean" in message and "resnet50" in message and not (tmp_path / "c").exists()
 
 
 def test_an_image_without_captions_is_an_error_in_train_and_evaluate_only(world, tmp_path):
-    options = coco_file(tmp_path, world, annotations=[{"id": 0, "image_id": 1, "caption": "a circle"}])
+    options = coco_file(
+        tmp_path, world, annotations=[{"id": 0, "image_id": 1, "caption": "a circle"}]
+    )
     out = tmp_path / "c"
     works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", out)
-    message = refused(evaluate.main, *options, "--checkpoint", world / "run", "--features", out, "--split", "all")
+    message = refused(
+        evaluate.main, *options, "--checkpoint", world / "run", "--features", out, "--split", "all"
+    )
     assert "image 2 " in message and "no caption" in message
     message = refused(train.main, *options, "--features", out, "--out", tmp_path / "r")
     assert "no caption" in message and not (tmp_path / "r").exists()
 
 
 def test_captions_without_their_image_are_named(world, tmp_path):
-    options = coco_file(tmp_path, world, annotations=[{"id": 70, "image_id": 99, "caption": "a circle"}])
+    options = coco_file(
+        tmp_path, world, annotations=[{"id": 70, "image_id": 99, "caption": "a circle"}]
+    )
     message = refused(extract.main, *options, "--weights", "random", "--out", tmp_path / "c")
     assert "99" in message and "70" in message and "captions.json" in message
 
 
 def test_an_empty_split_is_named_with_those_there_are(world, tmp_path):
     options = coco_file(tmp_path, world)
-    message = refused(extract.main, *options, "--split", "test", "--weights", "random", "--out", tmp_path / "c")
+    message = refused(
+        extract.main, *options, "--split", "test", "--weights", "random", "--out", tmp_path / "c"
+    )
     assert "'test'" in message and "all" in message
 
 
 def test_a_cache_made_by_another_backbone_is_refused_field_by_field(world, tmp_path):
     before = sorted(path.name for path in (world / "cache").iterdir())
-    message = refused(extract.main, *at(world), "--backbone", "resnet18", "--weights", "random", "--out", world / "cache")
+    message = refused(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "resnet18",
+        "--weights",
+        "random",
+        "--out",
+        world / "cache",
+    )
     assert "backbone: test_resnet, not resnet18" in message and "--out" in message
-    message = refused(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "random", "--out", world / "cache")
+    message = refused(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "random",
+        "--out",
+        world / "cache",
+    )
     assert "weights: " in message and "backbone:" not in message
     assert before == sorted(path.name for path in (world / "cache").iterdir())
 
 
 def test_a_checkpoint_of_another_cache_is_refused(world, tmp_path):
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "random", "--out", tmp_path / "c")
-    message = refused(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c")
+    works(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "random",
+        "--out",
+        tmp_path / "c",
+    )
+    message = refused(
+        evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c"
+    )
     assert "was trained on test_resnet grid 5x5" in message and "--features" in message
 
 
 def test_a_vocabulary_of_no_words_is_refused(world, tmp_path):
-    message = refused(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "r", "--min-count", 9999)
-    assert "vocabulary has no words" in message and "--min-count" in message and not (tmp_path / "r").exists()
+    message = refused(
+        train.main,
+        *at(world),
+        "--features",
+        world / "cache",
+        "--out",
+        tmp_path / "r",
+        "--min-count",
+        9999,
+    )
+    assert (
+        "vocabulary has no words" in message
+        and "--min-count" in message
+        and not (tmp_path / "r").exists()
+    )
 
 
 @pytest.mark.parametrize("stage", [extract.main, caption.main])
 def test_a_folder_without_images_is_named(stage, world, tmp_path):
     (tmp_path / "empty").mkdir()
-    options = {extract.main: ["--dataset", "folder", "--root", tmp_path / "empty", "--weights", "random"],
-               caption.main: [tmp_path / "empty", "--checkpoint", world / "run"]}[stage]  # fmt: skip
+    options = {
+        extract.main: ["--dataset", "folder", "--root", tmp_path / "empty", "--weights", "random"],
+        caption.main: [tmp_path / "empty", "--checkpoint", world / "run"],
+    }[stage]
     assert "empty" in refused(stage, *options)
 
 
 def test_a_cache_and_captions_that_name_an_id_differently_are_refused(world, tmp_path):
     options = coco_file(tmp_path, world)
-    works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c")
+    works(
+        extract.main,
+        *options,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "c",
+    )
     content = json.loads((tmp_path / "captions.json").read_text())
     names = [image["file_name"] for image in content["images"]]
     for image, name in zip(content["images"], reversed(names), strict=True):
@@ -641,9 +1149,21 @@ def test_a_cache_and_captions_that_name_an_id_differently_are_refused(world, tmp
 
 
 def test_an_id_absent_from_the_cache_is_an_error(world, tmp_path):
-    options = [*at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "c", "--limit", 5]
+    options = [
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "c",
+        "--limit",
+        5,
+    ]
     works(extract.main, *options)
-    message = refused(evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c")
+    message = refused(
+        evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c"
+    )
     assert "is not in" in message and "(5 images)" in message and "pipeline.extract" in message
 
 
@@ -651,7 +1171,9 @@ def test_two_photographs_with_one_id_are_an_error(world, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shutil.copy(photos(world)[0], tmp_path / name / "x.jpg")
-    message = refused(caption.main, tmp_path / "a" / "x.jpg", tmp_path / "b", "--checkpoint", world / "run")
+    message = refused(
+        caption.main, tmp_path / "a" / "x.jpg", tmp_path / "b", "--checkpoint", world / "run"
+    )
     assert str(tmp_path / "a" / "x.jpg") in message and str(tmp_path / "b" / "x.jpg") in message
 
 
@@ -678,8 +1200,19 @@ def test_a_checkpoint_that_is_not_there_is_named_with_the_command_that_makes_it(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_images(world, tmp_path):
-    message = refused(train.main, *at(world), "--features", world / "cache", "--out", tmp_path / "r", *QUICK, "--lr", 1e30,
-                      "--clip", 1e30)  # fmt: skip
+    message = refused(
+        train.main,
+        *at(world),
+        "--features",
+        world / "cache",
+        "--out",
+        tmp_path / "r",
+        *QUICK,
+        "--lr",
+        1e30,
+        "--clip",
+        1e30,
+    )
     assert "loss is nan" in message and "step" in message and "images" in message
 
 
@@ -690,29 +1223,51 @@ def test_a_foreign_config_setting_is_answered_with_the_nearest(world, tmp_path):
 
 def test_a_runs_own_config_trains_the_same_again(world, tmp_path):
     works(train.main, "--config", world / "run" / "config.json", "--out", tmp_path / "again")
-    one, two = load_file(world / "run" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    one, two = (
+        load_file(world / "run" / "model.safetensors"),
+        load_file(tmp_path / "again" / "model.safetensors"),
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-# --------------------------------------------------------------------------------------------------- real photographs
+# --------------------------------------------------------------------------------- real photographs
 
 
 def test_the_four_commands_caption_real_photographs_from_the_checkpoint_alone(real, tmp_path):
-    """Flickr8k's first 120 train and 30 val photographs with ImageNet weights; then COCO photographs, all else away."""
+    """Flickr8k's first 120 train and 30 val photographs with ImageNet weights; then COCO
+    photographs, all else away.
+    """
     root = tmp_path / "flickr8k"
     root.mkdir()
     (root / "images").symlink_to(real / "flickr8k/images")
     whole = json.loads((real / "flickr8k/dataset_flickr8k.json").read_text())
-    of_split = {name: [i for i in whole["images"] if i["split"] == name] for name in ("train", "val")}
+    of_split = {
+        name: [i for i in whole["images"] if i["split"] == name] for name in ("train", "val")
+    }
     chosen = of_split["train"][:120] + of_split["val"][:30]
     (root / "dataset_flickr8k.json").write_text(json.dumps({**whole, "images": chosen}))
-    weights = shutil.copy(real / "weights/mobilenetv2_100_onnx7_features.pth", tmp_path / "weights.pth")
+    weights = shutil.copy(
+        real / "weights/mobilenetv2_100_onnx7_features.pth", tmp_path / "weights.pth"
+    )
     source = ["--dataset", "karpathy", "--root", root]
     cache, folder = tmp_path / "cache", tmp_path / "run"
-    works(extract.main, *source, "--backbone", "mobilenetv2_100", "--weights", weights, "--out", cache)
+    works(
+        extract.main, *source, "--backbone", "mobilenetv2_100", "--weights", weights, "--out", cache
+    )
     assert FeatureCache(cache).shape == (49, 1280) and len(FeatureCache(cache)) == 150
     works(train.main, *source, "--features", cache, "--out", folder, "--epochs", 10, "--batch", 15)
-    works(evaluate.main, *source, "--checkpoint", folder, "--features", cache, "--split", "val", "--out", folder / "s.json")
+    works(
+        evaluate.main,
+        *source,
+        "--checkpoint",
+        folder,
+        "--features",
+        cache,
+        "--split",
+        "val",
+        "--out",
+        folder / "s.json",
+    )
     scores = json.loads((folder / "s.json").read_text())["scores"]
     assert scores["Bleu_1"] > 0.1 and scores["CIDEr"] > 0
     written = json.loads((folder / "captions-val.json").read_text())
@@ -722,7 +1277,14 @@ def test_the_four_commands_caption_real_photographs_from_the_checkpoint_alone(re
     shutil.rmtree(root)
     Path(weights).unlink()
     photographs = sorted((real / "coco/images").iterdir())[:5]
-    works(caption.main, *photographs, "--checkpoint", tmp_path / "moved", "--out", tmp_path / "captions.json")
+    works(
+        caption.main,
+        *photographs,
+        "--checkpoint",
+        tmp_path / "moved",
+        "--out",
+        tmp_path / "captions.json",
+    )
     records = json.loads((tmp_path / "captions.json").read_text())
     assert [line["file_name"] for line in records] == [path.name for path in photographs]
     assert all(line["caption"] for line in records)
@@ -730,31 +1292,78 @@ def test_the_four_commands_caption_real_photographs_from_the_checkpoint_alone(re
 
 @pytest.mark.slow
 def test_decoding_in_bf16_is_near_fp32_on_a_real_split(real, tmp_path):
-    """Flickr8k val, 1,000 photographs, after a short training on 1,500: the same captions on 90 %, CIDEr within 0.005."""
+    """Flickr8k val, 1,000 photographs, after a short training on 1,500: the same captions on 90 %,
+    CIDEr within 0.005.
+    """
     source = ["--dataset", "karpathy", "--root", real / "flickr8k"]
     weights = real / "weights/mobilenetv2_100_onnx7_features.pth"
-    works(extract.main, *source, "--backbone", "mobilenetv2_100", "--weights", weights, "--out", tmp_path / "cache")
-    works(train.main, *source, "--features", tmp_path / "cache", "--out", tmp_path / "run", "--limit", 1500, "--epochs", 6)
+    works(
+        extract.main,
+        *source,
+        "--backbone",
+        "mobilenetv2_100",
+        "--weights",
+        weights,
+        "--out",
+        tmp_path / "cache",
+    )
+    works(
+        train.main,
+        *source,
+        "--features",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "run",
+        "--limit",
+        1500,
+        "--epochs",
+        6,
+    )
     found = {}
     for precision in ("bf16", "fp32"):
         out = tmp_path / precision / "scores.json"
-        works(evaluate.main, *source, "--features", tmp_path / "cache", "--checkpoint", tmp_path / "run", "--split", "val",
-              "--precision", precision, "--bootstrap", 0, "--out", out)  # fmt: skip
+        works(
+            evaluate.main,
+            *source,
+            "--features",
+            tmp_path / "cache",
+            "--checkpoint",
+            tmp_path / "run",
+            "--split",
+            "val",
+            "--precision",
+            precision,
+            "--bootstrap",
+            0,
+            "--out",
+            out,
+        )
         captions = json.loads((out.parent / "captions-val.json").read_text())
-        found[precision] = [line["caption"] for line in captions], json.loads(out.read_text())["scores"]["CIDEr"]
+        found[precision] = (
+            [line["caption"] for line in captions],
+            json.loads(out.read_text())["scores"]["CIDEr"],
+        )
     same = np.mean([a == b for a, b in zip(found["bf16"][0], found["fp32"][0], strict=True)])
-    assert same >= 0.9 and abs(found["bf16"][1] - found["fp32"][1]) <= 0.005, (same, found["bf16"][1], found["fp32"][1])
+    assert same >= 0.9 and abs(found["bf16"][1] - found["fp32"][1]) <= 0.005, (
+        same,
+        found["bf16"][1],
+        found["fp32"][1],
+    )
     assert len(set(found["fp32"][0])) > 15  # little trained, but no single caption
 
 
 def test_names_that_are_not_utf8_are_named_or_work(world, tmp_path):
     photo, odd = tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / os.fsdecode(b"caf\xe9")
     shutil.copy(photos(world)[0], photo)
-    assert "is not UTF-8; rename the file" in refused(caption.main, photo, "--checkpoint", world / "run")
+    assert "is not UTF-8; rename the file" in refused(
+        caption.main, photo, "--checkpoint", world / "run"
+    )
     odd.mkdir()
     shutil.copytree(world / "cache", odd / "cache")
     assert "caf" in works(extract.main, "--inspect", odd / "cache")
-    message = refused(train.main, *at(world), "--features", world / "cache", "--out", odd / "run", *QUICK)
+    message = refused(
+        train.main, *at(world), "--features", world / "cache", "--out", odd / "run", *QUICK
+    )
     assert "is not UTF-8" in message and not (odd / "run").exists()
     shutil.copytree(world / "run", odd / "copied")
     assert "is not UTF-8" in refused(caption.main, photos(world)[0], "--checkpoint", odd / "copied")
@@ -762,4 +1371,6 @@ def test_names_that_are_not_utf8_are_named_or_work(world, tmp_path):
 
 @pytest.mark.parametrize("out", [".", ""])
 def test_captions_are_not_written_over_a_folder(world, out):
-    assert "is a folder; name the file" in refused(caption.main, photos(world)[0], "--checkpoint", world / "run", "--out", out)
+    assert "is a folder; name the file" in refused(
+        caption.main, photos(world)[0], "--checkpoint", world / "run", "--out", out
+    )

@@ -33,7 +33,11 @@ def writer(**options):
 
 def test_the_search_s_special_words_are_the_vocabulary_s():
     options = Generation()
-    assert (options.bos_token_id, options.eos_token_id, options.suppress_tokens) == (BOS, EOS, (PAD, BOS, UNK))
+    assert (options.bos_token_id, options.eos_token_id, options.suppress_tokens) == (
+        BOS,
+        EOS,
+        (PAD, BOS, UNK),
+    )
     assert len(VOCABULARY) == WORDS
 
 
@@ -47,7 +51,9 @@ def test_captions_come_with_their_log_probabilities_best_first():
     found = writer(num_beams=4, num_return_sequences=3, length_penalty=0.5)(some_regions(3))
     for captions in found:
         assert len({caption.text for caption in captions}) == 3
-        assert [caption.score for caption in captions] == sorted((caption.score for caption in captions), reverse=True)
+        assert [caption.score for caption in captions] == sorted(
+            (caption.score for caption in captions), reverse=True
+        )
         for caption in captions:
             length = min(len(caption.text.split()) + 1, 7)
             assert caption.score == pytest.approx(caption.log_p / length**0.5, abs=1e-4)
@@ -57,26 +63,38 @@ def test_samples_follow_from_the_seed_and_the_batch():
     draws = writer(do_sample=True, num_return_sequences=6)
     regions = some_regions(3)
     assert draws(regions, 1) == draws(regions, 1) != draws(regions, 2)
-    assert CaptionGenerator(draws.captioner, VOCABULARY, CPU, draws.options, seed=1)(regions, 1) != draws(regions, 1)
+    assert CaptionGenerator(draws.captioner, VOCABULARY, CPU, draws.options, seed=1)(
+        regions, 1
+    ) != draws(regions, 1)
 
 
 @pytest.mark.parametrize("option", ["bad_words", "force_words"])
 @pytest.mark.parametrize("pieces", [False, True])
 def test_phrases_of_a_run_by_characters_are_cut_as_its_captions_are(option, pieces):
-    captions = [segmented(text, "characters") for text in ("一只狗在草地上奔跑", "两只狗和iPhone 在桌上")]
+    captions = [
+        segmented(text, "characters") for text in ("一只狗在草地上奔跑", "两只狗和iPhone 在桌上")
+    ]
     if pieces:
         pytest.importorskip("tokenizers")
         vocabulary = Subwords.build(captions, 60, "characters")
     else:
         vocabulary = Vocabulary.build(captions, 1, "characters")
-    found = getattr(make_generation({}, vocabulary, {option: ("草地", "狗和iPhone")}), f"{option}_ids")
-    assert [vocabulary.decode(ids) for ids in found] == [vocabulary.decode(vocabulary.encode(words)) for words in
-                                                         (["草", "地"], ["狗", "和", "iphone"])]  # fmt: skip
+    found = getattr(
+        make_generation({}, vocabulary, {option: ("草地", "狗和iPhone")}), f"{option}_ids"
+    )
+    assert [vocabulary.decode(ids) for ids in found] == [
+        vocabulary.decode(vocabulary.encode(words))
+        for words in (["草", "地"], ["狗", "和", "iphone"])
+    ]
     assert pieces or [len(ids) for ids in found] == [2, 3]
 
 
 def test_options_mean_the_same_by_either_name():
-    ours = make_generation({"beam": 5, "length_penalty": 1.0}, VOCABULARY, {"nbest": 2, "bad_words": ("a", "B c", "zebra")})
+    ours = make_generation(
+        {"beam": 5, "length_penalty": 1.0},
+        VOCABULARY,
+        {"nbest": 2, "bad_words": ("a", "B c", "zebra")},
+    )
     assert ours == Generation(num_return_sequences=2, bad_words_ids=((4,), (5, 6)))
     assert make_generation({"beam": 5}, VOCABULARY, {"num_beams": 2}) == Generation(num_beams=2)
 
@@ -87,7 +105,10 @@ def test_options_mean_the_same_by_either_name():
         ({"beam": 0}, "--beam is 0"),
         ({"nbest": 7}, "--nbest 7 is above --beam 5"),
         ({"beam_groups": 2}, "--beam 5 is not a multiple of --beam-groups 2"),
-        ({"top_p": 0.5}, "--temperature, --top-k and --top-p shape what is drawn from: they need --sample"),
+        (
+            {"top_p": 0.5},
+            "--temperature, --top-k and --top-p shape what is drawn from: they need --sample",
+        ),
         ({"force_words": ("a zebra",)}, r"--force-words: 'a zebra': \['zebra'\]"),
         ({"temperature": -1.0, "sample": True}, "--temperature is -1.0"),
         ({"temperature": 1e-40, "sample": True}, "--temperature is 1e-40"),
@@ -95,7 +116,10 @@ def test_options_mean_the_same_by_either_name():
         ({"length_penalty": 30.0}, "--length-penalty is 30.0"),
         ({"beam_groups": 5, "diversity": float("inf")}, "--diversity is inf"),
         ({"force_words": ("<eos>",)}, "<eos>"),
-        ({"sample": True, "beam_groups": 2}, "--sample draws each caption by itself: no --beam-groups"),
+        (
+            {"sample": True, "beam_groups": 2},
+            "--sample draws each caption by itself: no --beam-groups",
+        ),
     ],
 )
 def test_errors_name_the_options(given, message):
@@ -145,7 +169,10 @@ def test_work_on_every_core_keeps_its_order_and_its_threads_to_one(monkeypatch):
 
 def test_too_little_memory_is_one_message(monkeypatch):
     def fails(*_):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 9 "
+            "bytes"
+        )
 
     write = writer()
     monkeypatch.setattr(write.captioner, "encode", fails)

@@ -19,11 +19,15 @@ def test_the_demo_captions_held_out_scenes_truly_and_only_by_looking(tmp_path):
     true = float(re.fullmatch(r"scene-true captions: ([\d.]+) %", lines[-1])[1])
     shuffled = float(re.search(r"shuffled between images: ([\d.]+) %", lines[-2])[1])
     assert true >= 90 and shuffled < 10
-    held_out = {image.id for image in open_source("sample", tmp_path / "datasets/sample").select("test")}
+    held_out = {
+        image.id for image in open_source("sample", tmp_path / "datasets/sample").select("test")
+    }
     results = json.loads((tmp_path / "runs/sample/captions-test.json").read_text())
     written = {line["image_id"]: line["caption"] for line in results}
     assert written.keys() == held_out
-    assert true == pytest.approx(100 * demo.scene_true(tmp_path / "datasets/sample", written), abs=0.06)
+    assert true == pytest.approx(
+        100 * demo.scene_true(tmp_path / "datasets/sample", written), abs=0.06
+    )
     assert len(load_scenes(tmp_path / "datasets/sample")) == 2500
     shown = json.loads((tmp_path / "captions.json").read_text())
     assert len(shown) == demo.SHOWN and all(line["caption"] for line in shown)

@@ -18,7 +18,11 @@ def another(**changes):
 
 
 def test_probabilities_are_the_mean_of_the_captioners_own():
-    members, regions, tokens = [tiny(), another(decoder_layers=1)], some_regions(3), some_tokens(3, 2, 5)
+    members, regions, tokens = (
+        [tiny(), another(decoder_layers=1)],
+        some_regions(3),
+        some_tokens(3, 2, 5),
+    )
     both = Ensemble(members)
     found = both.decode(tokens, both.encode(regions)).exp()
     wanted = sum(one.decode(tokens, one.encode(regions)).softmax(-1) for one in members) / 2

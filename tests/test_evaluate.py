@@ -1,4 +1,6 @@
-"""`pipeline.evaluate --captions`: anybody's captions, scored as published, and every mistake in them."""
+"""`pipeline.evaluate --captions`: anybody's captions, scored as published, and every mistake in
+them.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def record(at: Path) -> dict:
     return json.loads((at / "out.json").read_text())
 
 
-# ---------------------------------------------------------------------------------------------------- what is reported
+# --------------------------------------------------------------------------------- what is reported
 
 
 def test_a_file_is_scored_with_intervals_statistics_and_a_signature(at):
@@ -64,17 +66,27 @@ def test_a_file_is_scored_with_intervals_statistics_and_a_signature(at):
     assert found["not_computed"].keys() == {"METEOR", "SPICE"}
     signature = dict(part.split(":") for part in found["signature"].split("|"))
     assert signature.pop("version") and signature == {
-        "n": "4", "refs": "refs.json", "nrefs": "3", "case": "lower", "tok": "ptb", "df": "references", "eos": "no",
+        "n": "4",
+        "refs": "refs.json",
+        "nrefs": "3",
+        "case": "lower",
+        "tok": "ptb",
+        "df": "references",
+        "eos": "no",
         "bootstrap": "1000.seed0",
-    }  # fmt: skip
+    }
     assert "95 % from" in output and found["signature"] in output
 
 
 @pytest.mark.parametrize(("words", "unfinished"), [
-    ("a dog on a", 1), ("a dog in front of", 1), ("A dog and.", 1), ("a dog with the", 1), ("a dog looks up", 0),
+    ("a dog on a", 1), ("a dog in front of", 1), ("A dog and.", 1), ("a dog with "
+                                                                     "the", 1), ("a dog looks "
+                                                                                 "up", 0),
     ("two men stand outside", 0), ("a dog", 0), ("", 0),
 ])  # fmt: skip
-def test_captions_that_end_in_an_article_preposition_or_conjunction_are_counted(at, words, unfinished):
+def test_captions_that_end_in_an_article_preposition_or_conjunction_are_counted(
+    at, words, unfinished
+):
     lines = json.loads((at / "res.json").read_text())
     lines[0]["caption"] = words
     (at / "res.json").write_text(json.dumps(lines))
@@ -94,14 +106,22 @@ def test_each_image_s_scores_stand_beside_and_their_mean_is_the_score(at):
 
 def test_the_best_and_the_worst_captions_are_shown_with_their_references(at):
     output = works(evaluate.main, *files(at), "--examples", 1)
-    worst, best = output.index("worst  image 2  CIDEr 0.000  a cat"), output.index("best  image 1  CIDEr")
+    worst, best = (
+        output.index("worst  image 2  CIDEr 0.000  a cat"),
+        output.index("best  image 1  CIDEr"),
+    )
     assert worst < best and "a dog of 1 runs in the park" in output[best:]
 
 
 def test_novel_captions_are_those_that_no_training_caption_is(at):
-    train = {"images": [{"id": 1, "file_name": "t"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A cat!"}]}
+    train = {
+        "images": [{"id": 1, "file_name": "t"}],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "A cat!"}],
+    }
     (at / "train.json").write_text(json.dumps(train))
-    works(evaluate.main, *files(at), "--train-captions", at / "train.json", "--out", at / "out.json")
+    works(
+        evaluate.main, *files(at), "--train-captions", at / "train.json", "--out", at / "out.json"
+    )
     assert record(at)["statistics"]["novel"] == 0.75
 
 
@@ -111,7 +131,10 @@ def test_document_frequencies_of_another_file_change_cider_and_the_signature(at)
     shutil.copy(at / "refs.json", at / "same.json")
     works(evaluate.main, *files(at), "--df", at / "same.json", "--out", at / "out.json")
     assert record(at)["scores"] == own["scores"] and "df:same.json" in record(at)["signature"]
-    other = {**COCO, "annotations": [{**each, "caption": "a cat"} for each in COCO["annotations"][:4]]}
+    other = {
+        **COCO,
+        "annotations": [{**each, "caption": "a cat"} for each in COCO["annotations"][:4]],
+    }
     (at / "other.json").write_text(json.dumps(other))
     works(evaluate.main, *files(at), "--df", at / "other.json", "--out", at / "out.json")
     assert record(at)["scores"]["CIDEr"] != own["scores"]["CIDEr"]
@@ -121,13 +144,18 @@ def test_document_frequencies_of_another_file_change_cider_and_the_signature(at)
 def test_two_captioners_are_compared_over_the_same_images(at):
     put(at / "same.json", CAPTIONS)
     put(at / "worse.json", dict.fromkeys(CAPTIONS, "nothing known"))
-    output = works(evaluate.main, *files(at), "--against", at / "worse.json", "--out", at / "out.json")
+    output = works(
+        evaluate.main, *files(at), "--against", at / "worse.json", "--out", at / "out.json"
+    )
     found = record(at)["against"]
     assert found["name"] == "worse.json" and found["scores"]["CIDEr"] == 0
     assert found["differences"]["CIDEr"]["value"] == record(at)["scores"]["CIDEr"]
     assert "against worse.json" in output and "p, paired" in output
     works(evaluate.main, *files(at), "--against", at / "same.json", "--out", at / "out.json")
-    assert all(found["p"] == 1 and found["interval"] == [0, 0] for found in record(at)["against"]["differences"].values())
+    assert all(
+        found["p"] == 1 and found["interval"] == [0, 0]
+        for found in record(at)["against"]["differences"].values()
+    )
 
 
 def test_examples_do_not_stand_in_the_json(at):
@@ -152,7 +180,9 @@ def test_several_files_each_get_their_scores_in_a_folder(at):
     works(evaluate.main, *files(at), "--captions", at / "b.json", "--out", at / "scores")
     assert sorted(path.name for path in (at / "scores").iterdir()) == [
         "b-images.jsonl", "b.json", "res-images.jsonl", "res.json"]  # fmt: skip
-    message = refused(evaluate.main, *files(at), "--captions", at / "b.json", "--out", at / "scores.json")
+    message = refused(
+        evaluate.main, *files(at), "--captions", at / "b.json", "--out", at / "scores.json"
+    )
     assert "must be a folder" in message
 
 
@@ -160,7 +190,9 @@ def in_cache(folder: Path) -> list[Path]:
     return list(folder.glob("*"))
 
 
-def test_nothing_is_written_beside_the_files_and_counted_references_go_into_the_cache_folder(at, monkeypatch):
+def test_nothing_is_written_beside_the_files_and_counted_references_go_into_the_cache_folder(
+    at, monkeypatch
+):
     before = sorted(at.iterdir())
     works(evaluate.main, *files(at), "--cache-dir", at.parent / "named")
     monkeypatch.setenv("XDG_CACHE_HOME", str(at.parent / "xdg"))
@@ -176,7 +208,9 @@ def test_counted_references_are_read_again_and_a_broken_file_is_made_again(at, m
     first = record(at)["scores"]
     (kept,) = in_cache(at / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(captions_files, "references_by_image", lambda *_: pytest.fail("counted again"))
+        patch.setattr(
+            captions_files, "references_by_image", lambda *_: pytest.fail("counted again")
+        )
         works(evaluate.main, *files(at), *cache)
     assert record(at)["scores"] == first
     whole = kept.read_bytes()
@@ -193,7 +227,7 @@ def test_a_cache_folder_that_cannot_be_used_is_gone_without(at, monkeypatch):
     assert record(at)["scores"] == first
 
 
-# ---------------------------------------------------------------------------------------------------- CIDEr over one image
+# ----------------------------------------------------------------------------- CIDEr over one image
 
 
 @pytest.fixture
@@ -218,7 +252,11 @@ def test_cider_over_one_image_is_null_with_the_reason_and_the_rest_is_scored(one
 def test_cider_over_one_image_is_computed_with_the_document_frequencies_of_several(one):
     works(evaluate.main, *files(one), "--df", one / "refs.json", "--out", one / "out.json")
     found = record(one)
-    assert found["scores"]["CIDEr"] > 1 and "CIDEr" in found["intervals"] and "CIDEr" not in found["not_computed"]
+    assert (
+        found["scores"]["CIDEr"] > 1
+        and "CIDEr" in found["intervals"]
+        and "CIDEr" not in found["not_computed"]
+    )
 
 
 def test_a_df_of_one_image_gives_no_cider_either(at):
@@ -233,15 +271,25 @@ def test_all_that_is_printed_and_compared_stands_a_missing_cider(one):
     options = ["--against", one / "other.json", "--examples", 1, "--out", one / "out.json"]
     output = works(evaluate.main, *files(one), *options)
     found = record(one)["against"]
-    assert found["scores"]["CIDEr"] is None and "CIDEr" not in found["differences"] and "ROUGE_L" in found["differences"]
+    assert (
+        found["scores"]["CIDEr"] is None
+        and "CIDEr" not in found["differences"]
+        and "ROUGE_L" in found["differences"]
+    )
     assert "worst  image 1  ROUGE_L 1.000" in output
     printed = run(evaluate.main, *files(one), *options, "--format", "json")
     assert printed.exit_code == 0 and json.loads(printed.stdout)["scores"]["CIDEr"] is None
-    latex = run(evaluate.main, *files(one), "--captions", one / "other.json", "--format", "latex").stdout.splitlines()
-    assert latex[1].endswith(r"& -- \\") and latex[2].startswith("% CIDEr not computed: ") and len(latex) == 5
+    latex = run(
+        evaluate.main, *files(one), "--captions", one / "other.json", "--format", "latex"
+    ).stdout.splitlines()
+    assert (
+        latex[1].endswith(r"& -- \\")
+        and latex[2].startswith("% CIDEr not computed: ")
+        and len(latex) == 5
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- which images
+# ------------------------------------------------------------------------------------- which images
 
 
 def test_ids_choose_the_images_and_captions_of_others_are_counted(at):
@@ -271,7 +319,10 @@ def test_a_caption_of_100_000_words_is_scored(at):
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (CAPTIONS | {77: "a dog"}, "image 77 of {at}/res.json has no references in {at}/refs.json (1 such)"),
+        (
+            CAPTIONS | {77: "a dog"},
+            "image 77 of {at}/res.json has no references in {at}/refs.json (1 such)",
+        ),
         (CAPTIONS | {5: "a dog"}, "image 5 of {at}/res.json has no references in {at}/refs.json"),
         (CAPTIONS | {2: 7}, "{at}/res.json, image 2: the caption is 7, not a string"),
         ({}, "{at}/res.json holds no captions"),
@@ -290,7 +341,9 @@ def test_no_file_that_is_read_is_overwritten(at):
     assert (at / "res.json").read_text() == before
     (at / "sub").mkdir()
     put(at / "sub" / "res.json", CAPTIONS)
-    message = refused(evaluate.main, *files(at), "--captions", at / "sub" / "res.json", "--out", at / "scores")
+    message = refused(
+        evaluate.main, *files(at), "--captions", at / "sub" / "res.json", "--out", at / "scores"
+    )
     assert "several --captions are called res.json" in message
     assert f"--out {at}/sub is a folder" in refused(evaluate.main, *files(at), "--out", at / "sub")
 
@@ -301,7 +354,9 @@ def test_an_option_that_names_an_empty_file_is_refused_whatever_is_kept(at):
     assert "holds no image id" in refused(evaluate.main, *files(at), "--ids", at / "empty")
     (at / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
     for option in ("--df", "--train-captions"):
-        assert "has no captions of a train split" in refused(evaluate.main, *files(at), option, at / "none.json")
+        assert "has no captions of a train split" in refused(
+            evaluate.main, *files(at), option, at / "none.json"
+        )
 
 
 def test_limit_takes_the_first_captions_of_the_file(at):
@@ -329,22 +384,30 @@ def test_with_ids_each_image_must_have_its_caption_and_its_references(at):
     message = refused(evaluate.main, *files(at), "--ids", at / "ids.txt")
     assert f"image 2 of {at}/ids.txt has no caption in {at}/res.json (1 such)" in message
     (at / "ids.txt").write_text("1\n88\n")
-    assert f"image 88 of {at}/ids.txt is not in {at}/refs.json" in refused(evaluate.main, *files(at), "--ids", at / "ids.txt")
+    assert f"image 88 of {at}/ids.txt is not in {at}/refs.json" in refused(
+        evaluate.main, *files(at), "--ids", at / "ids.txt"
+    )
     (at / "ids.txt").write_text("5\n")
-    assert "image 5 has no references" in refused(evaluate.main, *files(at), "--ids", at / "ids.txt")
+    assert "image 5 has no references" in refused(
+        evaluate.main, *files(at), "--ids", at / "ids.txt"
+    )
 
 
 def test_options_that_contradict_each_other_are_refused(at):
     assert "--captions needs --references" in refused(evaluate.main, "--captions", at / "res.json")
     assert "not both" in refused(evaluate.main, *files(at), "--checkpoint", at)
-    assert "--references goes with --captions" in refused(evaluate.main, "--references", at / "refs.json")
-    assert "--against compares" in refused(evaluate.main, *files(at), "--against", at / "res.json", "--bootstrap", 0)
+    assert "--references goes with --captions" in refused(
+        evaluate.main, "--references", at / "refs.json"
+    )
+    assert "--against compares" in refused(
+        evaluate.main, *files(at), "--against", at / "res.json", "--bootstrap", 0
+    )
     put(at / "few.json", {1: "a dog"})
     message = refused(evaluate.main, *files(at), "--against", at / "few.json")
     assert f"image 2 has no caption in {at}/few.json (3 such)" in message
 
 
-# -------------------------------------------------------------------------------------------------- METEOR and SPICE
+# --------------------------------------------------------------------------------- METEOR and SPICE
 
 
 def test_a_score_that_cannot_be_computed_is_null_and_told_and_the_rest_is_written(at, monkeypatch):
@@ -360,7 +423,9 @@ def test_a_score_that_cannot_be_computed_is_null_and_told_and_the_rest_is_writte
 
 @pytest.mark.slow
 @pytest.mark.java
-def test_meteor_starts_once_for_two_files_and_gives_the_published_figure(real, tmp_path, monkeypatch):
+def test_meteor_starts_once_for_two_files_and_gives_the_published_figure(
+    real, tmp_path, monkeypatch
+):
     pytest.importorskip("pycocoevalcap")
     shutil.which("java") or pytest.skip("no java on the PATH")
     folder = real / "results" / "coco_karpathy_test"
@@ -368,8 +433,18 @@ def test_meteor_starts_once_for_two_files_and_gives_the_published_figure(real, t
     start = evaluate.Meteor
     monkeypatch.setattr(evaluate, "Meteor", lambda: started.append(1) or start())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    works(evaluate.main, "--captions", folder / "jiahuei_caption_00156000.json", "--references", folder / "refs.json",
-          "--meteor", "--against", folder / "showedittell_xe.json", "--out", tmp_path / "out.json")  # fmt: skip
+    works(
+        evaluate.main,
+        "--captions",
+        folder / "jiahuei_caption_00156000.json",
+        "--references",
+        folder / "refs.json",
+        "--meteor",
+        "--against",
+        folder / "showedittell_xe.json",
+        "--out",
+        tmp_path / "out.json",
+    )
     found = record(tmp_path)
     assert len(started) == 1
     assert found["scores"]["METEOR"] == pytest.approx(0.288, abs=0.0005)
@@ -378,14 +453,25 @@ def test_meteor_starts_once_for_two_files_and_gives_the_published_figure(real, t
     assert found["against"]["differences"]["METEOR"]["p"] < 0.01
 
 
-# --------------------------------------------------------------------------------------------------------- real files
+# --------------------------------------------------------------------------------------- real files
 
 
-def test_a_published_file_is_scored_over_karpathy_s_list_at_the_printed_figures(real, tmp_path, monkeypatch):
+def test_a_published_file_is_scored_over_karpathy_s_list_at_the_printed_figures(
+    real, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = real / "results" / "coco_karpathy_test"
-    works(evaluate.main, "--captions", folder / "jiahuei_caption_00156000.json", "--references", folder / "refs.json",
-          "--ids", real / "coco_annotations" / "karpathy_test_ids.txt", "--out", tmp_path / "out.json")  # fmt: skip
+    works(
+        evaluate.main,
+        "--captions",
+        folder / "jiahuei_caption_00156000.json",
+        "--references",
+        folder / "refs.json",
+        "--ids",
+        real / "coco_annotations" / "karpathy_test_ids.txt",
+        "--out",
+        tmp_path / "out.json",
+    )
     printed = {"Bleu_1": 80.6, "Bleu_4": 39.8, "ROUGE_L": 58.4, "CIDEr": 131.1}
     found = record(tmp_path)
     assert found["images"] == 5000
@@ -398,20 +484,36 @@ def test_scoring_a_file_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------------- the server
 
 
 def test_captions_of_all_test_images_become_the_server_s_file_without_scores(tmp_path):
     images = [{"id": n, "file_name": f"COCO_test2014_{n:012d}.jpg"} for n in range(40_775)]
     (tmp_path / "image_info_test2014.json").write_text(json.dumps({"images": images}))
     put(tmp_path / "res.json", {n: "a dog" for n in range(40_775)})
-    assert not read("coco", tmp_path, tmp_path / "image_info_test2014.json", None).images[0].captions
-    output = works(evaluate.main, "--captions", tmp_path / "res.json", "--references", tmp_path / "image_info_test2014.json",
-                   "--server", "ours", "--out", tmp_path / "server" / "scores.json")  # fmt: skip
-    assert [path.name for path in (tmp_path / "server").iterdir()] == ["captions_test2014_ours_results.json"]
+    assert (
+        not read("coco", tmp_path, tmp_path / "image_info_test2014.json", None).images[0].captions
+    )
+    output = works(
+        evaluate.main,
+        "--captions",
+        tmp_path / "res.json",
+        "--references",
+        tmp_path / "image_info_test2014.json",
+        "--server",
+        "ours",
+        "--out",
+        tmp_path / "server" / "scores.json",
+    )
+    assert [path.name for path in (tmp_path / "server").iterdir()] == [
+        "captions_test2014_ours_results.json"
+    ]
     assert "nothing is scored" in output
 
 
 def test_what_is_not_all_of_a_server_s_split_is_refused(at):
     message = refused(evaluate.main, *files(at), "--server", "ours", "--out", at / "out.json")
-    assert "the server takes all 40,504 images of val2014" in message and not (at / "out.json").exists()
+    assert (
+        "the server takes all 40,504 images of val2014" in message
+        and not (at / "out.json").exists()
+    )

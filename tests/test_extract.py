@@ -30,7 +30,9 @@ from pipeline.extraction.stream import (
     decoding_workers,
 )
 from pipeline.runtime import open_machine
-from tests.test_commands import QUICK, at, photos, refused, run, works, world  # noqa: F401  a fixture
+
+# a fixture
+from tests.test_commands import QUICK, at, photos, refused, run, works
 from tests.test_images import RED, halves
 
 SMALL = ["--backbone", "test_resnet", "--weights", "scenes"]
@@ -41,7 +43,7 @@ def folder(root: Path, *options: object) -> list[object]:
     return ["--dataset", "folder", "--root", root, *SMALL, *options]
 
 
-# --------------------------------------------------------------------------------------------------- every kind of file
+# ------------------------------------------------------------------------------- every kind of file
 
 
 def test_every_odd_photograph_has_its_row_or_stands_in_the_list_with_its_reason(tmp_path):
@@ -49,14 +51,22 @@ def test_every_odd_photograph_has_its_row_or_stands_in_the_list_with_its_reason(
     root.mkdir()
     photo = halves(200, 120)
     good = {
-        "grey.jpg": photo.convert("L"), "cmyk.jpg": photo.convert("CMYK"), "rgba.png": photo.convert("RGBA"),
-        "palette.png": photo.convert("P"), "sixteen.png": PillowImage.fromarray(np.full((40, 50), 30_000, np.uint16)),
-        "one.png": PillowImage.new("RGB", (1, 1), RED), "with space.jpg": photo, "quo'te\".jpg": photo, "é 日本.jpg": photo,
-    }  # fmt: skip
+        "grey.jpg": photo.convert("L"),
+        "cmyk.jpg": photo.convert("CMYK"),
+        "rgba.png": photo.convert("RGBA"),
+        "palette.png": photo.convert("P"),
+        "sixteen.png": PillowImage.fromarray(np.full((40, 50), 30_000, np.uint16)),
+        "one.png": PillowImage.new("RGB", (1, 1), RED),
+        "with space.jpg": photo,
+        "quo'te\".jpg": photo,
+        "é 日本.jpg": photo,
+    }
     for name, image in good.items():
         image.save(root / name)
     photo.save(root / "progressive.jpg", progressive=True)
-    photo.convert("P").save(root / "animated.gif", save_all=True, append_images=[PillowImage.new("P", (200, 120))])
+    photo.convert("P").save(
+        root / "animated.gif", save_all=True, append_images=[PillowImage.new("P", (200, 120))]
+    )
     exif = PillowImage.Exif()
     exif[0x0112] = 6
     photo.transpose(PillowImage.Transpose.ROTATE_90).save(root / "turned.jpg", exif=exif)
@@ -72,24 +82,45 @@ def test_every_odd_photograph_has_its_row_or_stands_in_the_list_with_its_reason(
     cache = FeatureCache(tmp_path / "cache")
     assert sorted(cache.ids.tolist()) == sorted(map(image_id, good))
     reasons = {record.file_name: record.reason for record in cache.unreadable.values()}
-    assert "more than 89,478,485 pixels" in reasons["huge.png"] and "not an image" in reasons["text.jpg"]
-    assert reasons["empty.jpg"] and reasons["cut.jpg"] and f"{len(reasons)} photographs have no row" in told
-    assert set(reasons) <= {"huge.png", "empty.jpg", "cut.jpg", "text.jpg", "loop.jpg", "pipe.jpg"} and len(reasons) >= 4
+    assert (
+        "more than 89,478,485 pixels" in reasons["huge.png"]
+        and "not an image" in reasons["text.jpg"]
+    )
+    assert (
+        reasons["empty.jpg"]
+        and reasons["cut.jpg"]
+        and f"{len(reasons)} photographs have no row" in told
+    )
+    assert (
+        set(reasons) <= {"huge.png", "empty.jpg", "cut.jpg", "text.jpg", "loop.jpg", "pipe.jpg"}
+        and len(reasons) >= 4
+    )
     with h5py.File(tmp_path / "cache" / "features.h5") as file:
         sizes = dict(zip(file["names"].asstr()[:], file["sizes"][:].tolist(), strict=True))
     assert sizes["turned.jpg"] == [120, 200] and sizes["one.png"] == [1, 1]
     row = {name: cache[image_id(name)].features.astype(np.float32).ravel() for name in good}
-    for name in ("turned.jpg", "progressive.jpg", "with space.jpg", "rgba.png", "cmyk.jpg", "animated.gif"):
+    for name in (
+        "turned.jpg",
+        "progressive.jpg",
+        "with space.jpg",
+        "rgba.png",
+        "cmyk.jpg",
+        "animated.gif",
+    ):
         one, two = row[name], row["quo'te\".jpg"]
         alike = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
-        assert alike > (0.9 if name == "animated.gif" else 0.99), name  # of 216 colours; its second frame is black
+        assert alike > (0.9 if name == "animated.gif" else 0.99), (
+            name
+        )  # of 216 colours; its second frame is black
 
 
 def test_strict_ends_at_the_first_unreadable_photograph(tmp_path):
     halves().save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_text("no photograph")
     message = refused(extract.main, *folder(tmp_path, "--strict", "--out", tmp_path / "cache"))
-    assert f"{tmp_path}/b.jpg cannot be read" in message and not list((tmp_path / "cache").glob("*shard*"))
+    assert f"{tmp_path}/b.jpg cannot be read" in message and not list(
+        (tmp_path / "cache").glob("*shard*")
+    )
 
 
 def test_a_photograph_mended_since_gets_its_row_and_others_are_tried_when_asked(tmp_path):
@@ -102,23 +133,31 @@ def test_a_photograph_mended_since_gets_its_row_and_others_are_tried_when_asked(
     before = {path.name: path.read_bytes() for path in out.glob("shard*")}
     assert "tried again" not in works(extract.main, *folder(root, "--out", out))
     halves().save(root / "b.png")
-    assert "1 photographs that could not be read are tried again" in works(extract.main, *folder(root, "--out", out))
+    assert "1 photographs that could not be read are tried again" in works(
+        extract.main, *folder(root, "--out", out)
+    )
     cache = FeatureCache(out)
     assert image_id("b.png") in cache and list(cache.unreadable) == [image_id("c.png")]
     assert np.array_equal(cache[image_id("b.png")].features, cache[image_id("a.png")].features)
     assert all((out / name).read_bytes() == content for name, content in before.items())
     assert (out / "unreadable.jsonl").read_text().count("\n") == 1
-    assert "1 photographs that could not" in works(extract.main, *folder(root, "--out", out, "--retry-unreadable"))
+    assert "1 photographs that could not" in works(
+        extract.main, *folder(root, "--out", out, "--retry-unreadable")
+    )
 
 
-# ------------------------------------------------------------------------------------------------- checked, shown, packed
+# --------------------------------------------------------------------------- checked, shown, packed
 
 
-def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_again(world, tmp_path, monkeypatch):  # noqa: F811
+def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_again(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options)
-    assert "60 rows, all as they were written" in works(extract.main, "--verify", tmp_path / "cache")
+    assert "60 rows, all as they were written" in works(
+        extract.main, "--verify", tmp_path / "cache"
+    )
     whole = FeatureCache(tmp_path / "cache")
     rows = whole.rows(whole.ids.tolist()).features
     path = tmp_path / "cache" / "shard-00001.h5"
@@ -129,33 +168,63 @@ def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_aga
     path.write_bytes(content)
     (tmp_path / "cache" / "shard-00002.h5").write_bytes(b"cut")
     result = run(extract.main, "--verify", tmp_path / "cache")
-    assert result.exit_code == 1 and "shard-00001.h5: row 0, image" in result.stdout and "shard-00002.h5" in result.stdout
+    assert (
+        result.exit_code == 1
+        and "shard-00001.h5: row 0, image" in result.stdout
+        and "shard-00002.h5" in result.stdout
+    )
     assert "remove it and re-run" in refused(extract.main, *options)
     before = (tmp_path / "cache" / "shard-00000.h5").stat().st_mtime_ns
     works(extract.main, *options, "--repair")
     assert (tmp_path / "cache" / "shard-00000.h5").stat().st_mtime_ns == before
     assert np.array_equal(FeatureCache(tmp_path / "cache").rows(whole.ids.tolist()).features, rows)
-    assert sorted(path.name for path in (tmp_path / "cache").glob("*.bad")) == ["shard-00001.h5.bad", "shard-00002.h5.bad"]
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*.bad")) == [
+        "shard-00001.h5.bad",
+        "shard-00002.h5.bad",
+    ]
     works(extract.main, "--verify", tmp_path / "cache")
     assert "nothing to check" in refused(extract.main, "--verify", tmp_path)
 
 
-def test_inspect_shows_identity_rows_statistics_and_three_samples(world):  # noqa: F811
+def test_inspect_shows_identity_rows_statistics_and_three_samples(world):
     told = works(extract.main, "--inspect", world / "cache")
-    assert "60 rows of 25 regions" in told and 'backbone: "test_resnet"' in told and "deviation" in told
+    assert (
+        "60 rows of 25 regions" in told
+        and 'backbone: "test_resnet"' in told
+        and "deviation" in told
+    )
     assert told.count("image ") == 3 and "precision:" in told
 
 
-def test_every_later_stage_takes_a_packed_cache(world, tmp_path):  # noqa: F811
+def test_every_later_stage_takes_a_packed_cache(world, tmp_path):
     works(extract.main, "--out", world / "cache", "--pack", tmp_path / "packed.h5")
-    works(train.main, *at(world), "--features", tmp_path / "packed.h5", "--out", tmp_path / "run", *QUICK)
-    works(evaluate.main, *at(world), "--features", tmp_path / "packed.h5", "--checkpoint", tmp_path / "run")
-    works(evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run")
+    works(
+        train.main,
+        *at(world),
+        "--features",
+        tmp_path / "packed.h5",
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+    )
+    works(
+        evaluate.main,
+        *at(world),
+        "--features",
+        tmp_path / "packed.h5",
+        "--checkpoint",
+        tmp_path / "run",
+    )
+    works(
+        evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run"
+    )
     assert load_captioner(tmp_path / "run").caption(photos(world, 1))
-    assert "--pack writes the cache that --out names" in refused(extract.main, "--out", tmp_path, "--pack", tmp_path / "q")
+    assert "--pack writes the cache that --out names" in refused(
+        extract.main, "--out", tmp_path, "--pack", tmp_path / "q"
+    )
 
 
-def test_another_precision_is_refused_and_another_version_only_told(world, tmp_path, monkeypatch):  # noqa: F811
+def test_another_precision_is_refused_and_another_version_only_told(world, tmp_path, monkeypatch):
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options, "--precision", "fp32", "--split", "val")
     message = refused(extract.main, *options, "--precision", "bf16")
@@ -168,39 +237,101 @@ def test_another_precision_is_refused_and_another_version_only_told(world, tmp_p
     assert told.count("warning") == 1 and "timm" in told
 
 
-# --------------------------------------------------------------------------------------------------- size, grid, resize
+# ------------------------------------------------------------------------------- size, grid, resize
 
 
 @pytest.mark.parametrize("resize", ["crop", "letterbox"])
-def test_boxes_are_true_for_every_way_to_resize_and_captions_see_what_the_cache_saw(world, tmp_path, resize):  # noqa: F811
-    """A photograph three times as wide as high: what its boxes cover, and the same rows when it is captioned."""
+def test_boxes_are_true_for_every_way_to_resize_and_captions_see_what_the_cache_saw(
+    world, tmp_path, resize
+):
+    """A photograph three times as wide as high: what its boxes cover, and the same rows when it is
+    captioned.
+    """
     root = tmp_path / "photos"
     root.mkdir()
     for number in range(3):
         halves(300, 100).save(root / f"{number}.png")
-        (root / "metadata.jsonl").open("a").write(json.dumps({"file_name": f"{number}.png", "text": "a red wall"}) + "\n")
-    options = folder(root, "--out", tmp_path / "cache", "--resize", resize, "--size", "128x96", "--grid", "4x3",
-                     "--precision", "fp32")  # fmt: skip
+        (root / "metadata.jsonl").open("a").write(
+            json.dumps({"file_name": f"{number}.png", "text": "a red wall"}) + "\n"
+        )
+    options = folder(
+        root,
+        "--out",
+        tmp_path / "cache",
+        "--resize",
+        resize,
+        "--size",
+        "128x96",
+        "--grid",
+        "4x3",
+        "--precision",
+        "fp32",
+    )
     works(extract.main, *options)
     cache = FeatureCache(tmp_path / "cache")
-    assert (cache.identity["size"], cache.identity["grid"], cache.identity["resize"]) == ([128, 96], [4, 3], resize)
+    assert (cache.identity["size"], cache.identity["grid"], cache.identity["resize"]) == (
+        [128, 96],
+        [4, 3],
+        resize,
+    )
     features, boxes, count = cache[cache.ids[0]]
     there = boxes[:count]
     assert (there[:, 2:] > there[:, :2]).all() and there.min() >= 0 and there.max() <= 1
     if resize == "crop":
-        assert count == 12 and np.allclose(there[:, [0, 2]].min(), 0.375, atol=0.01) and there[:, 1].min() == 0
-    else:  # a third of 96 is 32 rows of 128, in the middle: cells two and three of four see it, half of each
-        assert count == 6 and there[:, 1].tolist() == [0] * 3 + [0.5] * 3 and np.allclose(there[:, 3].max(), 1)
+        assert (
+            count == 12
+            and np.allclose(there[:, [0, 2]].min(), 0.375, atol=0.01)
+            and there[:, 1].min() == 0
+        )
+    # a third of 96 is 32 rows of 128, in the middle: cells two and three of four see it, half of
+    # each
+    else:
+        assert (
+            count == 6
+            and there[:, 1].tolist() == [0] * 3 + [0.5] * 3
+            and np.allclose(there[:, 3].max(), 1)
+        )
         assert not features[count:].any() and not boxes[count:].any()
-    works(train.main, "--dataset", "folder", "--root", root, "--features", tmp_path / "cache", "--out", tmp_path / "run",
-          *QUICK, "--precision", "fp32")  # fmt: skip
-    works(evaluate.main, "--dataset", "folder", "--root", root, "--features", tmp_path / "cache", "--checkpoint",
-          tmp_path / "run", "--split", "all", "--precision", "fp32", "--out", tmp_path / "s.json")  # fmt: skip
+    works(
+        train.main,
+        "--dataset",
+        "folder",
+        "--root",
+        root,
+        "--features",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+        "--precision",
+        "fp32",
+    )
+    works(
+        evaluate.main,
+        "--dataset",
+        "folder",
+        "--root",
+        root,
+        "--features",
+        tmp_path / "cache",
+        "--checkpoint",
+        tmp_path / "run",
+        "--split",
+        "all",
+        "--precision",
+        "fp32",
+        "--out",
+        tmp_path / "s.json",
+    )
     cached = {line["caption"] for line in json.loads((tmp_path / "captions-all.json").read_text())}
-    assert set(load_captioner(tmp_path / "run", precision="fp32").caption([root / "0.png"])) == cached
+    assert (
+        set(load_captioner(tmp_path / "run", precision="fp32").caption([root / "0.png"])) == cached
+    )
 
 
-def test_repair_begins_with_a_broken_first_shard_and_ends_with_every_image(world, tmp_path, monkeypatch):  # noqa: F811
+def test_repair_begins_with_a_broken_first_shard_and_ends_with_every_image(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options, "--limit", 25)
@@ -210,7 +341,9 @@ def test_repair_begins_with_a_broken_first_shard_and_ends_with_every_image(world
         path.write_bytes(path.read_bytes()[:5000])
         works(extract.main, *options, "--repair")
         cache = FeatureCache(tmp_path / "cache")
-        assert sorted(cache.ids.tolist()) == sorted(FeatureCache(world / "cache").ids.tolist()), name
+        assert sorted(cache.ids.tolist()) == sorted(FeatureCache(world / "cache").ids.tolist()), (
+            name
+        )
     with h5py.File(tmp_path / "cache" / "features.h5") as file:
         assert len(set(file["image_ids"][:].tolist())) == len(file["image_ids"]) == 60
 
@@ -221,7 +354,9 @@ def test_a_cell_that_sees_the_photograph_by_rounding_alone_is_no_region():
         scale = 224 / max(width, height)
         inner = round(height * scale), round(width * scale)
         y, left = (224 - inner[0]) // 2, (224 - inner[1]) // 2
-        frame = torch.tensor([[-left / inner[1], -y / inner[0], (224 - left) / inner[1], (224 - y) / inner[0]]])
+        frame = torch.tensor(
+            [[-left / inner[1], -y / inner[0], (224 - left) / inner[1], (224 - y) / inner[0]]]
+        )
         regions = grid_regions(x, frame)
         rows, columns = -(-(y + inner[0]) // 32) - y // 32, -(-(left + inner[1]) // 32) - left // 32
         assert regions.counts.item() == rows * columns
@@ -239,18 +374,21 @@ def test_a_cell_that_sees_the_photograph_by_rounding_alone_is_no_region():
         (["--workers", "-1"], "--workers is -1"),
     ],
 )
-def test_a_size_or_grid_that_cannot_be_is_refused(world, tmp_path, options, message):  # noqa: F811
+def test_a_size_or_grid_that_cannot_be_is_refused(world, tmp_path, options, message):
     assert message in refused(extract.main, *at(world), *SMALL, "--out", tmp_path / "c", *options)
 
 
 def test_pooled_cells_are_the_means_of_those_they_cover():
-    whole, pooled = (create_backbone("test_resnet", seed=1, size=(128, 128), grid=grid) for grid in (None, (2, 2)))
+    whole, pooled = (
+        create_backbone("test_resnet", seed=1, size=(128, 128), grid=grid)
+        for grid in (None, (2, 2))
+    )
     pixels = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
     fine = whole(pixels).features.view(2, 2, 2, 2, 2, -1)
     assert torch.allclose(pooled(pixels).features.view(2, 2, 2, -1), fine.mean((2, 4)), atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def test_processes_decode_as_threads_do(tmp_path):
@@ -260,14 +398,26 @@ def test_processes_decode_as_threads_do(tmp_path):
         paths.append(tmp_path / f"{number}.png")
     paths[3].write_text("broken")
     images = [Image(number, path.name, path, "train", ()) for number, path in enumerate(paths)]
-    work = [Work(None, tuple(images[:3]), False), Work(None, tuple(images[3:4]), False), Work(None, tuple(images[4:]), True)]
+    work = [
+        Work(None, tuple(images[:3]), False),
+        Work(None, tuple(images[3:4]), False),
+        Work(None, tuple(images[4:]), True),
+    ]
     backbone = create_backbone("test_resnet")
     identity = backbone.identity()
-    recipe = Recipe(backbone, open_machine("cpu"), "stretch", identity, {}, 3, 2, missing=frozenset([5]))
+    recipe = Recipe(
+        backbone, open_machine("cpu"), "stretch", identity, {}, 3, 2, missing=frozenset([5])
+    )
     framing = Framing((32, 32))
-    ways = [list(read(iter(work), framing, recipe)) for read in (_read_in_threads, _read_in_processes)]
+    ways = [
+        list(read(iter(work), framing, recipe)) for read in (_read_in_threads, _read_in_processes)
+    ]
     for (one, a), (two, b) in zip(*ways, strict=True):
-        assert one is two and torch.equal(a.pixels, b.pixels) and torch.equal(a.view_boxes, b.view_boxes)
+        assert (
+            one is two
+            and torch.equal(a.pixels, b.pixels)
+            and torch.equal(a.view_boxes, b.view_boxes)
+        )
         assert (a.originals, a.reasons) == (b.originals, b.reasons)
     assert ways[0][1][1].reasons != [""] and ways[0][2][1].reasons == ["", "missing", ""]
     assert decoding_workers(None) >= 1 and decoding_workers(3) == 3
@@ -276,29 +426,35 @@ def test_processes_decode_as_threads_do(tmp_path):
 @pytest.mark.slow
 def test_ten_times_the_photographs_take_at_most_a_tenth_more_memory(tmp_path, real):
     def peak(limit: int) -> int:
+        out = tmp_path / str(limit)
+        asked = folder(real / "flickr8k" / "images", "--limit", limit, "--out", out)
         code = (
             "import resource; from pipeline import extract; extract.main.main("
-            f"{[str(part) for part in folder(real / 'flickr8k' / 'images', '--limit', limit, '--out', tmp_path / str(limit))]},"
+            f"{[str(part) for part in asked]},"
             "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return int(done.stdout.split()[-1])
 
     assert peak(6400) <= 1.1 * peak(640)
 
 
-def test_one_photograph_captions_alike_through_any_copy_of_the_cache(world, tmp_path):  # noqa: F811
+def test_one_photograph_captions_alike_through_any_copy_of_the_cache(world, tmp_path):
     shutil.copytree(world / "cache", tmp_path / "copy")
     one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "copy")
     assert np.array_equal(one.rows(one.ids.tolist()).features, two.rows(one.ids.tolist()).features)
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "letterbox"])
 def test_a_mirrored_view_is_the_row_that_the_mirrored_photograph_would_have(tmp_path, resize):
-    """Photographs and, in another folder under the same names, the same ones mirrored, all saved without loss."""
+    """Photographs and, in another folder under the same names, the same ones mirrored, all saved
+    without loss.
+    """
     for name in ("plain", "mirrored"):
         (tmp_path / name).mkdir()
     rng = np.random.default_rng(0)
@@ -306,9 +462,14 @@ def test_a_mirrored_view_is_the_row_that_the_mirrored_photograph_would_have(tmp_
         small = PillowImage.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8).astype(np.uint8))
         photo = small.resize((width, height), PillowImage.Resampling.BICUBIC)
         photo.save(tmp_path / "plain" / f"{number}.png")
-        photo.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored" / f"{number}.png")
+        photo.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT).save(
+            tmp_path / "mirrored" / f"{number}.png"
+        )
     more = ["--precision", "fp32", "--resize", resize]
-    works(extract.main, *folder(tmp_path / "plain", *more, "--views", "flip", "--out", tmp_path / "cache"))
+    works(
+        extract.main,
+        *folder(tmp_path / "plain", *more, "--views", "flip", "--out", tmp_path / "cache"),
+    )
     works(extract.main, *folder(tmp_path / "mirrored", *more, "--out", tmp_path / "other"))
     cache, other = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "other")
     ids = cache.ids.tolist()
@@ -324,10 +485,14 @@ def test_a_mirrored_view_is_the_row_that_the_mirrored_photograph_would_have(tmp_
             order = [file["image_ids"][:].tolist().index(image_id) for image_id in ids]
             assert np.array_equal(file["features_flip"][:][order], seen.features)
     packed = FeatureCache(tmp_path / "one.h5")
-    assert packed.views == ("flip",) and np.array_equal(packed.rows(ids, views=[1] * len(ids)).features, seen.features)
+    assert packed.views == ("flip",) and np.array_equal(
+        packed.rows(ids, views=[1] * len(ids)).features, seen.features
+    )
 
 
-def test_a_spoiled_mirrored_row_is_found_and_caches_with_and_without_views_do_not_mix(world, tmp_path):  # noqa: F811
+def test_a_spoiled_mirrored_row_is_found_and_caches_with_and_without_views_do_not_mix(
+    world, tmp_path
+):
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options, "--views", "flip", "--limit", 5)
     assert "views: ['flip'], not None" in refused(extract.main, *options)
@@ -338,9 +503,13 @@ def test_a_spoiled_mirrored_row_is_found_and_caches_with_and_without_views_do_no
     assert result.exit_code == 1 and "row 2" in result.output
 
 
-def test_a_checkpoint_trained_on_views_reads_a_cache_without_them_and_says_nothing(world, tmp_path):  # noqa: F811
+def test_a_checkpoint_trained_on_views_reads_a_cache_without_them_and_says_nothing(world, tmp_path):
     works(extract.main, *at(world), *SMALL, "--out", tmp_path / "cache", "--views", "flip")
-    told = works(train.main, *at(world), "--features", tmp_path / "cache", "--out", tmp_path / "run", *QUICK)
+    told = works(
+        train.main, *at(world), "--features", tmp_path / "cache", "--out", tmp_path / "run", *QUICK
+    )
     assert "as much mirrored (flip)" in told
-    told = works(evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run")
+    told = works(
+        evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run"
+    )
     assert "warning" not in told

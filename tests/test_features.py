@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import DataError
-from data.cache import writer as shards
 from data.cache.reader import FeatureCache, Rows, Unreadable, shard_paths
 from data.cache.writer import plan_shards, write_index, write_shard
 from data.files import atomic_write, atomic_write_text
@@ -26,31 +25,31 @@ IDENTITY = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3
 
 
 def some_images(count: int, start: int = 0) -> list[Image]:
-    return [Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", ()) for i in range(start, start + count)]
+    return [
+        Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", ())
+        for i in range(start, start + count)
+    ]
 
 
-def write_plan(cache: Path, images: list[Image], unreadable: tuple[int, ...] = (), only: tuple[int, ...] | None = None):
+def write_plan(
+    cache: Path,
+    images: list[Image],
+    unreadable: tuple[int, ...] = (),
+    only: tuple[int, ...] | None = None,
+):
     cache.mkdir(exist_ok=True)
     for number, shard in enumerate(plan_shards(images, cache)):
         if shard.path.exists() or (only is not None and number not in only):
             continue
         kept = [image for image in shard.images if image.id not in unreadable]
-        rows = np.zeros((len(kept), 4, 3), np.float32) + np.array([i.id for i in kept])[:, None, None]
+        rows = (
+            np.zeros((len(kept), 4, 3), np.float32) + np.array([i.id for i in kept])[:, None, None]
+        )
         lost = [Unreadable(i.id, i.name, "broken") for i in shard.images if i.id in unreadable]
         found = Rows(rows, np.zeros((len(kept), 4, 4)), np.full(len(kept), 4))
-        write_shard(shard, kept, [found], np.full((len(kept), 2), 7), lost, IDENTITY, {"torch": "2"})
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_IMAGES", 10)
-
-
-@pytest.fixture
-def cache(tmp_path, small_shards) -> Path:
-    write_plan(tmp_path / "cache", some_images(35))
-    write_index(tmp_path / "cache")
-    return tmp_path / "cache"
+        write_shard(
+            shard, kept, [found], np.full((len(kept), 2), 7), lost, IDENTITY, {"torch": "2"}
+        )
 
 
 def planted(rows: np.ndarray) -> list[int]:
@@ -71,7 +70,9 @@ def test_plain_h5py_reads_every_row_from_features_h5_even_after_the_folder_moved
         assert planted(file["features"][:]) == list(range(35))
         assert file["names"].asstr()[33] == "photos/33.jpg"
         assert json.loads(file.attrs["identity"]) == IDENTITY
-        assert [zlib.crc32(row.tobytes()) for row in file["features"][:]] == file["crc32"][:].tolist()
+        assert [zlib.crc32(row.tobytes()) for row in file["features"][:]] == file["crc32"][
+            :
+        ].tolist()
 
 
 def test_a_row_lies_contiguous_in_the_file_at_its_offset(cache):
@@ -85,7 +86,10 @@ def test_a_row_lies_contiguous_in_the_file_at_its_offset(cache):
 
 
 def test_a_pickled_cache_reads_the_same_rows(cache):
-    assert planted(pickle.loads(pickle.dumps(FeatureCache(cache))).rows([3, 30]).features) == [3, 30]
+    assert planted(pickle.loads(pickle.dumps(FeatureCache(cache))).rows([3, 30]).features) == [
+        3,
+        30,
+    ]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -101,7 +105,9 @@ def test_a_dataset_gives_each_image_with_its_captions_in_any_worker(cache, metho
     captions = {i: [f"a {i}", f"the {i}"] for i in (34, 0, 17, 9)}
     dataset = FeatureCache(cache).dataset(captions)
     assert isinstance(dataset, torch.utils.data.Dataset) and len(dataset) == 4
-    loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context=method)
+    loader = DataLoader(
+        dataset, batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context=method
+    )
     items = [item for batch in loader for item in batch]
     for (features, boxes, count, image_id, texts), wanted in zip(items, captions, strict=True):
         assert image_id == wanted and planted(features[None].numpy()) == [wanted]
@@ -124,16 +130,22 @@ def test_an_interrupted_plan_goes_on_with_the_same_shards(tmp_path, small_shards
     write_plan(cache, images, only=(2,))
     before = (cache / "shard-00002.h5").read_bytes()
     write_plan(cache, images)
-    assert sorted(path.name for path in cache.glob("shard*")) == [f"shard-0000{i}.h5" for i in range(4)]
+    assert sorted(path.name for path in cache.glob("shard*")) == [
+        f"shard-0000{i}.h5" for i in range(4)
+    ]
     assert (cache / "shard-00002.h5").read_bytes() == before
     assert planted(FeatureCache(cache).rows(range(35)).features) == list(range(35))
 
 
 def test_another_split_adds_shards_and_never_repeats_an_image(tmp_path, small_shards):
     cache = tmp_path / "cache"
-    write_plan(cache, some_images(12, start=20), only=(0,))  # a second split, interrupted after 20..29
+    write_plan(
+        cache, some_images(12, start=20), only=(0,)
+    )  # a second split, interrupted after 20..29
     write_plan(cache, some_images(35))  # all
-    write_plan(cache, some_images(12, start=20))  # the interrupted one goes on: nothing is left for it
+    write_plan(
+        cache, some_images(12, start=20)
+    )  # the interrupted one goes on: nothing is left for it
     opened = FeatureCache(cache)
     assert sorted(opened.ids.tolist()) == list(range(35)) and len(opened) == 35
     assert planted(opened.rows(range(35)).features) == list(range(35))
@@ -162,20 +174,33 @@ def test_unreadable_photographs_are_listed_and_left_out_and_counted(tmp_path, sm
     write_plan(cache, images, unreadable=(3, 11))
     assert [record.image_id for record in write_index(cache)] == [3, 11]
     lines = [json.loads(line) for line in (cache / "unreadable.jsonl").read_text().splitlines()]
-    assert lines[0] == {"image_id": 3, "file_name": "photos/3.jpg", "reason": "broken", "size": -1, "mtime_ns": -1}
+    assert lines[0] == {
+        "image_id": 3,
+        "file_name": "photos/3.jpg",
+        "reason": "broken",
+        "size": -1,
+        "mtime_ns": -1,
+    }
     kept, left_out = FeatureCache(cache).select(images)
-    assert ([image.id for image in kept], left_out) == ([i for i in range(12) if i not in (3, 11)], 2)
+    assert ([image.id for image in kept], left_out) == (
+        [i for i in range(12) if i not in (3, 11)],
+        2,
+    )
 
 
 def test_an_id_the_cache_never_saw_is_an_error_that_names_it(cache):
     for ask in (lambda c: c.rows([3, 99]), lambda c: c.select(some_images(1, start=99))):
-        with pytest.raises(DataError, match=r"image 99 is not in .*cache \(35 images\); re-run pipeline.extract"):
+        with pytest.raises(
+            DataError, match=r"image 99 is not in .*cache \(35 images\); re-run pipeline.extract"
+        ):
             ask(FeatureCache(cache))
 
 
 def test_a_cache_and_captions_that_disagree_on_a_name_are_an_error(cache):
     other = Image(5, "elsewhere/6.jpg", Path("6.jpg"), "train", ())
-    with pytest.raises(DataError, match=r"image 5 is photos/5.jpg in .* and elsewhere/6.jpg in the captions"):
+    with pytest.raises(
+        DataError, match=r"image 5 is photos/5.jpg in .* and elsewhere/6.jpg in the captions"
+    ):
         FeatureCache(cache).select([other])
 
 
@@ -231,13 +256,25 @@ def counted(count: int):
 
 
 LAYOUT_FAULTS = [
-    *(retyped(name, "f8") for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
-    *(reshaped(name) for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")),
-    a_group, counted(-1), counted(5), recorded("provenance", []), recorded("provenance", {"views": 3}),
-    recorded("identity", [1]), recorded("unreadable", [[]]), recorded("unreadable", [[1]]),
+    *(
+        retyped(name, "f8")
+        for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
+    ),
+    *(
+        reshaped(name)
+        for name in ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
+    ),
+    a_group,
+    counted(-1),
+    counted(5),
+    recorded("provenance", []),
+    recorded("provenance", {"views": 3}),
+    recorded("identity", [1]),
+    recorded("unreadable", [[]]),
+    recorded("unreadable", [[1]]),
     lambda file: file.attrs.__setitem__("format", np.ones((2, 3))),
     lambda file: file.attrs.__setitem__("format", h5py.Empty("f")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change", LAYOUT_FAULTS)
@@ -252,8 +289,17 @@ def test_a_shard_whose_datasets_or_attributes_are_not_of_the_format_is_named(cac
         FeatureCache(cache)
 
 
-@pytest.mark.parametrize("plan", [[], {}, {"digest": "", "first": "0", "shards": 1}, {"digest": "", "first": -1, "shards": 1},
-                                  {"digest": "", "first": 1e300, "shards": 1}, {"digest": "", "first": 0, "shards": 2**63}])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [],
+        {},
+        {"digest": "", "first": "0", "shards": 1},
+        {"digest": "", "first": -1, "shards": 1},
+        {"digest": "", "first": 1e300, "shards": 1},
+        {"digest": "", "first": 0, "shards": 2**63},
+    ],
+)
 def test_a_plan_that_no_extraction_makes_is_an_error_that_names_the_shard(cache, plan):
     with h5py.File(cache / "shard-00001.h5", "r+") as file:
         file.attrs["plan"] = json.dumps(plan)
@@ -275,7 +321,9 @@ def test_a_shard_of_another_identity_in_the_folder_is_an_error_field_by_field(ca
         FeatureCache(cache)
 
 
-@pytest.mark.parametrize("name", ["n" * 251 + ".txt", "é" * 125 + ".txt", "写" * 83 + ".txt", "a.txt"])
+@pytest.mark.parametrize(
+    "name", ["n" * 251 + ".txt", "é" * 125 + ".txt", "写" * 83 + ".txt", "a.txt"]
+)
 def test_a_file_of_any_legal_name_is_written_whole(tmp_path, name):
     atomic_write_text(tmp_path / name, "one")
     with atomic_write(tmp_path / name) as temporary:

@@ -1,9 +1,11 @@
-"""Random and spoilt files and options: a command ends with 0, 1 or 2, with no traceback, no hang and no changed input.
+"""Random and spoilt files and options: a command ends with 0, 1 or 2, with no traceback, no hang
+and no changed input.
 
-One test a kind of input. The default run takes some 20 seconds with a fixed seed; `make fuzz` takes ten minutes with a new one:
-ONCEOVER_FUZZ_SECONDS is how long, ONCEOVER_FUZZ_SEED the seed, which a failure names, ONCEOVER_FUZZ_KEEP a folder for the files
-of cases that failed. Each case has a folder of its own with `in` (what the user hands over) and `out` (where the command runs
-and writes).
+One test a kind of input. The default run takes some 20 seconds with a fixed seed; `make fuzz` takes
+ten minutes with a new one: ONCEOVER_FUZZ_SECONDS is how long, ONCEOVER_FUZZ_SEED the seed, which a
+failure names, ONCEOVER_FUZZ_KEEP a folder for the files of cases that failed. Each case has a
+folder of its own with `in` (what the user hands over) and `out` (where the command runs and
+writes).
 """
 
 from __future__ import annotations
@@ -64,20 +66,44 @@ from tests.mutations import (
 LONG = "ONCEOVER_FUZZ_SECONDS" in os.environ
 SECONDS = float(os.environ.get("ONCEOVER_FUZZ_SECONDS", 20))
 SEED = int(os.environ.get("ONCEOVER_FUZZ_SEED", secrets.randbits(32) if LONG else 0))
-CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 600, 4 << 30  # of a case; others may be busy, so CPU time tells of a hang
+CPU_SECONDS, WALL_SECONDS, MEMORY = (
+    10,
+    600,
+    4 << 30,
+)  # of a case; others may be busy, so CPU time tells of a hang
 
 Command = tuple[click.Command, list[object]]
-SMALL = ["--width", 16, "--heads", 1, "--encoder-layers", 1, "--decoder-layers", 1, "--feedforward", 16, "--epochs", 1,
-         "--batch", 20, "--beam", 2, "--min-count", 1]  # fmt: skip
+SMALL = [
+    "--width",
+    16,
+    "--heads",
+    1,
+    "--encoder-layers",
+    1,
+    "--decoder-layers",
+    1,
+    "--feedforward",
+    16,
+    "--epochs",
+    1,
+    "--batch",
+    20,
+    "--beam",
+    2,
+    "--min-count",
+    1,
+]
 LOOK = ["--backbone", "test_resnet", "--weights", "scenes"]
 
 
-# -------------------------------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------------- the world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten drawn photographs with captions in every layout, a cache, a packed cache and a run of words and one of pieces."""
+    """Ten drawn photographs with captions in every layout, a cache, a packed cache and a run of
+    words and one of pieces.
+    """
     world = tmp_path_factory.mktemp("fuzz")
     photos = world / "photos"
     photos.mkdir()
@@ -85,21 +111,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(10):
         name = f"{number}.png"
         PillowImage.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(photos / name)
-        words = [f"A dog of {number} runs left.", f"The {'red' if number % 2 else 'blue'} dog number {number} runs"]
+        words = [
+            f"A dog of {number} runs left.",
+            f"The {'red' if number % 2 else 'blue'} dog number {number} runs",
+        ]
         split = "train" if number < 6 else "val" if number < 8 else "test"
         images.append({"id": image_id(name), "name": name, "captions": words, "split": split})
-    annotations = [{"id": 10 * n + k, "image_id": i["id"], "caption": text}
-                   for n, i in enumerate(images) for k, text in enumerate(i["captions"])]  # fmt: skip
+    annotations = [
+        {"id": 10 * n + k, "image_id": i["id"], "caption": text}
+        for n, i in enumerate(images)
+        for k, text in enumerate(i["captions"])
+    ]
     files = {
-        "coco.json": {"images": [{"id": i["id"], "file_name": i["name"], "split": i["split"]} for i in images],
-                      "annotations": annotations},
-        "karpathy.json": {"images": [
-            {"filename": i["name"], "filepath": "", "imgid": n, "cocoid": i["id"], "split": i["split"],
-             "sentences": [{"raw": text, "tokens": text.lower().split()} for text in i["captions"]]}
-            for n, i in enumerate(images)]},
-        "results.json": [{"image_id": i["id"], "caption": i["captions"][0]} for i in images if i["split"] == "test"],
+        "coco.json": {
+            "images": [
+                {"id": i["id"], "file_name": i["name"], "split": i["split"]} for i in images
+            ],
+            "annotations": annotations,
+        },
+        "karpathy.json": {
+            "images": [
+                {
+                    "filename": i["name"],
+                    "filepath": "",
+                    "imgid": n,
+                    "cocoid": i["id"],
+                    "split": i["split"],
+                    "sentences": [
+                        {"raw": text, "tokens": text.lower().split()} for text in i["captions"]
+                    ],
+                }
+                for n, i in enumerate(images)
+            ]
+        },
+        "results.json": [
+            {"image_id": i["id"], "caption": i["captions"][0]}
+            for i in images
+            if i["split"] == "test"
+        ],
         "ids.json": [i["id"] for i in images if i["split"] == "test"],
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (world / name).write_text(json.dumps(content))
     rows = [(i["name"], i["split"], text) for i in images for text in i["captions"]]
@@ -116,7 +167,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (extract.main, [*coco, *LOOK, "--size", 64, "--out", world / "cache"]),
         (extract.main, ["--out", world / "cache", "--pack", world / "packed.h5"]),
         (train.main, [*coco, "--features", world / "cache", "--out", world / "run", *SMALL]),
-        (train.main, [*coco, "--features", world / "cache", "--out", world / "pieces", *SMALL, "--vocabulary", "bpe"]),
+        (
+            train.main,
+            [
+                *coco,
+                "--features",
+                world / "cache",
+                "--out",
+                world / "pieces",
+                *SMALL,
+                "--vocabulary",
+                "bpe",
+            ],
+        ),
     ):
         result = CliRunner().invoke(stage, list(map(str, options)))
         assert result.exit_code == 0, result.output
@@ -124,7 +187,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def captions_of(case: Path) -> list[object]:
-    return ["--dataset", "coco", "--annotations", case / "in" / "coco.json", "--images", case / "in" / "photos"]
+    return [
+        "--dataset",
+        "coco",
+        "--annotations",
+        case / "in" / "coco.json",
+        "--images",
+        case / "in" / "photos",
+    ]
 
 
 def give(case: Path, *names: str) -> list[Path]:
@@ -135,7 +205,7 @@ def give(case: Path, *names: str) -> list[Path]:
     return [case / "in" / name for name in names]
 
 
-# ----------------------------------------------------------------------------------- kinds of input: what is done with one
+# ------------------------------------------------------------ kinds of input: what is done with one
 
 
 def photographs(draw: Draw, case: Path) -> list[Command]:
@@ -145,10 +215,37 @@ def photographs(draw: Draw, case: Path) -> list[Command]:
         suffix, content = draw_photograph(draw)
         (folder / f"{number}{suffix}").write_bytes(content)
     if draw(st.booleans()):
-        return [(caption.main, [folder, "--checkpoint", case.parent / "run", "--out", case / "out" / "captions.json"])]
+        return [
+            (
+                caption.main,
+                [
+                    folder,
+                    "--checkpoint",
+                    case.parent / "run",
+                    "--out",
+                    case / "out" / "captions.json",
+                ],
+            )
+        ]
     resize = one_of(draw, ("stretch", "crop", "letterbox"))
-    return [(extract.main, ["--dataset", "folder", "--root", folder, *LOOK, "--size", 64, "--resize", resize, "--out",
-                            case / "out"])]  # fmt: skip
+    return [
+        (
+            extract.main,
+            [
+                "--dataset",
+                "folder",
+                "--root",
+                folder,
+                *LOOK,
+                "--size",
+                64,
+                "--resize",
+                resize,
+                "--out",
+                case / "out",
+            ],
+        )
+    ]
 
 
 def reading(draw: Draw, case: Path, layout: list[object], references: Path | None) -> list[Command]:
@@ -158,10 +255,28 @@ def reading(draw: Draw, case: Path, layout: list[object], references: Path | Non
         part = one_of(draw, ("--references", "--df", "--train-captions"))
         files = {"--references": case.parent / "coco.json", part: references}
         options = [each for pair in files.items() for each in pair]
-        return [(evaluate.main, ["--captions", case.parent / "results.json", *options, "--out", case / "out" / "scores.json"])]
+        return [
+            (
+                evaluate.main,
+                [
+                    "--captions",
+                    case.parent / "results.json",
+                    *options,
+                    "--out",
+                    case / "out" / "scores.json",
+                ],
+            )
+        ]
     if which < 8:
-        return [(extract.main, [*layout, *LOOK, "--size", 64, "--allow-missing", "--out", case / "out"])]
-    return [(train.main, [*layout, "--features", case.parent / "cache", "--out", case / "out" / "run", *SMALL])]
+        return [
+            (extract.main, [*layout, *LOOK, "--size", 64, "--allow-missing", "--out", case / "out"])
+        ]
+    return [
+        (
+            train.main,
+            [*layout, "--features", case.parent / "cache", "--out", case / "out" / "run", *SMALL],
+        )
+    ]
 
 
 def coco_json(draw: Draw, case: Path) -> list[Command]:
@@ -181,32 +296,61 @@ def karpathy_json(draw: Draw, case: Path) -> list[Command]:
 def folder_texts(draw: Draw, case: Path) -> list[Command]:
     """metadata.jsonl and .csv, captions.txt, Flickr8k's files and .txt beside photographs."""
     (photos,) = give(case, "photos")
-    name = one_of(draw, ("metadata.jsonl", "metadata.csv", "captions.txt", "Flickr8k.token.txt", "sidecar"))
+    name = one_of(
+        draw, ("metadata.jsonl", "metadata.csv", "captions.txt", "Flickr8k.token.txt", "sidecar")
+    )
     layout = ["--dataset", "folder", "--root", photos]
     if name == "sidecar":
         for number in range(10):
             text = f"a dog of {number}\nthe dog runs\n"
-            (photos / f"{number}.txt").write_bytes(spoil_lines(draw, text, " ") if number < 3 else text.encode())
-        return [(train.main, [*layout, "--captions-from", "txt", "--features", case.parent / "cache", "--out",
-                              case / "out" / "run", *SMALL])]  # fmt: skip
+            (photos / f"{number}.txt").write_bytes(
+                spoil_lines(draw, text, " ") if number < 3 else text.encode()
+            )
+        return [
+            (
+                train.main,
+                [
+                    *layout,
+                    "--captions-from",
+                    "txt",
+                    "--features",
+                    case.parent / "cache",
+                    "--out",
+                    case / "out" / "run",
+                    *SMALL,
+                ],
+            )
+        ]
     text = (case.parent / name).read_text()
     if name == "metadata.jsonl" and draw(st.booleans()):
         rows = spoil_json(draw, [json.loads(line) for line in text.splitlines()])
-        (photos / name).write_text("\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows])))
+        (photos / name).write_text(
+            "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows]))
+        )
     else:
         (photos / name).write_bytes(spoil_lines(draw, text, "\t#" if "token" in name else ","))
     if name == "Flickr8k.token.txt" and draw(st.booleans()):
-        (photos / "Flickr_8k.trainImages.txt").write_bytes(spoil_lines(draw, "0.png\n1.png\n2.png", " "))
+        (photos / "Flickr_8k.trainImages.txt").write_bytes(
+            spoil_lines(draw, "0.png\n1.png\n2.png", " ")
+        )
     return reading(draw, case, layout, None)
 
 
 def results_files(draw: Draw, case: Path) -> list[Command]:
     """--captions, --against, --ids, and the counted references that a cache folder keeps."""
-    results, ids = json.loads((case.parent / "results.json").read_bytes()), json.loads((case.parent / "ids.json").read_bytes())
+    results, ids = (
+        json.loads((case.parent / "results.json").read_bytes()),
+        json.loads((case.parent / "ids.json").read_bytes()),
+    )
     which = one_of(draw, ("--captions", "--captions", "--against", "--ids", "--ids txt", "kept"))
     out, file = case / "out", case / "in" / "file"
-    options = {"--captions": case.parent / "results.json", "--references": case.parent / "coco.json",
-               "--cache-dir": out / "kept", "--bootstrap": 20, "--out": out / "scores.json"}  # fmt: skip
+    options = {
+        "--captions": case.parent / "results.json",
+        "--references": case.parent / "coco.json",
+        "--cache-dir": out / "kept",
+        "--bootstrap": 20,
+        "--out": out / "scores.json",
+    }
     first = [each for pair in options.items() for each in pair]
     if which == "kept":
         assert CliRunner().invoke(evaluate.main, list(map(str, first))).exit_code == 0
@@ -227,16 +371,36 @@ def reading_cache(draw: Draw, case: Path, cache: Path) -> list[Command]:
         "verify": [(extract.main, ["--verify", cache])],
         "inspect": [(extract.main, ["--inspect", cache])],
         "pack": [(extract.main, ["--out", cache, "--pack", out / "packed.h5"])],
-        "train": [(train.main, [*captions_of(case), "--features", cache, "--out", out / "run", *SMALL])],
-        "evaluate": [(evaluate.main, [*captions_of(case), "--features", cache, "--checkpoint", run, "--split", "all", "--out",
-                                      out / "scores.json", "--bootstrap", 0])],
-    }  # fmt: skip
+        "train": [
+            (train.main, [*captions_of(case), "--features", cache, "--out", out / "run", *SMALL])
+        ],
+        "evaluate": [
+            (
+                evaluate.main,
+                [
+                    *captions_of(case),
+                    "--features",
+                    cache,
+                    "--checkpoint",
+                    run,
+                    "--split",
+                    "all",
+                    "--out",
+                    out / "scores.json",
+                    "--bootstrap",
+                    0,
+                ],
+            )
+        ],
+    }
     return commands[one_of(draw, sorted(commands))]
 
 
 def caches(draw: Draw, case: Path) -> list[Command]:
     give(case, "coco.json", "photos")
-    if going_on := draw(st.integers(0, 3)) == 0:  # the cache is where extraction writes, but its shards stay
+    if (
+        going_on := draw(st.integers(0, 3)) == 0
+    ):  # the cache is where extraction writes, but its shards stay
         shutil.copytree(case.parent / "cache", case / "out" / "cache")
     cache = case / "out" / "cache" if going_on else give(case, "cache")[0]
     spoil_hdf5(draw, cache / one_of(draw, ("shard-00000.h5",) * 6 + ("features.h5",)))
@@ -258,7 +422,13 @@ def checkpoints(draw: Draw, case: Path) -> list[Command]:
     give(case, "coco.json", "photos")
     folder = out / "run" if training else case / "in" / name
     shutil.copytree(case.parent / name, folder)
-    files = ["model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "frequencies.safetensors"]
+    files = [
+        "model.safetensors",
+        "config.json",
+        "vocab.json",
+        "backbone.safetensors",
+        "frequencies.safetensors",
+    ]
     files += ["last.safetensors", "last.safetensors", "metrics.jsonl"] if training else []
     file = folder / one_of(draw, [*files, *(["tokenizer.json"] if name == "pieces" else [])])
     if file.suffix == ".safetensors":
@@ -269,12 +439,31 @@ def checkpoints(draw: Draw, case: Path) -> list[Command]:
         file.write_bytes(json_bytes(draw, json.loads(file.read_bytes())))
     cached = [*captions_of(case), "--features", case.parent / "cache"]
     if training:
-        more = [*SMALL, *(["--vocabulary", "bpe"] if name == "pieces" else []), "--epochs", one_of(draw, (1, 2))]
+        more = [
+            *SMALL,
+            *(["--vocabulary", "bpe"] if name == "pieces" else []),
+            "--epochs",
+            one_of(draw, (1, 2)),
+        ]
         return [(train.main, [*cached, "--out", folder, "--resume", *more])]
     consensus = ["--consensus", 4] if file.name.startswith("freq") else []
     return {
         0: [(caption.main, [case / "in" / "photos" / "0.png", "--checkpoint", folder, *consensus])],
-        1: [(evaluate.main, [*cached, "--checkpoint", folder, "--out", out / "scores.json", "--bootstrap", 0, *consensus])],
+        1: [
+            (
+                evaluate.main,
+                [
+                    *cached,
+                    "--checkpoint",
+                    folder,
+                    "--out",
+                    out / "scores.json",
+                    "--bootstrap",
+                    0,
+                    *consensus,
+                ],
+            )
+        ],
         2: [(train.main, [*cached, "--init", folder, "--out", out / "run", "--epochs", 1])],
     }[draw(st.integers(0, 2))]
 
@@ -290,7 +479,9 @@ class Hostile:
 
 
 def weights_files(draw: Draw, case: Path) -> list[Command]:
-    """--weights: .safetensors and .pth, hostile pickles among them; `escaped` appears where one has its way."""
+    """--weights: .safetensors and .pth, hostile pickles among them; `escaped` appears where one has
+    its way.
+    """
     from pipeline.extraction.grid import scenes_weights
 
     path, tensors = case / "in" / "weights.safetensors", load_file(scenes_weights())
@@ -301,54 +492,173 @@ def weights_files(draw: Draw, case: Path) -> list[Command]:
         path = case / "in" / one_of(draw, ("weights.pth", "weights.pt", "weights", "weights.bin"))
         how = one_of(draw, ("bytes", "tensors", "pickle", "inside", "values"))
         mark = str(case / "in" / "escaped")
-        attack = one_of(draw, (Hostile(os.system, f"touch {mark}"), Hostile(open, mark, "w"),
-                               Hostile(exec, f"open({mark!r}, 'w')"), Hostile(eval, "__import__('sys').exit(7)")))  # fmt: skip
+        attack = one_of(
+            draw,
+            (
+                Hostile(os.system, f"touch {mark}"),
+                Hostile(open, mark, "w"),
+                Hostile(exec, f"open({mark!r}, 'w')"),
+                Hostile(eval, "__import__('sys').exit(7)"),
+            ),
+        )
         if how == "pickle":
             path.write_bytes(pickle.dumps(attack))
         elif how == "tensors":
             spoil_tensor(draw, tensors, one_of(draw, sorted(tensors)))
-            torch.save(one_of(draw, (tensors, {"state_dict": tensors}, {"a": {"b": tensors}}, list(tensors), [tensors])), path)
+            torch.save(
+                one_of(
+                    draw,
+                    (
+                        tensors,
+                        {"state_dict": tensors},
+                        {"a": {"b": tensors}},
+                        list(tensors),
+                        [tensors],
+                    ),
+                ),
+                path,
+            )
         elif how == "values":
-            odd = one_of(draw, (1, "a", None, [1], torch.zeros(2).to_sparse(), torch.zeros(2, dtype=torch.complex64),
-                                torch.zeros(1 << 10, device="meta"), torch.nn.Parameter(torch.zeros(3)), {}))  # fmt: skip
+            odd = one_of(
+                draw,
+                (
+                    1,
+                    "a",
+                    None,
+                    [1],
+                    torch.zeros(2).to_sparse(),
+                    torch.zeros(2, dtype=torch.complex64),
+                    torch.zeros(1 << 10, device="meta"),
+                    torch.nn.Parameter(torch.zeros(3)),
+                    {},
+                ),
+            )
             torch.save(tensors | {one_of(draw, (sorted(tensors)[0], "odd", 7)): odd}, path)
         else:
             torch.save(tensors | ({"odd": attack} if how == "inside" else {}), path)
             if how == "bytes":
                 path.write_bytes(spoil_bytes(draw, path.read_bytes()))
     give(case, "photos")
-    return [(extract.main, ["--dataset", "folder", "--root", case / "in" / "photos", "--limit", 1, "--backbone", "test_resnet",
-                            "--weights", path, "--size", 64, "--out", case / "out"])]  # fmt: skip
+    return [
+        (
+            extract.main,
+            [
+                "--dataset",
+                "folder",
+                "--root",
+                case / "in" / "photos",
+                "--limit",
+                1,
+                "--backbone",
+                "test_resnet",
+                "--weights",
+                path,
+                "--size",
+                64,
+                "--out",
+                case / "out",
+            ],
+        )
+    ]
 
 
-# What is left alone: options that ask for hours of work, for the network, or for a program that is not here.
-UNTRIED = {"epochs", "minutes", "patience", "compile", "wandb", "meteor", "spice", "photographs", "bootstrap", "examples",
-           "init", "checkpoint", "preset", "write_txt", "scst", "eval_steps", "save_every", "num_samples",
-           "consensus"}  # fmt: skip
-ODD_NUMBERS = ("0", "1", "2", "3", "7", "-1", "0.5", "1e300", "1e-300", "inf", "nan", "9" * 30, "1000000000", "2147483648",
-               "9223372036854775807", "1e3")
+# What is left alone: options that ask for hours of work, for the network, or for a program that is
+# not here.
+UNTRIED = {
+    "epochs",
+    "minutes",
+    "patience",
+    "compile",
+    "wandb",
+    "meteor",
+    "spice",
+    "photographs",
+    "bootstrap",
+    "examples",
+    "init",
+    "checkpoint",
+    "preset",
+    "write_txt",
+    "scst",
+    "eval_steps",
+    "save_every",
+    "num_samples",
+    "consensus",
+}
+ODD_NUMBERS = (
+    "0",
+    "1",
+    "2",
+    "3",
+    "7",
+    "-1",
+    "0.5",
+    "1e300",
+    "1e-300",
+    "inf",
+    "nan",
+    "9" * 30,
+    "1000000000",
+    "2147483648",
+    "9223372036854775807",
+    "1e3",
+)
 # No system passes on a NUL or half a character; \udcff stands for a byte that is not UTF-8.
 UNPASSABLE = ("\0", "\ud800", "..")
-ODD = (*(text for text in TEXTS if not any(part in text for part in UNPASSABLE)), "\udcff", *ODD_NUMBERS, "7x7", "1x9999",
-       "0x10", "a=b", "in_chans=1", "block_args=None", "CIDEr:0", "no.such:thing")  # fmt: skip
+ODD = (
+    *(text for text in TEXTS if not any(part in text for part in UNPASSABLE)),
+    "\udcff",
+    *ODD_NUMBERS,
+    "7x7",
+    "1x9999",
+    "0x10",
+    "a=b",
+    "in_chans=1",
+    "block_args=None",
+    "CIDEr:0",
+    "no.such:thing",
+)
 
 
 def stages_of(draw: Draw, case: Path) -> tuple[type, click.Command, list[object]]:
     """A stage with options that work, and the dataclass of its options."""
-    cached, out, run = [*captions_of(case), "--features", case.parent / "cache"], case / "out", case.parent / "run"
-    return one_of(draw, [
-        (ExtractConfig, extract.main, [*captions_of(case), *LOOK, "--size", 64, "--out", out]),
-        (TrainConfig, train.main, [*cached, *SMALL, "--out", out / "run"]),
-        (EvaluateConfig, evaluate.main, [*cached, "--checkpoint", run, "--bootstrap", 10, "--out", out / "scores.json"]),
-        (CaptionConfig, caption.main, [case / "in" / "photos" / "0.png", "--checkpoint", run, "--out", out / "captions.json"]),
-    ])  # fmt: skip
+    cached, out, run = (
+        [*captions_of(case), "--features", case.parent / "cache"],
+        case / "out",
+        case.parent / "run",
+    )
+    return one_of(
+        draw,
+        [
+            (ExtractConfig, extract.main, [*captions_of(case), *LOOK, "--size", 64, "--out", out]),
+            (TrainConfig, train.main, [*cached, *SMALL, "--out", out / "run"]),
+            (
+                EvaluateConfig,
+                evaluate.main,
+                [*cached, "--checkpoint", run, "--bootstrap", 10, "--out", out / "scores.json"],
+            ),
+            (
+                CaptionConfig,
+                caption.main,
+                [
+                    case / "in" / "photos" / "0.png",
+                    "--checkpoint",
+                    run,
+                    "--out",
+                    out / "captions.json",
+                ],
+            ),
+        ],
+    )
 
 
 def settings_of(config: type) -> list[Field]:
     """The settings of a command, and the options of all extensions that it can choose."""
     found = [item for item in fields(config) if item.name not in {*UNTRIED, "extensions"}]
     for item in list(found):
-        found += [option for name in item.metadata["registry"] or () for option in options_of(item, name)]
+        found += [
+            option for name in item.metadata["registry"] or () for option in options_of(item, name)
+        ]
     return found
 
 
@@ -376,18 +686,38 @@ def configs(draw: Draw, case: Path) -> list[Command]:
         file.write_bytes(json_bytes(draw, one_of(draw, (record, record["training"]))))
     else:
         names = [item.name for item in settings_of(config)]
-        lines = [f"{one_of(draw, names)} = {json.dumps(value) if isinstance(value, int | str) else str(value).lower()}"
-                 for value in draw(st.lists(VALUES, min_size=1, max_size=4))]  # fmt: skip
-        file.write_bytes(spoil_lines(draw, "\n".join(lines), "=") if draw(st.booleans()) else
-                         "\n".join(lines).encode("utf-8", "surrogatepass"))  # fmt: skip
+        lines = [
+            f"{one_of(draw, names)} = "
+            f"{json.dumps(value) if isinstance(value, int | str) else str(value).lower()}"
+            for value in draw(st.lists(VALUES, min_size=1, max_size=4))
+        ]
+        file.write_bytes(
+            spoil_lines(draw, "\n".join(lines), "=")
+            if draw(st.booleans())
+            else "\n".join(lines).encode("utf-8", "surrogatepass")
+        )
     return [(stage, [*works, "--config", file])]
 
 
-KINDS = {each.__name__: each for each in (photographs, coco_json, karpathy_json, folder_texts, results_files, caches,
-                                          packed_files, checkpoints, weights_files, options, configs)}  # fmt: skip
+KINDS = {
+    each.__name__: each
+    for each in (
+        photographs,
+        coco_json,
+        karpathy_json,
+        folder_texts,
+        results_files,
+        caches,
+        packed_files,
+        checkpoints,
+        weights_files,
+        options,
+        configs,
+    )
+}
 
 
-# -------------------------------------------------------------------------------------------------------- what is checked
+# ---------------------------------------------------------------------------------- what is checked
 
 
 class Hang(BaseException):
@@ -396,11 +726,15 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Raise Hang in a case that takes too much time, MemoryError in one that takes too much memory; where neither gets through
-    to Python, end the process with a traceback."""
+    """Raise Hang in a case that takes too much time, MemoryError in one that takes too much memory;
+    where neither gets through to Python, end the process with a traceback."""
 
     def stop(signum: int, frame: object) -> typing.NoReturn:
-        raise Hang(f"over {CPU_SECONDS} s of CPU time" if signum == signal.SIGPROF else f"over {WALL_SECONDS} s")
+        raise Hang(
+            f"over {CPU_SECONDS} s of CPU time"
+            if signum == signal.SIGPROF
+            else f"over {WALL_SECONDS} s"
+        )
 
     kept = [(number, signal.signal(number, stop)) for number in (signal.SIGPROF, signal.SIGALRM)]
     most, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -422,7 +756,9 @@ def limits() -> Iterator[None]:
 
 
 def digests(world: Path) -> dict[str, str]:
-    """All that is in the world, the case's folder among it, but for its `out`: files with what they hold."""
+    """All that is in the world, the case's folder among it, but for its `out`: files with what they
+    hold.
+    """
     found = {}
     for path in world.rglob("*"):
         if path.relative_to(world).parts[1:2] != ("out",):
@@ -468,8 +804,13 @@ def test_a_spoilt_input_ends_with_an_exit_code_and_a_plain_message(kind, world, 
     case = world / "case"
 
     @hypothesis.seed(SEED)
-    @hypothesis.settings(max_examples=10**6, database=None, deadline=None, phases=[hypothesis.Phase.generate],
-                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.settings(
+        max_examples=10**6,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(st.data())
     def tries(data: st.DataObject) -> None:
         shutil.rmtree(case, ignore_errors=True)
@@ -483,12 +824,18 @@ def test_a_spoilt_input_ends_with_an_exit_code_and_a_plain_message(kind, world, 
             problem = what_is_wrong(stage, arguments, tally)
             after = digests(world)
             if after != own:
-                changed = sorted(name for name in {*own, *after} if own.get(name) != after.get(name))
+                changed = sorted(
+                    name for name in {*own, *after} if own.get(name) != after.get(name)
+                )
                 problem = f"{problem}\nchanged or made: {changed}"
             if problem and signature(problem) not in found:
-                found[signature(problem)] = f"{stage.name} {' '.join(map(repr, map(str, arguments)))}\n{problem[-1500:]}"
+                found[signature(problem)] = (
+                    f"{stage.name} {' '.join(map(repr, map(str, arguments)))}\n{problem[-1500:]}"
+                )
                 if kept := os.environ.get("ONCEOVER_FUZZ_KEEP"):
-                    shutil.copytree(case, Path(kept) / f"{kind}-{len(found)}-{time.time_ns()}", symlinks=True)
+                    shutil.copytree(
+                        case, Path(kept) / f"{kind}-{len(found)}-{time.time_ns()}", symlinks=True
+                    )
         if time.monotonic() > end:
             raise unittest.SkipTest  # hypothesis lets it through at once
 
@@ -496,7 +843,11 @@ def test_a_spoilt_input_ends_with_an_exit_code_and_a_plain_message(kind, world, 
         tries()
     monkeypatch.chdir(world)
     shutil.rmtree(case)
-    codes = ", ".join(f"exit {code}: {count}" for code, count in sorted(tally.items(), key=str) if code != "inputs")
+    codes = ", ".join(
+        f"exit {code}: {count}"
+        for code, count in sorted(tally.items(), key=str)
+        if code != "inputs"
+    )
     print(f"\n{kind}: {tally['inputs']} inputs ({codes}), {len(found)} faults found, seed {SEED}")
     assert tally["inputs"]
     assert not found, f"seed {SEED}, {len(found)} faults:\n" + "\n\n".join(found.values())

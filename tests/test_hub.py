@@ -1,4 +1,6 @@
-"""Checkpoints shared: as folders, as the hub's repositories (against a local stand-in), and hostile ones."""
+"""Checkpoints shared: as folders, as the hub's repositories (against a local stand-in), and hostile
+ones.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,15 @@ from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import PhotoCaptioner, load_captioner
 from tests.test_commands import at, photos, refused, works
-from tests.test_commands import world as world
 
-FILES = {"model.safetensors", "config.json", "vocab.json", "backbone.safetensors", "frequencies.safetensors", "README.md"}
+FILES = {
+    "model.safetensors",
+    "config.json",
+    "vocab.json",
+    "backbone.safetensors",
+    "frequencies.safetensors",
+    "README.md",
+}
 
 
 def test_a_saved_captioner_is_the_runs_without_what_only_training_needs(world, tmp_path):
@@ -30,7 +38,9 @@ def test_a_saved_captioner_is_the_runs_without_what_only_training_needs(world, t
     assert {path.name for path in (tmp_path / "shared").iterdir()} == FILES
     again = PhotoCaptioner.from_pretrained(tmp_path / "shared", precision="fp32")
     assert again.caption(photos(world)) == captioner.caption(photos(world))
-    assert (tmp_path / "shared/model.safetensors").read_bytes() == (world / "run/model.safetensors").read_bytes()
+    assert (tmp_path / "shared/model.safetensors").read_bytes() == (
+        world / "run/model.safetensors"
+    ).read_bytes()
     card = (tmp_path / "shared/README.md").read_text()
     assert "pipeline_tag: image-to-text" in card and "library_name: onceover" in card
     with pytest.raises(UserError, match="itself"):
@@ -40,7 +50,9 @@ def test_a_saved_captioner_is_the_runs_without_what_only_training_needs(world, t
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A folder that stands in for the hub: what is uploaded lies there, and is fetched from there."""
+    """A folder that stands in for the hub: what is uploaded lies there, and is fetched from
+    there.
+    """
     folder = tmp_path / "hub"
 
     def create(self, repo_id, **options):
@@ -71,8 +83,18 @@ def test_a_captioner_pushed_to_the_hub_captions_from_there(world, tmp_path, hub)
     captioner.push_to_hub("someone/captions")
     assert {path.name for path in (hub / "someone/captions").iterdir()} == FILES
     captions = captioner.caption(photos(world))
-    assert PhotoCaptioner.from_pretrained("someone/captions", precision="fp32").caption(photos(world)) == captions
-    told = works(caption.main, *photos(world), "--checkpoint", "hf-hub:someone/captions", "--precision", "fp32")
+    assert (
+        PhotoCaptioner.from_pretrained("someone/captions", precision="fp32").caption(photos(world))
+        == captions
+    )
+    told = works(
+        caption.main,
+        *photos(world),
+        "--checkpoint",
+        "hf-hub:someone/captions",
+        "--precision",
+        "fp32",
+    )
     assert all(text in told for text in captions)
     over = [*at(world), "--features", world / "cache", "--checkpoint", "hf-hub:someone/captions"]
     assert "--out" in refused(evaluate.main, *over)
@@ -88,7 +110,7 @@ def test_a_hub_that_is_not_there_is_a_plain_error(monkeypatch, tmp_path):
         checkpoint_folder("hf-hub:../../etc", cache_dir=tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 
 @pytest.fixture
@@ -107,7 +129,9 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "backbone.safetensors", "config.json", "vocab.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "backbone.safetensors", "config.json", "vocab.json"]
+)
 @pytest.mark.parametrize("how", [pickle.dump, torch.save])
 def test_a_pickle_in_place_of_a_file_is_never_run(copy, tmp_path, name, how):
     with open(copy / name, "wb") as file:
@@ -119,7 +143,16 @@ def test_a_pickle_in_place_of_a_file_is_never_run(copy, tmp_path, name, how):
 
 def test_sizes_that_the_weights_have_not_take_no_memory(copy):
     record = json.loads((copy / "config.json").read_text())
-    for name in ("width", "feedforward", "words", "channels", "max_length", "encoder_layers", "decoder_layers", "heads"):
+    for name in (
+        "width",
+        "feedforward",
+        "words",
+        "channels",
+        "max_length",
+        "encoder_layers",
+        "decoder_layers",
+        "heads",
+    ):
         for value in (10**12, -1, 0, 2.0, "32", None, [32], True):
             if (name, value) == ("encoder_layers", True):
                 continue
@@ -130,15 +163,23 @@ def test_sizes_that_the_weights_have_not_take_no_memory(copy):
 
 
 def test_a_file_that_declares_more_than_it_holds_is_refused(copy):
-    header = json.dumps({"word.weight": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
+    header = json.dumps(
+        {"word.weight": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}
+    ).encode()
     for head in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 2**62) + header):
         (copy / "model.safetensors").write_bytes(head)
         with pytest.raises(UserError, match=r"model\.safetensors is broken"):
             load_checkpoint(copy)
 
 
-@pytest.mark.parametrize("change", [lambda t: t | {"word.weight": t["word.weight"][:-1]}, lambda t: t | {"more": torch.ones(1)},
-                                    lambda t: {k: v for k, v in t.items() if k != "norm.weight"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t | {"word.weight": t["word.weight"][:-1]},
+        lambda t: t | {"more": torch.ones(1)},
+        lambda t: {k: v for k, v in t.items() if k != "norm.weight"},
+    ],
+)
 def test_weights_of_other_shapes_or_names_are_refused(copy, change):
     save_file(change(load_file(copy / "model.safetensors")), copy / "model.safetensors")
     with pytest.raises(UserError, match="does not fit"):
@@ -166,7 +207,9 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("part, name, value", FOREIGN)
-def test_a_record_that_no_training_wrote_is_refused_before_anything_is_opened(copy, part, name, value):
+def test_a_record_that_no_training_wrote_is_refused_before_anything_is_opened(
+    copy, part, name, value
+):
     record = json.loads((copy / "config.json").read_text())
     record[part][name] = value
     (copy / "config.json").write_text(json.dumps(record))
@@ -178,7 +221,9 @@ def test_a_network_larger_than_its_weights_takes_no_memory(copy, monkeypatch):
     record = json.loads((copy / "config.json").read_text())
     record["features"] |= {"backbone": "vit_tiny_patch16_224", "arguments": {"depth": 300}}
     (copy / "config.json").write_text(json.dumps(record))
-    monkeypatch.setattr("pipeline.extraction.grid.create_backbone", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(
+        "pipeline.extraction.grid.create_backbone", lambda *_: pytest.fail("it was built")
+    )
     with pytest.raises(UserError, match="does not fit vit_tiny_patch16_224"):
         load_captioner(copy)
 
@@ -190,7 +235,9 @@ def test_as_many_layers_as_a_file_has_tensors_are_not_built(copy):
     for layers in (3000, 900):
         record["model"]["encoder_layers"] = layers
         (copy / "config.json").write_text(json.dumps(record))
-        with pytest.raises(UserError, match=f"encoder_layers is {layers}|does not fit its config.json: encoder"):
+        with pytest.raises(
+            UserError, match=f"encoder_layers is {layers}|does not fit its config.json: encoder"
+        ):
             load_checkpoint(copy)
 
 
@@ -202,14 +249,18 @@ def test_weights_that_are_not_finite_are_refused(copy):
         load_checkpoint(copy)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"format": ' + "9" * 10_000 + "}", "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{", "[]", '{"format": ' + "9" * 10_000 + "}", "\udcff"]
+)
 def test_json_that_is_none_is_a_plain_error(copy, text):
     (copy / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=r"config\.json"):
         load_checkpoint(copy)
 
 
-@pytest.mark.parametrize("words", [[1, 2], ["<pad>"], {"a": 1}, ["<pad>", "<bos>", "<eos>", "<unk>", "a", "a"]])
+@pytest.mark.parametrize(
+    "words", [[1, 2], ["<pad>"], {"a": 1}, ["<pad>", "<bos>", "<eos>", "<unk>", "a", "a"]]
+)
 def test_a_vocabulary_that_is_none_is_a_plain_error(copy, words):
     (copy / "vocab.json").write_text(json.dumps(words))
     assert "voc" in refused(caption.main, "setup.cfg", "--checkpoint", copy)
@@ -217,6 +268,8 @@ def test_a_vocabulary_that_is_none_is_a_plain_error(copy, words):
 
 def test_a_checkpoint_of_a_newer_format_says_so(copy):
     record = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**record, "format": FORMAT + 1, "model": "of another kind"}))
+    (copy / "config.json").write_text(
+        json.dumps({**record, "format": FORMAT + 1, "model": "of another kind"})
+    )
     with pytest.raises(UserError, match="newer version: update"):
         load_checkpoint(copy)

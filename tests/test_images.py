@@ -110,8 +110,13 @@ def test_the_resize_is_within_one_step_of_pillow_s_own(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (91, 70, 3), np.uint8)
     photo = Image.fromarray(noise).resize((320, 250), Image.Resampling.BICUBIC)
     photo.save(tmp_path / "p.png")
-    for interpolation, own in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
-        found = read_image(tmp_path / "p.png", Framing((224, 200), interpolation)).pixels.transpose(1, 2, 0)
+    for interpolation, own in (
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("bilinear", Image.Resampling.BILINEAR),
+    ):
+        found = read_image(tmp_path / "p.png", Framing((224, 200), interpolation)).pixels.transpose(
+            1, 2, 0
+        )
         wanted = np.asarray(photo.resize((200, 224), own))
         assert np.abs(found.astype(int) - wanted).max() <= 1
     assert "torch resize" in DECODE_PATH
@@ -129,7 +134,9 @@ def test_a_much_larger_jpeg_is_decoded_at_a_reduced_scale_and_keeps_its_size(tmp
     assert size == (800, 1200) and is_left_red_right_blue(pixels)
 
 
-@pytest.mark.parametrize(("width", "height"), [(120, 40), (40, 120), (33, 32), (32, 32), (1000, 1), (7, 5)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(120, 40), (40, 120), (33, 32), (32, 32), (1000, 1), (7, 5)]
+)
 @pytest.mark.parametrize("resize", ["stretch", "crop", "letterbox"])
 def test_a_frame_says_which_part_of_the_photograph_the_pixels_show(tmp_path, width, height, resize):
     """The photograph's colours are its own coordinates, so each pixel says where it came from."""
@@ -138,21 +145,28 @@ def test_a_frame_says_which_part_of_the_photograph_the_pixels_show(tmp_path, wid
     colours = np.stack([x, y, np.ones((height, width))], 2)
     Image.fromarray((colours * 250).round().astype(np.uint8)).save(tmp_path / "p.png")
     size = (32, 48)
-    pixels, original, frame = read_image(tmp_path / "p.png", Framing(size, "bilinear", resize, (0, 0, 0)))
+    pixels, original, frame = read_image(
+        tmp_path / "p.png", Framing(size, "bilinear", resize, (0, 0, 0))
+    )
     assert original == (height, width)
     x0, y0, x1, y1 = frame
     inside = pixels[2] > 200
     for row, column in ((0, 0), (31, 47), (16, 24), (5, 40)):
         at_x, at_y = x0 + (column + 0.5) / 48 * (x1 - x0), y0 + (row + 0.5) / 32 * (y1 - y0)
         shown = 0 <= at_x <= 1 and 0 <= at_y <= 1
-        assert shown == bool(inside[row, column]) or min(abs(at_x), abs(at_y), abs(at_x - 1), abs(at_y - 1)) < 0.05
+        assert (
+            shown == bool(inside[row, column])
+            or min(abs(at_x), abs(at_y), abs(at_x - 1), abs(at_y - 1)) < 0.05
+        )
         if inside[row, column]:
             near = 0.06 + 0.6 / min(width, 48)
             assert abs(pixels[0, row, column] / 250 - at_x) < near
             assert abs(pixels[1, row, column] / 250 - at_y) < 0.06 + 0.6 / min(height, 32)
     assert inside.all() or resize == "letterbox"
     if resize == "letterbox" and min(width, height) > 1:  # its own shape
-        assert (x1 - x0) * width / ((y1 - y0) * height) == pytest.approx(48 / 32, rel=0.05 + 1 / min(width, height))
+        assert (x1 - x0) * width / ((y1 - y0) * height) == pytest.approx(
+            48 / 32, rel=0.05 + 1 / min(width, height)
+        )
 
 
 def test_photographs_are_stacked_channels_last_with_their_frames(tmp_path):
@@ -183,9 +197,16 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatc
         read_image(path, Framing((8, 8)))
 
 
-def test_a_broken_tag_or_a_decoder_s_own_error_is_a_reason_and_never_ends_the_run(tmp_path, monkeypatch):
+def test_a_broken_tag_or_a_decoder_s_own_error_is_a_reason_and_never_ends_the_run(
+    tmp_path, monkeypatch
+):
     halves().save(tmp_path / "a.jpg")
-    for error in (struct.error("required argument is not an integer"), RuntimeError("decoder"), MemoryError()):
+    for error in (
+        struct.error("required argument is not an integer"),
+        RuntimeError("decoder"),
+        MemoryError(),
+    ):
+
         def fails(photo, error=error):
             raise error
 
@@ -224,28 +245,42 @@ CLEAR = [
     ("rgba.tif", quarter("RGBA", (0, 0, 0, 0), (*RED, 255)), {}, RED),
     ("rgba.tga", quarter("RGBA", (0, 0, 0, 0), (*RED, 255)), {}, RED),
     ("rgba.jp2", quarter("RGBA", (0, 0, 0, 0), (*RED, 255)), {}, RED),
-    ("animated.png", quarter("RGBA", (0, 0, 0, 0), (*RED, 255)),
-     {"save_all": True, "append_images": [Image.new("RGBA", (8, 8), "blue")]}, RED),
+    (
+        "animated.png",
+        quarter("RGBA", (0, 0, 0, 0), (*RED, 255)),
+        {"save_all": True, "append_images": [Image.new("RGBA", (8, 8), "blue")]},
+        RED,
+    ),
     ("la.png", quarter("LA", (0, 0), (90, 255)), {}, (90, 90, 90)),
     ("l.png", quarter("L", 0, 90), {"transparency": 0}, (90, 90, 90)),
     ("rgb.png", quarter("RGB", (0, 0, 0), RED), {"transparency": (0, 0, 0)}, RED),
     ("1.png", quarter("1", 0, 1), {"transparency": 0}, (255, 255, 255)),
-    ("16.png", Image.fromarray(np.kron([[0, 0], [0, 90 * 257]], np.ones((4, 4))).astype(np.uint16)), {"transparency": 0},
-     (90, 90, 90)),
+    (
+        "16.png",
+        Image.fromarray(np.kron([[0, 0], [0, 90 * 257]], np.ones((4, 4))).astype(np.uint16)),
+        {"transparency": 0},
+        (90, 90, 90),
+    ),
     ("p.png", palette(), {"transparency": 0}, RED),
     ("p_table.png", palette(), {"transparency": bytes([0, 255])}, RED),
     ("p.gif", palette(), {"transparency": 0}, RED),
     ("grey.gif", quarter("L", 0, 90), {"transparency": 0}, (90, 90, 90)),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "photo", "options", "shown"), CLEAR, ids=[each[0] for each in CLEAR])
+@pytest.mark.parametrize(
+    ("name", "photo", "options", "shown"), CLEAR, ids=[each[0] for each in CLEAR]
+)
 def test_what_is_transparent_shows_white(tmp_path, name, photo, options, shown):
     photo.save(tmp_path / name, **options)
     assert corners(tmp_path / name) == ([255, 255, 255], list(shown))
-    with Image.open(tmp_path / name) as opened:  # the same road for an opened image, which stays as it is
+    with Image.open(
+        tmp_path / name
+    ) as opened:  # the same road for an opened image, which stays as it is
         pixels = read_image(opened, PLAIN).pixels
-        assert pixels[:, 0, 0].tolist() == [255, 255, 255] and pixels[:, 7, 7].tolist() == list(shown)
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255] and pixels[:, 7, 7].tolist() == list(
+            shown
+        )
         assert opened.mode in ("1", "I;16") or opened.has_transparency_data
 
 
@@ -267,17 +302,28 @@ def test_half_transparent_is_half_white_and_opaque_stays_as_it_is(tmp_path):
     quarter("RGBA", (0, 0, 0, 128), (*RED, 255)).save(tmp_path / "half.png")
     assert corners(tmp_path / "half.png") == ([127] * 3, list(RED))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
-    assert np.array_equal(read_image(noise.convert("RGBA"), PLAIN).pixels, read_image(noise, PLAIN).pixels)
+    assert np.array_equal(
+        read_image(noise.convert("RGBA"), PLAIN).pixels, read_image(noise, PLAIN).pixels
+    )
 
 
-@pytest.mark.parametrize(("depth", "kind", "clear", "other", "shown"), [
-    (2, 0, (2,), (1,), 85), (4, 0, (3,), (7,), 119), (16, 2, (0x1234, 0x5678, 0x9ABC), (0x7000, 0x7000, 0x7000), 0x70),
-])  # fmt: skip
-def test_a_png_s_transparent_value_is_known_at_every_depth(tmp_path, depth, kind, clear, other, shown):
+@pytest.mark.parametrize(
+    ("depth", "kind", "clear", "other", "shown"),
+    [
+        (2, 0, (2,), (1,), 85),
+        (4, 0, (3,), (7,), 119),
+        (16, 2, (0x1234, 0x5678, 0x9ABC), (0x7000, 0x7000, 0x7000), 0x70),
+    ],
+)
+def test_a_png_s_transparent_value_is_known_at_every_depth(
+    tmp_path, depth, kind, clear, other, shown
+):
     """Pillow scales the pixels of such files to 8 bits, and not the value."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     def row(value: tuple) -> bytes:
         bits = "".join(format(each, f"0{depth}b") for _ in range(8) for each in value)
@@ -290,19 +336,35 @@ def test_a_png_s_transparent_value_is_known_at_every_depth(tmp_path, depth, kind
     assert corners(tmp_path / "p.png") == ([255] * 3, [shown] * 3)
 
 
-@pytest.mark.parametrize(("kind", "values", "shown"), [
-    (np.float32, (0, 0.5, 1), (0, 127, 255)), (np.float32, (0.25, 0.5, 0.75), (63, 127, 191)),
-    (np.float32, (0, 100, 255), (0, 100, 255)), (np.float32, (0, 100 * 257, 65535), (0, 100, 255)),
-    (np.float32, (-1, 0, 1), (0, 127, 255)), (np.float32, (0, 5e5, 1e6), (0, 127, 255)),
-    (np.float32, (-3e38, 0, 3e38), (0, 127, 255)), (np.float32, (-5, -5, -5), (0, 0, 0)),
-    (np.int32, (0, 100, 255), (0, 100, 255)), (np.int32, (0, 100 * 257, 65535), (0, 100, 255)),
-    (np.int32, (-100, 0, 100), (0, 127, 255)), (np.int32, (0, 2**30, 2**31 - 2), (0, 127, 255)),
-    *((np.float32, (0, top / 2, top), (0, 127, 255)) for top in (0.001, 0.4, 1.2, 5, 300, 4095)),
-    *((np.int32, (0, top // 2, top), (0, 127, 255)) for top in (100, 1000, 4094, 40000)),
-    (np.int32, (0, 0, 1), (0, 0, 255)), (np.int32, (7, 7, 7), (7, 7, 7)), (np.float32, (0.2, 0.2, 0.2), (51, 51, 51)),
-    (np.uint16, (0, 128, 255), (0, 128, 255)), (np.uint16, (0, 512, 1023), (0, 127, 255)),
-    (np.uint16, (0, 2048, 4095), (0, 127, 255)), (np.uint16, (0, 2570, 5140), (0, 10, 20)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "values", "shown"),
+    [
+        (np.float32, (0, 0.5, 1), (0, 127, 255)),
+        (np.float32, (0.25, 0.5, 0.75), (63, 127, 191)),
+        (np.float32, (0, 100, 255), (0, 100, 255)),
+        (np.float32, (0, 100 * 257, 65535), (0, 100, 255)),
+        (np.float32, (-1, 0, 1), (0, 127, 255)),
+        (np.float32, (0, 5e5, 1e6), (0, 127, 255)),
+        (np.float32, (-3e38, 0, 3e38), (0, 127, 255)),
+        (np.float32, (-5, -5, -5), (0, 0, 0)),
+        (np.int32, (0, 100, 255), (0, 100, 255)),
+        (np.int32, (0, 100 * 257, 65535), (0, 100, 255)),
+        (np.int32, (-100, 0, 100), (0, 127, 255)),
+        (np.int32, (0, 2**30, 2**31 - 2), (0, 127, 255)),
+        *(
+            (np.float32, (0, top / 2, top), (0, 127, 255))
+            for top in (0.001, 0.4, 1.2, 5, 300, 4095)
+        ),
+        *((np.int32, (0, top // 2, top), (0, 127, 255)) for top in (100, 1000, 4094, 40000)),
+        (np.int32, (0, 0, 1), (0, 0, 255)),
+        (np.int32, (7, 7, 7), (7, 7, 7)),
+        (np.float32, (0.2, 0.2, 0.2), (51, 51, 51)),
+        (np.uint16, (0, 128, 255), (0, 128, 255)),
+        (np.uint16, (0, 512, 1023), (0, 127, 255)),
+        (np.uint16, (0, 2048, 4095), (0, 127, 255)),
+        (np.uint16, (0, 2570, 5140), (0, 10, 20)),
+    ],
+)
 def test_greyscale_of_more_than_8_bits_is_scaled_by_its_range(tmp_path, kind, values, shown):
     photo = Image.fromarray(np.array([values] * 3, kind))
     names = ("p.tif", "p.png") if kind is np.uint16 else ("p.tif",)
@@ -325,13 +387,23 @@ def test_16_bits_of_either_byte_order_keep_their_brightness(tmp_path):
     Image.frombytes("I;16B", (8, 8), values.astype(">u2").tobytes()).save(tmp_path / "big.tif")
     Image.fromarray(values).save(tmp_path / "little.tif")
     Image.fromarray(values // 200).save(tmp_path / "dark.pgm")  # its range is known: 16 bits
-    assert corners(tmp_path / "big.tif") == corners(tmp_path / "little.tif") == ([100] * 3, [100] * 3)
+    assert (
+        corners(tmp_path / "big.tif") == corners(tmp_path / "little.tif") == ([100] * 3, [100] * 3)
+    )
     assert corners(tmp_path / "dark.pgm") == ([0] * 3, [0] * 3)
 
 
-@pytest.mark.parametrize(("name", "mode"), [
-    ("p.jpg", "CMYK"), ("p.tif", "CMYK"), ("p.tif", "YCbCr"), ("p.tif", "LAB"), ("p.psd", "HSV"), ("p.pcx", "P"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("p.jpg", "CMYK"),
+        ("p.tif", "CMYK"),
+        ("p.tif", "YCbCr"),
+        ("p.tif", "LAB"),
+        ("p.psd", "HSV"),
+        ("p.pcx", "P"),
+    ],
+)
 def test_other_colour_spaces_give_the_same_picture(tmp_path, name, mode):
     photo = halves()
     if mode == "LAB":
@@ -360,9 +432,44 @@ def test_the_first_page_of_several_is_the_photograph(tmp_path):
 
 
 def test_suffixes_are_those_of_formats_that_pillow_decodes_by_itself():
-    assert {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".mpo", ".jp2", ".tga",
-            ".ppm", ".pgm", ".ico", ".psd", ".dds"} <= SUFFIXES  # fmt: skip
-    assert not {".pdf", ".eps", ".ps", ".wmf", ".emf", ".h5", ".hdf", ".grib", ".bufr", ".mpg", ".mp4", ".txt"} & SUFFIXES
+    assert {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".gif",
+        ".webp",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".mpo",
+        ".jp2",
+        ".tga",
+        ".ppm",
+        ".pgm",
+        ".ico",
+        ".psd",
+        ".dds",
+    } <= SUFFIXES
+    assert (
+        not {
+            ".pdf",
+            ".eps",
+            ".ps",
+            ".wmf",
+            ".emf",
+            ".h5",
+            ".hdf",
+            ".grib",
+            ".bufr",
+            ".mpg",
+            ".mp4",
+            ".txt",
+        }
+        & SUFFIXES
+    )
     assert (".avif" in SUFFIXES) == ("AVIF" in Image.OPEN)
 
 
@@ -373,13 +480,20 @@ def test_heic_is_read_through_the_extra_or_names_it(tmp_path):
     assert ("pip install -e '.[heic]'" in str(told.value)) == (".heic" not in SUFFIXES)
     heif = pytest.importorskip("pillow_heif")
     heif.from_pillow(halves()).save(tmp_path / "p.heic")
-    assert {*HEIC} <= SUFFIXES and is_left_red_right_blue(read_image(tmp_path / "p.heic", Framing((32, 32))).pixels)
+    assert {*HEIC} <= SUFFIXES and is_left_red_right_blue(
+        read_image(tmp_path / "p.heic", Framing((32, 32))).pixels
+    )
 
 
 def test_max_pixels_raises_and_lowers_pillows_limit_and_the_reason_names_it(tmp_path, monkeypatch):
     halves(100, 30).save(tmp_path / "p.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself refuses from twice as many on
-    with pytest.raises(UnreadableImage, match=r"^more than 1,000 pixels \(3,000\); --max-pixels N raises the limit$"):
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 1000
+    )  # Pillow itself refuses from twice as many on
+    with pytest.raises(
+        UnreadableImage,
+        match=r"^more than 1,000 pixels \(3,000\); --max-pixels N raises the limit$",
+    ):
         read_image(tmp_path / "p.png", PLAIN)
     assert read_image(tmp_path / "p.png", Framing((8, 8), max_pixels=3000)).original == (30, 100)
     with pytest.raises(UnreadableImage, match="more than 2,999 pixels"):
@@ -401,7 +515,9 @@ def test_a_png_with_megabytes_of_text_is_read_up_to_a_bound(tmp_path):
         info.add_itxt("more", "y", zip=True)
         halves().save(tmp_path / "p.png", pnginfo=info)
         reason = Photographs([tmp_path / "p.png"], PLAIN)[0][1]
-        assert (reason == "") is fits and (fits or "more than 64 MB; save it without metadata" in reason)
+        assert (reason == "") is fits and (
+            fits or "more than 64 MB; save it without metadata" in reason
+        )
 
 
 # Photographs that are no files
@@ -412,11 +528,24 @@ def test_a_photograph_may_be_a_path_bytes_an_image_or_an_array(tmp_path):
     photo.save(tmp_path / "p.png")
     wanted, array = read_image(tmp_path / "p.png", PLAIN).pixels, np.asarray(photo)
     four = np.dstack([array, np.full((8, 8), 255, np.uint8)])
-    for given in (str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes(), photo, array, array[::-1][::-1], four):
+    for given in (
+        str(tmp_path / "p.png"),
+        (tmp_path / "p.png").read_bytes(),
+        photo,
+        array,
+        array[::-1][::-1],
+        four,
+    ):
         assert as_photographs(given)[1] and np.array_equal(read_image(given, PLAIN).pixels, wanted)
     assert np.array_equal(read_image(array[:, :, 0], PLAIN).pixels[1], array[:, :, 0])
-    given, one = as_photographs([tmp_path / "p.png", photo, array, bytearray(b"x"), memoryview(b"y")])
-    assert not one and given[3:] == [b"x", b"y"] and as_photographs(each for each in "ab") == (["a", "b"], False)
+    given, one = as_photographs(
+        [tmp_path / "p.png", photo, array, bytearray(b"x"), memoryview(b"y")]
+    )
+    assert (
+        not one
+        and given[3:] == [b"x", b"y"]
+        and as_photographs(each for each in "ab") == (["a", "b"], False)
+    )
     assert as_photographs([]) == ([], False)
 
 
@@ -434,18 +563,35 @@ def test_an_opened_image_is_turned_by_its_exif_and_stays_as_it_is(tmp_path):
         assert size == (800, 1200) and is_left_red_right_blue(pixels)
 
 
-@pytest.mark.parametrize("given", [
-    None, 7, 1.5, torch.zeros(3, 8, 8, dtype=torch.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8),
-    np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8), bool), io.BytesIO(b"x"), [["a.jpg"]], ["a.jpg", None], [b"x", 3],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        7,
+        1.5,
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((8, 8), bool),
+        io.BytesIO(b"x"),
+        [["a.jpg"]],
+        ["a.jpg", None],
+        [b"x", 3],
+    ],
+)
 def test_what_is_no_photograph_is_one_error_that_says_what_is_taken(given):
     with pytest.raises(NotAPhotograph) as told:
         as_photographs(given)
-    assert isinstance(told.value, TypeError) and "taken are a path, a PIL image, the bytes" in str(told.value)
+    assert isinstance(told.value, TypeError) and "taken are a path, a PIL image, the bytes" in str(
+        told.value
+    )
     assert ("number" in str(told.value)) is isinstance(given, list)
 
 
-@pytest.mark.parametrize("given", [b"", b"nothing", np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (0, 4))])
+@pytest.mark.parametrize(
+    "given", [b"", b"nothing", np.zeros((0, 5, 3), np.uint8), Image.new("RGB", (0, 4))]
+)
 def test_what_holds_no_picture_is_unreadable(given):
     with pytest.raises(UnreadableImage):
         read_image(given, PLAIN)

@@ -1,4 +1,6 @@
-"""The house: who may import whom, names that no file has, that importing does nothing, and folders with our packages' names."""
+"""The house: who may import whom, names that no file has, that importing does nothing, and folders
+with our packages' names.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"extract", "train", "evaluate", "caption", "demo"}
-SHARED = {"cli", "runtime", "terminal", "sources"}  # files of pipeline/ that commands and rooms share
+SHARED = {
+    "cli",
+    "runtime",
+    "terminal",
+    "sources",
+}  # files of pipeline/ that commands and rooms share
 FILES = sorted(
-    path for room in ("pipeline", "models", "data") for path in (ROOT / room).rglob("*.py") if "weights" not in path.parts
+    path
+    for room in ("pipeline", "models", "data")
+    for path in (ROOT / room).rglob("*.py")
+    if "weights" not in path.parts
 )
 
 
@@ -34,7 +44,10 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+            found |= {
+                name if (name := f"{node.module}.{alias.name}") in MODULES else node.module
+                for alias in node.names
+            }
     return (found & MODULES.keys()) - {module_of(path)}
 
 
@@ -51,13 +64,17 @@ def room_of(module: str) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_room_imports_only_what_the_table_allows(path):
-    """DESIGN: models and data stand alone; rooms of pipeline import everything but commands; only demo runs commands."""
+    """DESIGN: models and data stand alone; rooms of pipeline import everything but commands; only
+    demo runs commands.
+    """
     room, rooms = room_of(module_of(path)), {room_of(module) for module in imported(path)}
     if room in ("models", "data"):
         assert rooms <= {room}
     elif room == "command":
         own = module_of(path).split(".")[1]
-        others = {module.split(".")[1] for module in imported(path) if room_of(module) == "command"} - {own}
+        others = {
+            module.split(".")[1] for module in imported(path) if room_of(module) == "command"
+        } - {own}
         assert own == "demo" or not others
     else:
         assert "command" not in rooms
@@ -76,7 +93,9 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
         done.add(path[-1])
         return []
 
-    return next((found for start in sorted(arrows) if start not in done and (found := search([start]))), [])
+    return next(
+        (found for start in sorted(arrows) if start not in done and (found := search([start]))), []
+    )
 
 
 def test_no_file_imports_itself_through_others():
@@ -87,34 +106,49 @@ def test_no_file_imports_itself_through_others():
 def test_no_room_of_pipeline_imports_itself_through_others():
     arrows: dict[str, set[str]] = {}
     for module, path in MODULES.items():
-        arrows.setdefault(room_of(module), set()).update({room_of(other) for other in imported(path)} - {room_of(module)})
+        arrows.setdefault(room_of(module), set()).update(
+            {room_of(other) for other in imported(path)} - {room_of(module)}
+        )
     assert circle({room: others for room, others in arrows.items() if room != "command"}) == []
 
 
 def test_no_file_is_named_for_odds_and_ends():
-    assert not [path for path in FILES if path.stem in {"utils", "common", "helpers", "misc", "opt"}]
+    assert not [
+        path for path in FILES if path.stem in {"utils", "common", "helpers", "misc", "opt"}
+    ]
 
 
 def test_main_of_each_stage_has_at_most_25_lines():
     for stage in STAGES:
         folder = ROOT / "pipeline" / stage
-        tree = ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text())
-        main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        tree = ast.parse(
+            (folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
+        )
+        main = next(
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"
+        )
         assert main.end_lineno - main.lineno + 1 <= 25, stage
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_importing_a_stage_prints_nothing_and_writes_nothing(stage, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", f"import pipeline.{stage}"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", f"import pipeline.{stage}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
 def python(cwd: Path, *arguments: str, path: str = str(ROOT)) -> subprocess.CompletedProcess:
-    """Python in folder `cwd`, which stands on its path before `path`, as before the .pth file of `make install`."""
+    """Python in folder `cwd`, which stands on its path before `path`, as before the .pth file of
+    `make install`.
+    """
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_an_editable_install_puts_the_root_on_the_path_and_adds_no_import_hook(tmp_path):
@@ -126,7 +160,9 @@ def test_an_editable_install_puts_the_root_on_the_path_and_adds_no_import_hook(t
         (tmp_path / package / "__init__.py").touch()
     python(tmp_path, "-c", "from setuptools import build_meta; build_meta.build_editable('.')")
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        top = {name: wheel.read(name).decode().strip() for name in wheel.namelist() if "/" not in name}
+        top = {
+            name: wheel.read(name).decode().strip() for name in wheel.namelist() if "/" not in name
+        }
     assert list(top.values()) == [str(tmp_path)] and next(iter(top)).endswith(".pth")
 
 
@@ -135,7 +171,10 @@ def test_commands_run_beside_plain_folders_with_our_names(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "captions.json").touch()
     done = python(tmp_path, "-m", "pipeline.evaluate", "--help")
-    assert (done.returncode, done.stderr) == (0, "") and "Usage: python -m pipeline.evaluate" in done.stdout
+    assert (done.returncode, done.stderr) == (
+        0,
+        "",
+    ) and "Usage: python -m pipeline.evaluate" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["data/__init__.py", "models/__init__.py", "data.py", "models.py"])
@@ -145,7 +184,11 @@ def test_a_package_that_hides_ours_is_one_plain_error(name, tmp_path):
     told = f"{tmp_path / name} hides Onceover's package {name.split('/')[0].removesuffix('.py')!r}"
     done = python(tmp_path, "-m", "pipeline.evaluate", "--help")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"Error: {told}") and done.stderr.count("\n") == 1 and "Rename it" in done.stderr
+    assert (
+        done.stderr.startswith(f"Error: {told}")
+        and done.stderr.count("\n") == 1
+        and "Rename it" in done.stderr
+    )
     done = python(tmp_path, "-c", "import pipeline.scoring")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"ImportError: {told}")
 
@@ -153,9 +196,21 @@ def test_a_package_that_hides_ours_is_one_plain_error(name, tmp_path):
 def test_a_foreign_package_on_pythonpath_or_imported_before_is_named(tmp_path):
     (tmp_path / "theirs" / "data").mkdir(parents=True)
     (tmp_path / "theirs" / "data" / "__init__.py").touch()
-    done = python(tmp_path, "-m", "pipeline.evaluate", "--help", path=f"{tmp_path / 'theirs'}{os.pathsep}{ROOT}")
-    assert done.returncode == 2 and f"{tmp_path / 'theirs' / 'data' / '__init__.py'} hides" in done.stderr
-    begin = f"import sys; sys.path.insert(0, {str(tmp_path / 'theirs')!r}); import data; del sys.path[0]\n"
+    done = python(
+        tmp_path,
+        "-m",
+        "pipeline.evaluate",
+        "--help",
+        path=f"{tmp_path / 'theirs'}{os.pathsep}{ROOT}",
+    )
+    assert (
+        done.returncode == 2
+        and f"{tmp_path / 'theirs' / 'data' / '__init__.py'} hides" in done.stderr
+    )
+    begin = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'theirs')!r}); import data; del "
+        "sys.path[0]\n"
+    )
     done = python(tmp_path, "-c", begin + "import pipeline.scoring")
     assert "ImportError" in done.stderr and "it was imported before" in done.stderr
     begin = "import types, sys; sys.modules['models'] = types.ModuleType('models')\n"

@@ -1,4 +1,6 @@
-"""Self-critical training: its gradient is that of the expected reward, and its samples are the captioner's own."""
+"""Self-critical training: its gradient is that of the expected reward, and its samples are the
+captioner's own.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def small(words: int = 7, limit: int = LIMIT, width: int = 16, seed: int = 0) ->
     torch.manual_seed(seed)
     captioner = Transformer(TransformerConfig(words, 6, limit, 0, width, 2, 1, 2, 2 * width, 0.0))
     for weight in captioner.parameters():
-        weight.data.add_((0.3 if words == 7 else 0.05) * torch.randn_like(weight))  # words are not equally likely
+        weight.data.add_(
+            (0.3 if words == 7 else 0.05) * torch.randn_like(weight)
+        )  # words are not equally likely
     captioner.output_bias.data[EOS] += words / 30  # some captions end, some are cut
     return captioner.train()
 
@@ -43,16 +47,26 @@ def images(count: int, seed: int = 1) -> Batch:
     counts = torch.arange(count) % 3 + 3
     features = torch.randn(count, 5, 6).half()
     features[torch.arange(5) >= counts[:, None]] = 0
-    return Batch(features, torch.rand(count, 5, 4), counts, torch.zeros(count, 1, 1, dtype=torch.int64), list(range(count)))
+    return Batch(
+        features,
+        torch.rand(count, 5, 4),
+        counts,
+        torch.zeros(count, 1, 1, dtype=torch.int64),
+        list(range(count)),
+    )
 
 
 def regions(batch: Batch) -> Regions:
     return Regions(batch.features, batch.boxes, batch.counts)
 
 
-def objective(captioner: Transformer, rewards=None, machine: Machine = FP32, **settings) -> SelfCritical:
+def objective(
+    captioner: Transformer, rewards=None, machine: Machine = FP32, **settings
+) -> SelfCritical:
     config = TrainConfig(scst=True, init=Path("runs/xe"), **settings)
-    return SelfCritical(config, machine, captioner, rewards or (lambda image_ids, samples: samples.sum(2) / 100))
+    return SelfCritical(
+        config, machine, captioner, rewards or (lambda image_ids, samples: samples.sum(2) / 100)
+    )
 
 
 def every_caption() -> torch.Tensor:
@@ -63,7 +77,9 @@ def every_caption() -> torch.Tensor:
 
 
 def enumerated_log_p(captioner: Transformer, memory: Memory, temperature: float) -> torch.Tensor:
-    """log p of every caption by the plain way: softmax over <eos> and the three words, place by place, [N]."""
+    """log p of every caption by the plain way: softmax over <eos> and the three words, place by
+    place, [N].
+    """
     found = []
     for caption in every_caption().tolist():
         total, read = torch.zeros(()), [BOS]
@@ -81,21 +97,26 @@ def enumerated_log_p(captioner: Transformer, memory: Memory, temperature: float)
 def gradient(captioner: Transformer, loss: torch.Tensor) -> torch.Tensor:
     found = torch.autograd.grad(loss, list(captioner.parameters()), allow_unused=True)
     return parameters_to_vector(
-        torch.zeros_like(p) if g is None else g for p, g in zip(captioner.parameters(), found, strict=True)
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(captioner.parameters(), found, strict=True)
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- gradient
+# ----------------------------------------------------------------------------------------- gradient
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize("baseline", ["mean", "greedy"])
 def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baseline, temperature):
-    """Three words, captions of up to two: all 13 captions, cut ones among them, and all 169 pairs of samples."""
+    """Three words, captions of up to two: all 13 captions, cut ones among them, and all 169 pairs
+    of samples.
+    """
     captioner, one = small(), images(1)
     memory = captioner.encode(regions(one))
     log_p = enumerated_log_p(captioner, memory, temperature)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)  # nothing is lost to padding or to the limit
+    assert log_p.exp().sum().item() == pytest.approx(
+        1, abs=1e-6
+    )  # nothing is lost to padding or to the limit
     captions = every_caption()
     reward = torch.rand(len(captions), generator=torch.Generator().manual_seed(2))
     wanted = gradient(captioner, -(log_p.exp() * reward).sum())
@@ -103,14 +124,18 @@ def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baselin
     def rewards(image_ids, samples):
         return reward[(samples[:, :, None] == captions).all(-1).int().argmax(-1)]
 
-    critical = objective(captioner, rewards, num_samples=2, baseline=baseline, temperature=temperature)
+    critical = objective(
+        captioner, rewards, num_samples=2, baseline=baseline, temperature=temperature
+    )
     pairs = torch.cartesian_prod(torch.arange(len(captions)), torch.arange(len(captions)))
     drawn = captions[pairs]  # [169,2,L]
     memory = captioner.encode(regions(one)).keep(torch.zeros(len(pairs), dtype=torch.int64))
     of_drawn = rewards([], drawn)
     advantages = of_drawn - critical.baseline(memory, of_drawn, [0] * len(pairs), 0)
     likely = log_p.detach().exp()[pairs].prod(1, keepdim=True)
-    loss, found_log_p = self_critical_loss(captioner, memory, drawn, advantages * likely, critical.policy)
+    loss, found_log_p = self_critical_loss(
+        captioner, memory, drawn, advantages * likely, critical.policy
+    )
     torch.testing.assert_close(found_log_p, log_p.detach()[pairs], rtol=1e-5, atol=1e-5)
     found = gradient(captioner, loss / 2)
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
@@ -130,16 +155,20 @@ def test_samples_come_as_often_as_they_are_likely_cut_ones_too(temperature):
     assert chi_square < 32.9  # 12 degrees of freedom, p 0.001
 
 
-# -------------------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_log_p_of_sampling_is_that_of_the_teacher_forced_pass(precision, temperature):
-    """Step by step with a cache of keys and values, and all at once, packed: the same distribution."""
+    """Step by step with a cache of keys and values, and all at once, packed: the same
+    distribution.
+    """
     captioner, four = small(60, 12, 64), images(4)
     machine = replace(FP32, precision=precision)
-    policy = Generation(num_beams=1, do_sample=True, num_return_sequences=5, temperature=temperature)
+    policy = Generation(
+        num_beams=1, do_sample=True, num_return_sequences=5, temperature=temperature
+    )
     with torch.no_grad(), machine.autocast():
         memory = captioner.encode(regions(four))
         drawn = sample(captioner, memory, policy, torch.Generator().manual_seed(0))
@@ -161,12 +190,16 @@ def test_with_dropout_sampling_and_the_teacher_forced_pass_both_have_it():
     def log_p():
         return self_critical_loss(captioner, memory, drawn, torch.ones(4, 5), critical.policy)[1]
 
-    assert torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and torch.equal(log_p(), log_p())
+    assert torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and torch.equal(
+        log_p(), log_p()
+    )
     for module in captioner.modules():
         if hasattr(module, "p"):
             module.p = 0.5
     torch.manual_seed(0)
-    assert not torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and not torch.equal(log_p(), log_p())
+    assert not torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and not torch.equal(
+        log_p(), log_p()
+    )
 
 
 def test_what_is_drawn_follows_from_seed_step_and_image_alone():
@@ -174,7 +207,9 @@ def test_what_is_drawn_follows_from_seed_step_and_image_alone():
     critical = objective(captioner)
 
     def draw(chosen, step=3, seed=0):
-        batch = Batch(*(part[chosen] for part in (six.features, six.boxes, six.counts, six.tokens)), chosen)
+        batch = Batch(
+            *(part[chosen] for part in (six.features, six.boxes, six.counts, six.tokens)), chosen
+        )
         of_seed = objective(captioner, seed=seed) if seed else critical
         return of_seed.draw(captioner.encode(regions(batch)), chosen, step)
 
@@ -223,13 +258,15 @@ def test_the_mean_baseline_is_that_of_the_other_samples():
     assert found.tolist() == [[4.0, 3.5, 1.5]]
 
 
-# ----------------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
 
 def test_each_image_is_encoded_once_a_step(monkeypatch):
     captioner, seen = small(60, 12, 64), []
     plain = captioner.encode
-    monkeypatch.setattr(captioner, "encode", lambda given: seen.append(len(given.features)) or plain(given))
+    monkeypatch.setattr(
+        captioner, "encode", lambda given: seen.append(len(given.features)) or plain(given)
+    )
     objective(captioner, baseline="greedy")(captioner, images(4), 0, 0.0)
     assert seen == [4]
 
@@ -249,28 +286,43 @@ def test_parts_of_a_step_add_up_to_the_whole():
     parts = [critical(captioner, part, 3, 0.0) for part in six.split(3)]
     torch.testing.assert_close(sum(part.figures for part in parts), whole.figures)
     wanted = gradient(captioner, whole.loss)
-    assert (sum(gradient(captioner, part.loss) for part in parts) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (
+        sum(gradient(captioner, part.loss) for part in parts) - wanted
+    ).norm() < 1e-5 * wanted.norm()
 
 
 def test_in_bf16_every_weight_has_its_gradient():
-    """Casts that sampling makes and autocast keeps know of no gradient: the pass after it must make its own."""
+    """Casts that sampling makes and autocast keeps know of no gradient: the pass after it must make
+    its own.
+    """
     captioner, four = small(60, 12, 64), images(4)
-    fp32, bf16 = (objective(captioner, machine=replace(FP32, precision=p)) for p in ("fp32", "bf16"))
+    fp32, bf16 = (
+        objective(captioner, machine=replace(FP32, precision=p)) for p in ("fp32", "bf16")
+    )
     fp32.draw = bf16.draw  # bf16 draws others here and there
-    wanted, found = (gradient(captioner, critical(captioner, four, 0, 0.0).loss) for critical in (fp32, bf16))
+    wanted, found = (
+        gradient(captioner, critical(captioner, four, 0, 0.0).loss) for critical in (fp32, bf16)
+    )
     assert torch.cosine_similarity(found, wanted, dim=0) > 0.95
     bf16(captioner, four, 0, 0.0).loss.backward()
-    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in captioner.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.abs().sum() > 0 for weight in captioner.parameters()
+    )
 
 
 def test_figures_are_what_was_drawn():
     captioner, four = small(60, 12, 64), images(4)
     critical = objective(captioner)
     drawn = critical.draw(captioner.encode(regions(four)), four.image_ids, 0)
-    figures = dict(zip(critical.names, critical(captioner, four, 0, 0.0).figures.tolist(), strict=True))
+    figures = dict(
+        zip(critical.names, critical(captioner, four, 0, 0.0).figures.tolist(), strict=True)
+    )
     ends = (drawn == EOS).any(2)
     words = [len(row) if EOS not in row else row.index(EOS) for row in drawn.flatten(0, 1).tolist()]
-    assert (figures["words"], figures["ended"]) == (sum(words), ends.sum()) and 0 < ends.sum() < ends.numel()
+    assert (figures["words"], figures["ended"]) == (
+        sum(words),
+        ends.sum(),
+    ) and 0 < ends.sum() < ends.numel()
     assert figures["reward"] == pytest.approx(drawn.sum().item() / 100) and figures["nats"] > 0
 
 
@@ -292,16 +344,26 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
     assert not found.loss.isfinite()
 
 
-@pytest.mark.parametrize(("settings", "complaint"), [
-    ({"init": None}, "--scst needs --init"), ({"num_samples": 1}, "--num-samples 1 leaves no others"),
-    ({"samples": "beam", "baseline": "greedy"}, "no --baseline greedy"), ({"word_dropout": 0.1}, "not of --scst"),
-    ({"num_samples": 0}, "must be at least 1"), ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
-    ({"num_samples": 1, "samples": "beam"}, "leaves no others"), ({"label_smoothing": 0.2}, "not of --scst"),
-    ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"), ({"scst": False, "num_samples": 9}, "is of --scst"),
-    ({"samples": "beam", "temperature": 0.5}, "have no --temperature"), ({"temperature": 0.0}, "--temperature is 0.0, it must"),
-    ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"), ({"temperature": -1.0}, "must be above 0"),
-    ({"preset": "small"}, "--preset small goes with no --init"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"init": None}, "--scst needs --init"),
+        ({"num_samples": 1}, "--num-samples 1 leaves no others"),
+        ({"samples": "beam", "baseline": "greedy"}, "no --baseline greedy"),
+        ({"word_dropout": 0.1}, "not of --scst"),
+        ({"num_samples": 0}, "must be at least 1"),
+        ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
+        ({"num_samples": 1, "samples": "beam"}, "leaves no others"),
+        ({"label_smoothing": 0.2}, "not of --scst"),
+        ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"),
+        ({"scst": False, "num_samples": 9}, "is of --scst"),
+        ({"samples": "beam", "temperature": 0.5}, "have no --temperature"),
+        ({"temperature": 0.0}, "--temperature is 0.0, it must"),
+        ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"),
+        ({"temperature": -1.0}, "must be above 0"),
+        ({"preset": "small"}, "--preset small goes with no --init"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):
         TrainConfig(**{"scst": True, "init": Path("runs/xe")} | settings)
@@ -316,4 +378,7 @@ def test_a_gpu_gives_the_same_figures_and_gradient():
     found = objective(captioner, machine=replace(open_machine("cuda"), precision="fp32"))
     found = found(captioner, four.to(torch.device("cuda")), 0, 0.0)
     torch.testing.assert_close(found.figures.cpu(), wanted.figures, rtol=1e-3, atol=1e-3)
-    assert torch.cosine_similarity(gradient(captioner, found.loss).cpu(), wanted_gradient, dim=0) > 0.999
+    assert (
+        torch.cosine_similarity(gradient(captioner, found.loss).cpu(), wanted_gradient, dim=0)
+        > 0.999
+    )

@@ -1,4 +1,6 @@
-"""Bugs that captioners are known for, planted one at a time: each must be caught by the tests that name it."""
+"""Bugs that captioners are known for, planted one at a time: each must be caught by the tests that
+name it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def caught(test, *cases) -> bool:
 
 def test_a_cache_that_is_not_reordered_is_caught(monkeypatch):
     monkeypatch.setattr(KVCache, "reorder", lambda self, origin: None)
-    assert caught(test_captioner.test_reordered_cache_equals_full_decoding_of_the_reordered_prefixes)
+    assert caught(
+        test_captioner.test_reordered_cache_equals_full_decoding_of_the_reordered_prefixes
+    )
     assert caught(test_search.test_the_reported_score_is_the_captions_own, (2,), (5,))
 
 
@@ -49,7 +53,9 @@ def test_a_shifted_position_is_caught(monkeypatch):
 
         def forward(self, places: torch.Tensor) -> torch.Tensor:
             step = len(places.unique()) == 1 and places[0] > 0
-            return self.inner((places + 1).clamp(max=self.inner.num_embeddings - 1) if step else places)
+            return self.inner(
+                (places + 1).clamp(max=self.inner.num_embeddings - 1) if step else places
+            )
 
     def shifted(tiny, **changes):
         found = tiny(**changes)
@@ -79,7 +85,9 @@ def test_a_length_penalty_that_counts_twice_is_caught(monkeypatch):
     once = search.beam_search
 
     def twice(*arguments):
-        return once(*arguments[:-1], replace(arguments[-1], length_penalty=2 * arguments[-1].length_penalty))
+        return once(
+            *arguments[:-1], replace(arguments[-1], length_penalty=2 * arguments[-1].length_penalty)
+        )
 
     monkeypatch.setattr(test_search, "beam_search", twice)
     assert caught(test_search.test_the_reported_score_is_the_captions_own, (2,))

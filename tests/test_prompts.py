@@ -1,4 +1,6 @@
-"""Texts that begin with a prompt, and images without regions: the equalities that hold without them hold with them."""
+"""Texts that begin with a prompt, and images without regions: the equalities that hold without them
+hold with them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def prompted(**changes):
 def padded(prompts=PROMPTS) -> torch.Tensor:
     """Prompts [B,P], padded on the left."""
     longest = max(map(len, prompts))
-    return torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], dtype=torch.int64)
+    return torch.tensor(
+        [[PAD] * (longest - len(prompt)) + prompt for prompt in prompts], dtype=torch.int64
+    )
 
 
 def twin_states(decoder, regions: Regions, words: list[int], prompt: int) -> torch.Tensor:
@@ -46,7 +50,9 @@ def twin_states(decoder, regions: Regions, words: list[int], prompt: int) -> tor
             return sequences[0]
 
     layout = OneText(additive(sees)[None, None])
-    return decoder.states(torch.tensor(words), torch.arange(len(words)), layout, decoder.encode(regions))
+    return decoder.states(
+        torch.tensor(words), torch.arange(len(words)), layout, decoder.encode(regions)
+    )
 
 
 def one(regions: Regions, image: int) -> Regions:
@@ -57,9 +63,14 @@ def texts_of_three_images():
     """tokens [3,2,T], their prompts' lengths [3,2] and the unpadded texts."""
     prompts = [[[4, 5, 6], [7]], [[], [8, 9]], [[10], [4, 6, 8]]]
     targets = [[[5, 6, EOS], [7, EOS]], [[4, 4, 4, EOS], [9, EOS]], [[EOS], [10, 5, EOS]]]
-    texts = [[[*p, BOS, *t] for p, t in zip(*pair, strict=True)] for pair in zip(prompts, targets, strict=True)]
+    texts = [
+        [[*p, BOS, *t] for p, t in zip(*pair, strict=True)]
+        for pair in zip(prompts, targets, strict=True)
+    ]
     longest = max(len(text) for group in texts for text in group)
-    tokens = torch.tensor([[text + [PAD] * (longest - len(text)) for text in group] for group in texts])
+    tokens = torch.tensor(
+        [[text + [PAD] * (longest - len(text)) for text in group] for group in texts]
+    )
     return tokens, torch.tensor([[len(p) for p in group] for group in prompts]), texts
 
 
@@ -77,7 +88,7 @@ def test_packed_texts_with_prompts_equal_each_text_under_a_mask_filled_in_by_han
     assert close(states, torch.cat(wanted))
 
 
-def test_a_later_prompt_token_changes_what_an_earlier_one_is_read_as_and_a_later_target_token_does_not():
+def test_prompt_tokens_see_later_ones_and_target_tokens_do_not():
     decoder, regions = prompted(), some_regions(1)
 
     def states(text):
@@ -98,7 +109,9 @@ def test_the_loss_counts_targets_only():
     for image, group in enumerate(texts):
         for number, text in enumerate(group):
             prompt = int(lengths[image, number])
-            log_p = decoder.logits(twin_states(decoder, one(regions, image), text, prompt)).log_softmax(-1)
+            log_p = decoder.logits(
+                twin_states(decoder, one(regions, image), text, prompt)
+            ).log_softmax(-1)
             for place in range(prompt + 1, len(text)):
                 wanted, words = wanted - log_p[place - 1, text[place]].item(), words + 1
     assert words == int(count) and loss.item() == pytest.approx(wanted, rel=1e-4)
@@ -110,8 +123,17 @@ def test_noise_replaces_target_words_only():
     replaceable = set(packed.words[packed.replaceable].tolist())
     assert BOS not in replaceable and EOS in replaceable
     place = packed.positions[packed.replaceable]
-    assert (place > 0).all() and packed.replaceable[: packed.count].sum() == (tokens != PAD).sum() - lengths.sum() - lengths.numel()
-    caption_loss(prompted(), some_regions(3), tokens, PAD, noise=Noise(words=0.5, sampled=0.5, unknown=UNK), prompt_lengths=lengths)
+    assert (place > 0).all() and packed.replaceable[: packed.count].sum() == (
+        tokens != PAD
+    ).sum() - lengths.sum() - lengths.numel()
+    caption_loss(
+        prompted(),
+        some_regions(3),
+        tokens,
+        PAD,
+        noise=Noise(words=0.5, sampled=0.5, unknown=UNK),
+        prompt_lengths=lengths,
+    )
 
 
 def test_prompts_padded_on_the_left_are_read_as_they_are_alone():
@@ -131,10 +153,16 @@ def test_prompts_padded_on_the_left_are_read_as_they_are_alone():
             assert close(found[image], decoder.logits(states)[len(prompt) :])
 
 
-@pytest.mark.parametrize("names", [
-    {"num_beams": 1}, {"num_beams": 3, "num_return_sequences": 3}, {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-    {"num_beams": 3, "force_words_ids": ((5, 6),)}, {"num_beams": 3, "no_repeat_ngram_size": 2, "min_length": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 3, "force_words_ids": ((5, 6),)},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "min_length": 3},
+    ],
+)
 def test_generation_in_a_batch_of_prompts_equals_each_prompt_alone(names):
     decoder, regions = prompted(), some_regions(4)
     decoder.output_bias.data[EOS] = 0.5  # some end early, and leave the batch
@@ -152,7 +180,12 @@ def test_two_prompts_of_one_image_equal_two_images():
         memory = decoder.encode(regions).keep(torch.tensor([0, 0, 1]))
         found = beam_search(decoder, memory, Generation(num_beams=3), padded([[4], [5, 6], [4]]))
         for row, (image, prompt) in enumerate([(0, [4]), (0, [5, 6]), (1, [4])]):
-            alone = beam_search(decoder, decoder.encode(one(regions, image)), Generation(num_beams=3), torch.tensor([prompt]))
+            alone = beam_search(
+                decoder,
+                decoder.encode(one(regions, image)),
+                Generation(num_beams=3),
+                torch.tensor([prompt]),
+            )
             assert torch.equal(found.tokens[row], alone.tokens[0])
 
 
@@ -162,26 +195,38 @@ def test_samples_in_a_batch_of_prompts_equal_each_prompt_alone(count):
     options = Generation(num_beams=1, do_sample=True, num_return_sequences=count)
     uniforms = torch.rand(4, count, 7, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        together = sample(decoder, decoder.encode(regions), options, uniforms=uniforms, prompts=padded())
+        together = sample(
+            decoder, decoder.encode(regions), options, uniforms=uniforms, prompts=padded()
+        )
         for image, prompt in enumerate(PROMPTS):
             prompts = torch.tensor([prompt], dtype=torch.int64) if prompt else None
             memory = decoder.encode(one(regions, image))
-            alone = sample(decoder, memory, options, uniforms=uniforms[image : image + 1], prompts=prompts)
-            assert torch.equal(together.tokens[image], alone.tokens[0]) and close(together.log_p[image], alone.log_p[0])
+            alone = sample(
+                decoder, memory, options, uniforms=uniforms[image : image + 1], prompts=prompts
+            )
+            assert torch.equal(together.tokens[image], alone.tokens[0]) and close(
+                together.log_p[image], alone.log_p[0]
+            )
 
 
 def test_an_ensemble_of_one_decoder_twice_reads_prompts_as_the_one_does():
     decoder, regions = prompted(), some_regions(4)
     both = Ensemble([decoder, decoder]).eval()
-    alone, pair = (generate_from_regions(each, regions, prompts=padded()) for each in (decoder, both))
+    alone, pair = (
+        generate_from_regions(each, regions, prompts=padded()) for each in (decoder, both)
+    )
     assert torch.equal(alone.tokens, pair.tokens) and close(alone.scores, pair.scores)
 
 
-# ------------------------------------------------------------------------------------------------------------ no regions
+# --------------------------------------------------------------------------------------- no regions
 
 
 def without_regions(images: int) -> Regions:
-    return Regions(torch.empty(images, 0, CHANNELS), torch.empty(images, 0, 4), torch.zeros(images, dtype=torch.int64))
+    return Regions(
+        torch.empty(images, 0, CHANNELS),
+        torch.empty(images, 0, 4),
+        torch.zeros(images, dtype=torch.int64),
+    )
 
 
 def test_an_image_without_regions_is_read_alike_alone_and_beside_others():

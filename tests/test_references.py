@@ -75,10 +75,17 @@ def of_other_references(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [tampered, of_other_references, lambda path: path.write_bytes(path.read_bytes()[:500]), lambda path: path.write_bytes(b""),
-     lambda path: path.write_text("no archive"), lambda path: np.save(path.open("wb"), np.zeros(3)),
-     lambda path: np.savez(path.open("wb"), idf=np.zeros(3)), lambda path: (path.unlink(), path.mkdir())],
-)  # fmt: skip
+    [
+        tampered,
+        of_other_references,
+        lambda path: path.write_bytes(path.read_bytes()[:500]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no archive"),
+        lambda path: np.save(path.open("wb"), np.zeros(3)),
+        lambda path: np.savez(path.open("wb"), idf=np.zeros(3)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
 def test_kept_counts_that_are_not_as_they_were_left_are_not_used(tmp_path, damage):
     path = kept_path(tmp_path, b"file")
     keep(References(REFERENCES), path)
@@ -117,7 +124,7 @@ def test_a_place_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "full").iterdir())
 
 
-# ------------------------------------------------------------------------------------------------- document frequencies
+# ----------------------------------------------------------------------------- document frequencies
 
 
 def test_document_frequencies_of_other_captions_are_those_of_the_larger_set():
@@ -136,7 +143,10 @@ def test_document_frequencies_of_other_captions_are_those_of_the_larger_set():
     np.testing.assert_allclose(found.per_image["CIDEr"], among_all[few], atol=1e-12)
     alone = score({i: candidates[i] for i in few}, {i: everything[i] for i in few})
     assert not np.allclose(found.per_image["CIDEr"], alone.per_image["CIDEr"])
-    assert found.values["Bleu_4"] == alone.values["Bleu_4"] and found.values["ROUGE_L"] == alone.values["ROUGE_L"]
+    assert (
+        found.values["Bleu_4"] == alone.values["Bleu_4"]
+        and found.values["ROUGE_L"] == alone.values["ROUGE_L"]
+    )
 
 
 def test_no_documents_to_take_frequencies_from_is_an_error():
@@ -162,10 +172,14 @@ def test_real_references_are_counted_alike_twice(real: Path):
 
     _, references = read_pair(real / "results" / "flickr30k_karpathy_test", "magic_result.json")
     one, two = References(references), References(dict(reversed(references.items())))
-    assert one.idf.sum() == pytest.approx(two.idf.sum(), rel=1e-9) and len(one.keys) == len(two.keys)
+    assert one.idf.sum() == pytest.approx(two.idf.sum(), rel=1e-9) and len(one.keys) == len(
+        two.keys
+    )
 
 
-@pytest.mark.parametrize("module", [characters, segmentation, tokens], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [characters, segmentation, tokens], ids=lambda module: module.__name__
+)
 def test_a_changed_rule_about_words_has_another_name_for_the_counts(tmp_path, monkeypatch, module):
     (tmp_path / "changed.py").write_text("another rule")
     first = kept_path(tmp_path, b"one")

@@ -10,7 +10,9 @@ from pipeline.scoring.metrics import BLEU, bleu, score
 
 
 def test_a_resample_scores_the_images_it_draws():
-    """Sums of drawn images against scoring exactly those captions again, drawn ones as often as they were drawn."""
+    """Sums of drawn images against scoring exactly those captions again, drawn ones as often as
+    they were drawn.
+    """
     references = {i: [f"a dog of {i % 3} runs in park {i % 5}", "dogs run here"] for i in range(12)}
     candidates = {i: f"a dog of {i % 2} runs in park {i % 4}" for i in references}
     scores = score(candidates, references)
@@ -19,7 +21,10 @@ def test_a_resample_scores_the_images_it_draws():
     generator = np.random.default_rng(3)
     for row in range(5):
         drawn = generator.integers(0, 12, 12).tolist()
-        again = score({n: candidates[i] for n, i in enumerate(drawn)}, {n: references[i] for n, i in enumerate(drawn)})
+        again = score(
+            {n: candidates[i] for n, i in enumerate(drawn)},
+            {n: references[i] for n, i in enumerate(drawn)},
+        )
         for name in BLEU:
             assert found[name][row] == pytest.approx(again.values[name], abs=1e-12)
         assert found["CIDEr"][row] == pytest.approx(scores.per_image["CIDEr"][drawn].mean())

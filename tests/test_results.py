@@ -34,8 +34,13 @@ def images(split: str, count: int) -> list[Image]:
 def test_results_are_read_as_they_are_written(tmp_path):
     captions = {5: "ein Hund läuft", 2: "", 9: "a cat"}
     write_results(tmp_path / "r.json", captions)
-    assert read_results(tmp_path / "r.json") == captions and list(read_results(tmp_path / "r.json")) == [5, 2, 9]
-    assert json.loads((tmp_path / "r.json").read_text())[0] == {"image_id": 5, "caption": "ein Hund läuft"}
+    assert read_results(tmp_path / "r.json") == captions and list(
+        read_results(tmp_path / "r.json")
+    ) == [5, 2, 9]
+    assert json.loads((tmp_path / "r.json").read_text())[0] == {
+        "image_id": 5,
+        "caption": "ein Hund läuft",
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,22 +54,36 @@ def test_results_are_read_as_they_are_written(tmp_path):
         ([{"image_id": "1", "caption": "a"}], "entry 0: the image id '1' is not a whole number"),
         ([{"image_id": 1.0, "caption": "a"}], "the image id 1.0 is not a whole number"),
         ([{"image_id": 7, "caption": ["a"]}], r'image 7: the caption is \["a"\], not a string'),
-        ([{"image_id": 7, "caption": "a \ud800 dog"}], "image 7: the caption .* has half a character"),
+        (
+            [{"image_id": 7, "caption": "a \ud800 dog"}],
+            "image 7: the caption .* has half a character",
+        ),
         ("[" * 100_000, "is not whole JSON"),
         ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not whole JSON"),
         ([{"image_id": 7, "caption": None}], "image 7: the caption is null, not a string"),
-        ([{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}], "image 7 has two captions, 'a' and 'b'"),
+        (
+            [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}],
+            "image 7 has two captions, 'a' and 'b'",
+        ),
     ],
 )
-def test_results_that_cannot_be_scored_are_an_error_that_names_file_and_image(tmp_path, content, message):
+def test_results_that_cannot_be_scored_are_an_error_that_names_file_and_image(
+    tmp_path, content, message
+):
     with pytest.raises(DataError, match=message) as error:
         read_results(put(tmp_path / "r.json", content))
     assert "r.json" in str(error.value)
 
 
 def test_references_are_read_from_coco_s_and_from_karpathy_s_files(tmp_path):
-    annotations = [{"id": 1, "image_id": 3, "caption": "a dog"}, {"id": 2, "image_id": 3, "caption": "dogs"}]
-    coco = {"images": [{"id": n, "file_name": f"{n}.jpg"} for n in (3, 4)], "annotations": annotations}
+    annotations = [
+        {"id": 1, "image_id": 3, "caption": "a dog"},
+        {"id": 2, "image_id": 3, "caption": "dogs"},
+    ]
+    coco = {
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in (3, 4)],
+        "annotations": annotations,
+    }
     found = {image.id: image.captions for image in read_references(put(tmp_path / "c.json", coco))}
     assert found == {3: ("a dog", "dogs"), 4: ()}
     karpathy = {"dataset": "coco", "images": [
@@ -86,7 +105,11 @@ def test_the_whole_train_split_is_read_where_a_tenth_of_it_is_dev(real: Path):
 
 
 def test_ids_are_read_by_line_and_as_a_list(tmp_path):
-    assert read_ids(put(tmp_path / "a", "5\n3\n\n5\n")) == read_ids(put(tmp_path / "b", [5, 3])) == [5, 3]
+    assert (
+        read_ids(put(tmp_path / "a", "5\n3\n\n5\n"))
+        == read_ids(put(tmp_path / "b", [5, 3]))
+        == [5, 3]
+    )
     for content in ("5\nx.jpg\n", "[5", "", "[]", '["5"]', "99999999999999999999"):
         with pytest.raises(DataError, match="ids"):
             read_ids(put(tmp_path / "ids", content))
@@ -104,7 +127,7 @@ def test_karpathy_s_lists_pick_their_images(real: Path):
         choose(test, read_ids(val), Path("refs.json"), val)
 
 
-# ---------------------------------------------------------------------------------------------------------- the server
+# --------------------------------------------------------------------------------------- the server
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +140,15 @@ def captions(of: list[Image]) -> dict[int, str]:
 
 
 def test_the_server_gets_both_files_by_its_names_and_zipped(tmp_path, server):
-    assert [path.name for path in write_server(tmp_path, "onceover", captions(server["val"]), server["val"])] == [
-        "captions_val2014_onceover_results.json"
-    ]
+    assert [
+        path.name
+        for path in write_server(tmp_path, "onceover", captions(server["val"]), server["val"])
+    ] == ["captions_val2014_onceover_results.json"]
     written = write_server(tmp_path, "onceover", captions(server["test"]), server["test"])
-    assert [path.name for path in written] == ["captions_test2014_onceover_results.json", "onceover_results.zip"]
+    assert [path.name for path in written] == [
+        "captions_test2014_onceover_results.json",
+        "onceover_results.zip",
+    ]
     with zipfile.ZipFile(written[1]) as archive:
         assert sorted(archive.namelist()) == [
             "captions_test2014_onceover_results.json",
@@ -132,7 +159,9 @@ def test_the_server_gets_both_files_by_its_names_and_zipped(tmp_path, server):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".zip"]
 
 
-def test_what_the_server_would_refuse_is_an_error_before_anything_is_written(tmp_path, server, monkeypatch):
+def test_what_the_server_would_refuse_is_an_error_before_anything_is_written(
+    tmp_path, server, monkeypatch
+):
     whole = captions(server["val"])
     for given, of, message in (
         ({k: v for k, v in whole.items() if k != 12}, server["val"], "1 lack one, as 12"),

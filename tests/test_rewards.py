@@ -1,4 +1,6 @@
-"""What self-critical training rewards: CIDEr and BLEU as scorers give them, their sums, and callables of anybody's."""
+"""What self-critical training rewards: CIDEr and BLEU as scorers give them, their sums, and
+callables of anybody's.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,46 @@ CAPTIONS = {
     2**62: ["Two men on a bench.", "Two men sit on a wooden bench outside."],
     3: ["A surfer rides a wave."],
 }
-WORDS = {image_id: [caption.lower().strip(".!").replace(",", "").split() for caption in group]
-         for image_id, group in CAPTIONS.items()}  # fmt: skip
+WORDS = {
+    image_id: [caption.lower().strip(".!").replace(",", "").split() for caption in group]
+    for image_id, group in CAPTIONS.items()
+}
 TRAIN = types.SimpleNamespace(
-    images=[types.SimpleNamespace(id=i, captions=group) for i, group in CAPTIONS.items()], tokens=list(WORDS.values())
+    images=[types.SimpleNamespace(id=i, captions=group) for i, group in CAPTIONS.items()],
+    tokens=list(WORDS.values()),
 )
 VOCABULARY = Vocabulary.build((words for group in WORDS.values() for words in group), 1)
-SAID = [["a dog runs", "a dog a dog a dog"], ["two men sit on a", ""], ["a surfer rides a wave", "a wave"]]
+SAID = [
+    ["a dog runs", "a dog a dog a dog"],
+    ["two men sit on a", ""],
+    ["a surfer rides a wave", "a wave"],
+]
 
 
-def samples(vocabulary: Vocabulary, said: list[list[str]], length: int, cut: bool = False) -> torch.Tensor:
+def samples(
+    vocabulary: Vocabulary, said: list[list[str]], length: int, cut: bool = False
+) -> torch.Tensor:
     """Ids [B,K,L], <eos> after their end, which those of `length` have not."""
     rows = [[vocabulary.encode(text.split())[:length] for text in group] for group in said]
     return torch.tensor([[row + [EOS] * (length - len(row)) for row in group] for group in rows])
 
 
 def slow_cider(ids: list[int], texts: list[list[str]], ended: list[list[bool]]) -> np.ndarray:
-    """By the scorer, each caption by itself, its end a word of its own as the references' ends are."""
-    references = References({i: [[*words, "<eos>"] for words in group] for i, group in WORDS.items()})
-    return np.array([
-        [cider(references, [i], [[*text.split(), *(["<eos>"] if end else [])]])[0] for text, end in zip(*pair, strict=True)]
-        for i, *pair in zip(ids, texts, ended, strict=True)
-    ])  # fmt: skip
+    """By the scorer, each caption by itself, its end a word of its own as the references' ends
+    are.
+    """
+    references = References(
+        {i: [[*words, "<eos>"] for words in group] for i, group in WORDS.items()}
+    )
+    return np.array(
+        [
+            [
+                cider(references, [i], [[*text.split(), *(["<eos>"] if end else [])]])[0]
+                for text, end in zip(*pair, strict=True)
+            ]
+            for i, *pair in zip(ids, texts, ended, strict=True)
+        ]
+    )
 
 
 def test_cider_is_the_scorers_with_the_end_a_word_and_none_where_a_sample_was_cut():
@@ -60,11 +80,15 @@ def test_cider_is_the_scorers_with_the_end_a_word_and_none_where_a_sample_was_cu
     np.testing.assert_allclose(found, slow_cider(ids, texts, ended), rtol=1e-5)
     assert found[2, 0] > 0 and found[1, 1] >= 0
     whole = rewards(ids[2:], samples(VOCABULARY, SAID[2:], 6))
-    assert whole[0, 0] == pytest.approx(10.0) and found[2, 0] < whole[0, 0]  # the same words, without their end
+    assert (
+        whole[0, 0] == pytest.approx(10.0) and found[2, 0] < whole[0, 0]
+    )  # the same words, without their end
 
 
 def test_the_end_as_a_word_is_what_makes_an_unfinished_sample_worth_less():
-    """By words alone "on a" ends a caption well, since references go on so; no reference ends there."""
+    """By words alone "on a" ends a caption well, since references go on so; no reference ends
+    there.
+    """
     said = samples(VOCABULARY, [["two men on a", "two men on a bench"]], 9)
     unfinished, whole = Rewards("CIDEr", TRAIN, VOCABULARY)([2**62], said)[0].tolist()
     by_words = TokenCider(WORDS, VOCABULARY)
@@ -78,8 +102,14 @@ def test_a_mix_is_the_weighted_sum_of_what_the_scorer_gives_each_caption(spec):
     found = rewards(list(CAPTIONS), samples(VOCABULARY, SAID, 9))
     end = {i: [[*words, "<eos>"] for words in group] for i, group in WORDS.items()}
     for column in (0, 1):
-        per_image = score({i: [*said[column].split(), "<eos>"] for i, said in zip(CAPTIONS, SAID, strict=True)}, end).per_image
-        wanted = sum(weight * per_image[name.replace("BLEU-", "Bleu_")] for name, weight in parse_rewards(spec))
+        per_image = score(
+            {i: [*said[column].split(), "<eos>"] for i, said in zip(CAPTIONS, SAID, strict=True)},
+            end,
+        ).per_image
+        wanted = sum(
+            weight * per_image[name.replace("BLEU-", "Bleu_")]
+            for name, weight in parse_rewards(spec)
+        )
         np.testing.assert_allclose(found[:, column], wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -87,10 +117,17 @@ def test_a_mix_is_the_weighted_sum_of_what_the_scorer_gives_each_caption(spec):
 def test_pieces_of_words_are_rewarded_as_the_words_they_make(spec):
     pieces = Subwords.build((words for group in WORDS.values() for words in group), 40)
     by_piece, by_word = (Rewards(spec, TRAIN, vocabulary) for vocabulary in (pieces, VOCABULARY))
-    assert any(len(pieces.encode([word])) > 1 for group in WORDS.values() for words in group for word in words)
+    assert any(
+        len(pieces.encode([word])) > 1
+        for group in WORDS.values()
+        for words in group
+        for word in words
+    )
     for _ in range(2):  # words that only pieces make are forgotten again
         known = len(by_piece.references.vocabulary)
-        found = by_piece(list(CAPTIONS), samples(pieces, [*SAID[:2], ["a surfer rides a wave", "wavegrass"]], 30))
+        found = by_piece(
+            list(CAPTIONS), samples(pieces, [*SAID[:2], ["a surfer rides a wave", "wavegrass"]], 30)
+        )
         assert len(by_piece.references.vocabulary) == known
     wanted = by_word(list(CAPTIONS), samples(VOCABULARY, SAID, 30))
     np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=1e-5, atol=1e-6)
@@ -114,11 +151,20 @@ def mine(monkeypatch) -> types.ModuleType:
 
 def test_a_callable_gets_each_sample_with_its_references_and_is_weighed(mine):
     plain = Rewards("CIDEr", TRAIN, VOCABULARY)(list(CAPTIONS), samples(VOCABULARY, SAID, 9))
-    found = Rewards("CIDEr, mine_of_tests:brevity:0.1", TRAIN, VOCABULARY)(list(CAPTIONS), samples(VOCABULARY, SAID, 9))
+    found = Rewards("CIDEr, mine_of_tests:brevity:0.1", TRAIN, VOCABULARY)(
+        list(CAPTIONS), samples(VOCABULARY, SAID, 9)
+    )
     words = torch.tensor([[len(text.split()) for text in group] for group in SAID])
     torch.testing.assert_close(found, plain - 0.1 * words)
     captions, references, image_ids = mine.calls[0]
-    assert captions == [text for group in SAID for text in group] and image_ids == [7, 7, 2**62, 2**62, 3, 3]
+    assert captions == [text for group in SAID for text in group] and image_ids == [
+        7,
+        7,
+        2**62,
+        2**62,
+        3,
+        3,
+    ]
     assert references == [CAPTIONS[i] for i in image_ids]
 
 
@@ -134,27 +180,41 @@ def test_the_worked_example_of_the_documents_pays_for_colours_that_are_there(tmp
     (tmp_path / "colours.py").write_text(text.split("```python\n")[1].split("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
     said = samples(VOCABULARY, [["a brown dog", "a dog"]], 9)
-    plain, found = (Rewards(spec, TRAIN, VOCABULARY)([7], said) for spec in ("CIDEr", "CIDEr,colours:named:0.3"))
+    plain, found = (
+        Rewards(spec, TRAIN, VOCABULARY)([7], said) for spec in ("CIDEr", "CIDEr,colours:named:0.3")
+    )
     torch.testing.assert_close(found - plain, torch.tensor([[0.3, 0.0]]))
     colours = sys.modules["colours"]
     assert colours.named(["a red dog", "a brown dog"], [CAPTIONS[7]] * 2, [7, 7]) == [-1, 1]
 
 
-@pytest.mark.parametrize(("answer", "complaint"), [
-    ([1.0], "gave 1 numbers for 2 captions"), (["a", "b"], "does not give a number"), (None, "does not give a number"),
-    ([None, 1], "does not give a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ([1.0], "gave 1 numbers for 2 captions"),
+        (["a", "b"], "does not give a number"),
+        (None, "does not give a number"),
+        ([None, 1], "does not give a number"),
+    ],
+)
 def test_a_callable_that_gives_no_numbers_is_named(mine, answer, complaint):
     mine.wrong = lambda **_: answer
     with pytest.raises(UserError, match=complaint):
         Rewards("mine_of_tests:wrong", TRAIN, VOCABULARY)([3], samples(VOCABULARY, SAID[2:], 9))
 
 
-@pytest.mark.parametrize(("spec", "complaint"), [
-    ("CIDER", "is not one of CIDEr, BLEU-1"), ("no_such_module:f", "cannot be imported"), (":f", "cannot be imported"),
-    ("wrong_of_tests:f", "cannot be imported: SyntaxError"), ("json:dumps", "must take captions, references and image_ids"),
-    ("math:no_such", "cannot be imported"), ("math:pi", "is float, not a callable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("CIDER", "is not one of CIDEr, BLEU-1"),
+        ("no_such_module:f", "cannot be imported"),
+        (":f", "cannot be imported"),
+        ("wrong_of_tests:f", "cannot be imported: SyntaxError"),
+        ("json:dumps", "must take captions, references and image_ids"),
+        ("math:no_such", "cannot be imported"),
+        ("math:pi", "is float, not a callable"),
+    ],
+)
 def test_a_reward_that_is_not_there_is_named(spec, complaint, tmp_path, monkeypatch):
     (tmp_path / "wrong_of_tests.py").write_text("def f(captions:")
     monkeypatch.syspath_prepend(tmp_path)

@@ -18,7 +18,9 @@ def repeats(words: list[int], n: int) -> bool:
 
 
 def holds(words: list[int], phrase: tuple[int, ...]) -> bool:
-    return any(tuple(words[i : i + len(phrase)]) == phrase for i in range(len(words) - len(phrase) + 1))
+    return any(
+        tuple(words[i : i + len(phrase)]) == phrase for i in range(len(words) - len(phrase) + 1)
+    )
 
 
 @pytest.mark.parametrize("ngram", [0, 1, 2, 3])
@@ -31,7 +33,9 @@ def test_a_word_is_barred_exactly_where_it_would_break_a_rule(ngram):
         scores = torch.zeros(40, WORDS)
         barred(scores, words)
         for row, before in zip(scores.tolist(), words.tolist(), strict=True):
-            clean = not (ngram and repeats(before, ngram)) and not any(holds(before, phrase) for phrase in phrases)
+            clean = not (ngram and repeats(before, ngram)) and not any(
+                holds(before, phrase) for phrase in phrases
+            )
             if not clean:
                 continue
             for word in range(WORDS):
@@ -42,7 +46,9 @@ def test_a_word_is_barred_exactly_where_it_would_break_a_rule(ngram):
                 assert (row[word] == NEG_INF) == wrong, (before, word)
 
 
-@pytest.mark.parametrize("phrases", [((4,),), ((4, 5), (6,)), ((4, 4, 5),), ((4, 5, 4, 6), (5, 4)), ((3, 4, 5), (4, 6))])
+@pytest.mark.parametrize(
+    "phrases", [((4,),), ((4, 5), (6,)), ((4, 4, 5),), ((4, 5, 4, 6), (5, 4)), ((3, 4, 5), (4, 6))]
+)
 def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
     forced = PhrasalConstraint(phrases, torch.device("cpu"))
     assert forced.total == sum(map(len, phrases))
@@ -55,7 +61,11 @@ def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
                 if holds(so_far, phrase):
                     assert state == len(phrase)
                 else:
-                    begun = [n for n in range(len(phrase)) if tuple(so_far[len(so_far) - n :]) == phrase[:n]]
+                    begun = [
+                        n
+                        for n in range(len(phrase))
+                        if tuple(so_far[len(so_far) - n :]) == phrase[:n]
+                    ]
                     assert state == max(begun)
 
 
@@ -64,4 +74,6 @@ def test_progress_leaves_as_many_words_as_can_bring_in_the_rest():
     forced = PhrasalConstraint(((3, 4, 5), (4, 6)), torch.device("cpu"))
     assert forced.progress(torch.tensor([2, 1])).item() == 2
     assert forced.progress(torch.tensor([3, 1])).item() == 4
-    assert forced.next(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next(torch.tensor([3, 2])).tolist() == [-1, -1]
+    assert forced.next(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next(
+        torch.tensor([3, 2])
+    ).tolist() == [-1, -1]

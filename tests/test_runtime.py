@@ -14,7 +14,13 @@ from pipeline import runtime
 
 @pytest.mark.parametrize(
     ("text", "allowed"),
-    [("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("800000 100000", 8), ("max 100000", 8)],
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("800000 100000", 8),
+        ("max 100000", 8),
+    ],
 )
 def test_threads_keep_to_the_containers_quota(text, allowed, tmp_path, monkeypatch):
     (tmp_path / "cpu.max").write_text(text)
@@ -23,7 +29,9 @@ def test_threads_keep_to_the_containers_quota(text, allowed, tmp_path, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     said = runtime._keep_to_quota(tmp_path / "cpu.max")
-    assert threads == [allowed] and said == (f", {allowed} of 8 threads: the container's share" if allowed < 8 else "")
+    assert threads == [allowed] and said == (
+        f", {allowed} of 8 threads: the container's share" if allowed < 8 else ""
+    )
     threads[0] = 8
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert runtime._keep_to_quota(tmp_path / "cpu.max") == "" and threads == [8]
@@ -32,7 +40,9 @@ def test_threads_keep_to_the_containers_quota(text, allowed, tmp_path, monkeypat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept_and_it_is_said():
-    """Page faults of writing 64 MB again and again, after the set-up: hardly any once the heap is there."""
+    """Page faults of writing 64 MB again and again, after the set-up: hardly any once the heap is
+    there.
+    """
     code = (
         "import resource, torch\nfrom pipeline.runtime import open_machine\n"
         "print(open_machine('cpu'))\n"
@@ -42,7 +52,11 @@ def test_freed_memory_is_kept_and_it_is_said():
         "for _ in range(5): fill()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     said, faults = done.stdout.splitlines()
     assert "freed memory kept" in said and int(faults) < 5 * 16_000_000 * 4 / 4096 / 10

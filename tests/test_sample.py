@@ -1,4 +1,6 @@
-"""The drawn sample: captions are true, the judge is strict, files are COCO's, a seed gives the same bytes."""
+"""The drawn sample: captions are true, the judge is strict, files are COCO's, a seed gives the same
+bytes.
+"""
 
 import hashlib
 import json
@@ -63,7 +65,9 @@ def captioned() -> list[tuple[Scene, list[str]]]:
 
 def digests(root: Path) -> dict[str, str]:
     files = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def test_things_lie_whole_inside_the_picture_and_apart(captioned):
@@ -104,7 +108,9 @@ def test_every_drawn_caption_is_true_with_and_without_case_and_punctuation(capti
 
 def test_captions_vary_in_wording_and_use_every_word(captioned):
     text = " ".join(caption.lower() for _, captions in captioned for caption in captions)
-    words = {word for group in (SIZES, RELATIONS) for synonyms in group.values() for word in synonyms}
+    words = {
+        word for group in (SIZES, RELATIONS) for synonyms in group.values() for word in synonyms
+    }
     assert all(re.search(rf"\b{word}\b", text) for word in words | set(COLOURS) | set(SHAPES))
     sentences = [caption for _, captions in captioned for caption in captions]
     assert len(set(sentences)) > 0.98 * len(sentences)
@@ -123,7 +129,11 @@ def test_changing_a_single_attribute_makes_a_caption_false_unless_the_scene_has_
                 for found in re.finditer(rf"\b({'|'.join(words)})\b", caption.lower()):
                     for other in words:
                         if meaning.get(other, other) != meaning.get(found[0], found[0]):
-                            altered = caption.lower()[: found.start()] + other + caption.lower()[found.end() :]
+                            altered = (
+                                caption.lower()[: found.start()]
+                                + other
+                                + caption.lower()[found.end() :]
+                            )
                             assert not is_true(altered, scene), altered
                             changed += 1
     assert changed > 5000
@@ -131,18 +141,37 @@ def test_changing_a_single_attribute_makes_a_caption_false_unless_the_scene_has_
 
 def test_changing_the_relation_makes_a_caption_false_unless_the_centres_differ_that_way_too():
     a, b = SCENE.things[:2]
-    truth = {"left": True, "right": False, "above": True, "below": False}  # 120 pixels left, 20 higher
+    truth = {
+        "left": True,
+        "right": False,
+        "above": True,
+        "below": False,
+    }  # 120 pixels left, 20 higher
     for relation, phrases in RELATIONS.items():
         for phrase in phrases:
-            assert is_true(f"a small red circle is {phrase} a big blue square", SCENE) == truth[relation]
-            assert is_true(f"{phrase} a big blue square is a small red circle", SCENE) == truth[relation]
-            assert is_true(f"a big blue square with a small red circle {phrase} it", SCENE) == truth[relation]
+            assert (
+                is_true(f"a small red circle is {phrase} a big blue square", SCENE)
+                == truth[relation]
+            )
+            assert (
+                is_true(f"{phrase} a big blue square is a small red circle", SCENE)
+                == truth[relation]
+            )
+            assert (
+                is_true(f"a big blue square with a small red circle {phrase} it", SCENE)
+                == truth[relation]
+            )
     level = Scene((a, Thing(*b.words, b.x, a.y + TRUE_BY - 1, b.radius)))
     assert not is_true("a small red circle above a big blue square", level)
 
 
 def test_words_of_a_phrase_may_stand_in_any_order():
-    for phrase in ("tiny red circle", "red little circle", "circle in red of small size", "small circle in red"):
+    for phrase in (
+        "tiny red circle",
+        "red little circle",
+        "circle in red of small size",
+        "small circle in red",
+    ):
         assert is_true(f"The {phrase} is to the left of a large blue square.", SCENE), phrase
 
 
@@ -198,7 +227,10 @@ def test_a_larger_sample_begins_with_the_smaller_ones_scenes(sample, tmp_path):
     small, large = digests(tmp_path / "small"), digests(sample)
     names = [name for name in small if name.endswith(".jpg")]
     assert len(names) == 10 and all(small[name] == large[name] for name in names)
-    few, many = (json.loads((root / "dataset_sample.json").read_text()) for root in (tmp_path / "small", sample))
+    few, many = (
+        json.loads((root / "dataset_sample.json").read_text())
+        for root in (tmp_path / "small", sample)
+    )
     assert few["images"] == many["images"][:10]
     assert load_scenes(tmp_path / "small").items() <= load_scenes(sample).items()
 
@@ -226,7 +258,9 @@ def test_the_split_file_is_karpathys_and_agrees_with_coco(sample):
     by_id = {}
     for folder in ("train2014", "val2014"):
         content = json.loads((sample / "annotations" / f"captions_{folder}.json").read_text())
-        by_id |= {each["id"]: (each["image_id"], each["caption"]) for each in content["annotations"]}
+        by_id |= {
+            each["id"]: (each["image_id"], each["caption"]) for each in content["annotations"]
+        }
     assert [image["imgid"] for image in images] == list(range(COUNT))
     for image in images:
         assert (sample / image["filepath"] / image["filename"]).is_file()
@@ -238,14 +272,21 @@ def test_the_split_file_is_karpathys_and_agrees_with_coco(sample):
             assert sentence["tokens"] == re.findall(r"\w+", sentence["raw"].lower())
     assert not by_id
     splits = [image["split"] for image in images]
-    assert {name: splits.count(name) for name in set(splits)} == {"train": 62, "restval": 2, "val": 8, "test": 8}
+    assert {name: splits.count(name) for name in set(splits)} == {
+        "train": 62,
+        "restval": 2,
+        "val": 8,
+        "test": 8,
+    }
 
 
 def test_a_sample_that_exists_is_left_alone_and_one_that_differs_is_an_error(sample, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in sample.rglob("*")}
     ensure_sample(sample, COUNT, SEED)
     assert {path: path.stat().st_mtime_ns for path in sample.rglob("*")} == before
-    with pytest.raises(DataError, match=f"count {COUNT}, seed {SEED}, not of .*count {COUNT}, seed 9"):
+    with pytest.raises(
+        DataError, match=f"count {COUNT}, seed {SEED}, not of .*count {COUNT}, seed 9"
+    ):
         ensure_sample(sample, COUNT, seed=9)
     with pytest.raises(DataError, match="count 81"):
         ensure_sample(sample, COUNT + 1, SEED)

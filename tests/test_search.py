@@ -1,4 +1,6 @@
-"""Beam search against brute force and step-by-step twins, at sizes where everything can be tried."""
+"""Beam search against brute force and step-by-step twins, at sizes where everything can be
+tried.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 def search(captioner, regions, beams, max_length=7, never=(PAD, BOS, UNK), penalty=1.0, **names):
     with torch.no_grad():
         options = Generation(
-            num_beams=beams, max_length=max_length, suppress_tokens=tuple(never), length_penalty=penalty, **names
+            num_beams=beams,
+            max_length=max_length,
+            suppress_tokens=tuple(never),
+            length_penalty=penalty,
+            **names,
         )
         found = beam_search(captioner, captioner.encode(regions), options)
         return found.tokens[:, 0], found.scores[:, 0]
@@ -36,14 +42,18 @@ def brute_force(captioner, regions, words, max_length, penalty):
     memory = captioner.encode(regions)
     best, best_score = None, float("-inf")
     captions = [
-        [*body, EOS] for length in range(max_length) for body in itertools.product(words, repeat=length)
+        [*body, EOS]
+        for length in range(max_length)
+        for body in itertools.product(words, repeat=length)
     ] + [list(body) for body in itertools.product(words, repeat=max_length)]
     for caption in captions:
         tokens = torch.tensor([[[BOS, *caption[:-1]]]])
         logits = captioner.decode(tokens, memory)[0, 0].detach()
         logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
         scores = logits.log_softmax(-1)
-        score = sum(scores[t, word].item() for t, word in enumerate(caption)) / len(caption) ** penalty
+        score = (
+            sum(scores[t, word].item() for t, word in enumerate(caption)) / len(caption) ** penalty
+        )
         if score > best_score:
             best, best_score = caption, score
     return best, best_score
@@ -84,7 +94,9 @@ def test_an_image_decodes_alone_as_in_any_batch_and_position(beams):
     together, scores = search(captioner, regions, beams)
     order = torch.tensor([3, 6, 0, 2, 5, 1, 4])
     moved, moved_scores = search(captioner, Regions(*(part[order] for part in regions)), beams)
-    assert torch.equal(moved, together[order]) and torch.allclose(moved_scores, scores[order], atol=1e-5)
+    assert torch.equal(moved, together[order]) and torch.allclose(
+        moved_scores, scores[order], atol=1e-5
+    )
     for b in range(7):
         alone, score = search(captioner, Regions(*(part[b : b + 1] for part in regions)), beams)
         assert torch.equal(alone[0], together[b]) and torch.allclose(score[0], scores[b], atol=1e-5)
@@ -94,7 +106,9 @@ def test_padded_regions_give_the_same_captions():
     captioner, regions = tiny(), some_regions(4)
     noise = some_regions(4, 3, seed=9)
     padded = Regions(
-        torch.cat([regions.features, noise.features], 1), torch.cat([regions.boxes, noise.boxes], 1), regions.counts
+        torch.cat([regions.features, noise.features], 1),
+        torch.cat([regions.boxes, noise.boxes], 1),
+        regions.counts,
     )
     assert torch.equal(search(captioner, padded, 3)[0], search(captioner, regions, 3)[0])
 
@@ -103,7 +117,9 @@ def test_padded_regions_give_the_same_captions():
 def test_the_reported_score_is_the_captions_own(beams):
     """A lost cache reorder or a shifted position would make the words' score another one."""
     captioner, regions = tiny(), some_regions(12)
-    captioner.output_bias.data[EOS] = -3  # long captions: a beam's past matters more, the more there is of it
+    captioner.output_bias.data[
+        EOS
+    ] = -3  # long captions: a beam's past matters more, the more there is of it
     tokens, scores = search(captioner, regions, beams, penalty=0.7)
     assert (tokens != EOS).sum(1).float().mean() > 4
     for b in range(12):
@@ -149,13 +165,17 @@ def test_ties_break_the_same_on_every_run():
 
 
 @pytest.mark.parametrize("share", [0, 10**9])
-def test_captions_are_the_same_whether_finished_images_leave_at_once_or_stay_to_the_end(share, monkeypatch):
+def test_captions_are_the_same_whether_finished_images_leave_at_once_or_stay_to_the_end(
+    share, monkeypatch
+):
     captioner, regions = tiny(), some_regions(40)
     options = Generation(num_beams=3, max_length=7, num_return_sequences=3)
     found = beam_search(captioner, captioner.encode(regions), options)
     monkeypatch.setattr(searching, "SHARE", share)  # 0: fixed shapes, as on a GPU
     other = beam_search(captioner, captioner.encode(regions), options)
-    assert torch.equal(found.tokens, other.tokens) and torch.allclose(found.scores, other.scores, atol=1e-5)
+    assert torch.equal(found.tokens, other.tokens) and torch.allclose(
+        found.scores, other.scores, atol=1e-5
+    )
     assert len((found.tokens[:, 0] != EOS).sum(1).unique()) > 2  # they finish at different steps
 
 
@@ -169,7 +189,9 @@ def test_what_was_given_to_the_search_is_whole_after_it():
 
 def test_the_exact_search_scores_at_least_as_much_as_the_early_ones():
     captioner, regions = tiny(), some_regions(60)
-    found = {how: search(captioner, regions, 3, early_stopping=how)[1] for how in (True, False, "never")}
+    found = {
+        how: search(captioner, regions, 3, early_stopping=how)[1] for how in (True, False, "never")
+    }
     assert all((found["never"] >= found[early] - 1e-5).all() for early in (True, False))
     assert (found["never"] > found[True] + 1e-3).any()
 
@@ -183,14 +205,19 @@ def test_an_end_that_is_no_likelier_than_the_beams_does_not_stop_an_early_search
 
 @pytest.mark.parametrize("several", [False, True])
 def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(several, monkeypatch):
-    """In bf16: what is found and its log p are those of an output layer in fp32 over the same states."""
+    """In bf16: what is found and its log p are those of an output layer in fp32 over the same
+    states.
+    """
     captioner, regions = tiny(), some_regions(40)
     captioner.output_bias.data[EOS] = -1
     one = Ensemble([captioner, tiny(decoder_layers=1)]) if several else captioner
     options = Generation(num_beams=4, num_return_sequences=2, max_length=7)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         memory = one.encode(regions)
-        assert one.next_words(torch.full((40, 1, 1), BOS), memory, one.init_cache(memory, 1))[1] is not None
+        assert (
+            one.next_words(torch.full((40, 1, 1), BOS), memory, one.init_cache(memory, 1))[1]
+            is not None
+        )
         found = beam_search(one, memory, options)
 
         def exactly(self, states):
@@ -200,10 +227,12 @@ def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(severa
         monkeypatch.setattr(type(captioner), "logits", exactly)
         wanted = beam_search(one, memory, options)
     same = (found.tokens == wanted.tokens).all(2)
-    assert same.float().mean() > 0.95 and torch.allclose(found.log_p[same], wanted.log_p[same], atol=2e-2)
+    assert same.float().mean() > 0.95 and torch.allclose(
+        found.log_p[same], wanted.log_p[same], atol=2e-2
+    )
 
 
-# -------------------------------------------------------------------------------------------------- several, under rules
+# ----------------------------------------------------------------------------- several, under rules
 
 
 def all_captions(captioner, regions, words, max_length, penalty, keep=lambda body: True):
@@ -227,16 +256,29 @@ RULES = {
     "no bigram twice": ({"no_repeat_ngram_size": 2}, lambda body: not repeats(body, 2)),
     "no word twice": ({"no_repeat_ngram_size": 1}, lambda body: not repeats(body, 1)),
     "at least 3 words": ({"min_length": 3}, lambda body: len(body) >= 3),
-    "bad word and phrase": ({"bad_words_ids": ((5,), (4, 6))}, lambda body: 5 not in body and not holds(body, (4, 6))),
+    "bad word and phrase": (
+        {"bad_words_ids": ((5,), (4, 6))},
+        lambda body: 5 not in body and not holds(body, (4, 6)),
+    ),
     "a forced word": ({"force_words_ids": ((5,),)}, lambda body: 5 in body),
-    "forced phrases": ({"force_words_ids": ((5, 6), (4,))}, lambda body: holds(body, (5, 6)) and 4 in body),
+    "forced phrases": (
+        {"force_words_ids": ((5, 6), (4,))},
+        lambda body: holds(body, (5, 6)) and 4 in body,
+    ),
     "phrases in phrases": (
         {"force_words_ids": ((5,), (6, 5), (5,))},
         lambda body: holds(body, (6, 5)),
     ),
     "all together": (
-        {"force_words_ids": ((6,),), "bad_words_ids": ((4, 4),), "min_length": 2, "no_repeat_ngram_size": 2},
-        lambda body: 6 in body and not holds(body, (4, 4)) and len(body) >= 2 and not repeats(body, 2),
+        {
+            "force_words_ids": ((6,),),
+            "bad_words_ids": ((4, 4),),
+            "min_length": 2,
+            "no_repeat_ngram_size": 2,
+        },
+        lambda body: (
+            6 in body and not holds(body, (4, 4)) and len(body) >= 2 and not repeats(body, 2)
+        ),
     ),
 }
 
@@ -250,9 +292,13 @@ def test_a_wide_beam_finds_the_best_captions_that_keep_the_rules(name, penalty):
         captioner, regions = tiny(), some_regions(1, seed=seed)
         captioner.output_bias.data[EOS] = -2 * (seed > 1)
         options = Generation(
-            num_beams=3**limit, max_length=limit, length_penalty=penalty, num_return_sequences=count,
-            suppress_tokens=tuple(w for w in range(WORDS) if w not in (*words, EOS)), **names,
-        )  # fmt: skip
+            num_beams=3**limit,
+            max_length=limit,
+            length_penalty=penalty,
+            num_return_sequences=count,
+            suppress_tokens=tuple(w for w in range(WORDS) if w not in (*words, EOS)),
+            **names,
+        )
         found = beam_search(captioner, captioner.encode(regions), options)
         wanted = all_captions(captioner, regions, words, limit, penalty, keep)[:count]
         for n, (score, log_p, body) in enumerate(wanted):
@@ -266,26 +312,45 @@ def test_a_wide_beam_finds_the_best_captions_that_keep_the_rules(name, penalty):
 def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
     captioner, regions = tiny(), some_regions(6, seed=seed)
     captioner.output_bias.data[EOS] = (-2, 1)[seed % 2]
-    rules = {"min_length": 3, "max_length": 6, "no_repeat_ngram_size": 2, "bad_words_ids": ((9,), (4, 5), (7, 7, 8))}
+    rules = {
+        "min_length": 3,
+        "max_length": 6,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": ((9,), (4, 5), (7, 7, 8)),
+    }
     ways = [
         {"num_beams": 1},
         {"num_beams": 4, "num_return_sequences": 4},
         {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.7, "num_return_sequences": 5},
         {"num_beams": 2, "force_words_ids": ((8,), (10, 4)), "num_return_sequences": 2},
         {"num_beams": 1, "force_words_ids": ((6, 5, 4, 6, 10, 7),)},
-        {"do_sample": True, "num_return_sequences": 20, "temperature": 2.0, "top_k": 6, "top_p": 0.95},
+        {
+            "do_sample": True,
+            "num_return_sequences": 20,
+            "temperature": 2.0,
+            "top_k": 6,
+            "top_p": 0.95,
+        },
     ]
     for way in ways:
         memory = captioner.encode(regions)
-        found = generate(captioner, memory, Generation(**rules, **way), torch.Generator().manual_seed(seed))
+        found = generate(
+            captioner, memory, Generation(**rules, **way), torch.Generator().manual_seed(seed)
+        )
         count = 0
-        for tokens, score in zip(found.tokens.flatten(0, 1).tolist(), found.scores.flatten().tolist(), strict=True):
+        for tokens, score in zip(
+            found.tokens.flatten(0, 1).tolist(), found.scores.flatten().tolist(), strict=True
+        ):
             if score == float("-inf"):
                 continue
             count += 1
             body = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
             assert 3 <= len(body) <= 6 and all(word == EOS for word in tokens[len(body) :])
-            assert not {PAD, BOS, UNK, 9} & set(body) and not holds(body, (4, 5)) and not holds(body, (7, 7, 8))
+            assert (
+                not {PAD, BOS, UNK, 9} & set(body)
+                and not holds(body, (4, 5))
+                and not holds(body, (7, 7, 8))
+            )
             assert not repeats(body, 2)
             assert all(holds(body, phrase) for phrase in way.get("force_words_ids", ()))
         assert count >= 6
@@ -294,15 +359,21 @@ def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
 def test_rules_that_no_caption_keeps_are_an_error():
     captioner = tiny()
     with pytest.raises(ModelError, match="no caption was found that keeps all rules"):
-        generate_from_regions(captioner, some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),))
+        generate_from_regions(
+            captioner, some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),)
+        )
 
 
 def test_samples_that_the_rules_leave_no_word_are_an_error_or_left_out():
     captioner, regions = tiny(), some_regions(2)
     rules = {"do_sample": True, "no_repeat_ngram_size": 1, "num_return_sequences": 5}
     with pytest.raises(ModelError, match="no caption was found"):
-        generate_from_regions(captioner, regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
-    found = generate_from_regions(captioner, regions, min_length=3, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules)
+        generate_from_regions(
+            captioner, regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules
+        )
+    found = generate_from_regions(
+        captioner, regions, min_length=3, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules
+    )
     assert torch.isfinite(found.log_p).all()
 
 
@@ -318,7 +389,9 @@ def test_groups_without_diversity_are_the_same_search_several_times():
     captioner, regions = tiny(), some_regions(5)
     captioner.output_bias.data[EOS] = -2
     alone = generate_from_regions(captioner, regions, num_beams=2, num_return_sequences=2)
-    groups = generate_from_regions(captioner, regions, num_beams=6, num_beam_groups=3, num_return_sequences=2)
+    groups = generate_from_regions(
+        captioner, regions, num_beams=6, num_beam_groups=3, num_return_sequences=2
+    )
     assert torch.equal(alone.tokens, groups.tokens)
 
 
@@ -333,18 +406,31 @@ def test_diverse_groups_choose_as_a_plain_loop_would():
         for g, beams in enumerate(groups):
             options = []
             for words, score in beams:
-                logits = captioner.decode(torch.tensor([[[BOS, *words]]]), memory)[0, 0, -1].detach()
+                logits = captioner.decode(torch.tensor([[[BOS, *words]]]), memory)[
+                    0, 0, -1
+                ].detach()
                 logits[[PAD, BOS, UNK]] = float("-inf")
                 for word, log_p in enumerate(logits.log_softmax(0).tolist()):
-                    options.append((score + log_p - cost * chosen.count(word), score + log_p, [*words, word]))
+                    options.append(
+                        (score + log_p - cost * chosen.count(word), score + log_p, [*words, word])
+                    )
             options.sort(key=lambda option: -option[0])
             groups[g] = [(words, score) for _, score, words in options[:2]]
             chosen += [words[-1] for words, _ in groups[g]]
-    found = generate_from_regions(captioner, 
-        regions, num_beams=4, num_beam_groups=2, diversity_penalty=cost, max_length=limit, num_return_sequences=4
+    found = generate_from_regions(
+        captioner,
+        regions,
+        num_beams=4,
+        num_beam_groups=2,
+        diversity_penalty=cost,
+        max_length=limit,
+        num_return_sequences=4,
     )
     wanted = {tuple(words): score for beams in groups for words, score in beams}
-    got = {tuple(words): score for words, score in zip(found.tokens[0].tolist(), found.log_p[0].tolist(), strict=True)}
+    got = {
+        tuple(words): score
+        for words, score in zip(found.tokens[0].tolist(), found.log_p[0].tolist(), strict=True)
+    }
     assert set(got) >= set(wanted)
     assert all(got[words] == pytest.approx(wanted[words], abs=1e-4) for words in wanted)
 
@@ -384,20 +470,34 @@ def test_a_captured_search_finds_what_the_plain_one_finds():
         assert torch.equal(search(memory).tokens, beam_search(captioner, memory, options).tokens)
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
-def draw(captioner, regions, captions, max_length=3, never=(PAD, BOS, UNK, 7, 8, 9, 10), seed=0, **options):
+def draw(
+    captioner,
+    regions,
+    captions,
+    max_length=3,
+    never=(PAD, BOS, UNK, 7, 8, 9, 10),
+    seed=0,
+    **options,
+):
     with torch.no_grad():
         memory = captioner.encode(regions)
         generator = torch.Generator().manual_seed(seed)
         options = Generation(
-            do_sample=True, num_return_sequences=captions, max_length=max_length, suppress_tokens=tuple(never), **options
+            do_sample=True,
+            num_return_sequences=captions,
+            max_length=max_length,
+            suppress_tokens=tuple(never),
+            **options,
         )
         return sample(captioner, memory, options, generator)[::2]
 
 
-def probabilities(captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temperature=1.0) -> dict[tuple, float]:
+def probabilities(
+    captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temperature=1.0
+) -> dict[tuple, float]:
     """The probability of every caption over `words`, by the chain rule."""
     memory = captioner.encode(regions)
     found = {}
@@ -406,7 +506,10 @@ def probabilities(captioner, regions, max_length=3, words=(EOS, 4, 5, 6), temper
         if len(caption) == max_length or EOS in caption:
             found[(*caption, *[EOS] * (max_length - len(caption)))] = so_far
             return
-        logits = captioner.decode(torch.tensor([[[BOS, *caption]]]), memory)[0, 0, -1].detach() / temperature
+        logits = (
+            captioner.decode(torch.tensor([[[BOS, *caption]]]), memory)[0, 0, -1].detach()
+            / temperature
+        )
         for word, p in zip(words, logits[list(words)].softmax(0).tolist(), strict=True):
             expand([*caption, word], so_far * p)
 
@@ -426,11 +529,16 @@ def test_sampling_frequencies_are_the_softmax_s(temperature):
         drawn[caption] = drawn.get(caption, 0) + 1
         assert score == pytest.approx(torch.tensor(wanted[caption]).log().item(), abs=1e-3)
     likely = [caption for caption in wanted if wanted[caption] * count >= 5]
-    rest = count - sum(drawn.get(caption, 0) for caption in likely), count * (1 - sum(wanted[c] for c in likely))
+    rest = (
+        count - sum(drawn.get(caption, 0) for caption in likely),
+        count * (1 - sum(wanted[c] for c in likely)),
+    )
     chi = sum((drawn.get(c, 0) - wanted[c] * count) ** 2 / (wanted[c] * count) for c in likely)
     chi += (rest[0] - rest[1]) ** 2 / rest[1] if rest[1] >= 5 else 0
     freedom = len(likely)
-    assert chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 6  # a normal bound above chi-square's 99.9th per cent point
+    assert (
+        chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
+    )  # a normal bound above chi-square's 99.9th per cent point
 
 
 def test_the_likeliest_words_alone_are_drawn_from():
@@ -453,7 +561,9 @@ def test_the_likeliest_words_alone_are_drawn_from():
 
 def test_one_seed_draws_the_same_captions_and_an_ended_one_stays_ended():
     captioner, regions = tiny(), some_regions(3)
-    one, two, other = (draw(captioner, regions, 20, 7, (PAD, BOS, UNK), seed)[0] for seed in (1, 1, 2))
+    one, two, other = (
+        draw(captioner, regions, 20, 7, (PAD, BOS, UNK), seed)[0] for seed in (1, 1, 2)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
     after = (one == EOS).cumsum(2) > 0
     assert (one[after] == EOS).all() and not set(one.flatten().tolist()) & {PAD, BOS, UNK}

@@ -1,4 +1,6 @@
-"""Caches that nothing can spoil: kills, full disks, flipped bytes, two writers; and how they are checked, mended and packed."""
+"""Caches that nothing can spoil: kills, full disks, flipped bytes, two writers; and how they are
+checked, mended and packed.
+"""
 
 from __future__ import annotations
 
@@ -29,38 +31,46 @@ from data.cache.writer import plan_retry, plan_shards, stamp, verify_shard, writ
 from pipeline.cli import UserError
 from pipeline.extraction import maintenance as keeping
 from pipeline.runtime import Machine
-from tests.test_features import IDENTITY, cache, small_shards, some_images, write_plan  # noqa: F401  fixtures
+
+# fixtures
+from tests.test_features import IDENTITY, some_images, write_plan
 
 CPU = torch.device("cpu")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# --------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 
 
 def kill(photographs: Path, work: Path, *options: object) -> str:
     command = [sys.executable, "-m", "tests.kill_extraction", photographs, work, *options]
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_kills_at_random_moments_leave_whole_shards_and_the_same_cache(tmp_path, real):
-    told = kill(real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 300, "--shard-images", 40)
+    told = kill(
+        real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 300, "--shard-images", 40
+    )
     assert "killed 5 times" in told and "two runs at once into one folder: the same cache" in told
 
 
 @pytest.mark.slow
 def test_fifty_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
-    assert "killed 50 times" in kill(real / "flickr8k" / "images", tmp_path, "--kills", 50, "--limit", 1500)
+    assert "killed 50 times" in kill(
+        real / "flickr8k" / "images", tmp_path, "--kills", 50, "--limit", 1500
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- claims
+# ------------------------------------------------------------------------------------------- claims
 
 
 @pytest.fixture
-def shard(tmp_path, small_shards):  # noqa: F811
+def shard(tmp_path, small_shards):
     return plan_shards(some_images(3), tmp_path)[0]
 
 
@@ -83,10 +93,18 @@ def test_a_finished_shard_is_taken_by_nobody(shard):
 
 
 def test_the_claim_of_a_dead_process_is_taken_over_and_its_scraps_removed(shard):
-    run = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     with Claims(shard.path.parent) as claims:
         record = {**claims.me, "pid": int(run.stdout)}
-        for left in (record, {**claims.me, "start": "1"}):  # dead; and its number given to another process since
+        for left in (
+            record,
+            {**claims.me, "start": "1"},
+        ):  # dead; and its number given to another process since
             claim_of(shard).write_text(json.dumps(left))
             scrap = shard.path.with_name(f".{shard.path.name}.{run.stdout.strip()}.tmp")
             scrap.write_text("half")
@@ -121,19 +139,29 @@ def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
         assert time.time() - claim_of(shard).stat().st_mtime < 10
 
 
-# ----------------------------------------------------------------------------------------------------------- full disks
+# --------------------------------------------------------------------------------------- full disks
 
 
 def whole_rows(shard) -> tuple:
     n = len(shard.images)
     features = np.ones((n, 4, 3), np.float16)
-    return [Rows(features, np.zeros((n, 4, 4), np.float32), np.full(n, 4))], np.ones((n, 2)), [], IDENTITY, {}
+    return (
+        [Rows(features, np.zeros((n, 4, 4), np.float32), np.full(n, 4))],
+        np.ones((n, 2)),
+        [],
+        IDENTITY,
+        {},
+    )
 
 
-def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_shards):  # noqa: F811
+def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_shards):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("a small tmpfs cannot be mounted here (it takes root)")
     try:
@@ -143,21 +171,30 @@ def test_a_full_disk_is_a_plain_error_and_leaves_what_was_there(tmp_path, small_
         (folder / "filler").write_bytes(b"x" * (260_000 - len(before)))
         large = np.ones((10, 4, 3000), np.float16)
         with pytest.raises(OSError) as error:
-            write_shard(two, two.images, [whole_rows(two)[0][0]._replace(features=large)], *whole_rows(two)[1:])
+            write_shard(
+                two,
+                two.images,
+                [whole_rows(two)[0][0]._replace(features=large)],
+                *whole_rows(two)[1:],
+            )
         assert error.value.errno == errno.ENOSPC and "shard-00001.h5" in error.value.filename
-        assert one.path.read_bytes() == before and not two.path.exists() and not list(folder.glob(".*tmp"))
+        assert (
+            one.path.read_bytes() == before
+            and not two.path.exists()
+            and not list(folder.glob(".*tmp"))
+        )
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
-# ------------------------------------------------------------------------------------------------- checked and mended
+# ------------------------------------------------------------------------------- checked and mended
 
 
-def test_a_cache_as_written_has_nothing_wrong(cache):  # noqa: F811
+def test_a_cache_as_written_has_nothing_wrong(cache):
     assert [verify_shard(path) for path in shard_paths(cache)] == [[]] * 4
 
 
-def test_a_flipped_byte_of_a_row_is_named_by_shard_row_and_image(cache):  # noqa: F811
+def test_a_flipped_byte_of_a_row_is_named_by_shard_row_and_image(cache):
     path = cache / "shard-00001.h5"
     with h5py.File(path) as file:
         at = file["features"].id.get_offset() + 3 * 4 * 3 * 2 + 5
@@ -168,8 +205,10 @@ def test_a_flipped_byte_of_a_row_is_named_by_shard_row_and_image(cache):  # noqa
     assert "shard-00001.h5: row 3, image 13 (photos/13.jpg), is not as it was written" in problem
 
 
-@pytest.mark.parametrize("name", ["boxes", "counts", "image_ids", "sizes", "names", "provenance", "unreadable"])
-def test_a_change_in_any_table_or_attribute_is_found(cache, name):  # noqa: F811
+@pytest.mark.parametrize(
+    "name", ["boxes", "counts", "image_ids", "sizes", "names", "provenance", "unreadable"]
+)
+def test_a_change_in_any_table_or_attribute_is_found(cache, name):
     path = cache / "shard-00002.h5"
     with h5py.File(path, "r+") as file:
         if name in file.attrs:
@@ -180,7 +219,7 @@ def test_a_change_in_any_table_or_attribute_is_found(cache, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "older format", "foreign HDF5"])
-def test_what_is_no_whole_shard_is_told_not_raised(cache, damage):  # noqa: F811
+def test_what_is_no_whole_shard_is_told_not_raised(cache, damage):
     path = cache / "shard-00001.h5"
     if damage == "foreign HDF5":
         path.unlink()
@@ -190,29 +229,40 @@ def test_what_is_no_whole_shard_is_told_not_raised(cache, damage):  # noqa: F811
         with h5py.File(path, "r+") as file:
             file.attrs["format"] = 0
     else:
-        path.write_bytes({"truncated": path.read_bytes()[:-20], "empty": b"", "text": b"not HDF5"}[damage])
+        path.write_bytes(
+            {"truncated": path.read_bytes()[:-20], "empty": b"", "text": b"not HDF5"}[damage]
+        )
     (problem, *_) = verify_shard(path)
     assert "shard-00001.h5" in problem
 
 
-# ----------------------------------------------------------------------------------------------------- unreadable again
+# --------------------------------------------------------------------------------- unreadable again
 
 
-def test_only_unreadable_photographs_that_changed_are_tried_again(tmp_path, small_shards):  # noqa: F811
+def test_only_unreadable_photographs_that_changed_are_tried_again(tmp_path, small_shards):
     photos = tmp_path / "photos"
     photos.mkdir()
-    images = [image.__class__(image.id, image.name, photos / f"{image.id}.jpg", "train", ()) for image in some_images(12)]
+    images = [
+        image.__class__(image.id, image.name, photos / f"{image.id}.jpg", "train", ())
+        for image in some_images(12)
+    ]
     for image in images:
         image.path.write_text("broken")
     folder = tmp_path / "cache"
     folder.mkdir()
     for shard in plan_shards(images, folder):
-        lost = [shards.Unreadable(i.id, i.name, "broken", *stamp(i.path)) for i in shard.images if i.id in (3, 11)]
+        lost = [
+            shards.Unreadable(i.id, i.name, "broken", *stamp(i.path))
+            for i in shard.images
+            if i.id in (3, 11)
+        ]
         kept = [image for image in shard.images if image.id not in (3, 11)]
         rows = whole_rows(shards.Shard(shard.path, shard.plan, tuple(kept)))
         write_shard(shard, kept, *rows[:2], lost, IDENTITY, {})
     assert plan_retry(images, folder, every=False) == []
-    assert [[i.id for i in shard.images] for shard in plan_retry(images, folder, every=True)] == [[3, 11]]
+    assert [[i.id for i in shard.images] for shard in plan_retry(images, folder, every=True)] == [
+        [3, 11]
+    ]
     images[11].path.write_text("mended")
     (again,) = plan_retry(images, folder, every=False)
     assert [i.id for i in again.images] == [11] and again.path.name == "shard-00002.h5"
@@ -222,10 +272,10 @@ def test_only_unreadable_photographs_that_changed_are_tried_again(tmp_path, smal
     assert len(plan_shards(images, folder)) == 2  # the first plan stands
 
 
-# -------------------------------------------------------------------------------------------------------------- packed
+# ------------------------------------------------------------------------------------------- packed
 
 
-def test_a_packed_file_reads_as_its_cache_and_in_plain_h5py(cache, tmp_path):  # noqa: F811
+def test_a_packed_file_reads_as_its_cache_and_in_plain_h5py(cache, tmp_path):
     (cache / "backbone.safetensors").write_bytes(b"weights")
     shards.pack(FeatureCache(cache), tmp_path / "out" / "packed.h5")
     packed = FeatureCache(tmp_path / "out" / "packed.h5")
@@ -241,11 +291,11 @@ def test_a_packed_file_reads_as_its_cache_and_in_plain_h5py(cache, tmp_path):  #
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["packed.h5"]
 
 
-def test_features_h5_stands_for_the_cache_that_it_lies_in(cache):  # noqa: F811
+def test_features_h5_stands_for_the_cache_that_it_lies_in(cache):
     assert FeatureCache(cache / "features.h5").rows([3, 30]).features.shape == (2, 4, 3)
 
 
-def test_an_image_in_two_shards_is_packed_once(tmp_path, small_shards):  # noqa: F811
+def test_an_image_in_two_shards_is_packed_once(tmp_path, small_shards):
     folder = tmp_path / "cache"
     write_plan(folder, some_images(10))
     shutil.copy(folder / "shard-00000.h5", folder / "shard-00001.h5")
@@ -253,10 +303,10 @@ def test_an_image_in_two_shards_is_packed_once(tmp_path, small_shards):  # noqa:
     assert FeatureCache(tmp_path / "packed.h5").ids.tolist() == list(range(10))
 
 
-# -------------------------------------------------------------------------------------------------------- several plans
+# ------------------------------------------------------------------------------------ several plans
 
 
-def test_images_of_a_smaller_plan_whose_shard_is_gone_get_one_of_their_own(tmp_path, small_shards):  # noqa: F811
+def test_images_of_a_smaller_plan_whose_shard_is_gone_get_one_of_their_own(tmp_path, small_shards):
     folder, images = tmp_path / "cache", some_images(35)
     write_plan(folder, images[:15])
     write_plan(folder, images)
@@ -269,15 +319,20 @@ def test_images_of_a_smaller_plan_whose_shard_is_gone_get_one_of_their_own(tmp_p
     assert {path.name for path in shard_paths(folder)} == before
 
 
-def test_two_plans_that_begin_at_once_end_with_all_images(tmp_path, small_shards):  # noqa: F811
-    """Both plan shard-00000 while the folder is empty; one is first with some, the other with the rest."""
+def test_two_plans_that_begin_at_once_end_with_all_images(tmp_path, small_shards):
+    """Both plan shard-00000 while the folder is empty; one is first with some, the other with the
+    rest.
+    """
     folder = tmp_path / "cache"
     folder.mkdir()
     plans = [plan_shards(some_images(25), folder), plan_shards(some_images(25, start=100), folder)]
 
     def write(shard) -> None:
         if not shard.path.exists():
-            rows = np.ones((len(shard.images), 4, 3)) * np.array([i.id for i in shard.images])[:, None, None]
+            rows = (
+                np.ones((len(shard.images), 4, 3))
+                * np.array([i.id for i in shard.images])[:, None, None]
+            )
             found = whole_rows(shard)[0][0]._replace(features=rows)
             write_shard(shard, shard.images, [found], *whole_rows(shard)[1:])
 
@@ -290,10 +345,12 @@ def test_two_plans_that_begin_at_once_end_with_all_images(tmp_path, small_shards
                 write(shard)
     found = FeatureCache(folder)
     assert sorted(found.ids.tolist()) == [*range(25), *range(100, 125)]
-    assert [int(row.flat[0]) for row in found.rows(found.ids.tolist()).features] == found.ids.tolist()
+    assert [
+        int(row.flat[0]) for row in found.rows(found.ids.tolist()).features
+    ] == found.ids.tolist()
 
 
-def test_a_row_that_two_shards_have_stands_once_in_features_h5(tmp_path, small_shards):  # noqa: F811
+def test_a_row_that_two_shards_have_stands_once_in_features_h5(tmp_path, small_shards):
     folder = tmp_path / "cache"
     write_plan(folder, some_images(20))
     shutil.copy(folder / "shard-00000.h5", folder / "shard-00002.h5")
@@ -303,14 +360,14 @@ def test_a_row_that_two_shards_have_stands_once_in_features_h5(tmp_path, small_s
         assert [int(row.flat[0]) for row in file["features"][:]] == file["image_ids"][:].tolist()
 
 
-def test_an_index_without_its_shards_is_refused_not_read_as_zeros(cache, tmp_path):  # noqa: F811
+def test_an_index_without_its_shards_is_refused_not_read_as_zeros(cache, tmp_path):
     shutil.copy(cache / "features.h5", tmp_path / "alone.h5")
     with pytest.raises(DataError, match="only points to shards"):
         FeatureCache(tmp_path / "alone.h5")
     assert "only points to shards" in verify_shard(tmp_path / "alone.h5")[0]
 
 
-def test_what_killed_processes_left_beside_finished_work_is_swept(cache):  # noqa: F811
+def test_what_killed_processes_left_beside_finished_work_is_swept(cache):
     (cache / ".shard-00001.claim").write_text("7")
     (cache / ".shard-00009.claim").write_text("7")
     (cache / ".old.tmp").write_text("")
@@ -320,7 +377,7 @@ def test_what_killed_processes_left_beside_finished_work_is_swept(cache):  # noq
     assert sorted(path.name for path in cache.glob(".*")) == [".new.tmp", ".shard-00009.claim"]
 
 
-def test_a_packed_file_takes_no_name_of_a_shard_and_no_empty_cache(cache, tmp_path, small_shards):  # noqa: F811
+def test_a_packed_file_takes_no_name_of_a_shard_and_no_empty_cache(cache, tmp_path, small_shards):
     for name in ("shard-00099.h5", "features.h5"):
         with pytest.raises(DataError, match="another"):
             shards.pack(FeatureCache(cache), tmp_path / name)
@@ -337,11 +394,13 @@ def test_a_claim_is_given_back_only_by_its_owner(shard):
         assert claim_of(shard).exists()
 
 
-# -------------------------------------------------------------------------------------------------------- file systems
+# ------------------------------------------------------------------------------------- file systems
 
 
-def test_a_cache_is_written_and_read_without_locks(cache, small_shards):  # noqa: F811
-    """A file system without locks answers each request for one with an error, as a taken lock does."""
+def test_a_cache_is_written_and_read_without_locks(cache, small_shards):
+    """A file system without locks answers each request for one with an error, as a taken lock
+    does.
+    """
     with contextlib.ExitStack() as stack:
         for path in shard_paths(cache):
             descriptor = os.open(path, os.O_RDWR)
@@ -367,7 +426,7 @@ def unreadable_file(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a folder", "an I/O error", "a loop of links"])
-def test_a_file_that_cannot_be_read_is_not_called_bad_and_nothing_is_put_aside(cache, how):  # noqa: F811
+def test_a_file_that_cannot_be_read_is_not_called_bad_and_nothing_is_put_aside(cache, how):
     path, other = cache / "shard-00001.h5", cache / "shard-00002.h5"
     unreadable_file(path, how)
     content = bytearray(other.read_bytes())
@@ -376,16 +435,24 @@ def test_a_file_that_cannot_be_read_is_not_called_bad_and_nothing_is_put_aside(c
     with pytest.raises(OSError):
         verify_shard(path)
     before = sorted(file.name for file in cache.iterdir())
-    for step in (keeping.verify_cache, lambda cache: keeping.repair_cache(cache, Machine(CPU, "fp32", 0, 1))):
-        with pytest.raises(UserError, match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed"):
+    for step in (
+        keeping.verify_cache,
+        lambda cache: keeping.repair_cache(cache, Machine(CPU, "fp32", 0, 1)),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed",
+        ):
             step(cache)
         assert sorted(file.name for file in cache.iterdir()) == before
     assert other.read_bytes() == content
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_a_read_error_while_a_shard_is_checked_is_no_damage(cache, monkeypatch, at):  # noqa: F811
-    """HDF5 sees broken content from some byte on; a plain read then tells that the file system does not answer."""
+def test_a_read_error_while_a_shard_is_checked_is_no_damage(cache, monkeypatch, at):
+    """HDF5 sees broken content from some byte on; a plain read then tells that the file system does
+    not answer.
+    """
     path = cache / "shard-00001.h5"
     content = path.read_bytes()
     kept = len(content) * at // 8
@@ -397,13 +464,18 @@ def test_a_read_error_while_a_shard_is_checked_is_no_damage(cache, monkeypatch, 
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(shards, "open", lambda name, *_, **__: Failing(name), raising=False)
-    with pytest.raises(UserError, match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 files could not be read.*shard-00001.h5: .*Nothing was changed"
+    ):
         keeping.verify_cache(cache)
 
 
-def test_an_error_of_the_system_that_hdf5_reports_is_no_damage(cache, monkeypatch):  # noqa: F811
+def test_an_error_of_the_system_that_hdf5_reports_is_no_damage(cache, monkeypatch):
     def fail(*_):
-        raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = 'Input/output error')")
+        raise OSError(
+            "Can't synchronously read data (file read failed: errno = 5, error message = "
+            "'Input/output error')"
+        )
 
     monkeypatch.setattr(shards, "_tables_crc32", fail)
     with pytest.raises(OSError, match=r"shard-00001\.h5") as found:
@@ -411,7 +483,7 @@ def test_an_error_of_the_system_that_hdf5_reports_is_no_damage(cache, monkeypatc
     assert found.value.errno == errno.EIO
 
 
-def test_a_shard_of_a_newer_version_is_not_put_aside(cache):  # noqa: F811
+def test_a_shard_of_a_newer_version_is_not_put_aside(cache):
     with h5py.File(cache / "shard-00001.h5", "r+") as file:
         file.attrs["format"] = 2
     with pytest.raises(DataError, match="made by a newer version"):
@@ -419,7 +491,7 @@ def test_a_shard_of_a_newer_version_is_not_put_aside(cache):  # noqa: F811
     assert (cache / "shard-00001.h5").exists()
 
 
-def test_a_second_repair_keeps_what_the_first_put_aside(cache):  # noqa: F811
+def test_a_second_repair_keeps_what_the_first_put_aside(cache):
     path = cache / "shard-00001.h5"
     for content in (b"first", b"second", b"third"):
         path.write_bytes(content)
@@ -431,7 +503,7 @@ def test_a_second_repair_keeps_what_the_first_put_aside(cache):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["features", "boxes", "counts", "image_ids", "names"])
 @pytest.mark.parametrize("damage", ["absent", "another shape", "a group"])
-def test_a_shard_whose_tables_are_not_as_written_is_one_plain_error(cache, name, damage):  # noqa: F811
+def test_a_shard_whose_tables_are_not_as_written_is_one_plain_error(cache, name, damage):
     path = cache / "shard-00001.h5"
     with h5py.File(path, "r+") as file:
         values = file[name][:]

@@ -1,4 +1,6 @@
-"""Training as a whole: it goes on exactly wherever it was stopped, is the same in one process and in two, and stops plainly."""
+"""Training as a whole: it goes on exactly wherever it was stopped, is the same in one process and
+in two, and stops plainly.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data.datasets.sample import draw_sample
 from data.tokens import tokenize
 from pipeline import caption, extract, train
 from pipeline.training import loop as trainer
@@ -31,28 +32,49 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A drawn sample of 60 scenes, captioned with unequal lengths, and its cache with mirrored views."""
-    world = tmp_path_factory.mktemp("train")
-    draw_sample(world / "sample", count=60, seed=3)
-    path = world / "sample" / "dataset_sample.json"
-    whole = json.loads(path.read_text())
-    for number, image in enumerate(whole["images"]):
-        image["sentences"] = image["sentences"][: 1 + number % len(image["sentences"])]
-    path.write_text(json.dumps(whole))
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--views", "flip",
-          "--out", world / "cache")  # fmt: skip
-    return world
+def world(views_world) -> Path:
+    return views_world
 
 
 def options(world: Path, out: Path, *more: object) -> list[str]:
-    chosen = [*at(world), "--features", world / "cache", "--out", out, "--preset", "tiny", *SMALL, "--min-count", 1,
-              "--beam", 2, "--batch", 8, "--epochs", 2, "--log-every", 3, *more]  # fmt: skip
+    chosen = [
+        *at(world),
+        "--features",
+        world / "cache",
+        "--out",
+        out,
+        "--preset",
+        "tiny",
+        *SMALL,
+        "--min-count",
+        1,
+        "--beam",
+        2,
+        "--batch",
+        8,
+        "--epochs",
+        2,
+        "--log-every",
+        3,
+        *more,
+    ]
     return [str(each) for each in chosen]
 
 
-NOISY = ["--dropout", 0.1, "--ema", 0.9, "--region-dropout", 0.2, "--word-dropout", 0.1, "--scheduled-sampling", 0.3,
-         "--accumulate", 2]  # fmt: skip
+NOISY = [
+    "--dropout",
+    0.1,
+    "--ema",
+    0.9,
+    "--region-dropout",
+    0.2,
+    "--word-dropout",
+    0.1,
+    "--scheduled-sampling",
+    0.3,
+    "--accumulate",
+    2,
+]
 
 
 def told(folder: Path) -> list[dict]:
@@ -72,7 +94,7 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +122,11 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, mon
     """Six steps an epoch: in the first, within each epoch, and in the last before dev."""
     interrupt_at(step, monkeypatch)
     result = run(train.main, *options(world, tmp_path / "run", *NOISY))
-    assert result.exit_code == 130 and "saved after step" in result.output and "Traceback" not in result.output
+    assert (
+        result.exit_code == 130
+        and "saved after step" in result.output
+        and "Traceback" not in result.output
+    )
     monkeypatch.undo()
     again = result.output[result.output.index("--config") :].split("\n")[0].split()
     assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
@@ -119,10 +145,14 @@ def test_a_run_begun_before_an_option_was_there_goes_on(world, tmp_path):
     for name in ("init", "scst", "num_samples", "eval_steps"):
         del record["training"][name]
     path.write_text(json.dumps(record))
-    assert "going on with" in works(train.main, *options(world, tmp_path / "run", "--epochs", 1, "--resume"))
+    assert "going on with" in works(
+        train.main, *options(world, tmp_path / "run", "--epochs", 1, "--resume")
+    )
 
 
-def test_a_run_that_fails_while_it_writes_a_checkpoint_goes_on_from_the_one_before(world, through, tmp_path, monkeypatch):
+def test_a_run_that_fails_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    world, through, tmp_path, monkeypatch
+):
     plain, writes = os.replace, []
 
     def fail(source, target):
@@ -144,24 +174,46 @@ def start(arguments: list[str], processes: int = 1, **environment: str) -> subpr
     """pipeline.train as a process of its own, or several by torchrun."""
     launcher = [sys.executable, "-m", "pipeline.train"]
     if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m",
-                    "pipeline.train"]  # fmt: skip
-    return subprocess.Popen([*launcher, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+            "pipeline.train",
+        ]
+    return subprocess.Popen(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 @pytest.mark.slow
 def test_a_run_killed_with_sigkill_anywhere_goes_on_exactly(world, through, tmp_path):
-    """Six kills, each once something was saved since the one before: three while a file is half-written, three at any time."""
+    """Six kills, each once something was saved since the one before: three while a file is
+    half-written, three at any time.
+    """
     folder, rng = tmp_path / "run", np.random.default_rng(0)
     folder.mkdir()
     for number in range(6):
         resumed = ["--resume"] if (folder / "config.json").exists() else []
         process = start(options(world, folder, *NOISY, "--save-every", 0, *resumed))
-        before = (folder / "last.safetensors").stat().st_ino if (folder / "last.safetensors").exists() else 0
+        before = (
+            (folder / "last.safetensors").stat().st_ino
+            if (folder / "last.safetensors").exists()
+            else 0
+        )
         until, ripe = time.time() + 60, False
         while time.time() < until and process.poll() is None and not ripe:
-            saved = (folder / "last.safetensors").exists() and (folder / "last.safetensors").stat().st_ino != before
+            saved = (folder / "last.safetensors").exists() and (
+                folder / "last.safetensors"
+            ).stat().st_ino != before
             ripe = saved and (number % 2 == 1 or any(folder.glob(".last*.tmp")))
         time.sleep(rng.uniform(0, 0.05) if number % 2 else 0)
         process.kill()
@@ -177,7 +229,9 @@ def test_a_run_killed_with_sigkill_anywhere_goes_on_exactly(world, through, tmp_
 def test_a_full_disk_leaves_the_checkpoint_before_whole(world, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("a small tmpfs cannot be mounted here (it takes root)")
     try:
@@ -190,20 +244,35 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(world, tmp_path):
         (folder / "run/config.json").write_text(json.dumps(config))
         message = refused(train.main, *options(world, folder / "run", "--resume"))
         assert "last.safetensors could not be written" in message or "No space left" in message
-        assert (folder / "run/last.safetensors").read_bytes() == before and not list((folder / "run").glob(".*.tmp"))
+        assert (folder / "run/last.safetensors").read_bytes() == before and not list(
+            (folder / "run").glob(".*.tmp")
+        )
         (folder / "filler").unlink()
         works(train.main, *options(world, folder / "run", "--resume"))
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--cache-in", "ram"]])
 def test_two_processes_train_as_one_does(world, tmp_path, more):
-    """Captions of unequal number and length a rank, a last batch that leaves a rank without an image, fp32, no dropout."""
-    plain = ["--dropout", 0, "--precision", "fp32", "--batch", 7, "--limit", 43, "--ema", 0.9]  # 43 = 6 * 7 + 1
+    """Captions of unequal number and length a rank, a last batch that leaves a rank without an
+    image, fp32, no dropout.
+    """
+    plain = [
+        "--dropout",
+        0,
+        "--precision",
+        "fp32",
+        "--batch",
+        7,
+        "--limit",
+        43,
+        "--ema",
+        0.9,
+    ]  # 43 = 6 * 7 + 1
     works(train.main, *options(world, tmp_path / "one", *plain))
     process = start(options(world, tmp_path / "two", *plain, *more), processes=2)
     output, _ = process.communicate(timeout=120)
@@ -217,23 +286,29 @@ def test_two_processes_train_as_one_does(world, tmp_path, more):
         assert one.get("dev", {}) == pytest.approx(two.get("dev", {}), abs=1e-4)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     apart = torch.cat([(weights[0][key] - weights[1][key]).abs().flatten() for key in weights[0]])
-    assert apart.quantile(0.99) < 1e-4  # where a gradient is nothing but rounding, Adam's steps are its sign
+    assert (
+        apart.quantile(0.99) < 1e-4
+    )  # where a gradient is nothing but rounding, Adam's steps are its sign
 
 
 def test_a_dead_rank_ends_the_run_and_leaves_it_to_be_resumed(world, tmp_path):
     folder = tmp_path / "run"
-    process = start(options(world, folder, "--save-every", 0, "--epochs", 2000, "--patience", 2000), processes=2)
+    process = start(
+        options(world, folder, "--save-every", 0, "--epochs", 2000, "--patience", 2000), processes=2
+    )
     until = time.time() + 60
     while not (folder / "last.safetensors").exists() and time.time() < until:
         time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and ("SIGKILL" in output or "Signal 9" in output)
     trainer.load_training_state(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------- what it does
+# ------------------------------------------------------------------------------------- what it does
 
 
 def test_parts_of_a_step_add_up_to_the_step(world, tmp_path):
@@ -249,7 +324,12 @@ def test_the_average_kept_is_that_of_the_weights_after_each_step(world, tmp_path
 
     def watched(run, *arguments):
         found = plain(run, *arguments)
-        weights.append({name: value.detach().double().clone() for name, value in run.captioner.named_parameters()})
+        weights.append(
+            {
+                name: value.detach().double().clone()
+                for name, value in run.captioner.named_parameters()
+            }
+        )
         return found
 
     first = []
@@ -257,7 +337,12 @@ def test_the_average_kept_is_that_of_the_weights_after_each_step(world, tmp_path
 
     def begun(self):
         begin(self)
-        first.append({name: value.detach().double().clone() for name, value in self.captioner.named_parameters()})
+        first.append(
+            {
+                name: value.detach().double().clone()
+                for name, value in self.captioner.named_parameters()
+            }
+        )
 
     monkeypatch.setattr(trainer, "train_step", watched)
     monkeypatch.setattr(trainer.Run, "__post_init__", begun)
@@ -268,19 +353,30 @@ def test_the_average_kept_is_that_of_the_weights_after_each_step(world, tmp_path
         mean = {name: decay * mean[name] + (1 - decay) * after[name] for name in mean}
     kept = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.allclose(kept[name].double(), mean[name], atol=1e-5) for name in mean)
-    assert any(not torch.allclose(kept[name].double(), weights[-1][name], atol=1e-6) for name in mean)
+    assert any(
+        not torch.allclose(kept[name].double(), weights[-1][name], atol=1e-6) for name in mean
+    )
 
 
 def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path):
     start_time = time.monotonic()
-    works(train.main, *options(world, tmp_path / "run", "--minutes", 0.1, "--patience", 10_000, "--epochs", 100_000))
+    works(
+        train.main,
+        *options(
+            world, tmp_path / "run", "--minutes", 0.1, "--patience", 10_000, "--epochs", 100_000
+        ),
+    )
     assert time.monotonic() - start_time < 15
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     rates = [line["train"]["lr"] for line in lines]
     assert 4 < lines[-1]["seconds"]["elapsed"] < 8 and rates[-1] < 0.1 * max(rates)
 
 
-def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(world, tmp_path, monkeypatch):
+def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
+    world, tmp_path, monkeypatch
+):
     whole = train.dev_scores
 
     def stopped(run):
@@ -289,8 +385,12 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(world, tm
         return whole(run)
 
     monkeypatch.setattr(train, "dev_scores", stopped)
-    monkeypatch.setattr(trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5)  # up within the first epoch
-    timed = options(world, tmp_path / "run", "--minutes", 5, "--patience", 10_000, "--epochs", 100_000)
+    monkeypatch.setattr(
+        trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5
+    )  # up within the first epoch
+    timed = options(
+        world, tmp_path / "run", "--minutes", 5, "--patience", 10_000, "--epochs", 100_000
+    )
     assert run(train.main, *timed).exit_code == 130
     before = told(tmp_path / "run")
     monkeypatch.setattr(train, "dev_scores", whole)
@@ -301,7 +401,9 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(world, tm
 
 @pytest.mark.slow
 def test_two_processes_go_by_one_clock(world, tmp_path):
-    """With --minutes everything that hangs on the time is the same in both, to the last digit of every weight."""
+    """With --minutes everything that hangs on the time is the same in both, to the last digit of
+    every weight.
+    """
     told_by = tmp_path / "sums"
     told_by.mkdir()
     watch = """
@@ -316,11 +418,22 @@ train.finish = finish
 train.main(sys.argv[2:], standalone_mode=False)
 """
     (tmp_path / "watch.py").write_text(watch)
-    trained = options(world, tmp_path / "run", "--minutes", 0.12, "--patience", 10_000, "--epochs", 100_000)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    trained = options(
+        world, tmp_path / "run", "--minutes", 0.12, "--patience", 10_000, "--epochs", 100_000
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += [str(tmp_path / "watch.py"), str(told_by), *trained]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     one, two = ((told_by / rank).read_text() for rank in "01")
     assert one == two and int(one[1:].split(",")[0]) > 20
@@ -329,10 +442,14 @@ train.main(sys.argv[2:], standalone_mode=False)
 @pytest.mark.parametrize("schedule", ["cosine", "noam", "constant"])
 def test_the_learning_rate_rises_to_its_peak_and_goes_as_its_schedule_says(schedule):
     config = TrainConfig(lr=2.0, warmup=0.1, schedule=schedule)
-    assert learning_rate(config, 0.05) == pytest.approx(1.0) and learning_rate(config, 0.1) == pytest.approx(2.0)
+    assert learning_rate(config, 0.05) == pytest.approx(1.0) and learning_rate(
+        config, 0.1
+    ) == pytest.approx(2.0)
     expected = {"cosine": 1.0, "noam": 2.0 * (0.1 / 0.55) ** 0.5, "constant": 2.0}[schedule]
     assert learning_rate(config, 0.55) == pytest.approx(expected)
-    assert learning_rate(config, 1.0) == pytest.approx({"cosine": 0.0, "noam": 2.0 * 0.1**0.5, "constant": 2.0}[schedule])
+    assert learning_rate(config, 1.0) == pytest.approx(
+        {"cosine": 0.0, "noam": 2.0 * 0.1**0.5, "constant": 2.0}[schedule]
+    )
 
 
 def test_dev_is_trained_on_where_asked_and_then_chooses_nothing(world, tmp_path):
@@ -340,22 +457,40 @@ def test_dev_is_trained_on_where_asked_and_then_chooses_nothing(world, tmp_path)
     assert "trained on dev too, nothing was chosen" in output
     lines = told(tmp_path / "run")
     assert not any("dev" in line for line in lines)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["train_on_dev"] is True
-    weights, last = load_file(tmp_path / "run/model.safetensors"), load_file(tmp_path / "run/last.safetensors")
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["training"]["train_on_dev"]
+        is True
+    )
+    weights, last = (
+        load_file(tmp_path / "run/model.safetensors"),
+        load_file(tmp_path / "run/last.safetensors"),
+    )
     assert all(torch.equal(weights[name], last[f"model.{name}"]) for name in weights)
 
 
 def test_a_preset_stands_under_a_config_file_and_flags(world, tmp_path):
     (tmp_path / "c.toml").write_text("lr = 0.002\nwidth = 32\n")
     few = [*at(world), "--features", world / "cache", "--epochs", 1, "--limit", 4, "--beam", 1]
-    works(train.main, *few, "--config", tmp_path / "c.toml", "--preset", "tiny", "--width", 64, "--out", tmp_path / "run")
+    works(
+        train.main,
+        *few,
+        "--config",
+        tmp_path / "c.toml",
+        "--preset",
+        "tiny",
+        "--width",
+        64,
+        "--out",
+        tmp_path / "run",
+    )
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["training"]["lr"] == 0.002 and record["model"]["width"] == 64
     assert record["model"]["feedforward"] == PRESETS["tiny"]["feedforward"]
 
 
 @pytest.mark.parametrize(
-    "option, value", [("--lr", 0), ("--ema", 1), ("--word-dropout", 1.5), ("--accumulate", 0), ("--minutes", -1)]
+    "option, value",
+    [("--lr", 0), ("--ema", 1), ("--word-dropout", 1.5), ("--accumulate", 0), ("--minutes", -1)],
 )
 def test_an_option_out_of_its_range_is_named(option, value):
     assert f"{option} is" in refused(train.main, option, value)
@@ -368,10 +503,27 @@ def test_a_dropout_of_nearly_one_keeps_something(world, tmp_path):
 def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
     works(train.main, *options(world, tmp_path / "run", "--epochs", 1))
     again = options(world, tmp_path / "run", "--epochs", 1, "--resume")
-    works(extract.main, *at(world), "--backbone", "test_resnet", "--weights", "scenes", "--out", tmp_path / "plain")
-    assert "views: None, not ['flip']" in refused(train.main, *again, "--features", tmp_path / "plain")
-    assert "precision" in refused(train.main, *again, "--precision", "fp32" if trained_in(tmp_path) == "bf16" else "bf16")
-    for name, text in (("config.json", '{"model_type": "bert"}'), ("config.json", "{"), ("vocab.json", "[1]")):
+    works(
+        extract.main,
+        *at(world),
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        tmp_path / "plain",
+    )
+    assert "views: None, not ['flip']" in refused(
+        train.main, *again, "--features", tmp_path / "plain"
+    )
+    assert "precision" in refused(
+        train.main, *again, "--precision", "fp32" if trained_in(tmp_path) == "bf16" else "bf16"
+    )
+    for name, text in (
+        ("config.json", '{"model_type": "bert"}'),
+        ("config.json", "{"),
+        ("vocab.json", "[1]"),
+    ):
         kept = (tmp_path / "run" / name).read_text()
         (tmp_path / "run" / name).write_text(text)
         assert name in refused(train.main, *again)
@@ -379,25 +531,51 @@ def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
     state = load_file(tmp_path / "run" / "last.safetensors")
     save_file(state, tmp_path / "run" / "last.safetensors")
     assert "last.safetensors is not what a run saved" in refused(train.main, *again)
-    save_file(state, tmp_path / "run" / "last.safetensors", metadata={"record": json.dumps({"place": {}, "epochs": 3})})
+    save_file(
+        state,
+        tmp_path / "run" / "last.safetensors",
+        metadata={"record": json.dumps({"place": {}, "epochs": 3})},
+    )
     assert "last.safetensors does not fit the run" in refused(train.main, *again)
 
 
 def test_what_a_spoilt_run_folder_records_is_named_when_it_goes_on(world, tmp_path):
     works(train.main, *options(world, tmp_path / "run", "--epochs", 1))
-    again, last = options(world, tmp_path / "run", "--epochs", 1, "--resume"), tmp_path / "run" / "last.safetensors"
+    again, last = (
+        options(world, tmp_path / "run", "--epochs", 1, "--resume"),
+        tmp_path / "run" / "last.safetensors",
+    )
     with safe_open(last, "pt") as file:
         record = json.loads(file.metadata()["record"])
     (line,), state = record["epochs"], load_file(last)
-    places = [{"epoch": "1"}, {"step": 1.5}, {"step": -1}, {"epoch": 10**300}, {"seconds": float("nan")}, {"ended": 1}]
-    lines = [[3], [{}], {"a": 1}, "text", [line | {"step": "1"}], [line | {"seconds": 3}], [line | {"dev": {"CIDEr": None}}]]
-    wrong = [record | {"place": record["place"] | place} for place in places] + [record | {"epochs": each} for each in lines]
+    places = [
+        {"epoch": "1"},
+        {"step": 1.5},
+        {"step": -1},
+        {"epoch": 10**300},
+        {"seconds": float("nan")},
+        {"ended": 1},
+    ]
+    lines = [
+        [3],
+        [{}],
+        {"a": 1},
+        "text",
+        [line | {"step": "1"}],
+        [line | {"seconds": 3}],
+        [line | {"dev": {"CIDEr": None}}],
+    ]
+    wrong = [record | {"place": record["place"] | place} for place in places] + [
+        record | {"epochs": each} for each in lines
+    ]
     for each in [*wrong, [], 3, record | {"place": []}]:
         save_file(state, last, metadata={"record": json.dumps(each)})
         assert "last.safetensors does not fit the run" in refused(train.main, *again)
     save_file(state | {"sums": state["sums"].half()}, last, metadata={"record": json.dumps(record)})
     before = told(tmp_path / "run")
-    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:  # what is no line of a journal is left out
+    with open(
+        tmp_path / "run" / "metrics.jsonl", "ab"
+    ) as file:  # what is no line of a journal is left out
         file.write(b'\xff\xfe\n[]\n3\n{"step": "a"}\n{"train": {}}\n' + b"[" * 100_000)
     works(train.main, *again)
     assert told(tmp_path / "run") == before
@@ -424,7 +602,11 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, tmp_path,
     def spoil(captioner, regions, *arguments):
         loss, words = plain(captioner, regions, *arguments)
         if captioner.training and len(made) == 3:
-            loss = loss * float("nan") if what == "loss" else loss + (captioner.output_bias.sum() * 0).sqrt()
+            loss = (
+                loss * float("nan")
+                if what == "loss"
+                else loss + (captioner.output_bias.sum() * 0).sqrt()
+            )
         made.append(loss)
         return loss, words
 
@@ -438,16 +620,26 @@ def test_a_step_that_is_not_finite_is_named_and_changes_nothing(world, tmp_path,
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------------- journals
+# ----------------------------------------------------------------------------------------- journals
 
 
 def test_lines_within_an_epoch_and_at_its_end_go_to_metrics_and_to_tensorboard(world, tmp_path):
     works(train.main, *options(world, tmp_path / "run"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     within, ends = ([line for line in lines if ("seconds" in line) == end] for end in (False, True))
-    assert [line["step"] for line in within] == [3, 6, 9, 12] and [line["epoch"] for line in ends] == [1, 2]
-    assert within[0]["epoch"] == pytest.approx(3 / 6) and {"loss", "lr", "gradient"} <= within[0]["train"].keys()
-    assert {"loss", "CIDEr", "Bleu_4"} <= ends[0]["dev"].keys() and {"captions_per_s", "waiting"} <= ends[0]["train"].keys()
+    assert [line["step"] for line in within] == [3, 6, 9, 12] and [
+        line["epoch"] for line in ends
+    ] == [1, 2]
+    assert (
+        within[0]["epoch"] == pytest.approx(3 / 6)
+        and {"loss", "lr", "gradient"} <= within[0]["train"].keys()
+    )
+    assert {"loss", "CIDEr", "Bleu_4"} <= ends[0]["dev"].keys() and {
+        "captions_per_s",
+        "waiting",
+    } <= ends[0]["train"].keys()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -456,9 +648,13 @@ def test_lines_within_an_epoch_and_at_its_end_go_to_metrics_and_to_tensorboard(w
     assert [event.step for event in events.Scalars("dev/CIDEr")] == [6, 12]
 
 
-def test_weights_and_biases_is_told_where_asked_and_its_absence_is_a_plain_error(world, tmp_path, monkeypatch):
+def test_weights_and_biases_is_told_where_asked_and_its_absence_is_a_plain_error(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install 'onceover[wandb]'" in refused(train.main, *options(world, tmp_path / "run", "--wandb"))
+    assert "pip install 'onceover[wandb]'" in refused(
+        train.main, *options(world, tmp_path / "run", "--wandb")
+    )
     assert not (tmp_path / "run").exists()
     stand_in = types.SimpleNamespace(calls=[])
     stand_in.init = lambda **given: stand_in.calls.append(given) or types.SimpleNamespace(id="one")
@@ -467,7 +663,12 @@ def test_weights_and_biases_is_told_where_asked_and_its_absence_is_a_plain_error
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     works(train.main, *options(world, tmp_path / "run", "--wandb"))
     first, *logged, last = stand_in.calls
-    assert first["config"]["batch"] == 8 and first["name"] == "run" and first["id"] is None and last == "finished"
+    assert (
+        first["config"]["batch"] == 8
+        and first["name"] == "run"
+        and first["id"] is None
+        and last == "finished"
+    )
     assert [step for step, _ in logged] == [3, 6, 6, 9, 12, 12] and "dev/CIDEr" in logged[2][1]
     stand_in.calls.clear()
     works(train.main, *options(world, tmp_path / "run", "--wandb", "--resume"))
@@ -475,26 +676,50 @@ def test_weights_and_biases_is_told_where_asked_and_its_absence_is_a_plain_error
 
 
 def test_a_run_on_pieces_of_words_is_scored_and_captions_in_words(world, tmp_path):
-    told = works(train.main, *options(world, tmp_path / "run", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8))
+    told = works(
+        train.main,
+        *options(world, tmp_path / "run", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8),
+    )
     assert "60 pieces of words; unknown: 0.00% of train, 0.00% of dev" in told
     pieces = json.loads((tmp_path / "run" / "vocab.json").read_text())
     assert len(pieces) == 60 and (tmp_path / "run" / "tokenizer.json").exists()
     line = works(caption.main, *photos(world, 1), "--checkpoint", tmp_path / "run")
     assert "▁" not in line and "  " not in line
-    works(caption.main, *photos(world, 1), "--checkpoint", tmp_path / "run", "--force-words", "left of")
-    process = start(options(world, tmp_path / "run", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8, "--resume"))
+    works(
+        caption.main,
+        *photos(world, 1),
+        "--checkpoint",
+        tmp_path / "run",
+        "--force-words",
+        "left of",
+    )
+    process = start(
+        options(
+            world,
+            tmp_path / "run",
+            "--vocabulary",
+            "bpe",
+            "--vocab-size",
+            60,
+            "--epochs",
+            8,
+            "--resume",
+        )
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "going on with" in output, output
 
 
 def test_the_share_of_unknown_words_is_shown(world, tmp_path):
-    assert "unknown: 0.00% of train, 0.00% of dev" in works(train.main, *options(world, tmp_path / "a", "--epochs", 1))
+    assert "unknown: 0.00% of train, 0.00% of dev" in works(
+        train.main, *options(world, tmp_path / "a", "--epochs", 1)
+    )
     told = works(train.main, *options(world, tmp_path / "b", "--epochs", 1, "--min-count", 20))
     share = float(told.split("unknown: ")[1].split("%")[0])
     assert 0 < share < 100
 
 
-# ----------------------------------------------------------------------------------------------------- small data sets
+# ---------------------------------------------------------------------------------- small data sets
 
 
 def few(world: Path, folder: Path, count: int, **more: object) -> Path:
@@ -505,16 +730,41 @@ def few(world: Path, folder: Path, count: int, **more: object) -> Path:
     for number, image in enumerate(images):
         (source,) = (world / "sample").rglob(image["filename"])
         (folder / f"{number:03}.jpg").write_bytes(source.read_bytes())
-        lines.append(json.dumps({"file_name": f"{number:03}.jpg", "text": image["sentences"][0]["raw"]} | more))
+        lines.append(
+            json.dumps(
+                {"file_name": f"{number:03}.jpg", "text": image["sentences"][0]["raw"]} | more
+            )
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    works(extract.main, "--dataset", "folder", "--root", folder, "--backbone", "test_resnet", "--weights", "scenes",
-          "--out", folder.with_name("few_cache"))  # fmt: skip
+    works(
+        extract.main,
+        "--dataset",
+        "folder",
+        "--root",
+        folder,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--out",
+        folder.with_name("few_cache"),
+    )
     return folder
 
 
 def few_options(folder: Path, *more: object) -> list[object]:
     run = folder.with_name("few_run")
-    return ["--dataset", "folder", "--root", folder, "--features", folder.with_name("few_cache"), "--out", run, *more]
+    return [
+        "--dataset",
+        "folder",
+        "--root",
+        folder,
+        "--features",
+        folder.with_name("few_cache"),
+        "--out",
+        run,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("images", [1, 2, 10, 90, 450, 900])
@@ -544,13 +794,19 @@ class Many:
 def test_a_preset_means_the_same_on_the_command_line_and_in_python():
     machine = types.SimpleNamespace(precision="fp32")
     command = train.main.make_context("train", ["--dataset", "folder", "--preset", "flickr8k"])
-    own = {name: value for name, value in command.params.items() if name in {item.name for item in fields(TrainConfig)}}
+    own = {
+        name: value
+        for name, value in command.params.items()
+        if name in {item.name for item in fields(TrainConfig)}
+    }
     by_command, by_python = TrainConfig(**own), TrainConfig(dataset="folder", preset="flickr8k")
     found = [resolve(config, Many(), machine) for config in (by_command, by_python)]
     assert found[0] == found[1]
     assert (found[0].schedule, found[0].ema, found[0].epochs) == ("constant", 0.998, 11)
     assert found[0].decoder_options["width"] == 384
-    asked = resolve(TrainConfig(dataset="folder", preset="flickr8k", ema=0.5, schedule="noam"), Many(), machine)
+    asked = resolve(
+        TrainConfig(dataset="folder", preset="flickr8k", ema=0.5, schedule="noam"), Many(), machine
+    )
     assert (asked.schedule, asked.ema, asked.epochs) == ("noam", 0.5, 11)
 
 
@@ -563,12 +819,17 @@ def test_of_equal_cider_the_lower_loss_on_dev_is_the_better():
     assert train.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0)), "CIDEr") == 1
 
 
-@pytest.mark.parametrize(("first", "begin", "stops"), [(100, 0, False), (600, 0, True), (600, 400, False), (1000, 400, True)])
+@pytest.mark.parametrize(
+    ("first", "begin", "stops"),
+    [(100, 0, False), (600, 0, True), (600, 400, False), (1000, 400, True)],
+)
 def test_patience_counts_only_after_the_first_steps(first, begin, stops):
     lines = scored(*((first + 50 * number, 0.5 - 0.1 * number, 1.0) for number in range(6)))
     journal = types.SimpleNamespace(scored=lines)
     run = types.SimpleNamespace(
-        journal=journal, place=types.SimpleNamespace(begin=begin), config=types.SimpleNamespace(patience=5),
+        journal=journal,
+        place=types.SimpleNamespace(begin=begin),
+        config=types.SimpleNamespace(patience=5),
         task=types.SimpleNamespace(metric="CIDEr"),
     )
     assert train.stopped_early(run) is stops
@@ -576,7 +837,19 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
 
 def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(world, tmp_path):
     folder = few(world, tmp_path / "few", 12)
-    tiny = ["--preset", "tiny", *SMALL, "--batch", 8, "--epochs", 60, "--eval-steps", 40, "--lr", 0.003]
+    tiny = [
+        "--preset",
+        "tiny",
+        *SMALL,
+        "--batch",
+        8,
+        "--epochs",
+        60,
+        "--eval-steps",
+        40,
+        "--lr",
+        0.003,
+    ]
     output = works(train.main, *few_options(folder, *tiny))
     assert "warning: dev has" in output
     lines = [line for line in told(tmp_path / "few_run") if "dev" in line]
@@ -596,8 +869,13 @@ def test_one_photograph_trains_with_train_on_dev_and_is_a_plain_error_without(wo
 
 def test_long_captions_are_whole_by_default_and_what_is_cut_is_counted(world, tmp_path):
     folder = few(world, tmp_path / "few", 12)
-    long = " ".join(["a man in a red shirt and a woman with a dog walk along a road beside a field"] * 2)
-    lines = [json.dumps({"file_name": f"{n:03}.jpg", "text": f"{long} near {n} trees"}) for n in range(12)]
+    long = " ".join(
+        ["a man in a red shirt and a woman with a dog walk along a road beside a field"] * 2
+    )
+    lines = [
+        json.dumps({"file_name": f"{n:03}.jpg", "text": f"{long} near {n} trees"})
+        for n in range(12)
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     for more in ([], ["--vocabulary", "bpe", "--vocab-size", 60]):
         out = tmp_path / f"run{len(more)}"
@@ -607,10 +885,12 @@ def test_long_captions_are_whole_by_default_and_what_is_cut_is_counted(world, tm
         assert json.loads((out / "config.json").read_text())["model"]["max_length"] > 38
     options[options.index("--out") + 1] = tmp_path / "cut"
     output = works(train.main, *options[:-4], "--max-length", 15)
-    assert re.search(r"(\d+) of \1 train captions \(100.0%\) have more than 15 words and are cut", output)
+    assert re.search(
+        r"(\d+) of \1 train captions \(100.0%\) have more than 15 words and are cut", output
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- more epochs
+# -------------------------------------------------------------------------------------- more epochs
 
 
 def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tmp_path):
@@ -621,7 +901,9 @@ def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tm
     assert "the 3 epochs added get a new cosine schedule" in output
     lines = told(run)
     steps = last["step"] // 2
-    assert [line["step"] for line in lines if "dev" in line] == [steps * epoch for epoch in range(1, 6)]
+    assert [line["step"] for line in lines if "dev" in line] == [
+        steps * epoch for epoch in range(1, 6)
+    ]
     added = [line["train"]["lr"] for line in lines if line["step"] > last["step"]]
     assert max(added) > 5 * last["train"]["lr"] and added[-1] < max(added)
     assert json.loads((run / "config.json").read_text())["training"]["epochs"] == 5
@@ -637,7 +919,9 @@ def test_more_epochs_stopped_anywhere_go_on_exactly(world, tmp_path, monkeypatch
     works(train.main, *options(world, tmp_path / "through", "--resume", "--epochs", 4))
     with monkeypatch.context() as patch:
         interrupt_at(17, patch)
-        run_result = run(train.main, *options(world, tmp_path / "stopped", "--resume", "--epochs", 4))
+        run_result = run(
+            train.main, *options(world, tmp_path / "stopped", "--resume", "--epochs", 4)
+        )
     assert run_result.exit_code == 128 + signal.SIGINT
     works(train.main, *options(world, tmp_path / "stopped", "--resume", "--epochs", 4))
     assert_same_run(tmp_path / "through", tmp_path / "stopped")

@@ -40,7 +40,9 @@ def validations(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Dev loss by step. CIDEr on a small dev is another one than in version 0.1, and so is the best epoch."""
+    """Dev loss by step. CIDEr on a small dev is another one than in version 0.1, and so is the best
+    epoch.
+    """
     return {line["step"]: line["dev"]["loss"] for line in validations(run)}
 
 
@@ -48,17 +50,34 @@ def test_its_cache_is_whole_and_goes_on(made):
     cache = FeatureCache("cache")
     assert (len(cache), cache.shape, cache.views) == (40, (4, 96), ("flip",))
     assert "40 rows, all as they were written" in works(extract.main, "--verify", "cache")
-    output = works(extract.main, *AT, "--backbone", "test_resnet", "--weights", "scenes", "--grid", "2x2", "--views", "flip",
-                   "--out", "cache", *MACHINE)  # fmt: skip
+    output = works(
+        extract.main,
+        *AT,
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "scenes",
+        "--grid",
+        "2x2",
+        "--views",
+        "flip",
+        "--out",
+        "cache",
+        *MACHINE,
+    )
     assert "nothing was left to do" in output
 
 
 @pytest.mark.parametrize("run", ["word", "bpe", "scst", "whole"])
 def test_its_runs_give_the_same_captions_and_scores(made, run):
     scores = json.loads((made / run / "scores-test.json").read_text())["scores"]
-    works(evaluate.main, *AT, "--checkpoint", run, "--features", "cache", "--split", "test", *MACHINE)
+    works(
+        evaluate.main, *AT, "--checkpoint", run, "--features", "cache", "--split", "test", *MACHINE
+    )
     assert captions(run) == captions(run, MADE)
-    assert json.loads((made / run / "scores-test.json").read_text())["scores"] == pytest.approx(scores)
+    assert json.loads((made / run / "scores-test.json").read_text())["scores"] == pytest.approx(
+        scores
+    )
 
 
 @pytest.mark.parametrize("run", ["word", "bpe", "scst"])
@@ -72,11 +91,29 @@ def test_its_runs_caption_photographs(made, run):
 @pytest.mark.parametrize("more", [[], ["--scst"]])
 @pytest.mark.parametrize("run", ["word", "bpe"])
 def test_its_runs_serve_as_init(made, run, more):
-    works(train.main, *AT, "--features", "cache", "--init", run, *more, "--epochs", 1, "--batch", 20, "--lr", 1e-4, "--out", "new",
-          *MACHINE)  # fmt: skip
+    works(
+        train.main,
+        *AT,
+        "--features",
+        "cache",
+        "--init",
+        run,
+        *more,
+        "--epochs",
+        1,
+        "--batch",
+        20,
+        "--lr",
+        1e-4,
+        "--out",
+        "new",
+        *MACHINE,
+    )
     kept = max(validations(MADE / run), key=lambda line: line["dev"]["CIDEr"])
     first = validations(Path("new"))[0]
-    assert first["step"] == 0 and first["dev"]["loss"] == pytest.approx(kept["dev"]["loss"], abs=1e-5)
+    assert first["step"] == 0 and first["dev"]["loss"] == pytest.approx(
+        kept["dev"]["loss"], abs=1e-5
+    )
 
 
 def test_its_half_finished_run_goes_on_as_it_would_have(made):

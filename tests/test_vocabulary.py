@@ -27,8 +27,12 @@ def test_a_token_of_two_words_is_none_of_the_vocabulary():
     assert "1\xa01/2" not in Vocabulary.build([["1\xa01/2", "cups", "of", "1\xa01/2"]], 1).words
 
 
-# Tokens as captions in other scripts give them: a combining mark at the start, a sign, a blank inside, nothing at all.
-STRANGE = [["\u0301a", "cre\u0300me", "\u2764", "کتاب", "দৌড়াচ্ছে", "一只狗"], ["1\xa01/2", "cups", ""]]
+# Tokens as captions in other scripts give them: a combining mark at the start, a sign, a blank
+# inside, nothing at all.
+STRANGE = [
+    ["\u0301a", "cre\u0300me", "\u2764", "کتاب", "দৌড়াচ্ছে", "一只狗"],
+    ["1\xa01/2", "cups", ""],
+]
 
 
 def test_words_with_marks_come_back_as_they_were_and_tokens_without_a_word_are_left_out():
@@ -46,7 +50,10 @@ def test_words_are_ordered_by_count_then_alphabet_and_rare_ones_are_unknown():
 
 def test_decoding_ends_at_the_end_and_gives_the_words_back():
     vocabulary = Vocabulary.build(CAPTIONS, 1)
-    assert vocabulary.decode([BOS, *vocabulary.encode(["a", "cat", "runs"]), EOS, 5, PAD]) == "a cat runs"
+    assert (
+        vocabulary.decode([BOS, *vocabulary.encode(["a", "cat", "runs"]), EOS, 5, PAD])
+        == "a cat runs"
+    )
 
 
 @pytest.mark.parametrize(("captions", "min_count"), [(CAPTIONS, 9), ([], 1), ([[]], 1)])
@@ -62,19 +69,29 @@ def texts_of(images: list[Image], cache: FeatureCache) -> ImageTexts:
 
 
 def captioned(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
-    images = [Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()]
+    images = [
+        Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()
+    ]
     write_plan(tmp_path / "cache", some_images(max(captions) + 1))
     return texts_of(images, FeatureCache(tmp_path / "cache"))
 
 
 def test_every_caption_comes_once_an_epoch_beside_its_own_images_row(tmp_path):
-    images = captioned(tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)})
+    images = captioned(
+        tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)}
+    )
     vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
     seen = []
-    for batch in prefetch(images.batches(images.encode(vocabulary, 5), 4, np.random.default_rng(0))):
+    for batch in prefetch(
+        images.batches(images.encode(vocabulary, 5), 4, np.random.default_rng(0))
+    ):
         for row, image_id in enumerate(batch.image_ids):
             assert set(batch.features[row].unique().tolist()) == {image_id}
-            texts = [vocabulary.decode(caption) for caption in batch.tokens[row].tolist() if caption[0] == BOS]
+            texts = [
+                vocabulary.decode(caption)
+                for caption in batch.tokens[row].tolist()
+                if caption[0] == BOS
+            ]
             assert texts == [f"word{image_id}"] * (image_id % 3 + 1)
             seen.append(image_id)
     assert sorted(seen) == list(range(11)) and seen != list(range(11))
@@ -110,27 +127,39 @@ def test_an_error_while_reading_ahead_reaches_the_reader():
         list(prefetch(broken()))
 
 
-# ---------------------------------------------------------------------------------------------------------- views, parts
+# ------------------------------------------------------------------------------------- views, parts
 
 
 def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
     """Images whose features hold their id, and in the mirrored view their id + 1000."""
     cache = tmp_path / "cache"
     cache.mkdir()
-    identity = {"backbone": "planted", "weights": "0", "grid": [2, 2], "channels": 3, "regions": "grid"}
-    images = [Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()]
+    identity = {
+        "backbone": "planted",
+        "weights": "0",
+        "grid": [2, 2],
+        "channels": 3,
+        "regions": "grid",
+    }
+    images = [
+        Image(i, f"photos/{i}.jpg", Path(f"{i}.jpg"), "train", c) for i, c in captions.items()
+    ]
     for shard in plan_shards(images, cache):
         ids = np.array([image.id for image in shard.images])[:, None, None] * np.ones((1, 4, 3))
         tables = np.zeros((len(ids), 4, 4)), np.full(len(ids), 4)
         rows = [Rows(ids, *tables), Rows(ids + 1000, tables[0] + 0.5, tables[1])]
-        write_shard(shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": ["flip"]})
+        write_shard(
+            shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": ["flip"]}
+        )
     return texts_of(images, FeatureCache(cache))
 
 
 @pytest.mark.parametrize("kept_on", [None, "cpu"])
 def test_a_mirrored_photograph_goes_without_captions_of_left_and_right(tmp_path, kept_on):
     sided = ("a dog on the left", "the right one", "a leftmost dog", "right-hand side")
-    images = viewed(tmp_path, {i: ("a dog", "it runs", *sided[: i % 5]) if i % 7 else sided for i in range(100)})
+    images = viewed(
+        tmp_path, {i: ("a dog", "it runs", *sided[: i % 5]) if i % 7 else sided for i in range(100)}
+    )
     vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
     ids = images.encode(vocabulary, 9)
     if kept_on:
@@ -139,49 +168,80 @@ def test_a_mirrored_photograph_goes_without_captions_of_left_and_right(tmp_path,
     for epoch in range(3):
         for batch in images.batches(ids, 8, np.random.default_rng(epoch), views=True):
             for row, image_id in enumerate(batch.image_ids):
-                texts = [vocabulary.decode(caption) for caption in batch.tokens[row].tolist() if caption[0] == BOS]
+                texts = [
+                    vocabulary.decode(caption)
+                    for caption in batch.tokens[row].tolist()
+                    if caption[0] == BOS
+                ]
                 flipped = batch.features[row].unique().tolist() == [image_id + 1000]
                 assert flipped or batch.features[row].unique().tolist() == [image_id]
                 assert batch.boxes[row].unique().tolist() == [0.5 if flipped else 0]
                 assert len(texts) == (2 if flipped else len(images.tokens[image_id]))
-                assert not flipped or (image_id % 7 and not any("left" in text or "right" in text for text in texts))
+                assert not flipped or (
+                    image_id % 7 and not any("left" in text or "right" in text for text in texts)
+                )
                 mirrored += flipped
     assert 90 < mirrored < 165  # half of the 85 that may be, three times
-    assert all(batch.features.max() < 100 for batch in images.batches(ids, 8, np.random.default_rng(0)))
+    assert all(
+        batch.features.max() < 100 for batch in images.batches(ids, 8, np.random.default_rng(0))
+    )
 
 
 def test_asked_for_whole_a_photograph_that_would_go_without_a_caption_is_not_mirrored(tmp_path):
-    images = viewed(tmp_path, {i: ("a dog", "on the left") if i % 2 else ("a dog", "it runs") for i in range(40)})
-    ids = images.encode(Vocabulary.build([words for group in images.tokens for words in group], 1), 9)
+    images = viewed(
+        tmp_path,
+        {i: ("a dog", "on the left") if i % 2 else ("a dog", "it runs") for i in range(40)},
+    )
+    ids = images.encode(
+        Vocabulary.build([words for group in images.tokens for words in group], 1), 9
+    )
     mirrored = set()
     for epoch in range(8):
         for batch in images.batches(ids, 8, np.random.default_rng(epoch), views=True, whole=True):
             assert batch.texts == 2 * len(batch.image_ids)
-            mirrored |= {i for i, row in zip(batch.image_ids, batch.features, strict=True) if row.max() >= 1000}
+            mirrored |= {
+                i
+                for i, row in zip(batch.image_ids, batch.features, strict=True)
+                if row.max() >= 1000
+            }
     assert mirrored == set(range(0, 40, 2))
 
 
 def test_parts_of_a_batch_are_the_same_images_and_its_processes_share_them(tmp_path):
-    images = captioned(tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)})
+    images = captioned(
+        tmp_path, {i: tuple(f"word{i}" for _ in range(i % 3 + 1)) for i in range(11)}
+    )
     vocabulary = Vocabulary.build([words for group in images.tokens for words in group], 1)
     ids = images.encode(vocabulary, 5)
     whole = list(images.batches(ids, 5, np.random.default_rng(0)))
-    assert [batch.image_ids for batch in images.batches(ids, 5, np.random.default_rng(0), skip=1)] == [
-        batch.image_ids for batch in whole[1:]
-    ]
+    assert [
+        batch.image_ids for batch in images.batches(ids, 5, np.random.default_rng(0), skip=1)
+    ] == [batch.image_ids for batch in whole[1:]]
     for batch in whole:
         parts = batch.split(3)
         assert [i for part in parts for i in part.image_ids] == batch.image_ids
         assert torch.equal(torch.cat([part.features for part in parts]), batch.features)
         assert sum(part.words for part in parts) == batch.words == 2 * batch.texts
-    ranks = [list(images.batches(ids, 5, np.random.default_rng(0), rank=rank, world=3)) for rank in range(3)]
+    ranks = [
+        list(images.batches(ids, 5, np.random.default_rng(0), rank=rank, world=3))
+        for rank in range(3)
+    ]
     for batch, *shares in zip(whole, *ranks, strict=True):
-        assert sorted(i for share in shares if share.counted for i in share.image_ids) == sorted(batch.image_ids)
-        assert sum(share.words for share in shares) == batch.words and sum(share.captions for share in shares) == batch.texts
-    assert [share[-1].counted for share in ranks] == [True, False, False]  # the last batch has one image
+        assert sorted(i for share in shares if share.counted for i in share.image_ids) == sorted(
+            batch.image_ids
+        )
+        assert (
+            sum(share.words for share in shares) == batch.words
+            and sum(share.texts for share in shares) == batch.texts
+        )
+    assert [share[-1].counted for share in ranks] == [
+        True,
+        False,
+        False,
+    ]  # the last batch has one image
 
 
-# ------------------------------------------------------------------------------------------------------ pieces of words
+# ---------------------------------------------------------------------------------- pieces of words
 
 
 def test_pieces_of_words_with_marks_are_joined_to_the_words_they_were_cut_from():

@@ -1,8 +1,9 @@
 """Claims: which process writes which shard of a cache, by files that only one process can create.
 
-A shard is claimed by a file (`.shard-00000.claim`: host, pid, start), which its owner touches every TOUCH_SECONDS seconds. A claim whose
-process is dead (on this host), or that nobody touched for LEASE_SECONDS seconds by the file system's own clock (on another), is taken
-over. Should two processes write one shard all the same, both write the same rows, and the last rename wins.
+A shard is claimed by a file (`.shard-00000.claim`: host, pid, start), which its owner touches every
+TOUCH_SECONDS seconds. A claim whose process is dead (on this host), or that nobody touched for
+LEASE_SECONDS seconds by the file system's own clock (on another), is taken over. Should two
+processes write one shard all the same, both write the same rows, and the last rename wins.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ TOUCH_SECONDS, LEASE_SECONDS = 10, 120  # seconds
 
 
 class Claims:
-    """The shards that this process is writing. A context manager: leaving it gives all of them back."""
+    """The shards that this process is writing.
+
+    A context manager: leaving it gives all of them back.
+    """
 
     def __init__(self, cache: Path) -> None:
         self.cache, self.held = cache, set()
@@ -40,7 +44,9 @@ class Claims:
             self.release(shard)
 
     def take(self, shard: Shard) -> bool:
-        """Whether this process is to write `shard`: it is not there, and nobody else alive is at it."""
+        """Whether this process is to write `shard`: it is not there, and nobody else alive is at
+        it.
+        """
         path = _claim_path(shard.path)
         for _ in range(2):
             if shard.path.exists():
@@ -57,18 +63,24 @@ class Claims:
             if shard.path.exists():  # finished and given back since
                 self.release(shard.path)
                 return False
-            for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):  # of a process that was killed
+            for left in shard.path.parent.glob(
+                f".{shard.path.name}.*.tmp"
+            ):  # of a process that was killed
                 left.unlink(missing_ok=True)
             return True
         return False
 
     def release(self, shard: Path) -> None:
         self.held.discard(shard)
-        if _owner(_claim_path(shard)) == self.me:  # another's, where this one was silent for too long
+        if (
+            _owner(_claim_path(shard)) == self.me
+        ):  # another's, where this one was silent for too long
             _claim_path(shard).unlink(missing_ok=True)
 
     def _put_aside(self, path: Path) -> None:
-        """Take an abandoned claim away; one that another process has taken over this moment is put back."""
+        """Take an abandoned claim away; one that another process has taken over this moment is put
+        back.
+        """
         owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.rename(aside)
@@ -102,7 +114,9 @@ class Claims:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """What a claim says; nothing where it was created this moment, or by a process that was killed at it."""
+    """What a claim says; nothing where it was created this moment, or by a process that was killed
+    at it.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -115,7 +129,9 @@ def _claim_path(shard: Path) -> Path:
 
 
 def _host() -> str:
-    """This machine since its last start, and the process numbers that count here (containers have their own)."""
+    """This machine since its last start, and the process numbers that count here (containers have
+    their own).
+    """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -125,7 +141,9 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, so that a later one with its number is told apart; empty where the system does not say."""
+    """When a process began, so that a later one with its number is told apart; empty where the
+    system does not say.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -143,7 +161,9 @@ def _alive(pid: int, start: str) -> bool:
 
 
 def sweep(cache: Path) -> None:
-    """Remove what killed processes left beside finished work: claims of shards that are there, old temporary files."""
+    """Remove what killed processes left beside finished work: claims of shards that are there, old
+    temporary files.
+    """
     for claim in cache.glob(".shard-*.claim"):
         if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
             claim.unlink(missing_ok=True)

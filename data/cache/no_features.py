@@ -28,7 +28,11 @@ class NoFeatures:
     def rows(self, image_ids: Sequence[int], **_: Any) -> Rows:
         """features [n,0,1] float16, boxes [n,0,4] float32, counts [n] int16, all 0."""
         count = len(image_ids)
-        return Rows(np.empty((count, 0, 1), np.float16), np.empty((count, 0, 4), np.float32), np.zeros(count, np.int16))
+        return Rows(
+            np.empty((count, 0, 1), np.float16),
+            np.empty((count, 0, 4), np.float32),
+            np.zeros(count, np.int16),
+        )
 
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
         return list(images), 0

@@ -1,7 +1,9 @@
-"""The feature cache: a folder of complete HDF5 shards, written once, read by any number of decoders.
+"""The feature cache: a folder of complete HDF5 shards, written once, read by any number of
+decoders.
 
-A shard (`shard-00000.h5`, about 1,000 images) is written under a temporary name, fsynced and renamed: a shard that
-exists is complete. Rows are contiguous and uncompressed, so a reader maps them without an HDF5 handle.
+A shard (`shard-00000.h5`, about 1,000 images) is written under a temporary name, fsynced and
+renamed: a shard that exists is complete. Rows are contiguous and uncompressed, so a reader maps
+them without an HDF5 handle.
 
     features  [N,R,C] float16   zero past counts[n]
     boxes     [N,R,4] float32   x0 y0 x1 y1 in 0..1 of the upright whole original photograph
@@ -10,11 +12,13 @@ exists is complete. Rows are contiguous and uncompressed, so a reader maps them 
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
-    ..._flip                    features, boxes, counts and crc32 of the mirrored photograph, where it was asked for (`VIEWS`)
-    attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but `features`)
+    ..._flip                    features, boxes, counts and crc32 of the mirrored photograph, where
+                                it was asked for (`VIEWS`)
+    attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but
+              `features`)
 
-`features.h5` joins all shards for any h5py user (HDF5 virtual datasets); `unreadable.jsonl` lists the photographs that
-have no row and why. `data.cache.writer` writes all of this; here it is read.
+`features.h5` joins all shards for any h5py user (HDF5 virtual datasets); `unreadable.jsonl` lists
+the photographs that have no row and why. `data.cache.writer` writes all of this; here it is read.
 """
 
 from __future__ import annotations
@@ -39,7 +43,16 @@ FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
 VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
 # What h5py, json and the checks here raise for a file that is not what extraction writes.
-BROKEN = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError)
+BROKEN = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
 HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file format, III.E)
 HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
@@ -58,7 +71,9 @@ class NewerFormat(DataError):
 
 
 class Unreadable(NamedTuple):
-    """A photograph without a row, as a line of unreadable.jsonl; `size` and `mtime_ns` of the file then, -1 without one."""
+    """A photograph without a row, as a line of unreadable.jsonl; `size` and `mtime_ns` of the file
+    then, -1 without one.
+    """
 
     image_id: int
     file_name: str
@@ -73,13 +88,17 @@ def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def endings(views: Iterable[str]) -> tuple[str, ...]:
-    """What the names of PER_VIEW's datasets end with: for the photographs as they are nothing, then each view."""
+    """What the names of PER_VIEW's datasets end with: for the photographs as they are nothing, then
+    each view.
+    """
     return "", *(f"_{view}" for view in views)
 
 
 def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of all datasets with a row an image."""
-    return *PER_IMAGE, *(name + end for end in endings(views_of(provenance))[1:] for name in PER_VIEW)
+    return *PER_IMAGE, *(
+        name + end for end in endings(views_of(provenance))[1:] for name in PER_VIEW
+    )
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -88,7 +107,8 @@ def shard_paths(cache: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Raise HDF5's errors that come from the operating system as OSError with number, reason and `path`.
+    """Raise HDF5's errors that come from the operating system as OSError with number, reason and
+    `path`.
 
     HDF5 writes the number into its message only. What is left says that the content is not HDF5.
     """
@@ -110,7 +130,10 @@ def open_shard(path: Path) -> h5py.File:
     """
     advice = "it is not a cache of this program"
     if path.match("shard-*.h5"):
-        advice = f"remove it and re-run pipeline.extract with --out {path.parent}, which redoes only what is missing"
+        advice = (
+            f"remove it and re-run pipeline.extract with --out {path.parent}, which "
+            "redoes only what is missing"
+        )
     try:
         with system_errors(path):
             file = h5py.File(path, "r", locking=False)
@@ -128,17 +151,21 @@ def open_shard(path: Path) -> h5py.File:
         raise error(f"{path} has format {found}, this version reads and writes {FORMAT}; {advice}")
     if _has_endless_heap(path, file):
         file.close()
-        raise DataError(f"{path} is damaged: a part of it is zeros, as a power cut may leave it; {advice}")
+        raise DataError(
+            f"{path} is damaged: a part of it is zeros, as a power cut may leave it; {advice}"
+        )
     return file
 
 
 def _has_endless_heap(path: Path, file: h5py.File) -> bool:
-    """Whether HDF5 would never end reading text from this file: a heap of it has a free block of size 0.
+    """Whether HDF5 would never end reading text from this file: a heap of it has a free block of
+    size 0.
 
-    HDF5 keeps text of variable length in heaps: the signature, the heap's size (8 bytes), then blocks of
-    number (2 bytes), references (2), zeros (4), size (8) and content up to the next multiple of 8. Block 0
-    is the free space; its size includes these 16 bytes. Where zeros follow, HDF5 2.0 goes on from a block
-    of size 0 to that same block without end. Features are not searched.
+    HDF5 keeps text of variable length in heaps: the signature, the heap's size (8 bytes), then
+    blocks of number (2 bytes), references (2), zeros (4), size (8) and content up to the next
+    multiple of 8. Block 0 is the free space; its size includes these 16 bytes. Where zeros follow,
+    HDF5 2.0 goes on from a block of size 0 to that same block without end. Features are not
+    searched.
     """
     skipped = []
     with contextlib.suppress(*BROKEN):
@@ -183,7 +210,9 @@ def _attribute(file: h5py.File, name: str) -> Any:
 
 @contextlib.contextmanager
 def reading_shard(path: Path) -> Iterator[h5py.File]:
-    """`open_shard` to read it whole; DataError where something in it is not what extraction writes."""
+    """`open_shard` to read it whole; DataError where something in it is not what extraction
+    writes.
+    """
     with open_shard(path) as file:
         try:
             with system_errors(path):
@@ -194,7 +223,8 @@ def reading_shard(path: Path) -> Iterator[h5py.File]:
             if getattr(error, "errno", None):
                 raise
             raise DataError(
-                f"{path} is damaged ({error}); check it with pipeline.extract --verify, make it again "
+                f"{path} is damaged ({error}); check it with pipeline.extract --verify, make "
+                "it again "
                 "with --repair"
             ) from error
 
@@ -215,10 +245,16 @@ def read_object(file: h5py.File, name: str) -> dict[str, Any]:
     return found
 
 
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str] = ()) -> list[str]:
+def differences(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str] = ()
+) -> list[str]:
     """Where two identities (or provenances) differ, one `field: found, not wanted` for each."""
     keys = list(fields) or list(dict.fromkeys([*wanted, *found]))
-    return [f"{key}: {found.get(key)}, not {wanted.get(key)}" for key in keys if wanted.get(key) != found.get(key)]
+    return [
+        f"{key}: {found.get(key)}, not {wanted.get(key)}"
+        for key in keys
+        if wanted.get(key) != found.get(key)
+    ]
 
 
 def has_same_cells(identity: Mapping[str, Any]) -> bool:
@@ -233,15 +269,19 @@ def packed_backbone(file: Path) -> bytes | None:
             return None
         weights = opened["backbone"]
         if weights.dtype != np.uint8 or weights.ndim != 1:
-            raise ValueError(f"backbone is {weights.dtype} {weights.shape}, not the bytes of a file")
+            raise ValueError(
+                f"backbone is {weights.dtype} {weights.shape}, not the bytes of a file"
+            )
         return weights[:].tobytes()
 
 
 class FeatureCache:
-    """Random access by image id to the rows of a cache, or of one packed file; safe to share with forked or spawned workers.
+    """Random access by image id to the rows of a cache, or of one packed file; safe to share with
+    forked or spawned workers.
 
-    `identity` (equal to be used together), `provenance` (recorded), `ids` int64 [N] in the cache's order,
-    `unreadable` {image id: Unreadable}, `shape` (R, C), `views` (of VIEWS, those that it has).
+    `identity` (equal to be used together), `provenance` (recorded), `ids` int64 [N] in the cache's
+    order, `unreadable` {image id: Unreadable}, `shape` (R, C), `views` (of VIEWS, those that it
+    has).
     Raises DataError where the folder is no cache.
     """
 
@@ -252,9 +292,14 @@ class FeatureCache:
         self.paths = paths = [self.path] if self.path.is_file() else shard_paths(self.path)
         if not paths:
             what = "holds no shard-*.h5" if self.path.is_dir() else "is not there"
-            raise DataError(f"cache {self.path} {what}; make it with: python -m pipeline.extract ... --out {self.path}")
+            raise DataError(
+                f"cache {self.path} {what}; make it with: python -m pipeline.extract ... --out "
+                f"{self.path}"
+            )
         self._files: list[Path] = []
-        self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []  # by view (0: as it is), then by file
+        self._maps: list[
+            list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+        ] = []  # by view (0: as it is), then by file
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}
@@ -263,18 +308,26 @@ class FeatureCache:
             with reading_shard(path) as file:
                 if identity is None:
                     identity = file.attrs["identity"]
-                    self.identity, self.provenance = read_object(file, "identity"), read_object(file, "provenance")
+                    self.identity, self.provenance = (
+                        read_object(file, "identity"),
+                        read_object(file, "provenance"),
+                    )
                     self.views = views_of(self.provenance)
                     self._maps = [[] for _ in endings(self.views)]
                     self.shape = _shape_of(file)
                 elif file.attrs["identity"] != identity:
                     what = "; ".join(differences(self.identity, read_object(file, "identity")))
-                    raise DataError(f"{path} does not belong to the cache of {paths[0].name} ({what}); remove it")
+                    raise DataError(
+                        f"{path} does not belong to the cache of {paths[0].name} ({what}); "
+                        "remove it"
+                    )
                 self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
         # The cells of whole photographs are the same for each: no need to read them row by row.
-        self._cells = self._maps[0][0][1][0].copy() if has_same_cells(self.identity) and self._files else None
+        self._cells = (
+            self._maps[0][0][1][0].copy() if has_same_cells(self.identity) and self._files else None
+        )
         for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
@@ -287,7 +340,10 @@ class FeatureCache:
         self._files.append(path)
         for end in endings(self.views):
             if f"features{end}" not in file:
-                raise DataError(f"{path} has no features{end}, as its cache's other files have; remove it and extract again")
+                raise DataError(
+                    f"{path} has no features{end}, as its cache's other files have; remove it "
+                    "and extract again"
+                )
         _check_layout(path, file, len(ids), self.shape, self.views)
         for maps, end in zip(self._maps, endings(self.views), strict=True):
             features, boxes = _map(file[f"features{end}"], path), _map(file[f"boxes{end}"], path)
@@ -309,10 +365,11 @@ class FeatureCache:
         return self._names[image_id]
 
     def dataset(self, captions: Mapping[int, Sequence[str]]) -> Any:
-        """A torch Dataset of the images of `captions` (texts by image id), for a DataLoader with any number of workers.
+        """A torch Dataset of the images of `captions` (texts by image id), for a DataLoader with
+        any number of workers.
 
-        Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions); DataError here for an image
-        without a row.
+        Item i is (features [R,C] float16, boxes [R,4] float32, count, image id, captions);
+        DataError here for an image without a row.
         """
         from data.cache.torch_dataset import (
             CachedImages,  # here, since reading a cache needs no torch
@@ -337,9 +394,11 @@ class FeatureCache:
         tables_only: bool = False,
         views: Sequence[int] | None = None,
     ) -> Rows:
-        """Copies of the rows of `image_ids`, in that order; DataError for an id that the cache has not.
+        """Copies of the rows of `image_ids`, in that order; DataError for an id that the cache has
+        not.
 
-        out: arrays of the right shapes to copy into, as `empty_rows` gives; fresh memory costs more than the copy.
+        out: arrays of the right shapes to copy into, as `empty_rows` gives; fresh memory costs more
+            than the copy.
         tables_only: leave the features as they are in memory, read only boxes and counts.
         views: which view of each, 0 as it is, v the cache's `views[v - 1]`; None: all as they are.
         """
@@ -349,7 +408,10 @@ class FeatureCache:
         except KeyError as error:
             raise DataError(self._absent(error.args[0])) from None
         maps = self._maps
-        places = [(maps[view][number], row) for view, (number, row) in zip(views or [0] * len(found), found, strict=True)]
+        places = [
+            (maps[view][number], row)
+            for view, (number, row) in zip(views or [0] * len(found), found, strict=True)
+        ]
         if not tables_only:
             for target, (parts, row) in zip(rows.features, places, strict=True):
                 target[...] = parts[0][row]
@@ -368,9 +430,13 @@ class FeatureCache:
     def keep_in_memory(self, memory: np.ndarray | None = None, filled: bool = False) -> None:
         """Read all features from memory from now on (a pickled cache opens its files again).
 
-        memory: float16 of `feature_bytes` in all to keep them in, None: new; filled: another process has copied them there.
+        memory: float16 of `feature_bytes` in all to keep them in, None: new; filled: another
+            process has copied them there.
         """
-        memory, start = np.empty(self.feature_bytes // 2, np.float16) if memory is None else memory, 0
+        memory, start = (
+            np.empty(self.feature_bytes // 2, np.float16) if memory is None else memory,
+            0,
+        )
         for maps in self._maps:
             for number, (features, boxes, counts) in enumerate(maps):
                 kept = memory[start : start + features.size].reshape(features.shape)
@@ -391,7 +457,8 @@ class FeatureCache:
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
         """The images that have rows, and how many are left out because unreadable.jsonl lists them.
 
-        Raises DataError for any other image without a row, and where cache and source name an id differently.
+        Raises DataError for any other image without a row, and where cache and source name an id
+        differently.
         """
         kept, left_out = [], 0
         for image in images:
@@ -402,8 +469,10 @@ class FeatureCache:
                 raise DataError(self._absent(image.id))
             if not same_photograph(self._names[image.id], image.name):
                 raise DataError(
-                    f"image {image.id} is {self._names[image.id]} in {self.path} and {image.name} in the captions; "
-                    "the cache was made from other photographs: pass the --features that belong to these captions"
+                    f"image {image.id} is {self._names[image.id]} in {self.path} and "
+                    f"{image.name} in the captions; "
+                    "the cache was made from other photographs: pass the --features that "
+                    "belong to these captions"
                 )
             kept.append(image)
         return kept, left_out
@@ -419,7 +488,8 @@ class FeatureCache:
             return f"image {image_id} ({record.file_name}) could not be read: {record.reason}"
         return (
             f"image {image_id} is not in {self.path} ({len(self)} images); "
-            "re-run pipeline.extract over the split that has it (without --limit), with the same --out"
+            "re-run pipeline.extract over the split that has it (without --limit), with the "
+            "same --out"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -452,24 +522,36 @@ def _check_layout(
         wanted[f"crc32{end}"] = "u4", (rows,)
     for name, (kind, size) in wanted.items():
         if (file[name].dtype, file[name].shape) != (np.dtype(kind), size):
-            raise ValueError(f"{name} is {file[name].dtype} {file[name].shape}, not {np.dtype(kind)} {size}")
+            raise ValueError(
+                f"{name} is {file[name].dtype} {file[name].shape}, not {np.dtype(kind)} {size}"
+            )
     if h5py.check_string_dtype(file["names"].dtype) is None or file["names"].shape != (rows,):
-        raise ValueError(f"names is {file['names'].dtype} {file['names'].shape}, not text {(rows,)}")
+        raise ValueError(
+            f"names is {file['names'].dtype} {file['names'].shape}, not text {(rows,)}"
+        )
 
 
 def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
-    """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs microseconds."""
+    """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs
+    microseconds.
+    """
     if data.is_virtual:
-        raise DataError(f"{path} only points to shards that are not beside it; copy the whole folder, or pack it")
+        raise DataError(
+            f"{path} only points to shards that are not beside it; copy the whole folder, or "
+            "pack it"
+        )
     if (offset := data.id.get_offset()) is None:
-        raise DataError(f"{path}: the rows of {data.name} are not contiguous, as extraction writes them")
+        raise DataError(
+            f"{path}: the rows of {data.name} are not contiguous, as extraction writes them"
+        )
     try:
         return np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS):
             raise
         raise DataError(
-            f"{path}: its file system does not map files into memory ({os.strerror(error.errno)}), as reading rows needs; "
+            f"{path}: its file system does not map files into memory "
+            f"({os.strerror(error.errno)}), as reading rows needs; "
             "copy the cache to a local disk"
         ) from error
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class CachedImages(torch.utils.data.Dataset):
-    """The images of `captions` over a cache, one an item, as `FeatureCache.dataset` says; workers open the cache anew."""
+    """The images of `captions` over a cache, one an item, as `FeatureCache.dataset` says; workers
+    open the cache anew.
+    """
 
     def __init__(self, cache: Any, captions: Mapping[int, Sequence[str]]) -> None:
         self.cache, self.captions, self.ids = cache, dict(captions), list(captions)
@@ -23,4 +25,10 @@ class CachedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int, list[str]]:
         image_id = self.ids[index]
         features, boxes, count = self.cache[image_id]
-        return torch.from_numpy(features), torch.from_numpy(boxes), int(count), image_id, list(self.captions[image_id])
+        return (
+            torch.from_numpy(features),
+            torch.from_numpy(boxes),
+            int(count),
+            image_id,
+            list(self.captions[image_id]),
+        )

@@ -1,6 +1,8 @@
-"""Writing a feature cache: which shard holds which images, who writes it, how it is written, checked and joined.
+"""Writing a feature cache: which shard holds which images, who writes it, how it is written,
+checked and joined.
 
-A shard is written under a temporary name, fsynced and renamed; `data.cache.claims` says which process writes it.
+A shard is written under a temporary name, fsynced and renamed; `data.cache.claims` says which
+process writes it.
 """
 
 from __future__ import annotations
@@ -48,22 +50,25 @@ TABLES = ("boxes", "counts", "image_ids", "names", "sizes")
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file of a cache and the images that it will hold; `plan` is its record in the file."""
+    """One planned file of a cache and the images that it will hold; `plan` is its record in the
+    file.
+    """
 
     path: Path
     plan: Mapping[str, Any]
     images: tuple[Image, ...]
 
 
-# ------------------------------------------------------------------------------------------------------------ planning
+# ----------------------------------------------------------------------------------------- planning
 
 
 def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     """Cut `images` into the shards of a cache, finished ones included (`shard.path.exists()`).
 
-    The groups follow from the list of images alone, so every process, however late it starts, makes the same ones.
-    Images that a shard of another plan holds (another split, a smaller folder) are left out of their group. Where such a
-    shard is gone since, or another plan took a group's file name first, its images get shards of their own at the end.
+    The groups follow from the list of images alone, so every process, however late it starts, makes
+    the same ones. Images that a shard of another plan holds (another split, a smaller folder) are
+    left out of their group. Where such a shard is gone since, or another plan took a group's file
+    name first, its images get shards of their own at the end.
     """
     digest = _digest(images)
     total = -(-len(images) // SHARD_IMAGES)
@@ -93,7 +98,10 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
         first, total = after, -(-len(orphans) // SHARD_IMAGES)
         plan = {"digest": _digest(orphans), "first": first, "shards": total}
         groups = [orphans[at : at + SHARD_IMAGES] for at in range(0, len(orphans), SHARD_IMAGES)]
-        return [Shard(cache / f"shard-{first + n:05d}.h5", plan, tuple(group)) for n, group in enumerate(groups)]
+        return [
+            Shard(cache / f"shard-{first + n:05d}.h5", plan, tuple(group))
+            for n, group in enumerate(groups)
+        ]
     return shards
 
 
@@ -105,16 +113,22 @@ def _read_plan(file: h5py.File) -> dict[str, Any]:
     return plan
 
 
-def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()) -> list[Shard]:
-    """One more shard for photographs that could not be read and have changed on disk since (`every`: all such), but for
-    those that unfinished shards of `planned` will try anyway."""
+def plan_retry(
+    images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()
+) -> list[Shard]:
+    """One more shard for photographs that could not be read and have changed on disk since
+    (`every`: all such), but for those that unfinished shards of `planned` will try anyway."""
     paths = shard_paths(cache)
     if not paths:
         return []
     unreadable = FeatureCache(cache).unreadable
     tried = {image.id for shard in planned if not shard.path.exists() for image in shard.images}
     images = [image for image in images if image.id not in tried]
-    again = [i for i in images if i.id in unreadable and (every or stamp(i.path) != tuple(unreadable[i.id][3:5]))]
+    again = [
+        i
+        for i in images
+        if i.id in unreadable and (every or stamp(i.path) != tuple(unreadable[i.id][3:5]))
+    ]
     if not again:
         return []
     numbers = []
@@ -123,11 +137,19 @@ def plan_retry(images: Sequence[Image], cache: Path, every: bool, planned: Seque
             plan = _read_plan(file)
             numbers.append(plan["first"] + plan["shards"])
     first = max(numbers)
-    return [Shard(cache / f"shard-{first:05d}.h5", {"digest": f"retry {first}", "first": first, "shards": 1}, tuple(again))]
+    return [
+        Shard(
+            cache / f"shard-{first:05d}.h5",
+            {"digest": f"retry {first}", "first": first, "shards": 1},
+            tuple(again),
+        )
+    ]
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change (ns) of a file, by which a later run sees that it is another; -1, -1 without one."""
+    """Size and time of the last change (ns) of a file, by which a later run sees that it is
+    another; -1, -1 without one.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -139,7 +161,7 @@ def _digest(images: Sequence[Image]) -> str:
     return hashlib.sha256(json.dumps([image.id for image in images]).encode()).hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_shard(
@@ -151,10 +173,12 @@ def write_shard(
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one shard whole or not at all; `rows`, one for each of `kept`, are those of the photographs as they are and then
-    of each view that the provenance names, as `data.cache.reader` says.
+    """Write one shard whole or not at all; `rows`, one for each of `kept`, are those of the
+    photographs as they are and then of each view that the provenance names, as `data.cache.reader`
+    says.
 
-    Raises DataError naming the photograph whose features are not finite in float16, OSError for a disk that is full.
+    Raises DataError naming the photograph whose features are not finite in float16, OSError for a
+    disk that is full.
     """
     arrays: dict[str, np.ndarray] = {}
     for end, part in zip(endings(views_of(provenance)), rows, strict=True):
@@ -166,7 +190,12 @@ def write_shard(
                     "try --precision fp32, or other --weights: nothing was written for its shard"
                 )
         crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
-        found = features, part.boxes.astype(np.float32, copy=False), part.counts.astype(np.int16), crc32
+        found = (
+            features,
+            part.boxes.astype(np.float32, copy=False),
+            part.counts.astype(np.int16),
+            crc32,
+        )
         arrays |= {f"{name}{end}": array for name, array in zip(PER_VIEW, found, strict=True)}
     try:
         with atomic_write(shard.path, True) as temporary, _new_file(temporary) as file:
@@ -178,17 +207,25 @@ def write_shard(
             for name, array in arrays.items():
                 file[name] = array
             file["image_ids"] = np.array([image.id for image in kept], np.int64)
-            file.create_dataset("names", data=[image.name for image in kept], shape=len(kept), dtype=h5py.string_dtype())
+            file.create_dataset(
+                "names",
+                data=[image.name for image in kept],
+                shape=len(kept),
+                dtype=h5py.string_dtype(),
+            )
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
             file.attrs["crc32"] = _tables_crc32(file)
     except FileNotFoundError:
-        if not shard.path.exists():  # else another took it over, wrote it, and removed what was left of this one
+        if (
+            not shard.path.exists()
+        ):  # else another took it over, wrote it, and removed what was left of this one
             raise
 
 
 @contextlib.contextmanager
 def _new_file(path: Path, **options: Any) -> Iterator[h5py.File]:
-    """A new HDF5 file, without a lock: it is renamed when whole, and some file systems have no locks.
+    """A new HDF5 file, without a lock: it is renamed when whole, and some file systems have no
+    locks.
 
     HDF5's errors while writing are raised as OSError with the system's number.
     """
@@ -201,7 +238,11 @@ def _tables_crc32(file: h5py.File) -> int:
     crc = 0
     for name in (*TABLES, *(name for name in file if name.startswith(("boxes_", "counts_")))):
         values = file[name][:]
-        data = "\0".join(value.decode() for value in values).encode() if name == "names" else values.tobytes()
+        data = (
+            "\0".join(value.decode() for value in values).encode()
+            if name == "names"
+            else values.tobytes()
+        )
         crc = zlib.crc32(data, crc)
     for name in ("identity", "provenance", "plan", "unreadable"):
         crc = zlib.crc32(file.attrs[name].encode(), crc)
@@ -209,7 +250,9 @@ def _tables_crc32(file: h5py.File) -> int:
 
 
 def write_index(cache: Path) -> list[Unreadable]:
-    """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename; returns the latter."""
+    """Write features.h5 (virtual datasets over all shards) and unreadable.jsonl, each by rename;
+    returns the latter.
+    """
     opened = FeatureCache(cache)
     with (
         atomic_write(cache / "features.h5") as temporary,
@@ -230,21 +273,30 @@ def write_index(cache: Path) -> list[Unreadable]:
                     layout[start : start + end - begin] = source[begin:end]
                     start += end - begin
             index.create_virtual_dataset(name, layout)
-    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in opened.unreadable.values()]
+    lines = [
+        json.dumps(record._asdict(), ensure_ascii=False) + "\n"
+        for record in opened.unreadable.values()
+    ]
     atomic_write_text(cache / "unreadable.jsonl", "".join(lines))
     return list(opened.unreadable.values())
 
 
 def _runs(cache: FeatureCache, path: Path, file: h5py.File) -> list[tuple[int, int]]:
-    """The rows of a shard that the cache reads, as (begin, end) of consecutive ones: not those that a later shard has too."""
+    """The rows of a shard that the cache reads, as (begin, end) of consecutive ones: not those that
+    a later shard has too.
+    """
     ids = file["image_ids"][:].tolist()
-    read = np.array([0, *(cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)), 0], np.int8)
+    read = np.array(
+        [0, *(cache.where(image_id) == (path, row) for row, image_id in enumerate(ids)), 0], np.int8
+    )
     edges = np.flatnonzero(np.diff(read)).reshape(-1, 2)
     return [(int(begin), int(end)) for begin, end in edges]
 
 
 def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
-    """Write all rows of a cache into one plain HDF5 file, with the backbone's weights: whole or not at all."""
+    """Write all rows of a cache into one plain HDF5 file, with the backbone's weights: whole or not
+    at all.
+    """
     if target.exists():
         raise DataError(f"{target} is there already; --pack writes a new file")
     if target.name == "features.h5" or target.match("shard-*.h5"):
@@ -254,7 +306,11 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     total = len(cache)
     with atomic_write(target, True) as temporary, _new_file(temporary) as packed:
-        for name, value in (("identity", cache.identity), ("provenance", cache.provenance), ("plan", {})):
+        for name, value in (
+            ("identity", cache.identity),
+            ("provenance", cache.provenance),
+            ("plan", {}),
+        ):
             packed.attrs[name] = json.dumps(value)
         packed.attrs["format"] = FORMAT
         packed.attrs["unreadable"] = json.dumps(list(cache.unreadable.values()))
@@ -264,10 +320,14 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
                 for begin, end in _runs(cache, path, file):
                     for name in datasets_of(cache.provenance):
                         if name not in packed:
-                            packed.create_dataset(name, (total, *file[name].shape[1:]), file[name].dtype)
+                            packed.create_dataset(
+                                name, (total, *file[name].shape[1:]), file[name].dtype
+                            )
                         for at in range(begin, end, 100):
                             upto = min(at + 100, end)
-                            packed[name][start + at - begin : start + upto - begin] = file[name][at:upto]
+                            packed[name][start + at - begin : start + upto - begin] = file[name][
+                                at:upto
+                            ]
                     start += end - begin
                     done(end - begin)
         weights = cache.path / "backbone.safetensors"
@@ -276,11 +336,12 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
         packed.attrs["crc32"] = _tables_crc32(packed)
 
 
-# ------------------------------------------------------------------------------------------------------------- checking
+# ----------------------------------------------------------------------------------------- checking
 
 
 def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[str]:
-    """What is wrong with a shard (or a packed file), a line each; empty where every row is as it was written.
+    """What is wrong with a shard (or a packed file), a line each; empty where every row is as it
+    was written.
 
     Only bytes that were read are judged. OSError where the file system does not let all of them
     be read, and NewerFormat for a file of a newer version: neither says that the shard is bad.
@@ -316,16 +377,31 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
             found = json.loads(file.attrs["identity"])
             cells = file["features"].shape[1]
             if has_same_cells(found) and rows:
-                unlike = (file["boxes"][:] != file["boxes"][0]).any() or (file["counts"][:] != cells).any()
-                problems += [f"{path}: the cells of its photographs are not the same for each"] if unlike else []
+                unlike = (file["boxes"][:] != file["boxes"][0]).any() or (
+                    file["counts"][:] != cells
+                ).any()
+                problems += (
+                    [f"{path}: the cells of its photographs are not the same for each"]
+                    if unlike
+                    else []
+                )
             if "crc32" in file.attrs and _tables_crc32(file) != file.attrs["crc32"]:
-                problems.append(f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they were written")
+                problems.append(
+                    f"{path}: its tables ({', '.join(TABLES)}) or attributes are not as they "
+                    "were written"
+                )
             if identity is not None and found != identity:
                 problems.append(f"{path}: it belongs to another cache")
             for row, end in itertools.product(range(rows), endings(views_of(provenance))):
-                if zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row])) != file[f"crc32{end}"][row]:
+                if (
+                    zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row]))
+                    != file[f"crc32{end}"][row]
+                ):
                     name = file["names"].asstr()[row]
-                    problems.append(f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not as it was written")
+                    problems.append(
+                        f"{path}: row {row}, image {file['image_ids'][row]} ({name}), is not "
+                        "as it was written"
+                    )
             return problems
     except NewerFormat:
         raise

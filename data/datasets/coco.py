@@ -1,12 +1,15 @@
-"""COCO caption files: {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}.
+"""COCO caption files: {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id",
+"caption"}]}.
 
-The official layout, read as `coco2014` and `coco2017`, the year in every name; either split may be absent:
+The official layout, read as `coco2014` and `coco2017`, the year in every name; either split may be
+absent:
 
     root/annotations/captions_train2017.json, captions_val2017.json
-    root/train2017/000000000009.jpg, root/val2017/000000000139.jpg     (2014: train2014/COCO_train2014_000000000009.jpg)
+    root/train2017/000000000009.jpg, root/val2017/000000000139.jpg     (2014:
+                                                                       train2014/COCO_train2014_000000000009.jpg)
 
-`coco` is any other file of that form, with the folder its file names are relative to. An image may carry a `split`. An
-annotation needs no `id` of its own.
+`coco` is any other file of that form, with the folder its file names are relative to. An image may
+carry a `split`. An annotation needs no `id` of its own.
 """
 
 import contextlib
@@ -31,12 +34,20 @@ from data.sources import (
 )
 
 
-def read_official(dataset: str, root: Path | None, annotations: Path | None, images: Path | None) -> Source:
-    """Read COCO as it is downloaded; `dataset` ends in the year. `annotations` is the folder of the two files."""
+def read_official(
+    dataset: str, root: Path | None, annotations: Path | None, images: Path | None
+) -> Source:
+    """Read COCO as it is downloaded; `dataset` ends in the year.
+
+    `annotations` is the folder of the two files.
+    """
     year, base = dataset[-4:], images or root
     folder = annotations or (root or images) / "annotations"
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; {dataset} reads two files in it (for one file: --dataset coco)")
+        raise DataError(
+            f"{folder} is not a folder; {dataset} reads two files in it (for one file: "
+            "--dataset coco)"
+        )
     files = {split: folder / f"captions_{split}{year}.json" for split in ("train", "val")}
     files = {split: file for split, file in files.items() if file.exists()}
     if not files:
@@ -55,7 +66,9 @@ def read_official(dataset: str, root: Path | None, annotations: Path | None, ima
 def read(dataset: str, root: Path | None, annotations: Path | None, images: Path | None) -> Source:
     """Read one COCO caption file over one folder of photographs."""
     if annotations is None or annotations.is_dir():
-        raise DataError(f"{dataset} needs its caption file: pass --annotations FILE (and --images DIR)")
+        raise DataError(
+            f"{dataset} needs its caption file: pass --annotations FILE (and --images DIR)"
+        )
     base = images or root
     found, unsplit = [], []
     for id_, name, split, captions in _entries(annotations):
@@ -65,7 +78,10 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
             split = check_split(split, f"image {id_} in {annotations}")
         found.append(Image(id_, name, base / name, split or "all", captions))
     if unsplit and len(unsplit) < len(found):
-        raise DataError(f"image {unsplit[0]} in {annotations} has no split, others have; name one for each or none")
+        raise DataError(
+            f"image {unsplit[0]} in {annotations} has no split, others have; name one for each "
+            "or none"
+        )
     return _source(dataset, base, found, annotations)
 
 
@@ -90,7 +106,9 @@ def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
             raise DataError(f"{file}: an image has no id or no file_name: {str(entry)[:80]}; "
                             "a file by Karpathy is read with --dataset karpathy")  # fmt: skip
         id_ = check_id(entry["id"], f"{file}")
-        images.append((id_, check_name(entry["file_name"], f"image {id_} in {file}"), entry.get("split")))
+        images.append(
+            (id_, check_name(entry["file_name"], f"image {id_} in {file}"), entry.get("split"))
+        )
     known = {id_ for id_, _, _ in images}
     annotations = []
     for number, entry in enumerate(content["annotations"]):
@@ -98,13 +116,20 @@ def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
             entry = {**entry, "id": f"number {number}"}
         annotations.append(entry)
         if "image_id" not in entry:
-            raise DataError(f"{file}: annotation number {number} has no image_id: {str(content['annotations'][number])[:80]}")
+            raise DataError(
+                f"{file}: annotation number {number} has no image_id: "
+                f"{str(content['annotations'][number])[:80]}"
+            )
         where = f"annotation {entry['id']!r} in {file}"
         if check_id(entry["image_id"], where) not in known:
-            raise DataError(f'{where} is of image {entry["image_id"]}, which is not among its "images"; '
-                            "take the annotation out or add the image")  # fmt: skip
+            raise DataError(
+                f"{where} is of image {entry['image_id']}, which is not among its "
+                '"images"; '
+                "take the annotation out or add the image"
+            )
         check_caption(entry.get("caption"), where)
-    # Not COCO(file), which reads in the locale's encoding; no categories, which converters add and COCO trips over.
+    # Not COCO(file), which reads in the locale's encoding; no categories, which converters add and
+    # COCO trips over.
     coco = COCO()
     coco.dataset = {"images": content["images"], "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress

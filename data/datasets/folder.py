@@ -1,22 +1,28 @@
-"""Any folder of photographs, at any depth, in the form of Hugging Face's imagefolder, or with caption files of other forms.
+"""Any folder of photographs, at any depth, in the form of Hugging Face's imagefolder, or with
+caption files of other forms.
 
-    root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are left out; the order is
-                                        that of the relative path
-    **/train/ validation/ test-2017/    splits, where a folder at any depth has one name of `data.sources.SPLITS` in its own,
-                                        between blanks, digits, dots, dashes or underscores
-    **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named relative to its own folder
+    root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are
+                                        left out; the order is that of the relative path
+    **/train/ validation/ test-2017/    splits, where a folder at any depth has one name of
+                                        `data.sources.SPLITS` in its own, between blanks, digits,
+                                        dots, dashes or underscores
+    **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named
+                                        relative to its own folder
     **/captions.txt                     Kaggle's: CSV with the columns image and caption
-    **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where Flickr_8k.trainImages.txt,
-                                        devImages or testImages stand beside it, they name the splits and the photographs
-    **/*.txt                            with --captions-from txt: the captions of the photograph of the same name, one a line
+    **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where
+                                        Flickr_8k.trainImages.txt, devImages or testImages stand
+                                        beside it, they name the splits and the photographs
+    **/*.txt                            with --captions-from txt: the captions of the photograph of
+                                        the same name, one a line
 
-A metadata row has `file_name` and, as it likes, `split` and one of `caption`, `captions`, `text`: a string, in JSON also a
-list of strings. Several rows may name one file; a CSV cell under `captions` may hold a JSON list. The photographs of
-captions.txt and Flickr8k.token.txt are beside the file or beside its folder, there or in one of PHOTO_FOLDERS. A caption
-that two files give to one photograph counts once.
+A metadata row has `file_name` and, as it likes, `split` and one of `caption`, `captions`, `text`: a
+string, in JSON also a list of strings. Several rows may name one file; a CSV cell under `captions`
+may hold a JSON list. The photographs of captions.txt and Flickr8k.token.txt are beside the file or
+beside its folder, there or in one of PHOTO_FOLDERS. A caption that two files give to one photograph
+counts once.
 
-Without splits everything is train. Where only some photographs have a split, the others are train as long as nothing is
-called train; beside photographs called train that is a DataError.
+Without splits everything is train. Where only some photographs have a split, the others are train
+as long as nothing is called train; beside photographs called train that is a DataError.
 """
 
 import csv
@@ -51,9 +57,23 @@ from data.sources import (
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_COLUMNS = ("caption", "captions", "text")
 KAGGLE, FLICKR8K = "captions.txt", "flickr8k.token.txt"
-FLICKR8K_SPLITS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
-PHOTO_FOLDERS = ("", "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset")  # "Flicker" is the official spelling
-CAPTION_SUFFIXES = (".json", ".jsonl", ".csv")  # of caption files in general: no photographs that were left out
+FLICKR8K_SPLITS = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+PHOTO_FOLDERS = (
+    "",
+    "Images",
+    "images",
+    "Flicker8k_Dataset",
+    "Flickr8k_Dataset",
+)  # "Flicker" is the official spelling
+CAPTION_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".csv",
+)  # of caption files in general: no photographs that were left out
 SIDECARS = (".txt", ".json", ".caption")
 
 
@@ -63,28 +83,38 @@ class Options:
 
     captions_from: str = field(
         default="auto",
-        metadata={"help": "caption files by their names, or the .txt beside each photograph", "choices": ("auto", "txt")},
+        metadata={
+            "help": "caption files by their names, or the .txt beside each photograph",
+            "choices": ("auto", "txt"),
+        },
     )
 
 
 class Files(NamedTuple):
-    """The files below a folder by relative name, hidden ones left out: `photographs`, by name whether each is a file (a link
-    may lead nowhere), and all `others`."""
+    """The files below a folder by relative name, hidden ones left out: `photographs`, by name
+    whether each is a file (a link may lead nowhere), and all `others`."""
 
     photographs: dict[str, bool]
     others: list[str]
 
     def left_out(self, named: Iterable[str] = ()) -> str:
-        """How many files are neither photographs nor captions nor `named`, by suffix, and what would read them; empty where
-        none is."""
+        """How many files are neither photographs nor captions nor `named`, by suffix, and what
+        would read them; empty where none is."""
         stems, named = {loose(_stem(name)) for name in self.photographs}, {*named}
-        flickr8k = {posixpath.dirname(name) for name in self.others if _is(name, FLICKR8K)}  # with more texts beside it
+        flickr8k = {
+            posixpath.dirname(name) for name in self.others if _is(name, FLICKR8K)
+        }  # with more texts beside it
         counts: Counter[str] = Counter()
         for name in self.others:
             suffix = _suffix(name)
             captions = suffix in CAPTION_SUFFIXES or _is(name, KAGGLE)
             sidecar = suffix in SIDECARS and loose(_stem(name)) in stems
-            if not (name in named or captions or sidecar or (suffix == ".txt" and posixpath.dirname(name) in flickr8k)):
+            if not (
+                name in named
+                or captions
+                or sidecar
+                or (suffix == ".txt" and posixpath.dirname(name) in flickr8k)
+            ):
                 counts[suffix or "without suffix"] += 1
         if not counts:
             return ""
@@ -96,7 +126,9 @@ class Files(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a caption file says of a photograph: the names it may have (likeliest first), captions, perhaps its split."""
+    """What a caption file says of a photograph: the names it may have (likeliest first), captions,
+    perhaps its split.
+    """
 
     file: Path
     where: str
@@ -106,16 +138,29 @@ class Row(NamedTuple):
 
 
 def read(
-    dataset: str, root: Path | None, annotations: Path | None, images: Path | None, captions_from: str = "auto"
+    dataset: str,
+    root: Path | None,
+    annotations: Path | None,
+    images: Path | None,
+    captions_from: str = "auto",
 ) -> Source:
-    """Read a folder. An image's id is `image_id` of its relative path; a row without its file is in `missing`."""
+    """Read a folder. An image's id is `image_id` of its relative path; a row without its file is in
+    `missing`.
+    """
     if annotations is not None:
-        raise DataError(f"{dataset} reads metadata.jsonl, metadata.csv, captions.txt or Flickr8k.token.txt beside the "
-                        f"photographs; for {annotations} use --dataset coco or karpathy")  # fmt: skip
+        raise DataError(
+            f"{dataset} reads metadata.jsonl, metadata.csv, captions.txt or "
+            "Flickr8k.token.txt beside the "
+            f"photographs; for {annotations} use --dataset coco or karpathy"
+        )
     base = images or root
     files, disk = list_files(base), Listing(base)
     captions: dict[str, list[str]] = {name: [] for name in files.photographs}
-    splits = {name: split for name in files.photographs if (split := _folder_split(posixpath.dirname(name), base))}
+    splits = {
+        name: split
+        for name in files.photographs
+        if (split := _folder_split(posixpath.dirname(name), base))
+    }
 
     caption_files, rows, notes = _metadata(base, files.others)
     given_splits = False
@@ -128,54 +173,83 @@ def read(
     for row, there in zip(rows, on_disk([row.names for row in rows], disk), strict=True):
         name = there or row.names[0]
         known = captions.setdefault(name, [])
-        known += [each for each in row.captions if first_file.setdefault((name, each), row.file) == row.file]
+        known += [
+            each
+            for each in row.captions
+            if first_file.setdefault((name, each), row.file) == row.file
+        ]
         named = [row.split] if row.split else []
         named += filter(None, [_folder_split(posixpath.dirname(name), base)])
         for split in named:
             if splits.setdefault(name, split) != split:
-                raise DataError(f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one of them")
+                raise DataError(
+                    f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one "
+                    "of them"
+                )
 
     if given_splits and (unchosen := [name for name in captions if name not in splits]):
-        notes.append(f"{_photographs(len(unchosen), 'is', 'are')} in none of Flickr_8k's files of splits and left out: "
-                     f"{_first(unchosen)}")  # fmt: skip
+        notes.append(
+            f"{_photographs(len(unchosen), 'is', 'are')} in none of Flickr_8k's files "
+            "of splits and left out: "
+            f"{_first(unchosen)}"
+        )
         captions = {name: of_photo for name, of_photo in captions.items() if name in splits}
     if captions_from == "txt":
         captions = _sidecar_captions(base, files, disk, captions)
     elif captions and not any(captions.values()) and (beside := _sidecars(files, disk)):
-        notes.append(f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; train and evaluate read "
-                     "their captions with --captions-from txt")  # fmt: skip
+        notes.append(
+            f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; "
+            "train and evaluate read "
+            "their captions with --captions-from txt"
+        )
 
     if not all(captions.values()) and (unread := _unread(base, files, caption_files)):
         what = "may hold captions and are" if len(unread) > 1 else "may hold captions and is"
-        notes.append(f"{len(unread):,} file{'s' if len(unread) > 1 else ''} {what} not read: {_first(unread)}; read are "
-                     "metadata.jsonl, metadata.csv, captions.txt and Flickr8k.token.txt")  # fmt: skip
+        notes.append(
+            f"{len(unread):,} file{'s' if len(unread) > 1 else ''} {what} not read: "
+            f"{_first(unread)}; read are "
+            "metadata.jsonl, metadata.csv, captions.txt and Flickr8k.token.txt"
+        )
 
     left_out = files.left_out(captions)
     if not captions:
-        raise DataError(f"{dataset} has no images in {base} ({left_out or 'no file that is one'}); check the path")
+        raise DataError(
+            f"{dataset} has no images in {base} ({left_out or 'no file that is one'}); check "
+            "the path"
+        )
     unsplit = next((name for name in sorted(captions) if name not in splits), None)
     if unsplit is not None and "train" in splits.values():
-        raise DataError(f"{unsplit} in {base} is in no split, others are in train; move it into a split's folder, "
-                        "name its split in metadata, or take it away")  # fmt: skip
+        raise DataError(
+            f"{unsplit} in {base} is in no split, others are in train; move it "
+            "into a split's folder, "
+            "name its split in metadata, or take it away"
+        )
     found = tuple(
         Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
         for name in sorted(captions)
     )
     missing = tuple(i for i in found if not files.photographs.get(i.name) and not i.path.is_file())
     annotations = caption_files[0] if len(caption_files) == 1 else None
-    return Source(dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes])))
+    return Source(
+        dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes]))
+    )
 
 
 @functools.lru_cache(1 << 16)
 def _folder_split(folder: str, base: Path) -> str | None:
-    """The split that the names in a folder's path tell, as Hugging Face's imagefolder reads them; DataError for two."""
+    """The split that the names in a folder's path tell, as Hugging Face's imagefolder reads them;
+    DataError for two.
+    """
     found: dict[str, str] = {}
     for name in folder.split("/"):
         told = {SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLITS}
         if len(told) == 1:  # "train-test" tells none
             found[told.pop()] = name
     if len(found) > 1:
-        raise DataError(f"{base / folder} lies in folders of two splits, {' and '.join(found.values())}; rename one of them")
+        raise DataError(
+            f"{base / folder} lies in folders of two splits, {' and '.join(found.values())}; "
+            "rename one of them"
+        )
     return next(iter(found), None)
 
 
@@ -192,13 +266,17 @@ def _is(name: str, file: str) -> bool:
 
 
 def is_caption_list(name: str) -> bool:
-    """Whether a file of this name is read as one of Kaggle's or Flickr8k's, whatever photographs are beside it."""
+    """Whether a file of this name is read as one of Kaggle's or Flickr8k's, whatever photographs
+    are beside it.
+    """
     return any(_is(name, each) for each in (KAGGLE, FLICKR8K, *FLICKR8K_SPLITS.values()))
 
 
 def _photographs(count: int, *verbs: str) -> str:
     """The count with the noun, and the verb for one or that for several."""
-    return f"{count:,} photograph{'' if count == 1 else 's'}" + (f" {verbs[count != 1]}" if verbs else "")
+    return f"{count:,} photograph{'' if count == 1 else 's'}" + (
+        f" {verbs[count != 1]}" if verbs else ""
+    )
 
 
 def _first(names: Sequence[str]) -> str:
@@ -206,8 +284,8 @@ def _first(names: Sequence[str]) -> str:
 
 
 def list_files(root: Path) -> Files:
-    """The files below `root`. Links to folders are followed, each real folder once and real paths first, so a loop of links
-    ends."""
+    """The files below `root`. Links to folders are followed, each real folder once and real paths
+    first, so a loop of links ends."""
     found, others, seen, folders, links = {}, [], set(), [""], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -224,13 +302,15 @@ def list_files(root: Path) -> Files:
                 if os.path.isdir(entry.path) if link else entry.is_dir():
                     (links if link else folders).append(name)
                 elif _suffix(name) in SUFFIXES:
-                    found[check_name(name, str(root))] = os.path.isfile(entry.path) if link else entry.is_file()
+                    found[check_name(name, str(root))] = (
+                        os.path.isfile(entry.path) if link else entry.is_file()
+                    )
                 else:
                     others.append(name)
     return Files(found, sorted(others))
 
 
-# ------------------------------------------------------------------------------------------------------------- metadata
+# ----------------------------------------------------------------------------------------- metadata
 
 
 def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row], list[str]]:
@@ -249,9 +329,20 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
                 raise DataError(f"{where}: {_lacks('file_name', row)}")
             photo = check_name(row["file_name"], where)
             split = check_split(row["split"], where) if row.get("split") else None
-            rows.append(Row(base / name, where, (posixpath.join(folder, photo),), tuple(_captions(row, where)), split))
+            rows.append(
+                Row(
+                    base / name,
+                    where,
+                    (posixpath.join(folder, photo),),
+                    tuple(_captions(row, where)),
+                    split,
+                )
+            )
         if columns.keys() - {"file_name", "split"} and not columns.keys() & {*CAPTION_COLUMNS}:
-            notes.append(f"{base / name} gives no captions: it {_lacks('caption, captions or text', columns)}")
+            notes.append(
+                f"{base / name} gives no captions: it "
+                f"{_lacks('caption, captions or text', columns)}"
+            )
     return [base / name for name in names], rows, notes
 
 
@@ -260,7 +351,9 @@ def _lacks(column: str, columns: Iterable[str]) -> str:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a metadata file, columns in small letters, each with "file, line N" for errors."""
+    """The rows of a metadata file, columns in small letters, each with "file, line N" for
+    errors.
+    """
     text = read_text(file)
     if not text.strip():
         raise DataError(f"{file} is empty; write its rows, or take it away")
@@ -275,9 +368,14 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f'{file}, line {number}: not an object like {{"file_name": "a.jpg", "caption": "..."}}')
+            raise DataError(
+                f'{file}, line {number}: not an object like {{"file_name": "a.jpg", "caption": '
+                f'"..."}}'
+            )
         columns: dict[str, object] = {}
-        for key in sorted(row, key=lambda key: key != key.strip().lower()):  # one that is written so comes first
+        for key in sorted(
+            row, key=lambda key: key != key.strip().lower()
+        ):  # one that is written so comes first
             columns.setdefault(key.strip().lower(), row[key])
         yield f"{file}, line {number}", columns
 
@@ -287,16 +385,21 @@ def _header(line: str, separator: str) -> list[str]:
 
 
 def _refuse_separator(file: Path, header: str, *needed: str) -> None:
-    """DataError where the first line has the columns that are needed, by another separator than a comma."""
+    """DataError where the first line has the columns that are needed, by another separator than a
+    comma.
+    """
     for sign in (";", "\t", "|"):
         if {*needed} <= {*_header(header, sign)}:
             name = "a tab" if sign == "\t" else repr(sign)
-            raise DataError(f"{file}: its columns are separated by {name}, this reads commas; save it with commas")
+            raise DataError(
+                f"{file}: its columns are separated by {name}, this reads commas; save it with "
+                "commas"
+            )
 
 
 def _quoted(lines: Iterable[str]) -> Iterator[str]:
-    """Lines of the CSV columns image and caption, with quotes around captions that have commas and no quotes: there all after
-    the first comma is the caption."""
+    """Lines of the CSV columns image and caption, with quotes around captions that have commas and
+    no quotes: there all after the first comma is the caption."""
     inside = False  # a quoted caption of several lines
     for line in lines:
         name, _, caption = line.partition(",")
@@ -318,12 +421,16 @@ def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[s
             raise DataError(f"{file}: {_lacks(needed, columns)}")
         for column, count in Counter(columns).items():
             if column and count > 1:
-                raise DataError(f"{file} has column {column} {count} times; give each caption its own row")
+                raise DataError(
+                    f"{file} has column {column} {count} times; give each caption its own row"
+                )
         reader.fieldnames = columns
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if None in row:
-                raise DataError(f"{where}: more cells than the header has; put a caption with commas in quotes")
+                raise DataError(
+                    f"{where}: more cells than the header has; put a caption with commas in quotes"
+                )
             yield where, row
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
@@ -337,14 +444,20 @@ def _captions(row: dict, where: str) -> list[str]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: {value[:60]!r} begins like a JSON list of captions, but is none") from error
-    return [check_caption(caption, where) for caption in (value if isinstance(value, list) else [value])]
+            raise DataError(
+                f"{where}: {value[:60]!r} begins like a JSON list of captions, but is none"
+            ) from error
+    return [
+        check_caption(caption, where) for caption in (value if isinstance(value, list) else [value])
+    ]
 
 
-# ------------------------------------------------------------------------------------------ captions.txt, Flickr8k's files
+# ------------------------------------------------------------------- captions.txt, Flickr8k's files
 
 
-def _caption_lists(base: Path, others: Iterable[str], notes: list[str]) -> Iterator[tuple[Path, list[Row]]]:
+def _caption_lists(
+    base: Path, others: Iterable[str], notes: list[str]
+) -> Iterator[tuple[Path, list[Row]]]:
     """Each captions.txt and Flickr8k.token.txt, with its rows by the bare names that it has."""
     for name in others:
         if _is(name, KAGGLE):
@@ -354,13 +467,24 @@ def _caption_lists(base: Path, others: Iterable[str], notes: list[str]) -> Itera
             header = _header(first, ",")
             if not {"image", "caption"} <= {*header}:
                 _refuse_separator(file, first, "image", "caption")
-                notes.append(f"{file} is not read: its first line is {first[:60]!r}, not image,caption")
+                notes.append(
+                    f"{file} is not read: its first line is {first[:60]!r}, not image,caption"
+                )
                 continue
             listed = []
             lines = io.StringIO(text, newline="")
-            for where, row in _csv_rows(file, _quoted(lines) if header == ["image", "caption"] else lines, "image"):
+            for where, row in _csv_rows(
+                file, _quoted(lines) if header == ["image", "caption"] else lines, "image"
+            ):
                 caption = check_caption(row["caption"] or "", where)
-                listed.append(Row(file, where, (check_name(row["image"].strip(), where),), (caption,) if caption else ()))
+                listed.append(
+                    Row(
+                        file,
+                        where,
+                        (check_name(row["image"].strip(), where),),
+                        (caption,) if caption else (),
+                    )
+                )
             yield file, listed
         elif _is(name, FLICKR8K):
             yield base / name, list(_token_rows(base / name))
@@ -373,20 +497,31 @@ def _token_rows(file: Path) -> Iterator[Row]:
             name, tab, caption = line.partition("\t")
             name, sign, _ = name.rpartition("#")
             if not (tab and sign):
-                raise DataError(f"{where}: {line[:60]!r} is not a name, #, a number, a tab and a caption")
-            yield Row(file, where, (check_name(name.strip(), where),), (check_caption(caption.strip(), where),))
+                raise DataError(
+                    f"{where}: {line[:60]!r} is not a name, #, a number, a tab and a caption"
+                )
+            yield Row(
+                file,
+                where,
+                (check_name(name.strip(), where),),
+                (check_caption(caption.strip(), where),),
+            )
 
 
 def _places(file: Path, base: Path, name: str) -> tuple[str, ...]:
     """Names below `base` that a photograph of a caption list may have."""
     folder = file.parent.relative_to(base).as_posix()
     folders = [folder] if folder == "." else [folder, posixpath.dirname(folder)]
-    return tuple(posixpath.normpath(posixpath.join(each, place, name)) for each in folders for place in PHOTO_FOLDERS)
+    return tuple(
+        posixpath.normpath(posixpath.join(each, place, name))
+        for each in folders
+        for place in PHOTO_FOLDERS
+    )
 
 
 def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> list[Row]:
-    """The rows of one caption list by the photographs' names below `base`. Those of names that are neither there nor a
-    photograph's, as one of Flickr8k's own is, are left out, which is noted."""
+    """The rows of one caption list by the photographs' names below `base`. Those of names that are
+    neither there nor a photograph's, as one of Flickr8k's own is, are left out, which is noted."""
     if not listed:
         return []
     file = listed[0].file
@@ -394,10 +529,16 @@ def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> l
     home = next((posixpath.dirname(name) for name in found if name), None)
     if home is None:
         folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
-        mend = "unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it" if _is(file.name, FLICKR8K) else (
-            "put Images/ beside the file")  # fmt: skip
-        raise DataError(f"{file} names {_photographs(len({row.names for row in listed}))}, none of which is in {base} "
-                        f"({folders}); {mend}")  # fmt: skip
+        mend = (
+            ("unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it")
+            if _is(file.name, FLICKR8K)
+            else ("put Images/ beside the file")
+        )
+        raise DataError(
+            f"{file} names {_photographs(len({row.names for row in listed}))}, "
+            f"none of which is in {base} "
+            f"({folders}); {mend}"
+        )
     rows, broken = [], []
     for row, name in zip(listed, found, strict=True):
         if name is None and _suffix(row.names[0]) not in (*SUFFIXES, *HEIC):
@@ -411,8 +552,8 @@ def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> l
 
 
 def _flickr8k_splits(file: Path, base: Path, disk: Listing) -> dict[str, str]:
-    """The split of each photograph by its bare name, where Flickr_8k.trainImages.txt, devImages or testImages stand beside
-    Flickr8k.token.txt."""
+    """The split of each photograph by its bare name, where Flickr_8k.trainImages.txt, devImages or
+    testImages stand beside Flickr8k.token.txt."""
     found: dict[str, str] = {}
     if not _is(file.name, FLICKR8K):
         return found
@@ -420,18 +561,23 @@ def _flickr8k_splits(file: Path, base: Path, disk: Listing) -> dict[str, str]:
         there = disk.find((file.parent.relative_to(base) / beside).as_posix())
         for name in read_text(base / there).split() if there else ():
             if found.setdefault(check_name(name, str(base / there)), split) != split:
-                raise DataError(f"{base / there}: {name} is in {FLICKR8K_SPLITS[found[name]]} too; keep one of them")
+                raise DataError(
+                    f"{base / there}: {name} is in {FLICKR8K_SPLITS[found[name]]} too; keep "
+                    "one of them"
+                )
     return found
 
 
 def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[Row]:
-    """The rows with the splits of their photographs, and a row for each photograph of a split that has none."""
+    """The rows with the splits of their photographs, and a row for each photograph of a split that
+    has none.
+    """
     rows = [row._replace(split=splits.get(row.names[0])) for row in listed]
     bare = splits.keys() - {row.names[0] for row in listed}
     return rows + [Row(file, str(file), (name,), (), splits[name]) for name in sorted(bare)]
 
 
-# ------------------------------------------------------------------------------------------- captions beside photographs
+# ---------------------------------------------------------------------- captions beside photographs
 
 
 def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
@@ -440,7 +586,9 @@ def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
     found = []
     for name in files.others:
         suffix, beside = _suffix(name), loose(_stem(name)) in stems
-        by_name = suffix == ".caption" if beside else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
+        by_name = (
+            suffix == ".caption" if beside else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
+        )
         if by_name and base / name not in read:
             found.append(name)
     return found
@@ -453,12 +601,18 @@ def _sidecars(files: Files, disk: Listing) -> dict[str, str]:
     return {name: text for name in files.photographs if (text := disk.find(f"{_stem(name)}.txt"))}
 
 
-def _sidecar_captions(base: Path, files: Files, disk: Listing, names: Iterable[str]) -> dict[str, list[str]]:
+def _sidecar_captions(
+    base: Path, files: Files, disk: Listing, names: Iterable[str]
+) -> dict[str, list[str]]:
     beside = _sidecars(files, disk)
     if not beside:
-        raise DataError(f"--captions-from txt: no photograph in {base} has a .txt of its name beside it")
+        raise DataError(
+            f"--captions-from txt: no photograph in {base} has a .txt of its name beside it"
+        )
     captions = {}
     for name in names:
         lines = read_text(base / beside[name]).split("\n") if name in beside else ()
-        captions[name] = [check_caption(line.strip(), str(base / beside[name])) for line in lines if line.strip()]
+        captions[name] = [
+            check_caption(line.strip(), str(base / beside[name])) for line in lines if line.strip()
+        ]
     return captions

@@ -1,10 +1,12 @@
 """Karpathy's split files of COCO, Flickr8k and Flickr30k, and every other file in their form:
 
-    {"images": [{"filename", "filepath"?, "imgid", "cocoid"?, "split", "sentences": [{"raw", "tokens"}]}]}
+    {"images": [{"filename", "filepath"?, "imgid", "cocoid"?, "split", "sentences": [{"raw",
+    "tokens"}]}]}
 
-The root holds one such `dataset*.json`. A photograph is looked for in root/filepath, root/images and root; a COCO one
-(the files name it as of 2014: val2014/COCO_val2014_000000391895.jpg) also in COCO's folders of 2014 and 2017, where
-the other year may have put it on the other side: much of 2014's val is in train2017.
+The root holds one such `dataset*.json`. A photograph is looked for in root/filepath, root/images
+and root; a COCO one (the files name it as of 2014: val2014/COCO_val2014_000000391895.jpg) also in
+COCO's folders of 2014 and 2017, where the other year may have put it on the other side: much of
+2014's val is in train2017.
 """
 
 import re
@@ -44,7 +46,9 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
         wheres.append(f"{entry['filename']} in {file}")
         places.append(_places(entry, wheres[-1]))
     found, missing = [], []
-    for entry, where, names, there in zip(entries, wheres, places, on_disk(places, Listing(base)), strict=True):
+    for entry, where, names, there in zip(
+        entries, wheres, places, on_disk(places, Listing(base)), strict=True
+    ):
         name = there or names[0]
         id_ = check_id(entry.get("cocoid", entry.get("imgid")), where)
         split = check_split(entry.get("split"), where)
@@ -64,7 +68,9 @@ def _only_file(root: Path) -> Path:
 
 
 def _places(entry: dict, where: str) -> list[str]:
-    """Names that the photograph may have under the root, likeliest first; the first is its name where it is absent."""
+    """Names that the photograph may have under the root, likeliest first; the first is its name
+    where it is absent.
+    """
     name = check_name(entry["filename"], where)
     places = [f"images/{name}", name]
     if entry.get("filepath"):
@@ -75,12 +81,16 @@ def _places(entry: dict, where: str) -> list[str]:
 
 
 def _captions(entry: dict, where: str) -> list[str]:
-    """Each sentence as written, or its tokens joined by spaces where the file carries only these."""
+    """Each sentence as written, or its tokens joined by spaces where the file carries only
+    these.
+    """
     captions = []
     try:
         for sentence in entry.get("sentences", ()):
             text = sentence["raw"] if "raw" in sentence else " ".join(sentence["tokens"])
             captions.append(check_caption(text, where))
     except (KeyError, TypeError) as error:
-        raise DataError(f'{where}: "sentences" is not a list of objects with "raw" text or "tokens"') from error
+        raise DataError(
+            f'{where}: "sentences" is not a list of objects with "raw" text or "tokens"'
+        ) from error
     return captions

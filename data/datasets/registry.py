@@ -14,7 +14,9 @@ from data.sources import Source
 
 
 class Dataset(NamedTuple):
-    """How a dataset is read: read(dataset, root, annotations, images, **options) -> Source; Options: its own, or None."""
+    """How a dataset is read: read(dataset, root, annotations, images, **options) -> Source;
+    Options: its own, or None.
+    """
 
     read: Callable[..., Source]
     Options: type | None = None
@@ -39,31 +41,45 @@ def open_source(
 ) -> Source:
     """Open `dataset` (one of DATASETS) under `root`.
 
-    annotations: the caption file, where it is not the one found under the root (coco needs it; for coco2014 and
-        coco2017 the folder of the two).
+    annotations: the caption file, where it is not the one found under the root (coco needs it; for
+        coco2014 and coco2017 the folder of the two).
     images: the folder of the photographs, where that is not the root.
     options: those of the dataset itself, as `captions_from` of a folder.
-    Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that a caption file
-    names and the disk lacks are no error here: see `Source.missing`.
+    Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that
+    a caption file names and the disk lacks are no error here: see `Source.missing`.
     """
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
-    known = {item.name for item in fields(DATASETS[dataset].Options)} if DATASETS[dataset].Options else set()
+    known = (
+        {item.name for item in fields(DATASETS[dataset].Options)}
+        if DATASETS[dataset].Options
+        else set()
+    )
     if foreign := [name for name in options if name not in known]:
-        having = [name for name, each in DATASETS.items() if each.Options and foreign[0] in {f.name for f in fields(each.Options)}]
+        having = [
+            name
+            for name, each in DATASETS.items()
+            if each.Options and foreign[0] in {f.name for f in fields(each.Options)}
+        ]
         hint = f"; it is one of --dataset {', '.join(having)}" if having else ""
         raise DataError(f"dataset {dataset!r} has no option {foreign[0]!r}{hint}")
     if root is None and images is None:
-        raise DataError(f"{dataset} needs a root: pass --root, the folder of the photographs and their captions")
+        raise DataError(
+            f"{dataset} needs a root: pass --root, the folder of the photographs and their captions"
+        )
     try:
         for place, flag in ((root, "--root"), (images, "--images")):
             if place is not None and not Path(place).is_dir():
                 raise DataError(f"{place} is not a folder; {flag} names the folder of {dataset}")
         if annotations is not None and not Path(annotations).exists():
-            raise DataError(f"{annotations} does not exist; --annotations names the captions of {dataset}")
+            raise DataError(
+                f"{annotations} does not exist; --annotations names the captions of {dataset}"
+            )
         places = [None if place is None else Path(place) for place in (root, annotations, images)]
         return DATASETS[dataset].read(dataset, *places, **options)
     except OSError as error:
-        raise DataError(f"{dataset}: {error.filename or root or images}: {error.strerror or error}") from error
+        raise DataError(
+            f"{dataset}: {error.filename or root or images}: {error.strerror or error}"
+        ) from error

@@ -1,14 +1,16 @@
 """The embedded sample: drawn scenes with true captions, laid out on disk as COCO 2014 is.
 
-A scene is two or three coloured shapes on a soft background; a caption names two of them, each with its size, colour
-and shape, and one relation between them. Scenes are known, so a caption can be judged (`is_true`), and nothing but
-looking gets one right. Scene i depends on (seed, i) alone: a larger sample begins with the smaller one's scenes.
+A scene is two or three coloured shapes on a soft background; a caption names two of them, each with
+its size, colour and shape, and one relation between them. Scenes are known, so a caption can be
+judged (`is_true`), and nothing but looking gets one right. Scene i depends on (seed, i) alone: a
+larger sample begins with the smaller one's scenes.
 
     ROOT/train2014/COCO_train2014_%012d.jpg           Karpathy's train
     ROOT/val2014/COCO_val2014_%012d.jpg               Karpathy's restval, val and test, as in COCO
     ROOT/annotations/captions_{train,val}2014.json    COCO's captions
     ROOT/dataset_sample.json                          Karpathy's split file
-    ROOT/scenes.json                                  the truth: [{id, width, height, things: [{size, ...}]}]
+    ROOT/scenes.json                                  the truth: [{id, width, height, things:
+                                                      [{size, ...}]}]
     ROOT/sample.json                                  the record: {format, count, seed}
 
 Lengths are pixels of the picture, x to the right and y down, from its upper left corner.
@@ -31,7 +33,9 @@ from data import DataError
 
 FORMAT = 2
 WIDTH, HEIGHT = 256, 192
-NEAREST = 0.28 * WIDTH  # between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
+NEAREST = (
+    0.28 * WIDTH
+)  # between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
 TRUE_BY = 10  # pixels by which centres must differ for a relation to be true
 CLEAR = 1.3  # a caption's axis is that much longer than the other, so none is borderline
 
@@ -50,7 +54,9 @@ SHADE = 12
 
 
 def _spokes(count: int, outer: float, inner: float | None = None) -> np.ndarray:
-    """Corners [N,2] of a regular polygon, or of a star with an `inner` radius, the first corner pointing up."""
+    """Corners [N,2] of a regular polygon, or of a star with an `inner` radius, the first corner
+    pointing up.
+    """
     radii = np.tile([outer, inner], count) if inner else np.full(count, outer)
     angles = np.arange(len(radii)) * 2 * np.pi / len(radii) - np.pi / 2
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
@@ -59,11 +65,15 @@ def _spokes(count: int, outer: float, inner: float | None = None) -> np.ndarray:
 def _cross(long: float, thin: float) -> np.ndarray:
     """Corners [12,2] of an upright cross: arms `long` from the centre, 2 `thin` wide."""
     arm = np.array([(-thin, -thin), (-thin, -long), (thin, -long)])
-    turns = [np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]]) for t in np.arange(4) * np.pi / 2]
+    turns = [
+        np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]])
+        for t in np.arange(4) * np.pi / 2
+    ]
     return np.concatenate([arm @ turn for turn in turns])
 
 
-SHAPES = {  # corners for radius 1, none further out than REACH; areas are alike, so that size is not shape
+# corners for radius 1, none further out than REACH; areas are alike, so that size is not shape
+SHAPES = {
     "circle": _spokes(48, 1.0),
     "square": np.array([(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]),
     "triangle": _spokes(3, 1.18),
@@ -86,8 +96,9 @@ _NOUN_PHRASES = (  # the commonest wording twice
     "{size} {shape} in {colour}",
     "{colour} {shape} of {size} size",
 )
-# {a} stands in {relation} to {b}. Drawn captions say where before what: within minutes a decoder learns to name what
-# stands somewhere, but not yet to say where a thing that it has named stands (docs/log.md).
+# {a} stands in {relation} to {b}. Drawn captions say where before what: within minutes a decoder
+# learns to name what stands somewhere, but not yet to say where a thing that it has named stands
+# (docs/log.md).
 _SENTENCES = (
     "{relation} {b} is {a}",
     "{relation} {b}, there is {a}",
@@ -96,7 +107,12 @@ _SENTENCES = (
     "in this picture, {relation} {b} is {a}",
     "looking {relation} {b}, one sees {a}",
 )
-_UNDERSTOOD = (*_SENTENCES, "{a} is {relation} {b}", "{a} {relation} {b}", "{b} with {a} {relation} it")
+_UNDERSTOOD = (
+    *_SENTENCES,
+    "{a} is {relation} {b}",
+    "{a} {relation} {b}",
+    "{b} with {a} {relation} it",
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of `width` x `height` pixels shows; no two things share size, colour and shape."""
+    """What a picture of `width` x `height` pixels shows; no two things share size, colour and
+    shape.
+    """
 
     things: tuple[Thing, ...]
     width: int = WIDTH
@@ -133,7 +151,8 @@ def _pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
-# --- the scene and its picture ------------------------------------------------------------------------------------
+# --- the scene and its picture
+# ------------------------------------------------------------------------------------
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
@@ -154,26 +173,44 @@ def _make_thing(rng: np.random.Generator) -> Thing:
 
 
 def _apart(a: Thing, b: Thing) -> bool:
-    return a.words != b.words and np.hypot(a.x - b.x, a.y - b.y) >= NEAREST and _clear_relation(a, b) is not None
+    return (
+        a.words != b.words
+        and np.hypot(a.x - b.x, a.y - b.y) >= NEAREST
+        and _clear_relation(a, b) is not None
+    )
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture, RGB: a gradient, the things antialiased in a shade of their colour, light noise over all."""
-    tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3))  # a colour a corner, near grey
-    picture = Image.fromarray(tones.astype(np.uint8)).resize((scene.width, scene.height), Image.Resampling.BICUBIC)
+    """The picture, RGB: a gradient, the things antialiased in a shade of their colour, light noise
+    over all.
+    """
+    tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(
+        -14, 14, (2, 2, 3)
+    )  # a colour a corner, near grey
+    picture = Image.fromarray(tones.astype(np.uint8)).resize(
+        (scene.width, scene.height), Image.Resampling.BICUBIC
+    )
     for thing in scene.things:
-        shade = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-SHADE, SHADE + 1, 3), 0, 255)
+        shade = np.clip(
+            np.array(COLOURS[thing.colour]) + rng.integers(-SHADE, SHADE + 1, 3), 0, 255
+        )
         _draw_thing(picture, thing, tuple(shade.tolist()), np.deg2rad(rng.uniform(-TILT, TILT)))
     grain = rng.integers(-4, 5, (scene.height, scene.width, 1), dtype=np.int16)
     return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
 
 
-def _draw_thing(picture: Image.Image, thing: Thing, shade: tuple[int, int, int], tilt: float, finer: int = 4) -> None:
-    """Draw on a mask `finer` times as fine, of the thing's own neighbourhood only, then shrink: smooth edges."""
+def _draw_thing(
+    picture: Image.Image, thing: Thing, shade: tuple[int, int, int], tilt: float, finer: int = 4
+) -> None:
+    """Draw on a mask `finer` times as fine, of the thing's own neighbourhood only, then shrink:
+    smooth edges.
+    """
     left, upper = int(thing.x - REACH * thing.radius) - 1, int(thing.y - REACH * thing.radius) - 1
     side = int(2 * REACH * thing.radius) + 4
     turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-    corners = (SHAPES[thing.shape] @ turn * thing.radius + (thing.x - left, thing.y - upper)) * finer
+    corners = (
+        SHAPES[thing.shape] @ turn * thing.radius + (thing.x - left, thing.y - upper)
+    ) * finer
     mask = Image.new("L", (side * finer, side * finer))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
     picture.paste(shade, (left, upper), mask.reduce(finer))
@@ -186,28 +223,39 @@ def encode_jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-# --- captions and their truth -------------------------------------------------------------------------------------
+# --- captions and their truth
+# -------------------------------------------------------------------------------------
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[str]:
     """`n` different true captions, each of two things in either order."""
-    pairs = [(a, b, _clear_relation(a, b)) for a, b in permutations(scene.things, 2) if _clear_relation(a, b)]
+    pairs = [
+        (a, b, _clear_relation(a, b))
+        for a, b in permutations(scene.things, 2)
+        if _clear_relation(a, b)
+    ]
     captions = {}
     while len(captions) < n:
         a, b, relation = _pick(rng, pairs)
         sentence = _pick(rng, _SENTENCES)
-        words = sentence.format(a=_phrase(a, rng), b=_phrase(b, rng), relation=_pick(rng, RELATIONS[relation]))
+        words = sentence.format(
+            a=_phrase(a, rng), b=_phrase(b, rng), relation=_pick(rng, RELATIONS[relation])
+        )
         captions[words[0].upper() + words[1:] + "."] = None
     return list(captions)
 
 
 def _phrase(thing: Thing, rng: np.random.Generator) -> str:
-    words = _pick(rng, _NOUN_PHRASES).format(size=_pick(rng, SIZES[thing.size]), colour=thing.colour, shape=thing.shape)
+    words = _pick(rng, _NOUN_PHRASES).format(
+        size=_pick(rng, SIZES[thing.size]), colour=thing.colour, shape=thing.shape
+    )
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def _clear_relation(a: Thing, b: Thing) -> str | None:
-    """Where a lies seen from b, along the longer axis; None if neither axis is clearly the longer."""
+    """Where a lies seen from b, along the longer axis; None if neither axis is clearly the
+    longer.
+    """
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= CLEAR * abs(dy):
         return "left" if dx < 0 else "right"
@@ -226,7 +274,9 @@ def _either(words: Iterable[str]) -> str:
 
 
 _MEANING = {word: ("size", size) for size, words in SIZES.items() for word in words}
-_MEANING |= {colour: ("colour", colour) for colour in COLOURS} | {shape: ("shape", shape) for shape in SHAPES}
+_MEANING |= {colour: ("colour", colour) for colour in COLOURS} | {
+    shape: ("shape", shape) for shape in SHAPES
+}
 _RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
 _THREE = " (?:and |in |of )?".join([_either(_MEANING)] * 3) + "(?: size)?"
 _GRAMMAR = [
@@ -237,10 +287,11 @@ _GRAMMAR = [
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """Whether `caption` names two things of `scene`, each with size, colour and shape, and one relation, all true.
+    """Whether `caption` names two things of `scene`, each with size, colour and shape, and one
+    relation, all true.
 
-    Case and punctuation do not matter. Anything the sample's grammar does not say (an attribute short or twice, a third
-    thing, other words) is not true.
+    Case and punctuation do not matter. Anything the sample's grammar does not say (an attribute
+    short or twice, a third thing, other words) is not true.
     """
     words = " ".join(re.findall(r"[a-z]+", caption.lower()))
     match = next(filter(None, (pattern.fullmatch(words) for pattern in _GRAMMAR)), None)
@@ -251,7 +302,9 @@ def is_true(caption: str, scene: Scene) -> bool:
 
 
 def _named(phrase: str, scene: Scene) -> Thing | None:
-    """The thing a noun phrase names: it must give size, colour and shape, once each, in any order."""
+    """The thing a noun phrase names: it must give size, colour and shape, once each, in any
+    order.
+    """
     said = [_MEANING[word] for word in phrase.split() if word in _MEANING]
     wanted = dict(said)
     if len(wanted) < 3:  # the grammar lets three words through: fewer kinds, and one was said twice
@@ -260,11 +313,14 @@ def _named(phrase: str, scene: Scene) -> Thing | None:
     return next((thing for thing in scene.things if thing.words == words), None)
 
 
-# --- on disk ------------------------------------------------------------------------------------------------------
+# --- on disk
+# --------------------------------------------------------------------------------------------------
 
 
 def draw_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
-    """Write a sample of `count` scenes to `root`, which must not exist; it appears whole or not at all."""
+    """Write a sample of `count` scenes to `root`, which must not exist; it appears whole or not at
+    all.
+    """
     if not 10 <= count <= 100_000:
         raise DataError(f"a sample has 10 to 100,000 scenes, not {count:,}")
     root = Path(root)
@@ -289,10 +345,15 @@ def ensure_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
         found = json.loads((root / "sample.json").read_text())
         there = ", ".join(f"{name} {found[name]}" for name in wanted)
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{root} exists and is no drawn sample; pass another folder for the sample") from None
+        raise DataError(
+            f"{root} exists and is no drawn sample; pass another folder for the sample"
+        ) from None
     if any(found[name] != value for name, value in wanted.items()):
         asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        raise DataError(f"{root} holds a sample of {there}, not of {asked}; pass another folder, or remove this one")
+        raise DataError(
+            f"{root} holds a sample of {there}, not of {asked}; pass another folder, or remove "
+            "this one"
+        )
 
 
 def load_scenes(root: Path) -> dict[int, Scene]:
@@ -303,7 +364,9 @@ def load_scenes(root: Path) -> dict[int, Scene]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {root} is no drawn sample") from None
     return {
-        record["id"]: Scene(tuple(Thing(**thing) for thing in record["things"]), record["width"], record["height"])
+        record["id"]: Scene(
+            tuple(Thing(**thing) for thing in record["things"]), record["width"], record["height"]
+        )
         for record in records
     }
 
@@ -331,10 +394,17 @@ def _write_sample(root: Path, count: int, seed: int) -> None:
         karpathy.append(_karpathy_image(index, folder, name, split, captions))
         truth.append({"id": index + 1, **asdict(scene)})
     for folder, part in coco.items():
-        about = {"description": f"Onceover's drawn scenes, {count} from seed {seed}", "url": "", "version": "1.0"}
+        about = {
+            "description": f"Onceover's drawn scenes, {count} from seed {seed}",
+            "url": "",
+            "version": "1.0",
+        }
         about |= {"year": 2014, "contributor": "Onceover", "date_created": "2014/01/01"}
         licenses = [{"id": 1, "name": "No known copyright restrictions", "url": ""}]
-        _write_json(root / f"annotations/captions_{folder}.json", {"info": about, "licenses": licenses, **part})
+        _write_json(
+            root / f"annotations/captions_{folder}.json",
+            {"info": about, "licenses": licenses, **part},
+        )
     _write_json(root / "dataset_sample.json", {"images": karpathy, "dataset": "sample"})
     _write_json(root / "scenes.json", truth)
     _write_json(root / "sample.json", {"format": FORMAT, "count": count, "seed": seed})
@@ -349,8 +419,16 @@ def _sentence_ids(index: int, captions: list[str]) -> range:
 
 
 def _add_coco(part: dict, index: int, name: str, scene: Scene, captions: list[str]) -> None:
-    image = {"id": index + 1, "file_name": name, "width": scene.width, "height": scene.height, "license": 1}
-    part["images"].append(image | {"coco_url": "", "flickr_url": "", "date_captured": "2014-01-01 00:00:00"})
+    image = {
+        "id": index + 1,
+        "file_name": name,
+        "width": scene.width,
+        "height": scene.height,
+        "license": 1,
+    }
+    part["images"].append(
+        image | {"coco_url": "", "flickr_url": "", "date_captured": "2014-01-01 00:00:00"}
+    )
     for sentence, caption in zip(_sentence_ids(index, captions), captions, strict=True):
         part["annotations"].append({"id": sentence, "image_id": index + 1, "caption": caption})
 
@@ -361,5 +439,11 @@ def _karpathy_image(index: int, folder: str, name: str, split: str, captions: li
         {"raw": raw, "tokens": re.findall(r"\w+", raw.lower()), "imgid": index, "sentid": sentence}
         for sentence, raw in zip(ids, captions, strict=True)
     ]
-    image = {"filepath": folder, "filename": name, "imgid": index, "cocoid": index + 1, "split": split}
+    image = {
+        "filepath": folder,
+        "filename": name,
+        "imgid": index,
+        "cocoid": index + 1,
+        "split": split,
+    }
     return image | {"sentids": list(ids), "sentences": sentences}

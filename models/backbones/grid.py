@@ -1,8 +1,9 @@
 """Frozen CNN backbones: uint8 photographs [B,3,H,W] in, regions [B,R,C] out.
 
-Any timm model with a spatial map by its name, `torchvision/NAME` for torchvision's classifiers. timm's data config
-(torchvision's weight transforms) gives size, mean, std and interpolation. Channels, grid and layout are measured on one
-dummy image: `feature_info` lies for some models (320 instead of 1280 channels for mobilenetv2_100).
+Any timm model with a spatial map by its name, `torchvision/NAME` for torchvision's classifiers.
+timm's data config (torchvision's weight transforms) gives size, mean, std and interpolation.
+Channels, grid and layout are measured on one dummy image: `feature_info` lies for some models (320
+instead of 1280 channels for mobilenetv2_100).
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from models import ModelError
 from models.backbones.interface import Backbone
 from models.regions import Regions, grid_regions
 
-# The first convolutions run in fp32 whatever the rest does: they take differences of neighbours that are nearly equal, for
-# which bf16 has too few bits. For mobilenetv2_100 the least cosine of a row with fp32's rises from 0.990 to 0.999.
+# The first convolutions run in fp32 whatever the rest does: they take differences of neighbours
+# that are nearly equal, for which bf16 has too few bits. For mobilenetv2_100 the least cosine of a
+# row with fp32's rises from 0.990 to 0.999.
 EDGES = 2
 BF16 = f"bf16, first {EDGES} convolutions fp32"  # what is recorded of it
 
 
 class GridBackbone(Backbone):
-    """A frozen network up to its last feature map, with the preprocessing that its weights expect; cells are regions.
+    """A frozen network up to its last feature map, with the preprocessing that its weights expect;
+    cells are regions.
 
-    Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1; `interpolation` of the resize;
+    Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1;
+        `interpolation` of the resize;
     `grid` (h, w) and `channels` of the feature map.
 
     grid: pool the map to so many cells (adaptive average pooling); None: as it comes.
-    arguments: those of timm's create_model that it was built with. resize: one of data.images.RESIZES.
+    arguments: those of timm's create_model that it was built with. resize: one of
+        data.images.RESIZES.
     """
 
     def __init__(
@@ -54,8 +59,14 @@ class GridBackbone(Backbone):
         self.size: tuple[int, int] = tuple(config["input_size"][-2:])
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation = str(config["interpolation"])
-        self.register_buffer("scale", 1 / (255 * torch.tensor(self.std).view(3, 1, 1)), persistent=False)
-        self.register_buffer("shift", (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "scale", 1 / (255 * torch.tensor(self.std).view(3, 1, 1)), persistent=False
+        )
+        self.register_buffer(
+            "shift",
+            (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1),
+            persistent=False,
+        )
         self.requires_grad_(False).eval()
         self.layout = "NCHW"
         called: list[nn.Module] = []
@@ -69,7 +80,10 @@ class GridBackbone(Backbone):
         self.grid = grid or natural
         if any(cells > most for cells, most in zip(self.grid, natural, strict=True)):
             wanted, most = ("x".join(map(str, cells)) for cells in (self.grid, natural))
-            raise ModelError(f"grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, or a larger size")
+            raise ModelError(
+                f"grid {wanted}: {name} gives {most} cells for {self.size}; ask for no more, "
+                "or a larger size"
+            )
         self.pooled = self.grid != natural
 
     @property
@@ -94,7 +108,12 @@ class GridBackbone(Backbone):
     def framing(self) -> dict[str, Any]:
         """Filling around a photograph has its weights' mean colour."""
         fill = tuple(round(255 * mean) for mean in self.mean)
-        return {"size": self.size, "interpolation": self.interpolation, "resize": self.resize, "fill": fill}
+        return {
+            "size": self.size,
+            "interpolation": self.interpolation,
+            "resize": self.resize,
+            "fill": fill,
+        }
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.network.state_dict()
@@ -107,27 +126,48 @@ class GridBackbone(Backbone):
         return regions._replace(features=regions.features.float())
 
     def without_prefix(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-        """Weights by the backbone's own names, and the prefix taken off for that ("" where none is).
+        """Weights by the backbone's own names, and the prefix taken off for that ("" where none
+        is).
 
-        Wrappers put a prefix before all keys: `_orig_mod.` (torch.compile), `module.` (DataParallel), `model.` (Lightning).
-        Of the prefixes that all keys share, the one goes without which most keys are the backbone's.
+        Wrappers put a prefix before all keys: `_orig_mod.` (torch.compile), `module.`
+            (DataParallel), `model.` (Lightning).
+        Of the prefixes that all keys share, the one goes without which most keys are the
+        backbone's.
         """
-        own = {key: value for key, value in tensors.items() if key != "n_averaged"}  # the counter of AveragedModel
+        own = {
+            key: value for key, value in tensors.items() if key != "n_averaged"
+        }  # the counter of AveragedModel
         names = [key for key in own if not self._of_classifier(key)]
         first, last = min(names, default="").split("."), max(names, default="").split(".")
-        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False)))
-        prefixes = ["".join(f"{part}." for part, _ in shared[:count]) for count in range(len(shared) + 1)]
+        shared = list(
+            itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False)
+            )
+        )
+        prefixes = [
+            "".join(f"{part}." for part, _ in shared[:count]) for count in range(len(shared) + 1)
+        ]
         wanted = self.network.state_dict()
         if not shared:  # other tensors may stand beside the backbone's
             needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
-            ends = {key[: -len(needed[0])] for key in own if key.endswith(f".{needed[0]}")} if needed else set()
+            ends = (
+                {key[: -len(needed[0])] for key in own if key.endswith(f".{needed[0]}")}
+                if needed
+                else set()
+            )
             whole = sorted(prefix for prefix in ends if all(prefix + key in own for key in needed))
             if len(whole) > 1 and not all(key in own for key in needed):
-                raise ModelError(f"its weights stand under several prefixes ({', '.join(whole)}); save one alone")
+                raise ModelError(
+                    f"its weights stand under several prefixes ({', '.join(whole)}); save one alone"
+                )
             if len(whole) == 1 and not all(key in own for key in needed):
                 prefix = whole[0]
-                return {key.removeprefix(prefix): own[key] for key in own if key.startswith(prefix)}, prefix
-        best = max(prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in wanted for name in names))
+                return {
+                    key.removeprefix(prefix): own[key] for key in own if key.startswith(prefix)
+                }, prefix
+        best = max(
+            prefixes, key=lambda prefix: sum(name.removeprefix(prefix) in wanted for name in names)
+        )
         return {key.removeprefix(best): value for key, value in own.items()}, best
 
     def _of_classifier(self, key: str) -> bool:
@@ -135,7 +175,9 @@ class GridBackbone(Backbone):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> list[str]:
-        """Load weights strictly, but for the classifier's tensors, whose names are returned; ModelError on a mismatch."""
+        """Load weights strictly, but for the classifier's tensors, whose names are returned;
+        ModelError on a mismatch.
+        """
         left_out = sorted(filter(self._of_classifier, tensors))
         wanted = self.network.state_dict()
         found = {key: value for key, value in tensors.items() if key not in left_out}
@@ -151,20 +193,30 @@ class GridBackbone(Backbone):
         ]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            missing, unknown = [key for key in wanted if key not in found], [key for key in found if key not in wanted]
-            names = f"; its keys are like {unknown[0]}, the backbone's like {missing[0]}" if missing and unknown else ""
+            missing, unknown = (
+                [key for key in wanted if key not in found],
+                [key for key in found if key not in wanted],
+            )
+            names = (
+                f"; its keys are like {unknown[0]}, the backbone's like {missing[0]}"
+                if missing and unknown
+                else ""
+            )
             for theirs in unknown if missing else ():
                 if same := next((key for key in missing if theirs.endswith(f".{key}")), None):
                     names = f"; its key {theirs} is the backbone's {same} under another name"
                     break
             raise ModelError(
-                f"{origin} does not fit backbone {self.name}: {'; '.join(problems[:3])}{more}{names}"
+                f"{origin} does not fit backbone {self.name}: "
+                f"{'; '.join(problems[:3])}{more}{names}"
             )
         self.network.load_state_dict(found)
         return left_out
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and values of the weights, first 16 hex digits: the same from a file or the hub."""
+        """SHA-256 over names, shapes and values of the weights, first 16 hex digits: the same from
+        a file or the hub.
+        """
         digest = hashlib.sha256()
         for key, value in sorted(self.network.state_dict().items()):
             if not key.endswith("num_batches_tracked"):
@@ -186,15 +238,27 @@ class GridBackbone(Backbone):
     def _measure(self) -> tuple[str, int, tuple[int, int]]:
         try:
             out = self._map(torch.zeros(1, 3, *self.size))
-            if isinstance(out, Tensor) and out.ndim == 3 and hasattr(self.network, "forward_intermediates"):
+            if (
+                isinstance(out, Tensor)
+                and out.ndim == 3
+                and hasattr(self.network, "forward_intermediates")
+            ):
                 self.layout = "tokens"
                 out = self._map(torch.zeros(1, 3, *self.size))
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            mend = "; a transformer's size goes with the argument img_size=N" if "size" in str(error).lower() else ""
-            raise ModelError(f"backbone {self.name} gives no feature map for {self.size}: {error}{mend}") from error
+            mend = (
+                "; a transformer's size goes with the argument img_size=N"
+                if "size" in str(error).lower()
+                else ""
+            )
+            raise ModelError(
+                f"backbone {self.name} gives no feature map for {self.size}: {error}{mend}"
+            ) from error
         if not isinstance(out, Tensor) or out.ndim != 4:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ModelError(f"backbone {self.name} gives {shape}, not a feature map [B,C,h,w]; choose a CNN")
+            raise ModelError(
+                f"backbone {self.name} gives {shape}, not a feature map [B,C,h,w]; choose a CNN"
+            )
         channels_last = out.shape[3] == getattr(self.network, "num_features", -1) != out.shape[1]
         if self.layout == "NCHW" and channels_last:
             self.layout, out = "NHWC", out.permute(0, 3, 1, 2)

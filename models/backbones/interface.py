@@ -28,15 +28,20 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows to be used together, as JSON has it; `regions` is the kind's name in its registry."""
+        """What must be equal for rows to be used together, as JSON has it; `regions` is the kind's
+        name in its registry.
+        """
 
     @abstractmethod
     def framing(self) -> dict[str, Any]:
-        """How a photograph becomes its input: size (H, W), interpolation, resize, fill (RGB), as data.images.Framing has them."""
+        """How a photograph becomes its input: size (H, W), interpolation, resize, fill (RGB), as
+        data.images.Framing has them.
+        """
 
     @abstractmethod
     def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
-        """Regions of uint8 `pixels` [B,3,H,W], RGB, of the framing's size; features [B,R,C] float32.
+        """Regions of uint8 `pixels` [B,3,H,W], RGB, of the framing's size; features [B,R,C]
+        float32.
 
         view_boxes: [B,4] the part of the photograph that each shows; None: the whole photograph.
         """

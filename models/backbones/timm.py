@@ -11,9 +11,13 @@ from models import ModelError
 from models.backbones.messages import nearest, no_hub
 
 
-def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
+def build_network(
+    name: str, arguments: dict[str, Any], pretrained: bool
+) -> tuple[nn.Module, dict, tuple[str, ...]]:
     if ":" in name:
-        raise ModelError(f"{name!r} is no backbone of timm's own; name its architecture, and weights from a file")
+        raise ModelError(
+            f"{name!r} is no backbone of timm's own; name its architecture, and weights from a file"
+        )
     _check_timm_name(name)
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
@@ -22,7 +26,11 @@ def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
     except Exception as error:
         if not pretrained and not arguments:
             raise
-        told = no_hub(name, error) if pretrained else f"arguments: {name} cannot be built with {arguments}: {error!r}"
+        told = (
+            no_hub(name, error)
+            if pretrained
+            else f"arguments: {name} cannot be built with {arguments}: {error!r}"
+        )
         raise ModelError(told) from error
     config = timm.data.resolve_model_data_config(network)
     classifier = network.pretrained_cfg.get("classifier") or ()
@@ -30,7 +38,9 @@ def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
 
 
 def _check_timm_name(name: str) -> None:
-    """ModelError for a model or a tag (what stands after the first dot) that timm does not have, with the nearest."""
+    """ModelError for a model or a tag (what stands after the first dot) that timm does not have,
+    with the nearest.
+    """
     model, dot, tag = name.partition(".")
     if not timm.is_model(name):
         known = timm.list_models(include_tags=bool(dot))
@@ -39,4 +49,6 @@ def _check_timm_name(name: str) -> None:
     tags = timm.list_models(f"{model}.*", include_tags=True) if dot else [name]
     if name not in tags:
         near = nearest(name, tags, cutoff=0.0) if tags else f"; it has none, write {model}"
-        raise ModelError(f"backbone {model} has no weights with the tag {tag!r} in timm {timm.__version__}{near}")
+        raise ModelError(
+            f"backbone {model} has no weights with the tag {tag!r} in timm {timm.__version__}{near}"
+        )

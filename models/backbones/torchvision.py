@@ -11,17 +11,23 @@ from models import ModelError
 from models.backbones.messages import nearest, no_hub
 
 
-def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict, tuple[str, ...]]:
+def build_network(
+    name: str, arguments: dict[str, Any], pretrained: bool
+) -> tuple[nn.Module, dict, tuple[str, ...]]:
     short = name.removeprefix("torchvision/")
     known = torchvision.models.list_models(module=torchvision.models)
     if short not in known:
         model, dot, _ = short.partition(".")
         near = nearest(model, known, prefix="torchvision/")
         tags = "; torchvision's names have no tags" if dot else ""
-        raise ModelError(f"no backbone {name!r} in torchvision {torchvision.__version__}{tags}{near}")
+        raise ModelError(
+            f"no backbone {name!r} in torchvision {torchvision.__version__}{tags}{near}"
+        )
     weights = torchvision.models.get_model_weights(short).DEFAULT
     try:
-        model = torchvision.models.get_model(short, weights=weights if pretrained else None, **arguments)
+        model = torchvision.models.get_model(
+            short, weights=weights if pretrained else None, **arguments
+        )
     except TypeError as error:
         raise ModelError(f"arguments: {name} does not take {arguments}: {error}") from error
     except Exception as error:
@@ -37,7 +43,9 @@ def build_network(name: str, arguments: dict[str, Any], pretrained: bool) -> tup
 
 
 def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:
-    """What runs before the pooling, under the names its weights have in the whole model, and the names left out."""
+    """What runs before the pooling, under the names its weights have in the whole model, and the
+    names left out.
+    """
     children = dict(model.named_children())
     if "features" in children:
         kept = ["features"]

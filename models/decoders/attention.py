@@ -1,14 +1,14 @@
 """Multi-head attention, and the three layouts that it runs over.
 
-Linear layers run on rows, one a token, without padding. Attention runs on padded sequences. A `Layout`
-converts between both and says which token sees which:
+Linear layers run on rows, one a token, without padding. Attention runs on padded sequences. A
+`Layout` converts between both and says which token sees which:
 
     Layout    regions of images: rows are sequences already
     Packed    whole texts, for training and scoring
     KVCache   texts that grow token by token, for generation
 
-B images, K texts an image, T tokens, P prompt tokens, R regions, N rows, Q queries, S keys, D model width,
-H heads, d = D/H.
+B images, K texts an image, T tokens, P prompt tokens, R regions, N rows, Q queries, S keys, D model
+width, H heads, d = D/H.
 """
 
 from __future__ import annotations
@@ -39,29 +39,37 @@ class Layout:
         return sequences
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take keys and values [B,H,Q,d] of a decoder layer's tokens; return those that its queries see, [B,H,S,d]."""
+        """Take keys and values [B,H,Q,d] of a decoder layer's tokens; return those that its queries
+        see, [B,H,S,d].
+        """
         return keys, values
 
 
 class Packed(Layout):
-    """Whole texts without their padding: one row a token; the texts of an image share one sequence of Q places.
+    """Whole texts without their padding: one row a token; the texts of an image share one sequence
+    of Q places.
 
-    A token sees the tokens before it in its own text and itself; all tokens of a text see its prompt
-    (prefix language model, Raffel et al. 2020).
+    A token sees the tokens before it in its own text and itself; all tokens of a text see its
+    prompt (prefix language model, Raffel et al. 2020).
 
     words [N] int64: the tokens, text after text.
     positions [N] int64: where each stands in its text.
-    replaceable [N] bool: words that noise may replace; False for the prompt and the first token after it.
+    replaceable [N] bool: words that noise may replace; False for the prompt and the first token
+        after it.
     place [N] int64: the row's place among the B*Q places of the padded sequences.
     image [N] int64: the row's image.
-    count: rows that are tokens. Rows after `count` are padding: N and Q are multiples of ROWS and PLACES,
-        since a CPU's library compiles and keeps a program for each new shape of product.
+    count: rows that are tokens. Rows after `count` are padding: N and Q are multiples of ROWS and
+        PLACES, since a CPU's library compiles and keeps a program for each new shape of product.
     """
 
     ROWS, PLACES = 64, 8
 
-    def __init__(self, tokens: Tensor, is_token: Tensor | None = None, prompt_lengths: Tensor | None = None) -> None:
-        """tokens [B,K,T] int64; is_token [B,K,T] bool, False for padding (None: no padding); prompt_lengths [B,K] int64."""
+    def __init__(
+        self, tokens: Tensor, is_token: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> None:
+        """tokens [B,K,T] int64; is_token [B,K,T] bool, False for padding (None: no padding);
+        prompt_lengths [B,K] int64.
+        """
         images = tokens.shape[0]
         is_token = torch.ones_like(tokens, dtype=torch.bool) if is_token is None else is_token
         self.image, text, self.positions = is_token.nonzero(as_tuple=True)
@@ -73,17 +81,27 @@ class Packed(Layout):
         first_row = per_image.cumsum(0) - per_image
         rows = torch.arange(self.count, device=tokens.device)
         self.place = self.image * self.shape[1] + rows - first_row[self.image]
-        prompt = torch.zeros_like(self.words) if prompt_lengths is None else prompt_lengths[self.image, text]
+        prompt = (
+            torch.zeros_like(self.words)
+            if prompt_lengths is None
+            else prompt_lengths[self.image, text]
+        )
         self.replaceable = self.positions > prompt
 
         def padded(values: Tensor) -> Tensor:
-            return values.new_full((images * self.shape[1],), -1).index_copy(0, self.place, values).view(self.shape)
+            return (
+                values.new_full((images * self.shape[1],), -1)
+                .index_copy(0, self.place, values)
+                .view(self.shape)
+            )
 
         own_text, position = padded(text), padded(self.positions)
         sees = position[:, :, None] >= position[:, None, :]
         if prompt_lengths is not None:
             sees |= (position < padded(prompt))[:, None, :]
-        sees &= own_text[:, :, None] == own_text[:, None, :]  # padding sees padding: no row of -inf, so no NaN
+        sees &= (
+            own_text[:, :, None] == own_text[:, None, :]
+        )  # padding sees padding: no row of -inf, so no NaN
         super().__init__(additive(sees)[:, None])
         if not self.full:
             self._add_padding_rows()
@@ -94,7 +112,8 @@ class Packed(Layout):
         spare = free.index_fill_(0, self.place, False).nonzero()[: -self.count % self.ROWS, 0]
         self.place = torch.cat([self.place, spare])
         self.words, self.positions, self.replaceable, self.image = (
-            F.pad(part, (0, len(spare))) for part in (self.words, self.positions, self.replaceable, self.image)
+            F.pad(part, (0, len(spare)))
+            for part in (self.words, self.positions, self.replaceable, self.image)
         )
 
     def to(self, device: torch.device) -> Packed:
@@ -119,8 +138,8 @@ def _round_up(number: int, multiple: int) -> int:
 class _Pad(torch.autograd.Function):
     """Rows [N,D] to places [Q,D], zeros elsewhere.
 
-    No place comes twice, so the gradient of each direction is the other direction. torch's own gradient of
-    a gather cannot know that and adds row by row.
+    No place comes twice, so the gradient of each direction is the other direction. torch's own
+    gradient of a gather cannot know that and adds row by row.
     """
 
     @staticmethod
@@ -149,18 +168,31 @@ class _Unpad(torch.autograd.Function):
 
 
 class KVCache(Layout):
-    """Texts that grow: keys and values [B,H,S*K,d] of every decoder layer, preallocated for S tokens a text.
+    """Texts that grow: keys and values [B,H,S*K,d] of every decoder layer, preallocated for S
+    tokens a text.
 
-    Beam search lets texts go on from one another. Keys never move for that: token s that text k wrote lies
-    in slot s*K + k for good, and beam_idx[b,k,s] is the text that wrote token s of text k's history. A
-    reorder copies these numbers only; the mask lets each query see the slots of its own history.
+    Beam search lets texts go on from one another. Keys never move for that: token s that text k
+    wrote lies in slot s*K + k for good, and beam_idx[b,k,s] is the text that wrote token s of text
+    k's history. A reorder copies these numbers only; the mask lets each query see the slots of its
+    own history.
 
     length: tokens a text so far. start: the first of the tokens that are being read now.
-    padding [B] int64: prompts are padded on the left, so that all end at the same token; None: no padding.
+    padding [B] int64: prompts are padded on the left, so that all end at the same token; None: no
+        padding.
     """
 
-    def __init__(self, layers: int, texts: int, capacity: int, like: Tensor, prompts: Tensor | None = None, pad: int = 0) -> None:
-        """like [B,H,R,d]: keys of the same images, heads, depth, dtype and device; prompts [B,P] int64, padded with `pad`."""
+    def __init__(
+        self,
+        layers: int,
+        texts: int,
+        capacity: int,
+        like: Tensor,
+        prompts: Tensor | None = None,
+        pad: int = 0,
+    ) -> None:
+        """like [B,H,R,d]: keys of the same images, heads, depth, dtype and device; prompts [B,P]
+        int64, padded with `pad`.
+        """
         super().__init__()
         images, heads, _, depth = like.shape
         self.prompt_length = 0 if prompts is None else prompts.shape[1]
@@ -180,7 +212,8 @@ class KVCache(Layout):
     def begin(self, texts: int, tokens: int) -> None:
         """Make room for `tokens` new tokens of each of `texts` texts.
 
-        texts is K, or in the first call 1: a beginning that all K texts share. Only there may tokens be above 1
+        texts is K, or in the first call 1: a beginning that all K texts share. Only there may
+            tokens be above 1
         (the prompt and the first token after it).
         """
         self.start, self.length = self.length, self.length + tokens
@@ -207,7 +240,9 @@ class KVCache(Layout):
 
     def positions(self, texts: int) -> Tensor:
         """Where each new token stands in its text: [B*K*T] int64."""
-        new = torch.arange(self.start, self.length, device=self.texts.device).expand(self.images, texts, -1)
+        new = torch.arange(self.start, self.length, device=self.texts.device).expand(
+            self.images, texts, -1
+        )
         if self.padding is not None:
             new = (new - self.padding[:, None, None]).clamp(min=0)
         return new.flatten()
@@ -215,7 +250,9 @@ class KVCache(Layout):
     @property
     def image(self) -> Tensor:
         """The image of each row: [B*K*T] int64 for the K texts and T tokens of the last `begin`."""
-        return torch.arange(self.images, device=self.texts.device).repeat_interleave(self.rows_per_image)
+        return torch.arange(self.images, device=self.texts.device).repeat_interleave(
+            self.rows_per_image
+        )
 
     def pad(self, rows: Tensor) -> Tensor:
         return rows.unflatten(0, (self.images, -1))
@@ -242,7 +279,8 @@ class KVCache(Layout):
     def keep(self, images: Tensor) -> None:
         """Keep only these images, [b] int64, in this order: finished ones leave the batch.
 
-        Images that keep their place are not copied; few move where those from the end fill the free places.
+        Images that keep their place are not copied; few move where those from the end fill the free
+        places.
         """
         filled = self.length * len(self.texts)
         for stores in (self.keys, self.values):
@@ -253,7 +291,9 @@ class KVCache(Layout):
 
 
 def move(store: Tensor, images: Tensor, filled: int) -> Tensor:
-    """Move keys or values [B,H,S,d] of `images` [b] to the front, the first `filled` of S; returns a view [b,H,S,d]."""
+    """Move keys or values [B,H,S,d] of `images` [b] to the front, the first `filled` of S; returns
+    a view [b,H,S,d].
+    """
     to = (images != torch.arange(len(images), device=images.device)).nonzero()[:, 0]
     store[to, :, :filled] = store[images[to], :, :filled]
     return store[: len(images)]
@@ -261,17 +301,23 @@ def move(store: Tensor, images: Tensor, filled: int) -> Tensor:
 
 def additive(sees: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """A mask to add to attention scores: 0 where `sees`, -inf elsewhere."""
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
+        ~sees, float("-inf")
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v for q [B,H,Q,d], k and v [B,H,S,d], mask broadcasting to [B,H,Q,S]; S may be 0.
+    """softmax(q k^T / sqrt(d) + mask) v for q [B,H,Q,d], k and v [B,H,S,d], mask broadcasting to
+    [B,H,Q,S]; S may be 0.
 
-    On a CPU plain products take the place of the fused kernel: for the short sequences of captions and regions they are two
-    to three times as fast (0.7 against 1.8 ms for the beams of 100 images over 49 regions), and four to five times backwards.
+    On a CPU plain products take the place of the fused kernel: for the short sequences of captions
+    and regions they are two to three times as fast (0.7 against 1.8 ms for the beams of 100 images
+    over 49 regions), and four to five times backwards.
     """
     if q.device.type != "cpu" and k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask.to(q.dtype)
+        )
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
@@ -289,13 +335,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, layer: int = 0) -> Tensor:
         """Rows x [...,D] to rows [...,D]; `layer` is which of a KVCache's stores to extend."""
-        q, k, v = layout.pad(self.qkv(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            layout.pad(self.qkv(x))
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         out = attend(q, *layout.extend(layer, k, v), layout.mask)
         return self.out(layout.unpad(out.transpose(1, 2).flatten(2)))
 
 
 class CrossAttention(nn.Module):
-    """Attention of texts to the regions of their image; keys and values are computed once an image."""
+    """Attention of texts to the regions of their image; keys and values are computed once an
+    image.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -305,11 +358,22 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [B,H,R,d], of encoded regions [B,R,D]; laid out as the products of every step read them."""
-        return self.key_value(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        """Keys and values, each [B,H,R,d], of encoded regions [B,R,D]; laid out as the products of
+        every step read them.
+        """
+        return (
+            self.key_value(memory)
+            .unflatten(2, (2, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .contiguous()
+            .unbind(0)
+        )
 
-    def forward(self, x: Tensor, layout: Layout, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Rows x [N,D] to rows [N,D]; keys, values [B,H,R,d]; mask [B,1,1,R], -inf for padded regions.
+    def forward(
+        self, x: Tensor, layout: Layout, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Rows x [N,D] to rows [N,D]; keys, values [B,H,R,d]; mask [B,1,1,R], -inf for padded
+        regions.
 
         All texts of an image are queries of one product, so keys and values are never repeated.
         """

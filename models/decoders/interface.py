@@ -1,8 +1,9 @@
 """What every decoder offers. Losses, generation, ensembles and checkpoints use nothing else.
 
-A decoder is one file: a `DecoderConfig` with its sizes, a `Decoder` with five methods, and one line in
-models/decoders/registry.py. B images, R regions, C channels, K texts an image, T tokens, N rows (tokens
-without padding), V words, D width of the states.
+A decoder is one file: a `DecoderConfig` with its sizes, a `Decoder` with five methods, and one line
+    in
+models/decoders/registry.py. B images, R regions, C channels, K texts an image, T tokens, N rows
+(tokens without padding), V words, D width of the states.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from models.regions import Regions
 
 MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears
 
-ExactScores = Callable[[slice, Tensor], Tensor]  # some rows, their words [n,M]: scores [n,M] float32
+ExactScores = Callable[
+    [slice, Tensor], Tensor
+]  # some rows, their words [n,M]: scores [n,M] float32
 
 
 class Memory(Protocol):
@@ -42,7 +45,9 @@ class Memory(Protocol):
         ...
 
     def keep(self, images: Tensor, in_place: bool = False) -> Memory:
-        """These images, [b] int64 (an image may come several times); in_place: this memory is not used any more."""
+        """These images, [b] int64 (an image may come several times); in_place: this memory is not
+        used any more.
+        """
         ...
 
 
@@ -57,8 +62,12 @@ class DecodingCache(Protocol):
 
 
 def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any:
-    """A field of a decoder's config: a whole number within bounds, also an option of the command line."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+    """A field of a decoder's config: a whole number within bounds, also an option of the command
+    line.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most}
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         bounds = {"words": (1, MOST), "channels": (1, MOST)}
         for item in dataclasses.fields(self):
-            low, high = bounds.get(item.name, (item.metadata.get("at_least"), item.metadata.get("at_most")))
+            low, high = bounds.get(
+                item.name, (item.metadata.get("at_least"), item.metadata.get("at_most"))
+            )
             value = getattr(self, item.name)
             if low is not None and value < low:
                 raise ModelError(f"{item.name} is {value}, it must be at least {low}")
@@ -86,8 +97,15 @@ class DecoderConfig:
 
     def __str__(self) -> str:
         """The sizes, as training prints them."""
-        own = [item.name for item in dataclasses.fields(self) if item.name not in {"words", "channels", "max_length", "max_prompt"}]
-        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in own) or "no sizes of its own"
+        own = [
+            item.name
+            for item in dataclasses.fields(self)
+            if item.name not in {"words", "channels", "max_length", "max_prompt"}
+        ]
+        return (
+            ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in own)
+            or "no sizes of its own"
+        )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecoderConfig:
@@ -109,20 +127,29 @@ class DecoderConfig:
 class Decoder(nn.Module, ABC):
     """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
 
-    A subclass has `config` and five methods: encode, states, output_layer, init_cache, and its __init__(config).
+    A subclass has `config` and five methods: encode, states, output_layer, init_cache, and its
+        __init__(config).
     """
 
     Config: type[DecoderConfig] = DecoderConfig
-    Options: type | None = None  # a frozen dataclass of the decoder's own options, whose fields Config has too
+    Options: type | None = (
+        None  # a frozen dataclass of the decoder's own options, whose fields Config has too
+    )
     config: DecoderConfig
 
     @abstractmethod
     def encode(self, regions: Regions) -> Memory:
-        """Encode each image once. Regions after `counts` are padding; R, or an image's count, may be 0."""
+        """Encode each image once.
+
+        Regions after `counts` are padding; R, or an image's count, may be 0.
+        """
 
     @abstractmethod
-    def states(self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: Memory) -> Tensor:
-        """What the output layer reads after each of `words` [N], which stand at `positions` [N] of their texts: [N,D].
+    def states(
+        self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: Memory
+    ) -> Tensor:
+        """What the output layer reads after each of `words` [N], which stand at `positions` [N] of
+        their texts: [N,D].
 
         layout.image [N] is each row's image; attention runs through the layout.
         """
@@ -133,7 +160,9 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def init_cache(self, memory: Memory, texts: int, prompts: Tensor | None = None) -> KVCache:
-        """An empty cache for `texts` texts an image; prompts [B,P] int64, padded on the left with 0."""
+        """An empty cache for `texts` texts an image; prompts [B,P] int64, padded on the left with
+        0.
+        """
 
     # ---- from these
 
@@ -144,16 +173,18 @@ class Decoder(nn.Module, ABC):
     def decode(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """Score the next word after each of `tokens` [B,K,T]; returns logits [B,K,T,V].
 
-        With a `cache`, `tokens` are the new ones only: first [B,1,P+1], prompts and the token that begins the texts
-        (K is 1: all texts of an image share it), then one of each text, [B,K,1].
+        With a `cache`, `tokens` are the new ones only: first [B,1,P+1], prompts and the token that
+        begins the texts (K is 1: all texts of an image share it), then one of each text, [B,K,1].
         """
         return self.logits(self.read(tokens, memory, cache))
 
-    def next_words(self, tokens: Tensor, memory: Memory, cache: KVCache) -> tuple[Tensor, ExactScores | None]:
+    def next_words(
+        self, tokens: Tensor, memory: Memory, cache: KVCache
+    ) -> tuple[Tensor, ExactScores | None]:
         """Scores [B*K,V] of the word after `tokens` [B,K,T], as `decode` with a cache.
 
-        The second value is None where the scores are exact; where a bf16 product rounded them, it computes those of
-        given words in float32.
+        The second value is None where the scores are exact; where a bf16 product rounded them, it
+        computes those of given words in float32.
         """
         states = self.read(tokens, memory, cache)[:, :, -1].flatten(0, 1)
         scores = self.logits(states)
@@ -176,20 +207,26 @@ class Decoder(nn.Module, ABC):
         return states.view(*tokens.shape, -1)
 
     def forward(self, regions: Regions | Memory, text: Packed, sampled: float = 0.0) -> Tensor:
-        """States [N,D] of whole texts: encode, then decode up to the output layer. Training calls this.
+        """States [N,D] of whole texts: encode, then decode up to the output layer. Training calls
+        this.
 
         Rows after `text.count` are padding.
         regions: as they are, or encoded.
-        sampled: the share of words that are replaced by the decoder's own guess from the words before
-            (scheduled sampling in two passes, the first without a gradient: Mihaylova and Martins 2019).
+        sampled: the share of words that are replaced by the decoder's own guess from the words
+            before (scheduled sampling in two passes, the first without a gradient: Mihaylova and
+            Martins 2019).
         """
         memory = self.encode(regions) if isinstance(regions, Regions) else regions
         words = text.words
         if sampled:
             with torch.no_grad():
-                guessed = self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)
+                guessed = (
+                    self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)
+                )
             replaced = text.replaceable & (torch.rand(words.shape, device=words.device) < sampled)
-            words = torch.where(replaced, guessed, words)  # a text's rows follow one another, so roll(1) is the guess for each
+            words = torch.where(
+                replaced, guessed, words
+            )  # a text's rows follow one another, so roll(1) is the guess for each
         return self.states(words, text.positions, text, memory)
 
 

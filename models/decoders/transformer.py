@@ -1,7 +1,7 @@
 """A Transformer that encodes an image's regions once and decodes its texts over them.
 
-Pre-norm layers (Xiong et al. 2020) of Vaswani et al. 2017. B images, R regions, C channels, K texts an image,
-T tokens, N rows, V words, D model width, H heads, d = D/H.
+Pre-norm layers (Xiong et al. 2020) of Vaswani et al. 2017. B images, R regions, C channels, K texts
+an image, T tokens, N rows, V words, D model width, H heads, d = D/H.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from models.decoders.dropout import Dropout
 from models.decoders.interface import MOST_LAYERS, Decoder, DecoderConfig, size
 from models.regions import Regions
 
-BOX_FREQUENCIES = 4  # pi/2 to 4 pi a coordinate: cells of a grid of up to about 16 a side stay apart
+BOX_FREQUENCIES = (
+    4  # pi/2 to 4 pi a coordinate: cells of a grid of up to about 16 a side stay apart
+)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class TransformerConfig(TransformerOptions, DecoderConfig):
             raise ModelError(f"dropout is {self.dropout}, it must be in [0, 1)")
 
     def __str__(self) -> str:
-        return f"width {self.width}, {self.encoder_layers}+{self.decoder_layers} layers, dropout {self.dropout}"
+        return (
+            f"width {self.width}, {self.encoder_layers}+{self.decoder_layers} layers, "
+            f"dropout {self.dropout}"
+        )
 
 
 class TransformerMemory(NamedTuple):
-    """An encoded batch of images: keys and values [B,H,R,d] for each decoder layer; mask [B,1,1,R] to add, or None."""
+    """An encoded batch of images: keys and values [B,H,R,d] for each decoder layer; mask [B,1,1,R]
+    to add, or None.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -73,13 +80,23 @@ class TransformerMemory(NamedTuple):
         return self.keys[0].device
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (*self.keys, *self.values) if self.mask is None else (*self.keys, *self.values, self.mask)
+        return (
+            (*self.keys, *self.values)
+            if self.mask is None
+            else (*self.keys, *self.values, self.mask)
+        )
 
     def keep(self, images: Tensor, in_place: bool = False) -> TransformerMemory:
-        """These images, [b] int64; in_place: moved to the front of this memory, which is not used any more."""
+        """These images, [b] int64; in_place: moved to the front of this memory, which is not used
+        any more.
+        """
         mask = None if self.mask is None else self.mask[images]
         regions = self.keys[0].shape[2]
-        take = (lambda part: move(part, images, regions)) if in_place else (lambda part: part.index_select(0, images))
+        take = (
+            (lambda part: move(part, images, regions))
+            if in_place
+            else (lambda part: part.index_select(0, images))
+        )
         return TransformerMemory(tuple(map(take, self.keys)), tuple(map(take, self.values)), mask)
 
 
@@ -114,18 +131,29 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, layout: Layout, memory: TransformerMemory, layer: int) -> Tensor:
         """Rows x [N,D] to [N,D]."""
         x = x + self.dropout(self.attention(self.norms[0](x), layout, layer))
-        x = x + self.dropout(self.cross(self.norms[1](x), layout, memory.keys[layer], memory.values[layer], memory.mask))
+        x = x + self.dropout(
+            self.cross(
+                self.norms[1](x), layout, memory.keys[layer], memory.values[layer], memory.mask
+            )
+        )
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
 
 def fourier_features(boxes: Tensor) -> Tensor:
-    """Coordinates [...,n] in -1..1 as sines and cosines of growing frequency (Tancik et al. 2020), [...,2*n*BOX_FREQUENCIES]."""
-    angles = boxes[..., None] * (math.pi / 2 * 2.0 ** torch.arange(BOX_FREQUENCIES, device=boxes.device))
+    """Coordinates [...,n] in -1..1 as sines and cosines of growing frequency (Tancik et al.
+
+    2020), [...,2*n*BOX_FREQUENCIES].
+    """
+    angles = boxes[..., None] * (
+        math.pi / 2 * 2.0 ** torch.arange(BOX_FREQUENCIES, device=boxes.device)
+    )
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 class Transformer(Decoder):
-    """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]; the output layer shares the word embedding's matrix."""
+    """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]; the output layer shares the word
+    embedding's matrix.
+    """
 
     Config, Options = TransformerConfig, TransformerOptions
 
@@ -151,15 +179,26 @@ class Transformer(Decoder):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5)  # as large as the normed content beside it
+        nn.init.normal_(
+            self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5
+        )  # as large as the normed content beside it
         for layers, sublayers in ((self.encoder, 2), (self.decoder, 3)):
-            for name, weight in layers.named_parameters():  # what is added to the stream begins small (GPT-2's rule)
-                if name.endswith(("attention.out.weight", "cross.out.weight", "feedforward.2.weight")):
+            for (
+                name,
+                weight,
+            ) in (
+                layers.named_parameters()
+            ):  # what is added to the stream begins small (GPT-2's rule)
+                if name.endswith(
+                    ("attention.out.weight", "cross.out.weight", "feedforward.2.weight")
+                ):
                     weight.data.mul_((sublayers * len(layers)) ** -0.5)
 
     def encode(self, regions: Regions) -> TransformerMemory:
         features, boxes, counts = regions
-        is_region = (torch.arange(features.shape[1], device=features.device) < counts[:, None])[:, None, None, :]
+        is_region = (torch.arange(features.shape[1], device=features.device) < counts[:, None])[
+            :, None, None, :
+        ]
         on_cpu = features.device.type == "cpu"  # a GPU is not asked: the host would wait for it
         no_padding = on_cpu and bool(is_region.all())
         some_empty = not no_padding and not (on_cpu and bool((counts > 0).all()))
@@ -177,7 +216,9 @@ class Transformer(Decoder):
             values = tuple(value * has_regions for value in values)
         return TransformerMemory(keys, values, layout.mask)
 
-    def states(self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: TransformerMemory) -> Tensor:
+    def states(
+        self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: TransformerMemory
+    ) -> Tensor:
         x = self.dropout(self.word(words) * self.config.width**0.5 + self.position(positions))
         for number, layer in enumerate(self.decoder):
             x = layer(x, layout, memory, number)
@@ -186,5 +227,9 @@ class Transformer(Decoder):
     def output_layer(self) -> tuple[Tensor, Tensor]:
         return self.word.weight, self.output_bias
 
-    def init_cache(self, memory: TransformerMemory, texts: int, prompts: Tensor | None = None) -> KVCache:
-        return KVCache(self.config.decoder_layers, texts, self.config.max_length + 1, memory.keys[0], prompts)
+    def init_cache(
+        self, memory: TransformerMemory, texts: int, prompts: Tensor | None = None
+    ) -> KVCache:
+        return KVCache(
+            self.config.decoder_layers, texts, self.config.max_length + 1, memory.keys[0], prompts
+        )

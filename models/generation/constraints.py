@@ -1,4 +1,5 @@
-"""Rules that captions keep while they are found: words that may not come next, and phrases that must come.
+"""Rules that captions keep while they are found: words that may not come next, and phrases that
+must come.
 
 N captions that grow side by side, L words at most, V words.
 """
@@ -14,17 +15,23 @@ NEG_INF = float("-inf")
 
 
 def bar(scores: Tensor, words: Iterable[int]) -> None:
-    """Set the scores [N,V] of some words to -inf in place, without the index on the host that a GPU would wait for."""
+    """Set the scores [N,V] of some words to -inf in place, without the index on the host that a GPU
+    would wait for.
+    """
     for word in words:
         scores[:, word] = NEG_INF
 
 
 class BannedWords:
-    """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams, unwanted phrases."""
+    """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams,
+    unwanted phrases.
+    """
 
-    def __init__(self, eos: int, min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()) -> None:
-        """min_length: words before the end; ngram: words in a row that come once, 0: no such rule; phrases: ids in a row
-        that never come."""
+    def __init__(
+        self, eos: int, min_length: int = 0, ngram: int = 0, phrases: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """min_length: words before the end; ngram: words in a row that come once, 0: no such rule;
+        phrases: ids in a row that never come."""
         self.eos, self.min_length, self.ngram = eos, min_length, ngram
         self.always = [phrase[0] for phrase in phrases if len(phrase) == 1]
         self.phrases = [list(phrase) for phrase in phrases if len(phrase) > 1]
@@ -45,7 +52,9 @@ class BannedWords:
         if self.ngram and length >= self.ngram:
             followers = words[:, self.ngram - 1 :]
             repeated = torch.ones_like(followers, dtype=torch.bool)
-            for place in range(self.ngram - 1):  # words 0, 1, ... of each n-gram against those that end the caption
+            for place in range(
+                self.ngram - 1
+            ):  # words 0, 1, ... of each n-gram against those that end the caption
                 here = words[:, place : place + followers.shape[1]]
                 repeated &= here == words[:, length - self.ngram + 1 + place, None]
             bans = torch.zeros_like(followers, dtype=scores.dtype).masked_fill_(repeated, NEG_INF)
@@ -55,23 +64,31 @@ class BannedWords:
 class PhrasalConstraint:
     """Phrases that each caption must hold: how far it has come with each, as one number a phrase.
 
-    A state is the number of a phrase's words that the caption ends with, and stays at the whole once it was there
-    (Knuth, Morris & Pratt 1977). `total` is the number of words of all phrases; that one's end may be another's beginning
-    is used where it comes, but never counted on.
+    A state is the number of a phrase's words that the caption ends with, and stays at the whole
+    once it was there (Knuth, Morris & Pratt 1977). `total` is the number of words of all phrases;
+    that one's end may be another's beginning is used where it comes, but never counted on.
     """
 
     def __init__(self, phrases: Sequence[Sequence[int]], device: torch.device) -> None:
         self.lengths = [len(phrase) for phrase in phrases]
         self.total = sum(self.lengths)
         most = max(self.lengths)
-        self.words = torch.full((len(phrases), most + 1), -1, device=device)  # the next word in each state; whole: none
+        self.words = torch.full(
+            (len(phrases), most + 1), -1, device=device
+        )  # the next word in each state; whole: none
         self.back = torch.zeros(len(phrases), most + 1, most, dtype=torch.int64, device=device)
         for number, phrase in enumerate(phrases):
             self.words[number, : len(phrase)] = torch.tensor(phrase)
             for state in range(len(phrase)):
-                for place, word in enumerate(phrase):  # after a word of the phrase, the longest beginning that ends there
+                for place, word in enumerate(
+                    phrase
+                ):  # after a word of the phrase, the longest beginning that ends there
                     text = [*phrase[:state], word]
-                    fits = (n for n in range(min(len(text), len(phrase)), 0, -1) if text[-n:] == list(phrase[:n]))
+                    fits = (
+                        n
+                        for n in range(min(len(text), len(phrase)), 0, -1)
+                        if text[-n:] == list(phrase[:n])
+                    )
                     self.back[number, state, place] = next(fits, 0)
             self.back[number, len(phrase)] = len(phrase)
         self.whole = torch.tensor(self.lengths, device=device)
@@ -81,7 +98,9 @@ class PhrasalConstraint:
         return torch.zeros(*shape, len(self.lengths), dtype=torch.int64, device=self.words.device)
 
     def next(self, states: Tensor) -> Tensor:
-        """The word that brings each phrase on, -1 where it is whole: states [...,C] to ids [...,C]."""
+        """The word that brings each phrase on, -1 where it is whole: states [...,C] to ids
+        [...,C].
+        """
         return self.words[torch.arange(len(self.lengths), device=states.device), states]
 
     def after(self, states: Tensor, words: Tensor) -> Tensor:
@@ -92,6 +111,8 @@ class PhrasalConstraint:
         return torch.where(states == self.whole, states, found)
 
     def progress(self, states: Tensor) -> Tensor:
-        """Words of whole phrases and of the longest one begun, [...]: `total` less it is what can bring in the rest."""
+        """Words of whole phrases and of the longest one begun, [...]: `total` less it is what can
+        bring in the rest.
+        """
         whole = states == self.whole
         return (states * whole).sum(-1) + (states * ~whole).amax(-1)

@@ -1,4 +1,6 @@
-"""Beam search as CUDA graphs: on a GPU the host starts a whole search and is not asked again until its end."""
+"""Beam search as CUDA graphs: on a GPU the host starts a whole search and is not asked again until
+its end.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,14 @@ from models.generation.options import Captions, Generation
 
 
 class CapturedSearch:
-    """Beam search over memories of one shape as one graph (the loop has fixed shapes where no CPU runs it)."""
+    """Beam search over memories of one shape as one graph (the loop has fixed shapes where no CPU
+    runs it).
+    """
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None) -> None:
+    def __init__(
+        self, decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None
+    ) -> None:
         self.memory = memory.keep(torch.arange(memory.images, device=memory.device))
         self.prompts = None if prompts is None else prompts.to(memory.device).clone()
         aside = torch.cuda.Stream()
@@ -22,7 +28,8 @@ class CapturedSearch:
         with torch.cuda.stream(aside):  # a first run outside: libraries set themselves up
             beam_search(decoder, self.memory, options, self.prompts)
         torch.cuda.current_stream().wait_stream(aside)
-        torch.clear_autocast_cache()  # casts made before would be gone by then, and those made here hold only after a replay
+        # casts made before would be gone by then, and those made here hold only after a replay
+        torch.clear_autocast_cache()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.found = beam_search(decoder, self.memory, options, self.prompts)
@@ -39,9 +46,11 @@ class CapturedSearch:
 
 
 class BeamSearch:
-    """`beam_search` of a decoder by options; on a GPU each shape is captured when it comes a second time.
+    """`beam_search` of a decoder by options; on a GPU each shape is captured when it comes a second
+    time.
 
-    The decoder's weights may change, but neither move nor change their type; autocast stays as it was.
+    The decoder's weights may change, but neither move nor change their type; autocast stays as it
+    was.
     """
 
     def __init__(self, decoder: Decoder, options: Generation) -> None:
@@ -51,9 +60,14 @@ class BeamSearch:
     def __call__(self, memory: Memory, prompts: Tensor | None = None) -> Captions:
         if memory.device.type != "cuda" or self.options.force_words_ids:
             return beam_search(self.decoder, memory, self.options, prompts)
-        shape = *(part.shape for part in memory.tensors()), None if prompts is None else prompts.shape
+        shape = (
+            *(part.shape for part in memory.tensors()),
+            None if prompts is None else prompts.shape,
+        )
         if shape not in self.captured:
             self.captured[shape] = None
             return beam_search(self.decoder, memory, self.options, prompts)
-        self.captured[shape] = self.captured[shape] or CapturedSearch(self.decoder, memory, self.options, prompts)
+        self.captured[shape] = self.captured[shape] or CapturedSearch(
+            self.decoder, memory, self.options, prompts
+        )
         return self.captured[shape](memory, prompts)

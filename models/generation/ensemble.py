@@ -1,6 +1,7 @@
 """Several decoders as one: the mean of their probabilities for each next word.
 
-It has what generation asks of a decoder: encode, init_cache, decode, next_words. All read the same regions and share a vocabulary.
+It has what generation asks of a decoder: encode, init_cache, decode, next_words. All read the same
+    regions and share a vocabulary.
 """
 
 from __future__ import annotations
@@ -55,24 +56,42 @@ class Ensemble(nn.Module):
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
         configs = [one.config for one in decoders]
-        lengths = {name: min(getattr(config, name) for config in configs) for name in ("max_length", "max_prompt")}
+        lengths = {
+            name: min(getattr(config, name) for config in configs)
+            for name in ("max_length", "max_prompt")
+        }
         self.config = replace(configs[0], **lengths)
 
     def encode(self, regions: Regions) -> Memories:
         return Memories(one.encode(regions) for one in self.decoders)
 
     def init_cache(self, memory: Memories, texts: int, prompts: Tensor | None = None) -> Caches:
-        return Caches(one.init_cache(part, texts, prompts) for one, part in zip(self.decoders, memory, strict=True))
+        return Caches(
+            one.init_cache(part, texts, prompts)
+            for one, part in zip(self.decoders, memory, strict=True)
+        )
 
     def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
-        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as Decoder.decode's."""
+        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as
+        Decoder.decode's.
+        """
         caches = cache or [None] * len(self.decoders)
         found = zip(self.decoders, memory, caches, strict=True)
-        return mean([one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32) for one, part, own in found])
+        return mean(
+            [
+                one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32)
+                for one, part, own in found
+            ]
+        )
 
-    def next_words(self, tokens: Tensor, memory: Memories, cache: Caches) -> tuple[Tensor, ExactScores | None]:
+    def next_words(
+        self, tokens: Tensor, memory: Memories, cache: Caches
+    ) -> tuple[Tensor, ExactScores | None]:
         """As Decoder.next_words, of the logs of the mean probabilities."""
-        found = [one.next_words(tokens, part, own) for one, part, own in zip(self.decoders, memory, cache, strict=True)]
+        found = [
+            one.next_words(tokens, part, own)
+            for one, part, own in zip(self.decoders, memory, cache, strict=True)
+        ]
         log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in found]
 
         def exact(rows: slice, words: Tensor) -> Tensor:

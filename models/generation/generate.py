@@ -35,10 +35,13 @@ def generate(
     if options.do_sample:
         found = sample(decoder, memory, options, generator, prompts=prompts)
     else:
-        found = search(memory, prompts) if search else beam_search(decoder, memory, options, prompts)
+        found = (
+            search(memory, prompts) if search else beam_search(decoder, memory, options, prompts)
+        )
     if (found.scores == NEG_INF).all(1).any():
         raise ModelError(
-            "no caption was found that keeps all rules (bad_words_ids, force_words_ids, no_repeat_ngram_size, min_length, "
+            "no caption was found that keeps all rules (bad_words_ids, force_words_ids, "
+            "no_repeat_ngram_size, min_length, "
             "max_length); they leave none, or only with more num_beams"
         )
     return found
@@ -52,7 +55,9 @@ def generate_from_regions(
     prompts: Tensor | None = None,
     **names: Any,
 ) -> Captions:
-    """As `generate`, from regions and in eval mode; `names` are fields of Generation, those of Hugging Face's `generate`."""
+    """As `generate`, from regions and in eval mode; `names` are fields of Generation, those of
+    Hugging Face's `generate`.
+    """
     with evaluating(decoder), torch.inference_mode():
         options = replace(options or Generation(), **names)
         return generate(decoder, decoder.encode(regions), options, generator, prompts=prompts)

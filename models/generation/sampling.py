@@ -25,12 +25,14 @@ def sample(
 ) -> Captions:
     """num_return_sequences N samples of each image.
 
-    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words (0: all; more where they
-    tie) and then the likeliest that together reach `top_p` (Holtzman et al. 2020) are left; log p is under the distribution
-    drawn from, the <eos> included, and -inf where the rules leave no word. The loop is as long as the longest caption may be,
-    with no look at the device; on a CPU it ends with the last caption.
+    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words
+    (0: all; more where they tie) and then the likeliest that together reach `top_p` (Holtzman et
+    al. 2020) are left; log p is under the distribution drawn from, the <eos> included, and -inf
+    where the rules leave no word. The loop is as long as the longest caption may be, with no look
+    at the device; on a CPU it ends with the last caption.
 
-    uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from `generator`.
+    uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from
+    `generator`.
     """
     device, eos = memory.device, options.eos_token_id
     limit, barred = options.limit(decoder.config.max_length), options.barred
@@ -47,14 +49,18 @@ def sample(
     tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
     log_p = torch.zeros(images * captions, device=device)
     going = torch.ones(images * captions, dtype=torch.bool, device=device)
-    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None].expand(-1, captions if prompts is None else 1, -1)
+    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None].expand(
+        -1, captions if prompts is None else 1, -1
+    )
     cache = decoder.init_cache(memory, captions, prompts)
     for place in range(limit):
         logits = decoder.decode(newest, memory, cache)[:, :, -1].float() / options.temperature
         logits = logits.expand(-1, captions, -1).flatten(0, 1).contiguous()
         bar(logits, options.suppress_tokens)
         barred(logits, tokens[:, :place])
-        stuck = logits.amax(1) == NEG_INF  # the rules leave no word: such a caption ends, and counts as none
+        stuck = (
+            logits.amax(1) == NEG_INF
+        )  # the rules leave no word: such a caption ends, and counts as none
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
         log_p.masked_fill_(stuck & going, NEG_INF)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
@@ -68,14 +74,17 @@ def sample(
             break
     scores = log_p / lengths(tokens, eos) ** options.length_penalty
     asked = slice(options.num_return_sequences)
-    return Captions(*(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p)))
+    return Captions(
+        *(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p))
+    )
 
 
 def choose(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Words [N] by the inverse of the distributions p [N,V]: the first whose p and those before it are together above
-    uniforms [N] in [0,1); never one of p 0.
+    """Words [N] by the inverse of the distributions p [N,V]: the first whose p and those before it
+    are together above uniforms [N] in [0,1); never one of p 0.
 
-    First the block that the word is in, then the word: p is read once, and little is added up in order.
+    First the block that the word is in, then the word: p is read once, and little is added up in
+    order.
     """
     exact = torch.float32 if p.device.type == "mps" else torch.float64  # mps has no float64
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
@@ -84,19 +93,26 @@ def choose(p: Tensor, uniforms: Tensor) -> Tensor:
     block = passed(reached, point)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(exact)
     before = F.pad(reached, (1, 0)).gather(1, block)
-    return (block * BLOCK + passed(before + inside.cumsum(1), point))[:, 0].clamp(max=p.shape[1] - 1)
+    return (block * BLOCK + passed(before + inside.cumsum(1), point))[:, 0].clamp(
+        max=p.shape[1] - 1
+    )
 
 
 def passed(reached: Tensor, point: Tensor) -> Tensor:
-    """The first place [N,1] where sums `reached` [N,M] are above `point` [N,1], which may lie at their end by rounding; any
-    place where they are no numbers, so that the log p, which is none either, tells of it."""
+    """The first place [N,1] where sums `reached` [N,M] are above `point` [N,1], which may lie at
+    their end by rounding; any place where they are no numbers, so that the log p, which is none
+    either, tells of it."""
     end = reached[:, -1:]
-    place = torch.searchsorted(reached, torch.minimum(point, torch.nextafter(end, torch.zeros_like(end))), right=True)
+    place = torch.searchsorted(
+        reached, torch.minimum(point, torch.nextafter(end, torch.zeros_like(end))), right=True
+    )
     return place.clamp(max=reached.shape[1] - 1)
 
 
 def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always stays."""
+    """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always
+    stays.
+    """
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, NEG_INF)

@@ -2,11 +2,12 @@
 
     python models/weights/pretrain.py      # writes test_resnet_scenes.safetensors beside it
 
-Scenes are drawn as they are needed and go through the sample's own JPEG and the extractor's own resize. The backbone's
-last map [B,C,5,5] feeds one 1x1 head, thrown away at the end, that says of each cell whether a thing's centre lies in
-it and of which size, colour and shape that thing is and how far off its centre. What is learnt is thus what a caption
-needs, at the place where the decoder will look for it. Scenes are numbered from HELD_OUT and TRAINING, past any sample
-(100,000 at most), so that no scene of a sample of the same seed is among them.
+Scenes are drawn as they are needed and go through the sample's own JPEG and the extractor's own
+resize. The backbone's last map [B,C,5,5] feeds one 1x1 head, thrown away at the end, that says of
+each cell whether a thing's centre lies in it and of which size, colour and shape that thing is and
+how far off its centre. What is learnt is thus what a caption needs, at the place where the decoder
+will look for it. Scenes are numbered from HELD_OUT and TRAINING, past any sample (100,000 at most),
+so that no scene of a sample of the same seed is among them.
 """
 
 import io
@@ -44,7 +45,9 @@ THINGS = 3  # at most, in a scene
 
 
 class DrawnScenes(Dataset):
-    """`count` scenes from number `first`: pixels uint8 [3,side,side] and things float32 [THINGS,5]."""
+    """`count` scenes from number `first`: pixels uint8 [3,side,side] and things float32
+    [THINGS,5].
+    """
 
     def __init__(self, seed: int, first: int, count: int, side: int):
         self.seed, self.first, self.count, self.side = seed, first, count, side
@@ -63,24 +66,34 @@ class DrawnScenes(Dataset):
 
 
 def describe(scene: Scene) -> np.ndarray:
-    """Things [THINGS,5]: x and y of the centre in 0..1 of the picture, numbers of size, colour and shape; else -1."""
+    """Things [THINGS,5]: x and y of the centre in 0..1 of the picture, numbers of size, colour and
+    shape; else -1.
+    """
     rows = np.full((THINGS, 5), -1, np.float32)
     for row, thing in zip(rows, scene.things, strict=False):
-        numbers = [names.index(word) for names, word in zip(KINDS.values(), thing.words, strict=True)]
+        numbers = [
+            names.index(word) for names, word in zip(KINDS.values(), thing.words, strict=True)
+        ]
         row[:] = thing.x / scene.width, thing.y / scene.height, *numbers
     return rows
 
 
 class SceneNet(nn.Module):
-    """The backbone and its one head: pixels uint8 [B,3,S,S] to one map [B,channels,h,w] a question."""
+    """The backbone and its one head: pixels uint8 [B,3,S,S] to one map [B,channels,h,w] a
+    question.
+    """
 
     def __init__(self):
         super().__init__()
         self.backbone = timm.create_model(ARCHITECTURE, num_classes=0)
         config = timm.data.resolve_model_data_config(self.backbone)
         self.side = config["input_size"][-1]
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(config["mean"]).view(3, 1, 1) * 255, persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(config["std"]).view(3, 1, 1) * 255, persistent=False
+        )
         self.parts = {"there": 1, "offset": 2} | {kind: len(names) for kind, names in KINDS.items()}
         self.head = nn.Conv2d(self.backbone.num_features, sum(self.parts.values()), 1)
 
@@ -88,31 +101,49 @@ class SceneNet(nn.Module):
         images = (pixels - self.mean) / self.std
         if self.training:
             images = vary_light(images)
-        maps = self.head(self.backbone.forward_features(images.contiguous(memory_format=torch.channels_last)))
-        return dict(zip(self.parts, maps.float().split(tuple(self.parts.values()), dim=1), strict=True))
+        maps = self.head(
+            self.backbone.forward_features(images.contiguous(memory_format=torch.channels_last))
+        )
+        return dict(
+            zip(self.parts, maps.float().split(tuple(self.parts.values()), dim=1), strict=True)
+        )
 
 
 def vary_light(images: Tensor) -> Tensor:
-    """Another exposure and white balance for each of `images` [B,3,S,S]: sturdier, and words stay true."""
-    gain = 1 + 0.15 * (torch.rand(len(images), 1, 1, 1) - 0.5) + 0.06 * (torch.rand(len(images), 3, 1, 1) - 0.5)
+    """Another exposure and white balance for each of `images` [B,3,S,S]: sturdier, and words stay
+    true.
+    """
+    gain = (
+        1
+        + 0.15 * (torch.rand(len(images), 1, 1, 1) - 0.5)
+        + 0.06 * (torch.rand(len(images), 3, 1, 1) - 0.5)
+    )
     return images * gain + 0.1 * (torch.rand(len(images), 1, 1, 1) - 0.5)
 
 
 def offsets(things: Tensor, grid: tuple[int, int]) -> Tensor:
-    """From each cell's middle to each of `things` [B,THINGS,5], in cells: [B,THINGS,2,h,w], far where there is none."""
+    """From each cell's middle to each of `things` [B,THINGS,5], in cells: [B,THINGS,2,h,w], far
+    where there is none.
+    """
     height, width = grid
-    middles = torch.stack(torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy"))
+    middles = torch.stack(
+        torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy")
+    )
     centres = things[..., :2] * torch.tensor([width, height])
     far = torch.where(things[..., :1] < 0, 99.0, 0.0)
     return (centres + far)[..., None, None] - middles
 
 
 def loss_of(said: dict[str, Tensor], things: Tensor) -> Tensor:
-    """Presence in every cell; the rest in the cells about a centre, less the further the cell's middle lies off."""
+    """Presence in every cell; the rest in the cells about a centre, less the further the cell's
+    middle lies off.
+    """
     away = offsets(things, said["there"].shape[-2:])
     inside = (away.abs() <= 0.5).all(2).any(1).float()  # [B,h,w]
     loss = 4 * F.binary_cross_entropy_with_logits(said["there"][:, 0], inside)
-    near = (1 - away.abs()).clamp(min=0).prod(2)  # [B,THINGS,h,w], bilinear: a thing's cells sum to 1 but at the border
+    near = (
+        (1 - away.abs()).clamp(min=0).prod(2)
+    )  # [B,THINGS,h,w], bilinear: a thing's cells sum to 1 but at the border
     weight, owner = near.max(1)
     weight = weight / weight.sum()
     chosen = away.gather(1, owner[:, None, None].expand(-1, 1, 2, -1, -1))[:, 0].clamp(-1, 1)
@@ -125,11 +156,14 @@ def loss_of(said: dict[str, Tensor], things: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(net: SceneNet, loader: DataLoader) -> dict[str, float]:
-    """Percentages over held-out things, each read at the cell about its centre that most says something is there.
+    """Percentages over held-out things, each read at the cell about its centre that most says
+    something is there.
 
-    `found`: that cell says so; `all` asks found, size, colour and shape at once; `empty`: cells further than one cell
-    from any centre that say nothing is there. `offset` is no percentage but the mean error in cells. Two things little
-    more than a cell apart may both be read at the cell between them: one then counts as misread, if it is found or not.
+    `found`: that cell says so; `all` asks found, size, colour and shape at once; `empty`: cells
+        further than one cell
+    from any centre that say nothing is there. `offset` is no percentage but the mean error in
+    cells. Two things little more than a cell apart may both be read at the cell between them: one
+    then counts as misread, if it is found or not.
     """
     net.eval()
     rows, quiet = [], []
@@ -138,7 +172,9 @@ def evaluate(net: SceneNet, loader: DataLoader) -> dict[str, float]:
         vectors = offsets(things, said["there"].shape[-2:]).flatten(3)  # [B,THINGS,2,cells]
         away = vectors.abs().amax(2)
         quiet.append((said["there"].flatten(1) < 0)[(away >= 1).all(1)])
-        score, cell = said["there"].flatten(1)[:, None].masked_fill(away >= 1, -torch.inf).max(2)  # [B,THINGS]
+        score, cell = (
+            said["there"].flatten(1)[:, None].masked_fill(away >= 1, -torch.inf).max(2)
+        )  # [B,THINGS]
         right = {"found": score > 0}
         for column, kind in enumerate(KINDS, start=2):
             guess = said[kind].argmax(1).flatten(1).gather(1, cell)
@@ -147,7 +183,9 @@ def evaluate(net: SceneNet, loader: DataLoader) -> dict[str, float]:
         vector = vectors.gather(3, cell[:, :, None, None].expand(-1, -1, 2, 1))[..., 0]
         error = said["offset"].flatten(2).gather(2, cell[:, None].expand(-1, 2, -1)).mT - vector
         right["offset"] = error.norm(dim=-1) / 100
-        rows.append(torch.stack([value.float() for value in right.values()], dim=-1)[things[..., 0] >= 0])
+        rows.append(
+            torch.stack([value.float() for value in right.values()], dim=-1)[things[..., 0] >= 0]
+        )
     table = dict(zip(right, (100 * torch.cat(rows).mean(0)).tolist(), strict=True))
     return table | {"empty": 100 * torch.cat(quiet).float().mean().item()}
 
@@ -171,7 +209,10 @@ def train(net: SceneNet, loader: DataLoader, minutes: float, rate: float = 4e-3)
         optimizer.step()
         if step % 50 == 0 or step == steps:
             speed = step * len(pixels) / (time.perf_counter() - started)
-            click.echo(f"step {step:,}/{steps:,}  loss {loss.item():.4f}  {speed:.0f} scenes/s  {done:.0%} done")
+            click.echo(
+                f"step {step:,}/{steps:,}  loss {loss.item():.4f}  {speed:.0f} scenes/s  "
+                f"{done:.0%} done"
+            )
     return steps
 
 
@@ -187,23 +228,38 @@ def write_weights(net: SceneNet, path: Path, about: dict) -> None:
 @click.command(context_settings={"show_default": True})
 @click.option("--steps", default=1200, help="Batches to train on.")
 @click.option(
-    "--minutes", default=60.0, help="Stop by then, the rate having fallen in time; fewer scenes, not the same weights."
+    "--minutes",
+    default=60.0,
+    help="Stop by then, the rate having fallen in time; fewer scenes, not the same weights.",
 )
 @click.option("--batch", default=96, help="Scenes a step.")
 @click.option("--seed", default=0, help="Of the scenes and of the first weights.")
 @click.option("--held-out", default=2000, help="Scenes to measure on.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=OUT, help="The weights file.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=OUT, help="The weights file."
+)
 def main(steps: int, minutes: float, batch: int, seed: int, held_out: int, out: Path) -> None:
-    """Train the drawn sample's backbone, test_resnet, from nothing, and measure it on held-out scenes."""
+    """Train the drawn sample's backbone, test_resnet, from nothing, and measure it on held-out
+    scenes.
+    """
     torch.manual_seed(seed)
     net = SceneNet().to(memory_format=torch.channels_last)
     drawn = DrawnScenes(seed, TRAINING, steps * batch, net.side)
-    click.echo(f"{len(drawn):,} scenes in {steps:,} steps of {batch}, at most {minutes:g} minutes -> {out}")
+    click.echo(
+        f"{len(drawn):,} scenes in {steps:,} steps of {batch}, at most {minutes:g} minutes -> {out}"
+    )
     taken = train(net, DataLoader(drawn, batch, num_workers=1, prefetch_factor=4), minutes)
-    table = evaluate(net, DataLoader(DrawnScenes(seed, HELD_OUT, held_out, net.side), 200, num_workers=1))
+    table = evaluate(
+        net, DataLoader(DrawnScenes(seed, HELD_OUT, held_out, net.side), 200, num_workers=1)
+    )
     for name, value in table.items():
         click.echo(f"{name:8s}{value:8.2f}" + (" cells" if name == "offset" else " %"))
-    about = {"made_by": "python -m pipeline.pretrain", "architecture": ARCHITECTURE, "seed": seed, "batch": batch}
+    about = {
+        "made_by": "python -m pipeline.pretrain",
+        "architecture": ARCHITECTURE,
+        "seed": seed,
+        "batch": batch,
+    }
     about |= {
         "steps": taken,
         "of_steps": steps,

@@ -1,8 +1,9 @@
-"""Checkpoints from and to the Hugging Face hub: a repository there has a checkpoint's files, as a folder here has.
+"""Checkpoints from and to the Hugging Face hub: a repository there has a checkpoint's files, as a
+folder here has.
 
-    captioner = PhotoCaptioner.from_pretrained("user/name")        # or a folder
-    captioner.save_pretrained("folder")                            # without what only training needs
-    captioner.push_to_hub("user/name")
+captioner = PhotoCaptioner.from_pretrained("user/name")        # or a folder
+captioner.save_pretrained("folder")                            # without what only training needs
+captioner.push_to_hub("user/name")
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ CARD = """---
 
 # An image captioner
 
-Trained with Onceover: a Transformer decoder over the grid features of a CNN that looks at every image once. `config.json`
-says which backbone, trained how, and on what.
+Trained with Onceover: a decoder over cached region features of a CNN. `config.json` says which
+decoder, which backbone, trained how, and on what.
 
 ```python
 from pipeline.decoding.captioner import PhotoCaptioner
@@ -46,21 +47,28 @@ print(captioner.caption(["photo.jpg"]))
 
 
 def checkpoint_folder(name: Path | str, **options: Any) -> Path:
-    """The folder of a checkpoint: the one named, or, for `hf-hub:user/name`, the hub's, fetched or from its local cache.
+    """The folder of a checkpoint: the one named, or, for `hf-hub:user/name`, the hub's, fetched or
+    from its local cache.
 
-    options: of huggingface_hub's snapshot_download. UserError where the hub has it not or cannot be reached.
+    options: of huggingface_hub's snapshot_download. UserError where the hub has it not or cannot be
+        reached.
     """
     if not str(name).startswith(SCHEME):
         return Path(name)
     repository = str(name).removeprefix(SCHEME)
     do_not_wait_for_an_absent_hub()
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(SHARED), **options))
+        return Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=list(SHARED), **options)
+        )
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{name}: the hub has no repository of that name that is open to you") from error
+        raise UserError(
+            f"{name}: the hub has no repository of that name that is open to you"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name} could not be fetched from the hub ({type(error).__name__}), and is not in its local cache; "
+            f"{name} could not be fetched from the hub ({type(error).__name__}), and is not in "
+            "its local cache; "
             "copy the checkpoint's folder here and name that"
         ) from error
 
@@ -76,7 +84,9 @@ def copy_shared(source: Path, target: Path) -> None:
 
 
 def do_not_wait_for_an_absent_hub() -> None:
-    """Where the hub's host does not answer, use its local cache or fail at once: its client retries for a minute."""
+    """Where the hub's host does not answer, use its local cache or fail at once: its client retries
+    for a minute.
+    """
     host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if urllib.request.getproxies():
         return  # a proxy answers for the hub

@@ -1,4 +1,6 @@
-"""safetensors files, written whole or not at all and read strictly: the only format weights are kept in."""
+"""safetensors files, written whole or not at all and read strictly: the only format weights are
+kept in.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,25 @@ from data.files import atomic_write
 from pipeline.cli import UserError
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
+) -> None:
     """Write tensors under a temporary name, fsync, rename; `header` is text by name beside them."""
     require_utf8(path)
     # clones, because tensors that share memory (a tied layer) are refused otherwise
-    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    own = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
     try:
         with atomic_write(path, sync=True) as temporary:
             save_file(own, temporary, metadata={"format": "pt", **(header or {})})
             temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
     except SafetensorError as error:  # of the system, by the package's name
         kept = f"; {path} is as it was before" if path.exists() else ""
-        raise UserError(f"{path} could not be written: {error}{kept}; make room, or choose another --out") from error
+        raise UserError(
+            f"{path} could not be written: {error}{kept}; make room, or choose another --out"
+        ) from error
 
 
 def _umask() -> int:
@@ -36,7 +45,9 @@ def _umask() -> int:
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that a file's header declares (safetensors refuses one whose tensors are not the file's very bytes)."""
+    """The shapes that a file's header declares (safetensors refuses one whose tensors are not the
+    file's very bytes).
+    """
     _require(path)
     try:
         with safe_open(path, "pt") as file:
@@ -50,13 +61,18 @@ def require_utf8(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{path}: its name, or a folder's, is not UTF-8, which safetensors files need; rename it") from error
+        raise UserError(
+            f"{path}: its name, or a folder's, is not UTF-8, which safetensors files need; "
+            "rename it"
+        ) from error
 
 
 def _require(path: Path) -> None:
     require_utf8(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole")
+        raise UserError(
+            f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole"
+        )
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

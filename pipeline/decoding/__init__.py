@@ -1,9 +1,9 @@
 """From regions or photographs to captions.
 
-    from pipeline.decoding import load_captioner
+from pipeline.decoding import load_captioner
 
-    captioner = load_captioner("runs/f8k")
-    captioner.caption("photo.jpg")
+captioner = load_captioner("runs/f8k")
+captioner.caption("photo.jpg")
 """
 
 from typing import Any

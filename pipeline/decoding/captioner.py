@@ -1,8 +1,9 @@
 """Captions from regions and from photographs: what train's validation, evaluate and caption share.
 
-    captioner = load_captioner("runs/f8k")
-    captioner.caption("photo.jpg")                                 # "a dog runs through the grass"
-    captioner.generate(regions, num_beams=5, min_length=8)         # for each image its captions with their log p
+captioner = load_captioner("runs/f8k")
+captioner.caption("photo.jpg")                                 # "a dog runs through the grass"
+captioner.generate(regions, num_beams=5, min_length=8)         # for each image its captions with
+                                                               their log p
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ TOGETHER = 4000  # beams and samples that consensus has in memory at a time
 
 
 class Caption(NamedTuple):
-    """A caption with the log-probability of its words and its end, in nats, and that over words**length_penalty (by consensus
-    its expected CIDEr)."""
+    """A caption with the log-probability of its words and its end, in nats, and that over
+    words**length_penalty (by consensus its expected CIDEr)."""
 
     text: str
     log_p: float
@@ -60,7 +61,9 @@ class Caption(NamedTuple):
 
 @dataclass(frozen=True)
 class Consensus:
-    """How many `samples` an image the beams are compared with, and the document frequencies of it."""
+    """How many `samples` an image the beams are compared with, and the document frequencies of
+    it.
+    """
 
     samples: int
     frequencies: Frequencies
@@ -68,7 +71,9 @@ class Consensus:
 
 @dataclass(frozen=True)
 class CaptionGenerator:
-    """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by `options`."""
+    """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by
+    `options`.
+    """
 
     captioner: Decoder
     vocabulary: Vocabulary
@@ -78,15 +83,25 @@ class CaptionGenerator:
     consensus: Consensus | None = None
 
     def __call__(
-        self, regions: Regions, number: int = 0, prompts: Tensor | None = None, image: Sequence[int] | None = None
+        self,
+        regions: Regions,
+        number: int = 0,
+        prompts: Tensor | None = None,
+        image: Sequence[int] | None = None,
     ) -> list[list[Caption]]:
-        """The texts of each example of a batch, best first; samples follow from the seed and the batch's `number`.
+        """The texts of each example of a batch, best first; samples follow from the seed and the
+        batch's `number`.
 
-        prompts: [N,P] int64, padded on the left; None: no prompts. image: the image of each example; None: one each.
+        prompts: [N,P] int64, padded on the left; None: no prompts. image: the image of each
+            example; None: one each.
         """
         device = self.machine.device
         seed = (self.seed * 1_000_003 + number) % 2**63
-        draws = torch.Generator(device).manual_seed(seed) if self.options.do_sample or self.consensus else None
+        draws = (
+            torch.Generator(device).manual_seed(seed)
+            if self.options.do_sample or self.consensus
+            else None
+        )
         try:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
@@ -96,29 +111,47 @@ class CaptionGenerator:
                 if self.consensus is not None:
                     found = self.mbr_rerank(memory, draws, prompts)
                 else:
-                    found = generate(self.captioner, memory, self.options, draws, self.search, prompts)
+                    found = generate(
+                        self.captioner, memory, self.options, draws, self.search, prompts
+                    )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError(f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}") from error
+            raise UserError(
+                f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}"
+            ) from error
         captions = [
-            [Caption(self.vocabulary.decode(row), *pair) for row, *pair in zip(*of_image, strict=True) if pair[0] > -torch.inf]
-            for of_image in zip(found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True)
+            [
+                Caption(self.vocabulary.decode(row), *pair)
+                for row, *pair in zip(*of_image, strict=True)
+                if pair[0] > -torch.inf
+            ]
+            for of_image in zip(
+                found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True
+            )
         ]
         if not all(captions):
             raise UserError(
-                "no caption of an image has a finite probability: its features or the weights hold numbers that are too large "
-                "or not finite; check the cache with pipeline.extract --verify, or train with a lower --lr"
+                "no caption of an image has a finite probability: its features or the weights "
+                "hold numbers that are too large "
+                "or not finite; check the cache with pipeline.extract --verify, or train with "
+                "a lower --lr"
             )
         return captions
 
-    def mbr_rerank(self, memory: Memory, draws: torch.Generator, prompts: Tensor | None = None) -> Captions:
-        """Of each image's beams those of the highest expected CIDEr, which is their score; some images at a time."""
+    def mbr_rerank(
+        self, memory: Memory, draws: torch.Generator, prompts: Tensor | None = None
+    ) -> Captions:
+        """Of each image's beams those of the highest expected CIDEr, which is their score; some
+        images at a time.
+        """
         beams, samples = self.options.num_beams, self.consensus.samples
         search = replace(self.options, num_return_sequences=beams)
         draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
         found = []
-        for some in torch.arange(memory.images, device=memory.device).split(max(1, TOGETHER // (beams + samples))):
+        for some in torch.arange(memory.images, device=memory.device).split(
+            max(1, TOGETHER // (beams + samples))
+        ):
             part = memory.keep(some)
             read = None if prompts is None else prompts[some]
             drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
@@ -127,7 +160,9 @@ class CaptionGenerator:
             scores = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
             scores = torch.from_numpy(scores).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
             scores, best = scores.sort(dim=1, descending=True, stable=True)
-            best, scores = (values[:, : self.options.num_return_sequences] for values in (best, scores))
+            best, scores = (
+                values[:, : self.options.num_return_sequences] for values in (best, scores)
+            )
             at = best[:, :, None].expand(-1, -1, tokens.shape[2])
             found.append(Captions(tokens.gather(1, at), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -143,7 +178,13 @@ class CaptionGenerator:
         ids = [self.vocabulary.encode(segmented(prompt, segment)) for prompt in prompts]
         ids = [tokens[max(0, len(tokens) - most) :] for tokens in ids]
         longest = max(map(len, ids))
-        return torch.tensor([[PAD] * (longest - len(tokens)) + tokens for tokens in ids], dtype=torch.int64) if longest else None
+        return (
+            torch.tensor(
+                [[PAD] * (longest - len(tokens)) + tokens for tokens in ids], dtype=torch.int64
+            )
+            if longest
+            else None
+        )
 
     @functools.cached_property
     def search(self) -> BeamSearch:
@@ -159,7 +200,8 @@ def generate_texts(
 ) -> dict[int | str, list[Caption]]:
     """The texts of each example, best first, by its id, over cached features.
 
-    Examples of one image that stand side by side share its encoding. `done` is told of each batch's size.
+    Examples of one image that stand side by side share its encoding. `done` is told of each batch's
+    size.
     """
     texts: dict[int | str, list[Caption]] = {}
 
@@ -167,9 +209,15 @@ def generate_texts(
         number, chosen = numbered
         image_ids = list(dict.fromkeys(example.image_id for example in chosen))
         place = {image_id: at for at, image_id in enumerate(image_ids)}
-        image = None if len(image_ids) == len(chosen) else [place[example.image_id] for example in chosen]
+        image = (
+            None
+            if len(image_ids) == len(chosen)
+            else [place[example.image_id] for example in chosen]
+        )
         regions = rows_of(cache, image_ids)
-        return generator(regions, number, generator.encode_prompts([example.prompt for example in chosen]), image)
+        return generator(
+            regions, number, generator.encode_prompts([example.prompt for example in chosen]), image
+        )
 
     batches = list(iterate(examples, batch))
     with evaluating(generator.captioner):
@@ -186,8 +234,15 @@ def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -
     found = Regions(*(torch.from_numpy(part) for part in cache.rows(some)))
     if len(some) == len(image_ids):
         return found
-    place = torch.tensor([at for at, image_id in enumerate(image_ids) if image_id is not None], dtype=torch.int64)
-    return Regions(*(part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, place, part) for part in found))
+    place = torch.tensor(
+        [at for at, image_id in enumerate(image_ids) if image_id is not None], dtype=torch.int64
+    )
+    return Regions(
+        *(
+            part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, place, part)
+            for part in found
+        )
+    )
 
 
 def caption_rows(
@@ -198,14 +253,21 @@ def caption_rows(
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
     """Captions by image id, over cached features: `generate_texts` without prompts."""
-    return generate_texts(generator, cache, [Example(image_id, image_id, "", ()) for image_id in image_ids], batch, done)
+    return generate_texts(
+        generator,
+        cache,
+        [Example(image_id, image_id, "", ()) for image_id in image_ids],
+        batch,
+        done,
+    )
 
 
 def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:
-    """work(part) of each, in order; on a CPU by a thread for each core, each with products of its own.
+    """work(part) of each, in order; on a CPU by a thread for each core, each with products of its
+    own.
 
-    The many small products of decoding shared by all cores wait for the slowest at each: a tenth faster on an idle machine,
-    and where a neighbour holds one core the other goes on.
+    The many small products of decoding shared by all cores wait for the slowest at each: a tenth
+    faster on an idle machine, and where a neighbour holds one core the other goes on.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(parts)) if machine.device.type == "cpu" else 1
@@ -219,22 +281,30 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            torch.set_num_threads(cores)  # what was set in the pool is what threads begun later would take
+            torch.set_num_threads(
+                cores
+            )  # what was set in the pool is what threads begun later would take
 
 
 def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
-    """Keep the weights of linear layers as autocast would round them at every call; captions stay the same to the bit."""
+    """Keep the weights of linear layers as autocast would round them at every call; captions stay
+    the same to the bit.
+    """
     if machine.precision == "bf16":
         for module in captioner.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()
 
 
-# -------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 def make_writer(
-    captioner: nn.Module, checkpoint: Checkpoint, machine: Machine, given: Mapping[str, Any], seed: int = 0
+    captioner: nn.Module,
+    checkpoint: Checkpoint,
+    machine: Machine,
+    given: Mapping[str, Any],
+    seed: int = 0,
 ) -> CaptionGenerator:
     """A writer by a run's decoding defaults and the options `given` over them."""
     given = dict(given)
@@ -244,8 +314,12 @@ def make_writer(
     return CaptionGenerator(captioner, checkpoint.vocabulary, machine, how, seed, consensus)
 
 
-def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]) -> Generation:
-    """What `given` options ask for, over a run's `defaults`; ModelError, by Generation's names, for what cannot be."""
+def make_generation(
+    defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]
+) -> Generation:
+    """What `given` options ask for, over a run's `defaults`; ModelError, by Generation's names, for
+    what cannot be.
+    """
     options = {**defaults, **given}
     for name in ("bad_words", "force_words"):
         if name in options:
@@ -253,49 +327,71 @@ def make_generation(defaults: Mapping[str, Any], vocabulary: Vocabulary, given: 
     return Generation(**{NAMES.get(name, name): value for name, value in options.items()})
 
 
-def phrase_ids(phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool) -> tuple[tuple[int, ...], ...]:
-    """Ids of each phrase's words as captions have them. One with an unknown word, which no caption can have, is a
-    ModelError where it must be known, and else left out, which is said."""
+def phrase_ids(
+    phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Ids of each phrase's words as captions have them. One with an unknown word, which no caption
+    can have, is a ModelError where it must be known, and else left out, which is said."""
     found = []
     for phrase in phrases:
         words = segmented(phrase, vocabulary.segment)
         ids = vocabulary.encode(words)
-        unknown = [word for word in words if any(number <= UNK for number in vocabulary.encode([word]))]
+        unknown = [
+            word for word in words if any(number <= UNK for number in vocabulary.encode([word]))
+        ]
         if words and not unknown:
             found.append(tuple(ids))
         elif must_be_known:
-            raise ModelError(f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is no word of this captioner's vocabulary")
+            raise ModelError(
+                f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is no word of this "
+                "captioner's vocabulary"
+            )
         else:
-            say(f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is no word of this captioner's vocabulary")
+            say(
+                f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is no word of this "
+                "captioner's vocabulary"
+            )
     return tuple(found)
 
 
-# ---------------------------------------------------------------------------------------------------------- photographs
+# -------------------------------------------------------------------------------------- photographs
 
 
-class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD):
+class PhotoCaptioner(
+    ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD
+):
     """A checkpoint with its backbone: photographs in, captions out.
 
-    `options` everywhere are fields of models.generation.options.Generation, which are Hugging Face's names, and `bad_words` and
-    `force_words`, phrases as text. `save_pretrained` and `push_to_hub` are huggingface_hub's.
+    `options` everywhere are fields of models.generation.options.Generation, which are Hugging
+    Face's names, and `bad_words` and `force_words`, phrases as text. `save_pretrained` and
+    `push_to_hub` are huggingface_hub's.
     """
 
-    _hub_mixin_config: Any = {}  # noqa: RUF012  (the mixin makes none of its own of what __init__ takes)
+    # the mixin makes none of its own of what __init__ takes
+    _hub_mixin_config: Any = {}  # noqa: RUF012
 
     max_pixels: int | None = None  # photographs of more are unreadable; None: Pillow's limit
 
-    def __init__(self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path
+    ) -> None:
         self.checkpoint, self.machine, self.folder = checkpoint, machine, folder
         self.captioner = checkpoint.captioner.to(machine.device)
         cast_linears_to_bf16(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        self.writers: dict[str, CaptionGenerator] = {}  # the last one; the next batch mostly wants the same
+        self.writers: dict[
+            str, CaptionGenerator
+        ] = {}  # the last one; the next batch mostly wants the same
 
-    def generate(self, regions: Regions, seed: int = 0, number: int = 0, **options: Any) -> list[list[Caption]]:
+    def generate(
+        self, regions: Regions, seed: int = 0, number: int = 0, **options: Any
+    ) -> list[list[Caption]]:
         """The captions of each image of `regions`, best first, num_return_sequences of them."""
         asked = repr((seed, sorted(options.items())))
         if asked not in self.writers:
-            self.writers = {asked: make_writer(self.captioner, self.checkpoint, self.machine, options, seed)}
+            self.writers = {
+                asked: make_writer(self.captioner, self.checkpoint, self.machine, options, seed)
+            }
         return self.writers[asked](regions, number)
 
     def caption(
@@ -303,9 +399,10 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
     ) -> str | list[str]:
         """The caption of a photograph, or the captions of a list of them.
 
-        A photograph is a path, a PIL image, the bytes of an image file or a uint8 array [H,W], [H,W,3] or [H,W,4]; a list
-        may mix them. Raises NotAPhotograph (a TypeError) for anything else, and UnreadableImage, with the path in front, for
-        the first photograph that cannot be read.
+        A photograph is a path, a PIL image, the bytes of an image file or a uint8 array [H,W],
+        [H,W,3] or [H,W,4]; a list may mix them. Raises NotAPhotograph (a TypeError) for anything
+        else, and UnreadableImage, with the path in front, for the first photograph that cannot be
+        read.
         """
         photographs, one = as_photographs(photos)
         captions: list[str] = []
@@ -317,7 +414,9 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
                 captions.append(written[0].text)
         return captions[0] if one else captions
 
-    def try_caption(self, photos: Sequence[Photograph], **options: Any) -> list[tuple[list[Caption], str]]:
+    def try_caption(
+        self, photos: Sequence[Photograph], **options: Any
+    ) -> list[tuple[list[Caption], str]]:
         """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
         framing = framing_of(self.backbone, self.max_pixels)
         read = [*Photographs(photos, framing)]
@@ -325,7 +424,9 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
         captions: list[list[Caption]] = []
         if good:
             pixels, frames = stack([read[i][0] for i in good])
-            captions = self.generate(extract_regions(self.backbone, pixels, self.machine, frames), **options)
+            captions = self.generate(
+                extract_regions(self.backbone, pixels, self.machine, frames), **options
+            )
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 
@@ -333,8 +434,12 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
     def from_pretrained(
         cls, name: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> PhotoCaptioner:
-        """Open a checkpoint folder, or the hub's `user/name`; `options` are those of huggingface_hub's snapshot_download."""
-        folder = Path(name) if Path(name).is_dir() else checkpoint_folder(f"{SCHEME}{name}", **options)
+        """Open a checkpoint folder, or the hub's `user/name`; `options` are those of
+        huggingface_hub's snapshot_download.
+        """
+        folder = (
+            Path(name) if Path(name).is_dir() else checkpoint_folder(f"{SCHEME}{name}", **options)
+        )
         return load_captioner(folder, device, precision)
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
@@ -347,8 +452,12 @@ class PhotoCaptioner(ModelHubMixin, library_name="onceover", pipeline_tag="image
         copy_shared(self.folder, save_directory)
 
 
-def load_captioner(path: Path | str, device: str = "auto", precision: str = "auto") -> PhotoCaptioner:
-    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs with; it needs no other file and no flag."""
+def load_captioner(
+    path: Path | str, device: str = "auto", precision: str = "auto"
+) -> PhotoCaptioner:
+    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs with; it needs no
+    other file and no flag.
+    """
     folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)
     backbone = restore(folder, checkpoint.identity)

@@ -1,4 +1,6 @@
-"""How captions are found: the options that evaluate and caption share, by the names that Hugging Face's `generate` has."""
+"""How captions are found: the options that evaluate and caption share, by the names that Hugging
+Face's `generate` has.
+"""
 
 from __future__ import annotations
 
@@ -29,41 +31,91 @@ class DecodingOptions(Settings):
     """Options of beam search and sampling; None is the run's own, or Generation's default."""
 
     beam: int | None = setting(None, "beams  [the run's]", at_most=MOST_CAPTIONS, group="decoding")
-    length_penalty: float | None = setting(None, "exponent of the length that scores are divided by  [the run's]", group="decoding")
-    sample: bool = setting(False, "draw captions instead of searching the likeliest", group="decoding")
-    temperature: float | None = setting(None, "of what --sample draws from: below 1 is safer, above 1 bolder  [1]", group="decoding")
+    length_penalty: float | None = setting(
+        None, "exponent of the length that scores are divided by  [the run's]", group="decoding"
+    )
+    sample: bool = setting(
+        False, "draw captions instead of searching the likeliest", group="decoding"
+    )
+    temperature: float | None = setting(
+        None, "of what --sample draws from: below 1 is safer, above 1 bolder  [1]", group="decoding"
+    )
     top_k: int | None = setting(None, "draw from the K likeliest words  [all]", group="decoding")
-    top_p: float | None = setting(None, "draw from the likeliest words that together reach this probability  [1]", group="decoding")
-    beam_groups: int | None = setting(None, "groups of beams that keep apart from each other  [1]", group="decoding")
-    diversity: float | None = setting(None, "log-probability that a word costs where an earlier group has it  [0]", group="decoding")
-    no_repeat_ngram: int | None = setting(None, "no N words in a row come twice  [no such rule]", group="decoding")
+    top_p: float | None = setting(
+        None,
+        "draw from the likeliest words that together reach this probability  [1]",
+        group="decoding",
+    )
+    beam_groups: int | None = setting(
+        None, "groups of beams that keep apart from each other  [1]", group="decoding"
+    )
+    diversity: float | None = setting(
+        None,
+        "log-probability that a word costs where an earlier group has it  [0]",
+        group="decoding",
+    )
+    no_repeat_ngram: int | None = setting(
+        None, "no N words in a row come twice  [no such rule]", group="decoding"
+    )
     min_length: int | None = setting(None, "words of a caption at least  [0]", group="decoding")
-    max_length: int | None = setting(None, "words of a caption at most  [the run's]", group="decoding")
-    bad_words: tuple[str, ...] = setting((), "word or phrase that no caption has; may be repeated", group="decoding")
-    force_words: tuple[str, ...] = setting((), "word or phrase that each caption has; may be repeated", group="decoding")
-    consensus: int | None = setting(None, "of the beams take the caption nearest, by CIDEr, to so many samples", at_least=1, at_most=MOST_CAPTIONS,
-                                    group="decoding")
-    nbest: int | None = setting(None, "captions an image, with their log-probabilities  [1]", at_most=MOST_CAPTIONS, group="decoding")
+    max_length: int | None = setting(
+        None, "words of a caption at most  [the run's]", group="decoding"
+    )
+    bad_words: tuple[str, ...] = setting(
+        (), "word or phrase that no caption has; may be repeated", group="decoding"
+    )
+    force_words: tuple[str, ...] = setting(
+        (), "word or phrase that each caption has; may be repeated", group="decoding"
+    )
+    consensus: int | None = setting(
+        None,
+        "of the beams take the caption nearest, by CIDEr, to so many samples",
+        at_least=1,
+        at_most=MOST_CAPTIONS,
+        group="decoding",
+    )
+    nbest: int | None = setting(
+        None,
+        "captions an image, with their log-probabilities  [1]",
+        at_most=MOST_CAPTIONS,
+        group="decoding",
+    )
 
     def given(self) -> dict[str, Any]:
         """Those that were set, by option."""
-        values = {item.name: getattr(self, item.name) for item in fields(DecodingOptions) if item.name != "extensions"}
-        return {name: value for name, value in values.items() if value is not None and value is not False and value != ()}
+        values = {
+            item.name: getattr(self, item.name)
+            for item in fields(DecodingOptions)
+            if item.name != "extensions"
+        }
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False and value != ()
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample and self.beam is not None:
             raise UserError("--sample draws each caption by itself; it takes no --beam")
         if self.consensus and (self.sample or self.beam_groups or self.force_words):
-            raise UserError("--consensus chooses among the beams: no --sample, --beam-groups or --force-words with it")
+            raise UserError(
+                "--consensus chooses among the beams: no --sample, --beam-groups or "
+                "--force-words with it"
+            )
 
 
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
     """What cannot be decoded as asked, said by the names of the options."""
-    flags = {NAMES.get(item.name, item.name): "--" + item.name.replace("_", "-") for item in fields(DecodingOptions)}
+    flags = {
+        NAMES.get(item.name, item.name): "--" + item.name.replace("_", "-")
+        for item in fields(DecodingOptions)
+    }
     try:
         yield
     except ModelError as error:
-        text = re.sub(r"\w+_\w+|\btemperature\b", lambda found: flags.get(found[0], found[0]), str(error))
+        text = re.sub(
+            r"\w+_\w+|\btemperature\b", lambda found: flags.get(found[0], found[0]), str(error)
+        )
         raise UserError(text) from error

@@ -1,4 +1,6 @@
-"""Score captions: those of a checkpoint or several, made over cached features, or anybody's from a file."""
+"""Score captions: those of a checkpoint or several, made over cached features, or anybody's from a
+file.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,16 @@ def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
     if config.server:
         send_to_server(config, jobs[0])
     with open_meteor(config.meteor) as meteor:
-        cards = [make_card(job.name, job.captions, job.scorer, meteor, config.spice) for job in jobs if job.scorer]
+        cards = [
+            make_card(job.name, job.captions, job.scorer, meteor, config.spice)
+            for job in jobs
+            if job.scorer
+        ]
         if config.against and cards:
             cards[0].record["against"] = compare(cards[0], other_card(config, jobs[0], meteor))
-    scored = [(job, card) for job, card in zip([job for job in jobs if job.scorer], cards, strict=True)]
+    scored = [
+        (job, card) for job, card in zip([job for job in jobs if job.scorer], cards, strict=True)
+    ]
     for job, card in scored:
         write_card(job, card)
     if cards:
@@ -81,14 +89,19 @@ def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | 
     captions = read_results(config.against)
     missing = [image_id for image_id in job.captions if image_id not in captions]
     if missing:
-        raise DataError(f"image {missing[0]} has no caption in {config.against} ({len(missing):,} such); "
-                        "two captioners are compared over the same images")  # fmt: skip
+        raise DataError(
+            f"image {missing[0]} has no caption in {config.against} "
+            f"({len(missing):,} such); "
+            "two captioners are compared over the same images"
+        )
     captions = {image_id: captions[image_id] for image_id in job.captions}
     return make_card(config.against.name, captions, job.scorer, meteor, config.spice)
 
 
 def write_card(job: Job, card: Card) -> None:
-    """scores.json, and beside it the scores of each image; nothing where no --out is given for a file of captions."""
+    """scores.json, and beside it the scores of each image; nothing where no --out is given for a
+    file of captions.
+    """
     if job.out is None:
         return
     job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +120,14 @@ def send_to_server(config: EvaluateConfig, job: Job) -> None:
 
 
 def refuse_silence(cards: Iterable[Card]) -> None:
-    """A score that was asked for by its option and is not there ends in an error, after all others are written."""
+    """A score that was asked for by its option and is not there ends in an error, after all others
+    are written.
+    """
     found: Mapping[str, str] = {
-        name: why for card in cards for name, why in card.not_computed.items() if name in card.values and name in ON_REQUEST
+        name: why
+        for card in cards
+        for name, why in card.not_computed.items()
+        if name in card.values and name in ON_REQUEST
     }
     if found:
         raise UserError("; ".join(found.values()))

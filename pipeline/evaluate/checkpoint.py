@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs non
 
 
 class Opened(NamedTuple):
-    """What is evaluated: checkpoints (several: their ensemble) of one task, over a cache, and where results are written."""
+    """What is evaluated: checkpoints (several: their ensemble) of one task, over a cache, and where
+    results are written.
+    """
 
     checkpoints: list[Checkpoint]
     task: Task
@@ -46,7 +48,10 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
     if config.out is None and any(str(folder).startswith(SCHEME) for folder in folders):
-        raise UserError("a checkpoint of the hub has no folder here to write scores into; pass --out scores.json")
+        raise UserError(
+            "a checkpoint of the hub has no folder here to write scores into; pass --out "
+            "scores.json"
+        )
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     checkpoint = checkpoints[0]
     if checkpoint.identity == NoFeatures.identity and config.features in (None, NoFeatures.path):
@@ -57,10 +62,17 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
     for place, each in zip(folders, checkpoints, strict=True):
         refuse_other_features(each, cache)
         if each.vocabulary.words != checkpoint.vocabulary.words:
-            raise UserError(f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on the same captions")
+            raise UserError(
+                f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on "
+                "the same captions"
+            )
         if task_of(each.training, each.vocabulary.segment).name != task.name:
-            raise UserError(f"{place} and {folders[0]} were trained for other tasks; an ensemble needs one")
-    return Opened(checkpoints, task, cache, folders[0].parent / "+".join(folder.name for folder in folders))
+            raise UserError(
+                f"{place} and {folders[0]} were trained for other tasks; an ensemble needs one"
+            )
+    return Opened(
+        checkpoints, task, cache, folders[0].parent / "+".join(folder.name for folder in folders)
+    )
 
 
 def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tuple[Source, str]:
@@ -68,33 +80,71 @@ def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tup
     source = config.open_source()
     split = config.split or choose_split(source, checkpoints[0])
     if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
-        say("warning: this checkpoint was trained on dev too; its scores there say nothing of other photographs")
+        say(
+            "warning: this checkpoint was trained on dev too; its scores there say nothing of "
+            "other photographs"
+        )
     return source, split
 
 
 def score_task(config: EvaluateConfig, opened: Opened) -> None:
     """Answer the examples of a split, write the answers and their scores, and print the scores."""
     checkpoints, task, cache, folder = opened
-    captions_only = {"ids": config.ids, "server": config.server, "against": config.against, "df": config.df,
-                     "meteor": config.meteor, "spice": config.spice, "train_captions": config.train_captions}  # fmt: skip
+    captions_only = {
+        "ids": config.ids,
+        "server": config.server,
+        "against": config.against,
+        "df": config.df,
+        "meteor": config.meteor,
+        "spice": config.spice,
+        "train_captions": config.train_captions,
+    }
     if wrong := [name for name, value in captions_only.items() if value]:
-        raise UserError(f"{flag_of(wrong[0])} is of captions; {folder} was trained for --task {task.name}")
+        raise UserError(
+            f"{flag_of(wrong[0])} is of captions; {folder} was trained for --task {task.name}"
+        )
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)
-    kept, left_out = cache.select(list({e.image_id: image for e in examples for image in [source.by_id.get(e.image_id)] if image}.values()))
+    kept, left_out = cache.select(
+        list(
+            {
+                e.image_id: image
+                for e in examples
+                for image in [source.by_id.get(e.image_id)]
+                if image
+            }.values()
+        )
+    )
     rows = {image.id for image in kept}
-    examples = [example for example in examples if example.image_id is None or example.image_id in rows]
-    say(f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} {task.unit}, {left_out} photographs left out")
+    examples = [
+        example for example in examples if example.image_id is None or example.image_id in rows
+    ]
+    say(
+        f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
+        f"{task.unit}, {left_out} photographs left out"
+    )
     found, decoding = decode(config, checkpoints, cache, examples)
     outputs = {id_: texts[0].text for id_, texts in found.items()}
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"id": e.id, "image_id": e.image_id, "prompt": e.prompt, "output": outputs[e.id]}, ensure_ascii=False) + "\n"
-             for e in examples]  # fmt: skip
+    lines = [
+        json.dumps(
+            {"id": e.id, "image_id": e.image_id, "prompt": e.prompt, "output": outputs[e.id]},
+            ensure_ascii=False,
+        )
+        + "\n"
+        for e in examples
+    ]
     atomic_write_text(out.with_name(f"outputs-{split}.jsonl"), "".join(lines))
-    record = {"task": task.name, "split": split, "examples": len(examples), "left_out_unreadable": left_out,
-              "decoding": decoding, "scores": scores}  # fmt: skip
+    record = {
+        "task": task.name,
+        "split": split,
+        "examples": len(examples),
+        "left_out_unreadable": left_out,
+        "decoding": decoding,
+        "scores": scores,
+    }
     atomic_write_text(out, json.dumps(record, indent=2) + "\n")
     for name, value in scores.items():
         click.echo(f"{name:<12} {value:.4f}")
@@ -113,11 +163,16 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
         server_split(wanted)  # refused before hours of decoding, not after
     images, left_out = cache.select(wanted[: config.limit])
     if not images:
-        raise DataError(f"split {split!r} has no image with features in {cache.path}: all are unreadable")
+        raise DataError(
+            f"split {split!r} has no image with features in {cache.path}: all are unreadable"
+        )
     scored = not config.server or any(image.captions for image in images)
     if scored:
         check_captioned(images, split)
-    say(f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, {left_out} left out")
+    say(
+        f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, "
+        f"{left_out} left out"
+    )
     examples = [Example(image.id, image.id, "", image.captions) for image in images]
     written, decoding = decode(config, checkpoints, cache, examples)
     out = config.out or folder / f"scores-{split}.json"
@@ -132,14 +187,18 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
         segment = config.segment or checkpoint.vocabulary.segment
         captions_by_image = {image.id: image.captions for image in images}
         references = References(captions_by_image, frequencies=frequencies(config), segment=segment)
-        train = train_tokens(config, segment, [image for image in source.images if image.split == "train"])
+        train = train_tokens(
+            config, segment, [image for image in source.images if image.split == "train"]
+        )
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
     return Job(folder.name, captions, wanted, scorer, out, about)
 
 
 def choose_split(source: Source, checkpoint: Checkpoint) -> str:
-    """The split to report, said: test, else val, else what was not trained on of a source that names no splits."""
+    """The split to report, said: test, else val, else what was not trained on of a source that
+    names no splits.
+    """
     split = source.reported()
     if split == "all" and checkpoint.trained_on == source.digest:
         split = "dev"
@@ -148,12 +207,18 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
             source.select(split)
         except DataError as error:  # one photograph, which is train
             raise UserError(f"{error}; to score what was trained on, pass --split train") from error
-        say(f"{source.root} names no test or val: scoring {split}; dev is what pipeline.train keeps from training")
+        say(
+            f"{source.root} names no test or val: scoring {split}; dev is what pipeline.train "
+            "keeps from training"
+        )
     return split
 
 
 def decode(
-    config: EvaluateConfig, checkpoints: Sequence[Checkpoint], cache: FeatureCache | NoFeatures, examples: Sequence[Example]
+    config: EvaluateConfig,
+    checkpoints: Sequence[Checkpoint],
+    cache: FeatureCache | NoFeatures,
+    examples: Sequence[Example],
 ) -> tuple[dict[Any, list[Caption]], dict[str, Any]]:
     """Texts by example id, and the options that they were found with."""
     from models.generation.ensemble import Ensemble
@@ -174,14 +239,20 @@ def decode(
         checkpoint = replace(checkpoints[0], decoding=defaults)
         writer = make_writer(captioner, checkpoint, machine, config.given(), config.seed)
         texts = generate_texts(writer, cache, examples, config.batch, bar.step)
-    say(f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, on {machine}")
+    say(
+        f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, "
+        f"on {machine}"
+    )
     return texts, decoding
 
 
 def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:
     """All captions of each image as JSON, an image a line."""
     lines = [
-        json.dumps({"image_id": image_id, "captions": [caption.record() for caption in captions]}, ensure_ascii=False)
+        json.dumps(
+            {"image_id": image_id, "captions": [caption.record() for caption in captions]},
+            ensure_ascii=False,
+        )
         for image_id, captions in written.items()
     ]
     return "[\n" + ",\n".join(lines) + "\n]\n"

@@ -26,63 +26,124 @@ from pipeline.tasks.captioning import UNFINISHED
 class EvaluateConfig(DecodingOptions, SourceOptions):
     """Which checkpoint, over which cache, on which captions; or which file of captions."""
 
-    checkpoint: tuple[Path, ...] = setting((), "folder that pipeline.train wrote; several: their ensemble  [runs/DATASET]")
+    checkpoint: tuple[Path, ...] = setting(
+        (), "folder that pipeline.train wrote; several: their ensemble  [runs/DATASET]"
+    )
     features: Path | None = setting(None, "the cache  [cache/DATASET]")
-    split: str | None = setting(None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all"))
-    captions: tuple[Path, ...] = setting((), "score this file in COCO results format, no checkpoint; may be repeated")
-    references: Path | None = setting(None, "what --captions are scored against: a COCO captions file, or Karpathy's")
-    ids: Path | None = setting(None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list")
-    against: Path | None = setting(None, "another results file over the same images: is the difference real?")
-    df: Path | None = setting(None, "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]")
-    cache_dir: Path | None = setting(None, "where counted references are kept  [$XDG_CACHE_HOME/onceover, ~/.cache/onceover]")
-    train_captions: Path | None = setting(None, "training captions, for the share of novel ones  [the checkpoint's own]")
+    split: str | None = setting(
+        None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all")
+    )
+    captions: tuple[Path, ...] = setting(
+        (), "score this file in COCO results format, no checkpoint; may be repeated"
+    )
+    references: Path | None = setting(
+        None, "what --captions are scored against: a COCO captions file, or Karpathy's"
+    )
+    ids: Path | None = setting(
+        None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list"
+    )
+    against: Path | None = setting(
+        None, "another results file over the same images: is the difference real?"
+    )
+    df: Path | None = setting(
+        None,
+        "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]",
+    )
+    cache_dir: Path | None = setting(
+        None, "where counted references are kept  [$XDG_CACHE_HOME/onceover, ~/.cache/onceover]"
+    )
+    train_captions: Path | None = setting(
+        None, "training captions, for the share of novel ones  [the checkpoint's own]"
+    )
     segment: str | None = setting(
-        None, "what a word is: characters for captions without blanks between words  [the run's, else words]", choices=SEGMENTS
+        None,
+        "what a word is: characters for captions without blanks between words  [the run's, "
+        "else words]",
+        choices=SEGMENTS,
     )
     meteor: bool = setting(False, "METEOR too (Java)")
     spice: bool = setting(False, "SPICE too (Java)")
-    bootstrap: int = setting(1000, "resamples for intervals and --against; 0: no intervals", at_least=0, group="scores")
-    examples: int = setting(0, "print the N worst and the N best captions by CIDEr", at_least=0, group="output")
+    bootstrap: int = setting(
+        1000, "resamples for intervals and --against; 0: no intervals", at_least=0, group="scores"
+    )
+    examples: int = setting(
+        0, "print the N worst and the N best captions by CIDEr", at_least=0, group="output"
+    )
     format: str = setting("table", "of what is printed", choices=FORMATS)
     server: str | None = setting(None, "write COCO's server files for a method of this name")
-    out: Path | None = setting(None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]")
+    out: Path | None = setting(
+        None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]"
+    )
     batch: int = setting(100, "images decoded together", at_least=1, group="machine")
     limit: int | None = setting(None, "score only the first N images", at_least=1, group="data")
     device: str = setting("auto", "where to decode", choices=DEVICES, group="machine")
-    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
-    seed: int = setting(0, "of the resamples and of --sample (whose captions depend on --batch too)", at_least=0,
-                        group="machine")  # fmt: skip
+    precision: str = setting(
+        "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
+    )
+    seed: int = setting(
+        0,
+        "of the resamples and of --sample (whose captions depend on --batch too)",
+        at_least=0,
+        group="machine",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bootstrap > 1_000_000:
-            raise UserError(f"--bootstrap is {self.bootstrap:,}; more than a million resamples tell nothing new")
-        read = [*self.captions, *(getattr(self, name) for name in ("references", "ids", "against", "df", "train_captions"))]
+            raise UserError(
+                f"--bootstrap is {self.bootstrap:,}; more than a million resamples tell nothing new"
+            )
+        read = [
+            *self.captions,
+            *(
+                getattr(self, name)
+                for name in ("references", "ids", "against", "df", "train_captions")
+            ),
+        ]
         if self.out and any(file and file.resolve() == self.out.resolve() for file in read):
             raise UserError(f"--out {self.out} would overwrite a file that is read; name another")
         if self.out and self.out.is_dir() and len(self.captions) < 2:
-            raise UserError(f"--out {self.out} is a folder; name the file, as {self.out / 'scores.json'}")
+            raise UserError(
+                f"--out {self.out} is a folder; name the file, as {self.out / 'scores.json'}"
+            )
         if self.captions and not self.references:
-            raise UserError("--captions needs --references: a COCO captions file to score them against")
+            raise UserError(
+                "--captions needs --references: a COCO captions file to score them against"
+            )
         if self.captions and self.checkpoint:
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
         if self.captions and (found := self.given()):
-            raise UserError(f"--{next(iter(found)).replace('_', '-')} is of decoding; --captions are scored as they are")
+            raise UserError(
+                f"--{next(iter(found)).replace('_', '-')} is of decoding; --captions are "
+                "scored as they are"
+            )
         if self.references and not self.captions:
-            raise UserError("--references goes with --captions; a checkpoint is scored against its --dataset")
+            raise UserError(
+                "--references goes with --captions; a checkpoint is scored against its --dataset"
+            )
         if self.server and (self.limit or len(self.captions) > 1):
-            raise UserError("--server takes one method's captions of all images: no --limit, at most one --captions")
+            raise UserError(
+                "--server takes one method's captions of all images: no --limit, at most one "
+                "--captions"
+            )
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
-            raise UserError("--against compares with one results file, by resampling: one --captions, and --bootstrap above 0")
+            raise UserError(
+                "--against compares with one results file, by resampling: one --captions, and "
+                "--bootstrap above 0"
+            )
 
 
 @dataclass(frozen=True)
 class Job:
-    """Captions with what they are scored against; `scorer` is None where the images have no references."""
+    """Captions with what they are scored against; `scorer` is None where the images have no
+    references.
+    """
 
     name: str
     captions: dict[int, str]
-    images: Sequence[Image]  # for the server: all that should have a caption; empty where not needed
+    images: Sequence[
+        Image
+    ]  # for the server: all that should have a caption; empty where not needed
     scorer: Scorer | None
     out: Path | None
     about: dict[str, Any] = field(default_factory=dict)  # further entries of scores.json
@@ -91,9 +152,13 @@ class Job:
 def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
     if config.df is None:
         return None
-    found = {image.id: image.captions for image in read_references(config.df, "train") if image.captions}
+    found = {
+        image.id: image.captions for image in read_references(config.df, "train") if image.captions
+    }
     if not found:
-        raise DataError(f"--df {config.df} has no captions of a train split to take document frequencies from")
+        raise DataError(
+            f"--df {config.df} has no captions of a train split to take document frequencies from"
+        )
     return found
 
 
@@ -104,12 +169,17 @@ def train_tokens(
         images = read_references(config.train_captions, "train")
     captions = [caption for image in images for caption in image.captions]
     if config.train_captions and not captions:
-        raise DataError(f"--train-captions {config.train_captions} has no captions of a train split")
+        raise DataError(
+            f"--train-captions {config.train_captions} has no captions of a train split"
+        )
     return frozenset(map(tuple, segmented_all(captions, segment))) if captions else None
 
 
 def make_scorer(
-    config: EvaluateConfig, references: References, name: str, train: frozenset[tuple[str, ...]] | None
+    config: EvaluateConfig,
+    references: References,
+    name: str,
+    train: frozenset[tuple[str, ...]] | None,
 ) -> Scorer:
     source = config.df.name if config.df else "references"
     return Scorer(references, name, source, train, config.bootstrap, config.seed, UNFINISHED)

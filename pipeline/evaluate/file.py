@@ -19,10 +19,16 @@ from pipeline.terminal import say
 def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
     """Each file of captions with the references of its images."""
     if config.out and len(config.captions) > 1 and (config.out.suffix or config.out.is_file()):
-        raise UserError(f"--out {config.out} with several --captions must be a folder: each gets its own NAME.json there")
+        raise UserError(
+            f"--out {config.out} with several --captions must be a folder: each gets its own "
+            "NAME.json there"
+        )
     stems = [file.stem for file in config.captions]
     if config.out and len(set(stems)) < len(stems):
-        raise UserError(f"several --captions are called {max(stems, key=stems.count)}.json, and so would be their scores")
+        raise UserError(
+            f"several --captions are called {max(stems, key=stems.count)}.json, and so would "
+            "be their scores"
+        )
     train = train_tokens(config, segment_of_file(config))
     opened: dict[tuple[int, ...], References] = {}
     for file in config.captions:
@@ -42,24 +48,43 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
 
 
 def match(
-    config: EvaluateConfig, file: Path, captions: dict[int, str], opened: dict[tuple[int, ...], References]
+    config: EvaluateConfig,
+    file: Path,
+    captions: dict[int, str],
+    opened: dict[tuple[int, ...], References],
 ) -> tuple[dict[int, str], References]:
-    """The captions to score and their references, one set for files that caption the same images; the rest is counted."""
+    """The captions to score and their references, one set for files that caption the same images;
+    the rest is counted.
+    """
     if () not in opened:
         opened[()] = open_references(config)
         if config.segment is None and any(map(UNSPACED_RUN.search, opened[()].vocabulary)):
             captions_by_image = references_by_image(config)
-            warn_without_blanks(caption for group in captions_by_image.values() for caption in group)
+            warn_without_blanks(
+                caption for group in captions_by_image.values() for caption in group
+            )
     references = opened[()]
     if unknown := [image_id for image_id in captions if image_id not in references.rows]:
         if not config.ids:
-            raise DataError(f"image {unknown[0]} of {file} has no references in {config.references} ({len(unknown):,} such)")
-        say(f"{file}: {len(unknown):,} captions are left out: {config.ids} does not have their images")
+            raise DataError(
+                f"image {unknown[0]} of {file} has no references in {config.references} "
+                f"({len(unknown):,} such)"
+            )
+        say(
+            f"{file}: {len(unknown):,} captions are left out: {config.ids} does not have their "
+            "images"
+        )
     if missing := [image_id for image_id in references.rows if image_id not in captions]:
         if config.ids and not config.limit:
-            raise DataError(f"image {missing[0]} of {config.ids} has no caption in {file} ({len(missing):,} such)")
-        say(f"{file} captions {len(references) - len(missing):,} of {len(references):,} images of {config.references}; "
-            "the others are left out (with --ids they would be an error)")  # fmt: skip
+            raise DataError(
+                f"image {missing[0]} of {config.ids} has no caption in {file} "
+                f"({len(missing):,} such)"
+            )
+        say(
+            f"{file} captions {len(references) - len(missing):,} of {len(references):,} images "
+            f"of {config.references}; "
+            "the others are left out (with --ids they would be an error)"
+        )
         key = tuple(image_id for image_id in references.rows if image_id in captions)
         if not key:
             raise DataError(f"no image of {file} is in {config.references}")
@@ -73,14 +98,21 @@ def match(
 
 
 def open_references(config: EvaluateConfig) -> References:
-    """The counted references of the whole file, or of --ids: read from the cache folder, else counted and kept there."""
+    """The counted references of the whole file, or of --ids: read from the cache folder, else
+    counted and kept there.
+    """
     folder = config.cache_dir or user_cache()
     if folder is None:
         return count_references(config)
     ids = read_ids(config.ids) if config.ids else None
     segment = segment_of_file(config)
     options = json.dumps([config.split, ids, bool(config.df), segment]).encode()
-    path = kept_path(folder, config.references.read_bytes(), options, config.df.read_bytes() if config.df else b"")
+    path = kept_path(
+        folder,
+        config.references.read_bytes(),
+        options,
+        config.df.read_bytes() if config.df else b"",
+    )
     references = load_kept(path)
     if references is None:
         references = count_references(config)
@@ -99,15 +131,24 @@ def segment_of_file(config: EvaluateConfig) -> str:
 
 def warn_without_blanks(captions: Iterable[str]) -> None:
     if example := without_blanks(captions):
-        say(f"warning: the captions have no blanks between words (as {example[:40]!r}), so that each sentence is one word; "
-            "pass --segment characters")  # fmt: skip
+        say(
+            f"warning: the captions have no blanks between words (as {example[:40]!r}), so "
+            "that each sentence is one word; "
+            "pass --segment characters"
+        )
 
 
-def references_by_image(config: EvaluateConfig, only: set[int] | None = None) -> dict[int, Sequence[str]]:
+def references_by_image(
+    config: EvaluateConfig, only: set[int] | None = None
+) -> dict[int, Sequence[str]]:
     images = read_references(config.references, config.split)
     if config.ids:
         images = choose(images, read_ids(config.ids), config.references, config.ids)
     found = {image.id: image.captions for image in images if image.captions or config.ids}
     if not found:
         raise DataError(f"{config.references} has images but no captions to score against")
-    return found if only is None else {image_id: found[image_id] for image_id in found if image_id in only}
+    return (
+        found
+        if only is None
+        else {image_id: found[image_id] for image_id in found if image_id in only}
+    )

@@ -1,6 +1,7 @@
 """Any backbone on a machine: placed, kept with a cache, and run over photographs.
 
-`extract_regions` is the only way pixels become features, so a captioned photograph is seen as the cache saw it.
+`extract_regions` is the only way pixels become features, so a captioned photograph is seen as the
+cache saw it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from models.regions import Regions
 from pipeline.checkpoints.tensors import save_tensors
 from pipeline.runtime import Machine
 
-MAX_PIXELS_HELP = "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
+MAX_PIXELS_HELP = (
+    "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
+)
 
 
 def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
@@ -32,19 +35,28 @@ def keep_backbone(backbone: Backbone, folder: Path) -> None:
 
 
 def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
-    """Move a backbone to the machine's device in the memory layout that its convolutions run fastest in."""
+    """Move a backbone to the machine's device in the memory layout that its convolutions run
+    fastest in.
+    """
     return backbone.to(machine.device, memory_format=torch.channels_last)
 
 
-def extract_regions(backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None) -> Regions:
-    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the machine's device.
+def extract_regions(
+    backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None
+) -> Regions:
+    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the
+    machine's device.
 
     view_boxes: [B,4] on the host, the part of the photograph that each shows; None: all of it.
     """
-    if view_boxes is not None and torch.equal(view_boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(view_boxes)):
+    if view_boxes is not None and torch.equal(
+        view_boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(view_boxes)
+    ):
         view_boxes = None  # no cell is cut or filling, and none needs sorting out
     with torch.inference_mode(), machine.autocast():
-        images = pixels.to(machine.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        images = pixels.to(machine.device, non_blocking=True).contiguous(
+            memory_format=torch.channels_last
+        )
         if view_boxes is not None:
             view_boxes = view_boxes.to(machine.device, non_blocking=True)
         regions = backbone(images, view_boxes)

@@ -1,4 +1,7 @@
-"""Grid regions: the cells of a CNN's last feature map. The backbone with its weights: opened, checked and restored."""
+"""Grid regions: the cells of a CNN's last feature map.
+
+The backbone with its weights: opened, checked and restored.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,17 @@ from pipeline.terminal import say
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 LARGEST = 2048  # of a side of a backbone's input
-# names that training programs give the state dict of a model; of several in one file the first here is read
-STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "state_dict_ema", "model_ema", "ema")
+# names that training programs give the state dict of a model; of several in one file the first here
+# is read
+STATE_DICTS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+)
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
 
 
@@ -38,20 +50,31 @@ class GridOptions:
     """Options of --regions grid."""
 
     backbone: str | None = field(
-        default=None, metadata={"help": "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]"}
+        default=None,
+        metadata={"help": "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]"},
     )
     backbone_arg: tuple[str, ...] = field(
         default=(), metadata={"help": "KEY=VALUE for timm's create_model, any number of times"}
     )
     weights: str | None = field(
-        default=None, metadata={"help": "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]"}
+        default=None,
+        metadata={
+            "help": "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]"
+        },
     )
-    size: str | None = field(default=None, metadata={"help": "of the backbone's input: N or HxW  [the weights' own]"})
+    size: str | None = field(
+        default=None, metadata={"help": "of the backbone's input: N or HxW  [the weights' own]"}
+    )
     resize: str = field(
         default="stretch",
-        metadata={"help": "whole photograph squeezed, its middle, or whole with filling", "choices": RESIZES},
+        metadata={
+            "help": "whole photograph squeezed, its middle, or whole with filling",
+            "choices": RESIZES,
+        },
     )
-    grid: str | None = field(default=None, metadata={"help": "pool the feature map to HxW cells  [as it comes]"})
+    grid: str | None = field(
+        default=None, metadata={"help": "pool the feature map to HxW cells  [as it comes]"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("size", "grid"):
@@ -92,29 +115,43 @@ def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is not one.
+    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is
+    not one.
 
-    Of a checkpoint with more around it, as of Lightning or timm: its one state dict, or the first of STATE_DICTS.
+    Of a checkpoint with more around it, as of Lightning or timm: its one state dict, or the first
+    of STATE_DICTS.
     """
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; or pass 'pretrained' (the hub) or 'random'")
+        raise UserError(
+            f"--weights {path}: no such file; or pass 'pretrained' (the hub) or 'random'"
+        )
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save") from error
+            raise UserError(
+                f"--weights {path} is neither safetensors nor a state dict of torch.save"
+            ) from error
         raise UserError(
-            f"--weights {path} is no plain state dict: it holds Python objects beside tensors, which are not loaded since they "
-            "can run code; save the weights by themselves: torch.save(model.state_dict(), FILE), or safetensors"
+            f"--weights {path} is no plain state dict: it holds Python objects beside tensors, "
+            "which are not loaded since they "
+            "can run code; save the weights by themselves: torch.save(model.state_dict(), "
+            "FILE), or safetensors"
         ) from error
     except Exception as error:  # torch.load raises whatever the broken file leads it into
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}") from error
+        reason = (
+            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        )
+        raise UserError(
+            f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}"
+        ) from error
     found = dict(state_dicts(checkpoint))
     if not found:
-        raise UserError(f"--weights {path} holds no state dict (tensors by name); re-save model.state_dict()")
+        raise UserError(
+            f"--weights {path} holds no state dict (tensors by name); re-save model.state_dict()"
+        )
     if len(found) == 1:
         return next(iter(found.values()))
     several = f"holds several state dicts ({', '.join(found)})"
@@ -125,18 +162,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     raise UserError(f"--weights {path} {several}; save the one to use in a file by itself")
 
 
-def state_dicts(value: Any, name: str = "", depth: int = 4) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Where in a checkpoint tensors stand by name, without those of optimisers: ("model.state_dict", tensors), ..."""
-    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value) or not depth:
+def state_dicts(
+    value: Any, name: str = "", depth: int = 4
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Where in a checkpoint tensors stand by name, without those of optimisers:
+    ("model.state_dict", tensors), ...
+    """
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(key, str) for key in value)
+        or not depth
+    ):
         return
     if all(isinstance(each, Tensor) for each in value.values()):
         yield name, dict(value)
         return
     if not any(isinstance(each, dict) for each in value.values()):
         tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
-        if sum("." in key for key in tensors) > 1:  # names of weights, not one loss beside other numbers
+        if (
+            sum("." in key for key in tensors) > 1
+        ):  # names of weights, not one loss beside other numbers
             others = [key for key in value if key not in tensors]
-            say(f"left out of {name or 'the weights'}, no tensors: {', '.join(others[:3])} ({len(others)} in all)")
+            say(
+                f"left out of {name or 'the weights'}, no tensors: {', '.join(others[:3])} "
+                f"({len(others)} in all)"
+            )
             yield name, tensors
         return
     for key, each in value.items():
@@ -158,21 +209,31 @@ def open_backbone(
     grid: tuple[int, int] | None = None,
     resize: str = "stretch",
 ) -> GridBackbone:
-    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's own) or a file.
+    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's
+    own) or a file.
 
     size, grid, resize: as `create_backbone` takes them.
     """
     if weights == "pretrained":
         do_not_wait_for_an_absent_hub()
     with by_option():
-        backbone = create_backbone(name, arguments, weights == "pretrained", seed, size, grid, resize)
+        backbone = create_backbone(
+            name, arguments, weights == "pretrained", seed, size, grid, resize
+        )
     backbone.from_hub = weights == "pretrained"
     if weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
         read = read_weights(path)
         tensors, prefix = backbone.without_prefix(read)
-        if others := [key for key in read if not key.startswith(prefix) and key != "n_averaged" and key not in tensors]:
-            say(f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} ({len(others)} in all)")
+        if others := [
+            key
+            for key in read
+            if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
+        ]:
+            say(
+                f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} "
+                f"({len(others)} in all)"
+            )
         if prefix:
             say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
         try:
@@ -188,8 +249,14 @@ def open_backbone(
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
     """What cannot be built as asked, said by the names of the options."""
-    names = {"grid ": "--grid ", "arguments:": "--backbone-arg:", "the argument ": "--backbone-arg ",
-             "a larger size": "a larger --size", "weights from a file": "--weights FILE", "random weights": "--weights random"}  # fmt: skip
+    names = {
+        "grid ": "--grid ",
+        "arguments:": "--backbone-arg:",
+        "the argument ": "--backbone-arg ",
+        "a larger size": "a larger --size",
+        "weights from a file": "--weights FILE",
+        "random weights": "--weights random",
+    }
     try:
         yield
     except ModelError as error:
@@ -200,14 +267,23 @@ def by_option() -> Iterator[None]:
 
 
 def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
-    """UserError where an identity that came with a checkpoint is not one that `backbone_identity` gives, or would have more
-    done than build a network of timm's or torchvision's: open files of this machine, fetch weights by a hub's name."""
+    """UserError where an identity that came with a checkpoint is not one that `backbone_identity`
+    gives, or would have more done than build a network of timm's or torchvision's: open files of
+    this machine, fetch weights by a hub's name."""
 
     def pair(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 2 and all(type(each) is int and 0 < each <= LARGEST for each in value)
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(type(each) is int and 0 < each <= LARGEST for each in value)
+        )
 
     def three(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 3 and all(type(each) in (int, float) for each in value)
+        return (
+            isinstance(value, list)
+            and len(value) == 3
+            and all(type(each) in (int, float) for each in value)
+        )
 
     def plain(value: Any) -> bool:
         scalars = value if isinstance(value, list) else [value]
@@ -215,8 +291,11 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
 
     name, arguments = identity.get("backbone"), identity.get("arguments")
     fits = {
-        "backbone": isinstance(name, str) and re.fullmatch(r"(torchvision/)?[\w.-]+", name) is not None,
-        "arguments": isinstance(arguments, dict) and not FOREIGN & arguments.keys() and all(map(plain, arguments.values())),
+        "backbone": isinstance(name, str)
+        and re.fullmatch(r"(torchvision/)?[\w.-]+", name) is not None,
+        "arguments": isinstance(arguments, dict)
+        and not FOREIGN & arguments.keys()
+        and all(map(plain, arguments.values())),
         "weights": isinstance(identity.get("weights"), str),
         "size": pair(identity.get("size")),
         "grid": pair(identity.get("grid")),
@@ -228,27 +307,50 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         "channels": type(identity.get("channels")) is int,
     }
     if wrong := [field for field, there in fits.items() if not there]:
-        raise UserError(f"{origin}: features: {', '.join(wrong)} cannot be what an extraction recorded")
+        raise UserError(
+            f"{origin}: features: {', '.join(wrong)} cannot be what an extraction recorded"
+        )
 
 
 def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
-    """The backbone that made a cache: its kept weights, else the hub's, checked against the identity's digest."""
+    """The backbone that made a cache: its kept weights, else the hub's, checked against the
+    identity's digest.
+    """
     check_identity(f"{folder}/config.json", identity)
     kept = folder / "backbone.safetensors"
     if not kept.exists():
         do_not_wait_for_an_absent_hub()
     else:
-        wanted, found = shapes_of_network(identity["backbone"], identity["arguments"]), shapes_of(kept)
-        if wanted and any(found.get(key) != shape for key, shape in wanted.items() if not key.endswith("num_batches_tracked")):
-            raise UserError(f"{kept} does not fit {identity['backbone']} with {identity['arguments']}; copy it again")
+        wanted, found = (
+            shapes_of_network(identity["backbone"], identity["arguments"]),
+            shapes_of(kept),
+        )
+        if wanted and any(
+            found.get(key) != shape
+            for key, shape in wanted.items()
+            if not key.endswith("num_batches_tracked")
+        ):
+            raise UserError(
+                f"{kept} does not fit {identity['backbone']} with {identity['arguments']}; "
+                "copy it again"
+            )
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
-    backbone = create_backbone(identity["backbone"], identity["arguments"], not kept.exists(), 0, size, grid, identity["resize"])
+    backbone = create_backbone(
+        identity["backbone"],
+        identity["arguments"],
+        not kept.exists(),
+        0,
+        size,
+        grid,
+        identity["resize"],
+    )
     if kept.exists():
         backbone.load(load_tensors(kept)[0], str(kept))
     if backbone.digest() != identity["weights"]:
         origin = kept if kept.exists() else "the hub"
         raise UserError(
-            f"the weights of {identity['backbone']} from {origin} are {backbone.digest()}, {folder} was trained on "
+            f"the weights of {identity['backbone']} from {origin} are {backbone.digest()}, "
+            f"{folder} was trained on "
             f"{identity['weights']}; put the right weights into {kept}"
         )
     return backbone

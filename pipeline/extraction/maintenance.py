@@ -44,8 +44,10 @@ def check(path: Path) -> dict[Path, list[str]]:
         for line in itertools.chain.from_iterable(problems.values()):
             click.echo(line)
         raise UserError(
-            f"{len(unknown)} of {len(files)} files could not be read, which does not make them bad shards: "
-            f"{'; '.join(unknown[:5])}. Nothing was changed; mend the file system or its permissions and try again"
+            f"{len(unknown)} of {len(files)} files could not be read, which does not make them "
+            "bad shards: "
+            f"{'; '.join(unknown[:5])}. Nothing was changed; mend the file system or its "
+            "permissions and try again"
         )
     return problems
 
@@ -72,17 +74,23 @@ def verify_cache(path: Path) -> None:
 
 
 def repair_cache(path: Path, machine: Machine) -> None:
-    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them again.
+    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them
+    again.
 
     Nothing is put aside unless all bytes of every shard were read.
     """
     if machine.world > 1:
-        raise UserError("--repair runs as one process; start it without torchrun, and go on with torchrun after it")
+        raise UserError(
+            "--repair runs as one process; start it without torchrun, and go on with torchrun "
+            "after it"
+        )
     if not shard_paths(path):
         return
     problems = check(path)
     if problems:
-        (path / "features.h5").unlink(missing_ok=True)  # of rows that are gone it would read zeros; it is made again
+        (path / "features.h5").unlink(
+            missing_ok=True
+        )  # of rows that are gone it would read zeros; it is made again
     for file, found in problems.items():
         aside = unused_name(file)
         file.replace(aside)
@@ -92,7 +100,9 @@ def repair_cache(path: Path, machine: Machine) -> None:
 def unused_name(shard: Path) -> Path:
     """shard-00000.h5.bad, or .bad2, .bad3, ... where an earlier repair has put one aside."""
     names = itertools.chain(["bad"], (f"bad{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := shard.with_name(f"{shard.name}.{name}")).exists())
+    return next(
+        path for name in names if not (path := shard.with_name(f"{shard.name}.{name}")).exists()
+    )
 
 
 def inspect_cache(path: Path) -> None:
@@ -100,15 +110,20 @@ def inspect_cache(path: Path) -> None:
     cache = FeatureCache(path)
     size = sum(file.stat().st_size for file in cache.paths)
     regions, channels = cache.shape
-    click.echo(f"{path}: {len(cache):,} rows of {regions} regions x {channels} float16, {human_bytes(size)} in "
-               f"{len(cache.paths)} files; {len(cache.unreadable)} unreadable")  # fmt: skip
+    click.echo(
+        f"{path}: {len(cache):,} rows of {regions} regions x {channels} float16, "
+        f"{human_bytes(size)} in "
+        f"{len(cache.paths)} files; {len(cache.unreadable)} unreadable"
+    )
     for what, record in (("identity", cache.identity), ("provenance", cache.provenance)):
         click.echo(f"{what}:")
         for key, value in record.items():
             click.echo(f"  {key}: {json.dumps(value)}")
     if not len(cache):
         return
-    chosen = cache.ids[np.unique(np.linspace(0, len(cache) - 1, min(LOOKED_AT, len(cache))).astype(int))]
+    chosen = cache.ids[
+        np.unique(np.linspace(0, len(cache) - 1, min(LOOKED_AT, len(cache))).astype(int))
+    ]
     rows = cache.rows(chosen.tolist())
     values = rows.features[np.arange(regions) < rows.counts[:, None]].astype(np.float32)
     click.echo(f"of {len(chosen):,} rows: mean {values.mean():.4f}, deviation {values.std():.4f}, "
@@ -116,16 +131,23 @@ def inspect_cache(path: Path) -> None:
     for at in np.linspace(0, len(chosen) - 1, SHOWN).astype(int):
         image_id, first = int(chosen[at]), rows.features[at, 0, :5]
         shown = " ".join(f"{value:.3f}" for value in first)
-        click.echo(f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[at]} regions  {shown} ...")
+        click.echo(
+            f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[at]} regions  {shown} ..."
+        )
 
 
 def pack_cache(cache: Path, target: Path) -> None:
     """One plain HDF5 file of a whole cache."""
     if cache_header(cache) is None:
-        raise UserError(f"--pack writes the cache that --out names, and {cache} is none; pass --out CACHE")
+        raise UserError(
+            f"--pack writes the cache that --out names, and {cache} is none; pass --out CACHE"
+        )
     opened = FeatureCache(cache)
     size = sum(file.stat().st_size for file in opened.paths)
     say(f"{cache}: {len(opened):,} rows to {target}, {refuse_what_cannot_fit(target.parent, size)}")
     with progress(len(opened), "rows", "pack") as bar:
         pack(opened, target, bar.step)
-    say(f"{target}: {len(opened):,} rows, {human_bytes(target.stat().st_size)}; pass it as --features")
+    say(
+        f"{target}: {len(opened):,} rows, {human_bytes(target.stat().st_size)}; pass it as "
+        "--features"
+    )

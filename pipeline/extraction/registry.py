@@ -15,8 +15,8 @@ class RegionsKind(NamedTuple):
     """A kind of regions.
 
     open(options, dataset, seed): the backbone that the options of pipeline.extract name.
-    restore(folder, identity): the backbone that made a cache, from the weights in a cache's or checkpoint's folder.
-    Options: a frozen dataclass of its own options, or None.
+    restore(folder, identity): the backbone that made a cache, from the weights in a cache's or
+    checkpoint's folder. Options: a frozen dataclass of its own options, or None.
     """
 
     open: Callable[[Any, str, int], Backbone]
@@ -28,11 +28,14 @@ REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbo
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:
-    """The backbone that made the features of `identity`; UserError where this version cannot build it."""
+    """The backbone that made the features of `identity`; UserError where this version cannot build
+    it.
+    """
     kind = identity.get("regions")
     if kind not in REGIONS:
         raise UserError(
-            f"{folder} reads regions of kind {kind!r}, which this version cannot make from a photograph; "
+            f"{folder} reads regions of kind {kind!r}, which this version cannot make from a "
+            "photograph; "
             f"it makes {', '.join(REGIONS)}. Evaluate it over the cache that it was trained on"
         )
     return REGIONS[kind].restore(folder, identity)

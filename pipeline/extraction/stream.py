@@ -1,10 +1,12 @@
 """Photographs to finished shards, with everything overlapped that can be.
 
-    claimed shards -> batches of paths -> decoded pixels -> regions -> rows of a shard -> written by a thread
+    claimed shards -> batches of paths -> decoded pixels -> regions -> rows of a shard -> written by
+    a thread
 
-On a CPU threads decode some batches, then all cores run the backbone: both are bound by the same cores, so side by side they
-would only wait for each other. On a GPU processes decode ahead into pinned memory while the device works, rows come back
-behind the next batch, and are written behind that.
+On a CPU threads decode some batches, then all cores run the backbone: both are bound by the same
+cores, so side by side they would only wait for each other. On a GPU processes decode ahead into
+pinned memory while the device works, rows come back behind the next batch, and are written behind
+that.
 """
 
 from __future__ import annotations
@@ -36,9 +38,13 @@ from pipeline.extraction.backbone import extract_regions, framing_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
-AHEAD = 4  # batches that threads decode before the backbone runs: few waits for the slowest photograph
+AHEAD = (
+    4  # batches that threads decode before the backbone runs: few waits for the slowest photograph
+)
 BEHIND = 2  # batches whose rows may still be on their way back from a GPU
-WRITING = 1  # finished shards that may wait for the disk: memory does not grow with the number of images
+WRITING = (
+    1  # finished shards that may wait for the disk: memory does not grow with the number of images
+)
 
 
 class Work(NamedTuple):
@@ -50,8 +56,9 @@ class Work(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A batch of photographs: pixels uint8 [n,3,H,W] and view_boxes [n,4] of the n readable ones, (height, width) of their
-    originals, and for all of the batch the reason, empty where readable."""
+    """A batch of photographs: pixels uint8 [n,3,H,W] and view_boxes [n,4] of the n readable ones,
+    (height, width) of their originals, and for all of the batch the reason, empty where
+    readable."""
 
     pixels: Tensor
     view_boxes: Tensor
@@ -101,14 +108,18 @@ class ShardRows:
         self.sizes: list[tuple[int, int]] = []
         self.unreadable: list[Unreadable] = []
 
-    def add(self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool) -> None:
+    def add(
+        self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool
+    ) -> None:
         """Take a batch; `found` are features, boxes and counts of each view after the other."""
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
                 raise UserError(f"--strict: {image.path} cannot be read: {reason}")
             if reason:
                 self.unreadable.append(Unreadable(image.id, image.name, reason, *stamp(image.path)))
-        readable = [image for image, reason in zip(images, batch.reasons, strict=True) if not reason]
+        readable = [
+            image for image, reason in zip(images, batch.reasons, strict=True) if not reason
+        ]
         at = slice(len(self.kept), len(self.kept) + len(readable))
         for target, part in zip(itertools.chain(*self.rows), found, strict=True):
             target[at] = part
@@ -118,11 +129,17 @@ class ShardRows:
     def write(self, recipe: Recipe) -> None:
         rows = [Rows(*(part[: len(self.kept)] for part in view)) for view in self.rows]
         sizes = np.array(self.sizes, np.int32)
-        write_shard(self.shard, self.kept, rows, sizes, self.unreadable, recipe.identity, recipe.provenance)
+        write_shard(
+            self.shard, self.kept, rows, sizes, self.unreadable, recipe.identity, recipe.provenance
+        )
 
 
-def extract_shards(shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress) -> list[Path]:
-    """Make every shard that is not there and that nobody else is making; the paths of those made."""
+def extract_shards(
+    shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress
+) -> list[Path]:
+    """Make every shard that is not there and that nobody else is making; the paths of those
+    made.
+    """
     framing = framing_of(recipe.backbone, recipe.max_pixels)
     work = _batches(shards, claims, recipe)
     decoded = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
@@ -159,10 +176,12 @@ def _write(rows: ShardRows, claims: Claims, recipe: Recipe) -> None:
     claims.release(rows.shard.path)
 
 
-# ------------------------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
-def _read_in_threads(work: Iterator[Work], framing: Framing, recipe: Recipe) -> Iterator[tuple[Work, Decoded]]:
+def _read_in_threads(
+    work: Iterator[Work], framing: Framing, recipe: Recipe
+) -> Iterator[tuple[Work, Decoded]]:
     def read(image: Image) -> tuple[Photo | None, str]:
         return (None, "missing") if image.id in recipe.missing else try_image(image.path, framing)
 
@@ -173,7 +192,9 @@ def _read_in_threads(work: Iterator[Work], framing: Framing, recipe: Recipe) -> 
             yield from zip(some, batches, strict=True)
 
 
-def _read_in_processes(work: Iterator[Work], framing: Framing, recipe: Recipe) -> Iterator[tuple[Work, Decoded]]:
+def _read_in_processes(
+    work: Iterator[Work], framing: Framing, recipe: Recipe
+) -> Iterator[tuple[Work, Decoded]]:
     asked: deque[Work] = deque()
 
     def paths() -> Iterator[list[str]]:
@@ -205,28 +226,43 @@ class _ByPath(Photographs):
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
     good = [photo for photo, _ in photos if photo is not None]
-    pixels, view_boxes = stack(good) if good else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
-    return Decoded(pixels, view_boxes, [photo.original for photo in good], [reason for _, reason in photos])
+    pixels, view_boxes = (
+        stack(good)
+        if good
+        else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
+    )
+    return Decoded(
+        pixels, view_boxes, [photo.original for photo in good], [reason for _, reason in photos]
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- looking
+# ------------------------------------------------------------------------------------------ looking
 
 
 def _seen(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n] of each view, on the host."""
+    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n] of each view,
+    on the host.
+    """
     gpu = recipe.machine.device.type == "cuda"
     coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
         parts: list[Tensor] = []
         for view in ("", *recipe.views):
             pixels, view_boxes = seen_as(view, batch)
-            parts += extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes) if len(pixels) else nothing(*recipe.shape)
+            parts += (
+                extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes)
+                if len(pixels)
+                else nothing(*recipe.shape)
+            )
         copied = None
         if gpu:
             pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-            parts = [target.copy_(part, non_blocking=True) for target, part in zip(pinned, parts, strict=True)]
+            parts = [
+                target.copy_(part, non_blocking=True)
+                for target, part in zip(pinned, parts, strict=True)
+            ]
             copied = torch.cuda.Event()
             copied.record()
         coming.append((work, batch, parts, copied))
@@ -237,8 +273,8 @@ def _seen(
 
 
 def seen_as(view: str, batch: Decoded) -> tuple[Tensor, Tensor]:
-    """Pixels and view_boxes of a view of a batch: as it is, or flip, mirrored left to right with the frame of the mirrored
-    photograph."""
+    """Pixels and view_boxes of a view of a batch: as it is, or flip, mirrored left to right with
+    the frame of the mirrored photograph."""
     if not view:
         return batch.pixels, batch.view_boxes
     left, top, right, bottom = batch.view_boxes.unbind(1)
@@ -246,10 +282,16 @@ def seen_as(view: str, batch: Decoded) -> tuple[Tensor, Tensor]:
 
 
 def nothing(cells: int, channels: int) -> list[Tensor]:
-    return [torch.empty(0, cells, channels, dtype=torch.float16), torch.empty(0, cells, 4), torch.empty(0)]
+    return [
+        torch.empty(0, cells, channels, dtype=torch.float16),
+        torch.empty(0, cells, 4),
+        torch.empty(0),
+    ]
 
 
-def _arrived(work: Work, batch: Decoded, parts: list[Tensor], copied: Any) -> tuple[Work, Decoded, tuple[np.ndarray, ...]]:
+def _arrived(
+    work: Work, batch: Decoded, parts: list[Tensor], copied: Any
+) -> tuple[Work, Decoded, tuple[np.ndarray, ...]]:
     if copied is not None:
         copied.synchronize()
     return work, batch, tuple(part.numpy() for part in parts)

@@ -1,12 +1,13 @@
 """BLEU, ROUGE-L and CIDEr of captions against their references, as pycocoevalcap computes them.
 
 BLEU      Papineni et al. 2002: corpus sums, closest reference length
-ROUGE_L   Lin 2004: F of the longest common subsequence, beta 1.2, best precision and best recall over the references
-CIDEr     Vedantam et al. 2015, its CIDEr-D: clipped tf-idf cosine, length penalty exp(-d^2 / 2 sigma^2) with sigma 6,
-          times 10; document frequencies from the references given
+ROUGE_L   Lin 2004: F of the longest common subsequence, beta 1.2, best precision and best recall
+          over the references
+CIDEr     Vedantam et al. 2015, its CIDEr-D: clipped tf-idf cosine, length penalty exp(-d^2 / 2
+          sigma^2) with sigma 6, times 10; document frequencies from the references given
 
-References are counted once (`pipeline.scoring.ngrams`); captions are then scored by look-ups in their tables.
-Letters: I images, K references an image, S captions to score, N = 4 n-gram lengths.
+References are counted once (`pipeline.scoring.ngrams`); captions are then scored by look-ups in
+their tables. Letters: I images, K references an image, S captions to score, N = 4 n-gram lengths.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from pipeline.scoring.ngrams import MASK, MISSING, ORDERS, Matches, References, 
 
 SIGMA = 6.0
 BETA = 1.2
-TINY, SMALL = 1e-15, 1e-9  # pycocoevalcap's guards against 0/0; they show in the scores of very short captions
+TINY, SMALL = (
+    1e-15,
+    1e-9,
+)  # pycocoevalcap's guards against 0/0; they show in the scores of very short captions
 ONE_DOCUMENT = (
-    "it weighs an n-gram by how few images have it in their references, and of one image all weights are 0; count over more "
+    "it weighs an n-gram by how few images have it in their references, and of one image all "
+    "weights are 0; count over more "
     "images: --df FILE (in Python: References(references, frequencies=captions_by_image))"
 )
 BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
@@ -31,11 +36,13 @@ BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus `values` by name and, by the same names, `per_image` [I] float64 in the order of `image_ids` [I].
+    """Corpus `values` by name and, by the same names, `per_image` [I] float64 in the order of
+    `image_ids` [I].
 
-    not_computed: the reason, by name, of a score that is not among them: CIDEr where document frequencies are of one image.
-    bleu_sums: [I,2N+2] what BLEU is made of once summed over images: clipped matches and n-grams by length, words,
-        words of the closest reference.
+    not_computed: the reason, by name, of a score that is not among them: CIDEr where document
+        frequencies are of one image.
+    bleu_sums: [I,2N+2] what BLEU is made of once summed over images: clipped matches and n-grams by
+        length, words, words of the closest reference.
     """
 
     values: dict[str, float]
@@ -45,24 +52,36 @@ class Scores:
     not_computed: dict[str, str] = field(default_factory=dict)
 
 
-def score(candidates: Mapping[int, str | Sequence[str]], references: References | Mapping[int, Sequence[str]]) -> Scores:
+def score(
+    candidates: Mapping[int, str | Sequence[str]],
+    references: References | Mapping[int, Sequence[str]],
+) -> Scores:
     """Score one caption for every image of the references.
 
-    candidates: by image id a caption as written, or the list of its tokens; ["A dog runs."] is that caption.
-    references: by image id a list of such captions; References where they are counted once for several calls.
-    DataError names an image that is missing on one side, and what is no caption. Over one image CIDEr is not computed.
+    candidates: by image id a caption as written, or the list of its tokens; ["A dog runs."] is that
+        caption.
+    references: by image id a list of such captions; References where they are counted once for
+        several calls.
+    DataError names an image that is missing on one side, and what is no caption. Over one image
+    CIDEr is not computed.
     """
     if not isinstance(candidates, Mapping):
-        raise DataError(f"candidates are {type(candidates).__name__}; pass a dict: a caption by image id")
+        raise DataError(
+            f"candidates are {type(candidates).__name__}; pass a dict: a caption by image id"
+        )
     if not isinstance(references, References):
         references = References(references)
     for image_id in candidates:
         references.row_of(image_id)
     missing = [image_id for image_id in references.rows if image_id not in candidates]
     if missing:
-        raise DataError(f"image {missing[0]} has references but no candidate ({len(missing)} such images)")
+        raise DataError(
+            f"image {missing[0]} has references but no candidate ({len(missing)} such images)"
+        )
     segment = references.segment
-    words = references.numbered([words_of(image_id, candidates[image_id], segment) for image_id in references.rows])
+    words = references.numbered(
+        [words_of(image_id, candidates[image_id], segment) for image_id in references.rows]
+    )
     rows = np.arange(len(references))
     matches = references.compare(rows, words)
     sums = bleu_sums(rows, matches, references)
@@ -76,8 +95,12 @@ def score(candidates: Mapping[int, str | Sequence[str]], references: References 
     return Scores(values, per_image, np.array(list(references.rows)), sums, not_computed)
 
 
-def cider(references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr [S] of each of S `captions` (strings or their tokens) against its image's references; an image may come often."""
+def cider(
+    references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """CIDEr [S] of each of S `captions` (strings or their tokens) against its image's references;
+    an image may come often.
+    """
     ids = list(image_ids)
     rows = np.array([references.row_of(int(image_id)) for image_id in ids], np.int64)
     if len(rows) != len(captions):
@@ -89,7 +112,9 @@ def cider(references: References, image_ids: Iterable[int], captions: Sequence[S
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """BLEU-1..N [...,N] from sums [...,2N+2] as in `Scores.bleu_sums`, of an image, of a corpus, of a resample."""
+    """BLEU-1..N [...,N] from sums [...,2N+2] as in `Scores.bleu_sums`, of an image, of a corpus, of
+    a resample.
+    """
     correct, guess = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
     ratio = (sums[..., -2] + TINY) / (sums[..., -1] + SMALL)
     brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
@@ -98,18 +123,26 @@ def bleu(sums: np.ndarray) -> np.ndarray:
 
 
 def bleu_sums(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
-    """[S,2N+2], as `Scores.bleu_sums`, of captions compared with the references of image rows[s]."""
+    """[S,2N+2], as `Scores.bleu_sums`, of captions compared with the references of image
+    rows[s].
+    """
     lengths, theirs = matches.lengths[:, None], references.lengths[rows]
     absent = np.arange(theirs.shape[1]) >= references.k[rows, None]
     apart = np.where(absent, MISSING >> 32, np.abs(theirs - lengths))
-    closest = np.min(apart << 32 | theirs, axis=1) & MASK  # the shorter of two that are equally close
-    return np.hstack([matches.correct, np.maximum(lengths - np.arange(ORDERS), 0), lengths, closest[:, None]])
+    closest = (
+        np.min(apart << 32 | theirs, axis=1) & MASK
+    )  # the shorter of two that are equally close
+    return np.hstack(
+        [matches.correct, np.maximum(lengths - np.arange(ORDERS), 0), lengths, closest[:, None]]
+    )
 
 
 def cider_of_matches(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
     """CIDEr [S] of captions compared with the references of image rows[s]."""
     # pycocoevalcap's length is the number of word pairs
-    apart = np.maximum(matches.lengths - 1, 0)[:, None] - np.maximum(references.lengths[rows] - 1, 0)
+    apart = np.maximum(matches.lengths - 1, 0)[:, None] - np.maximum(
+        references.lengths[rows] - 1, 0
+    )
     similar = matches.cosine.sum(axis=1) / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2))
     return similar.sum(axis=1) / references.k[rows] * 10
 
@@ -117,26 +150,37 @@ def cider_of_matches(rows: np.ndarray, matches: Matches, references: References)
 def _rouge(words: Words, references: References) -> np.ndarray:
     """ROUGE-L [I] of one caption's tokens an image against its references'."""
     image = np.repeat(np.arange(len(references)), references.k)
-    # pycocoevalcap splits at each blank, so a caption without tokens is one empty word, which another such caption shares.
+    # pycocoevalcap splits at each blank, so a caption without tokens is one empty word, which
+    # another such caption shares.
     mine, theirs = np.maximum(words.counts[image], 1), np.maximum(references.counts, 1)
     common = _common(words.tokens, words.counts, image, references.tokens, references.counts)
     common[(words.counts[image] == 0) & (references.counts == 0)] = 1
     first = np.cumsum(references.k) - references.k
     precision, recall = (np.maximum.reduceat(common / length, first) for length in (mine, theirs))
-    return (1 + BETA**2) * precision * recall / np.where(precision > 0, recall + BETA**2 * precision, 1)
+    return (
+        (1 + BETA**2)
+        * precision
+        * recall
+        / np.where(precision > 0, recall + BETA**2 * precision, 1)
+    )
 
 
-def _common(a: np.ndarray, a_counts: np.ndarray, of: np.ndarray, b: np.ndarray, b_counts: np.ndarray) -> np.ndarray:
-    """Length of the longest common subsequence of caption of[p] in `a` and caption p in `b`, for all p.
+def _common(
+    a: np.ndarray, a_counts: np.ndarray, of: np.ndarray, b: np.ndarray, b_counts: np.ndarray
+) -> np.ndarray:
+    """Length of the longest common subsequence of caption of[p] in `a` and caption p in `b`, for
+    all p.
 
-    One whole row of each table a step, as the bits of an integer (Hyyro 2004): of 64 bits, where both captions are so
-    short, for all p together.
+    One whole row of each table a step, as the bits of an integer (Hyyro 2004): of 64 bits, where
+    both captions are so short, for all p together.
     """
     common = np.zeros(len(of), np.int64)
     short = (a_counts[of] <= 64) & (b_counts <= 64)
     if not short.all():
         ours, all_theirs = list(cut(a, a_counts)), list(cut(b, b_counts))
-        common[~short] = [_common_of_two(ours[of[p]], all_theirs[p]) for p in np.flatnonzero(~short)]
+        common[~short] = [
+            _common_of_two(ours[of[p]], all_theirs[p]) for p in np.flatnonzero(~short)
+        ]
     pairs = np.flatnonzero(short & (b_counts > 0))
     if not len(pairs):
         return common

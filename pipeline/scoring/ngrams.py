@@ -1,9 +1,12 @@
-"""References counted once: the integer n-gram tables that BLEU and CIDEr of any number of captions are read from.
+"""References counted once: the integer n-gram tables that BLEU and CIDEr of any number of captions
+are read from.
 
-Words are numbered, W of them, and a word's number is its name. A longer n-gram's name goes on from there: W + its place in
-a sorted table of (name of its first n-1 words, last word). So names are exact for a vocabulary of any size, and sorted by n.
+Words are numbered, W of them, and a word's number is its name. A longer n-gram's name goes on from
+there: W + its place in a sorted table of (name of its first n-1 words, last word). So names are
+exact for a vocabulary of any size, and sorted by n.
 
-Letters: I images, K references an image (missing ones are empty), S captions to compare, N = 4 n-gram lengths, G n-grams
+Letters: I images, K references an image (missing ones are empty), S captions to compare, N = 4
+    n-gram lengths, G n-grams
 of two words or more, E entries: the different n-grams of each image.
 """
 
@@ -32,15 +35,29 @@ BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
 ENDS = tuple(".!?,;:。！？，、؟।")  # what sentences end with
 FORMAT = 2  # of the file that `save` writes
 MOST = 1 << 30  # bytes of references that a cache folder keeps
-KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")  # its files, those half written too
-TABLES = ("documents", "k", "lengths", "tokens", "counts", "keys", "idf", "entries", "ends", "entry_counts", "norms")
+KEPT = re.compile(
+    r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?"
+)  # its files, those half written too
+TABLES = (
+    "documents",
+    "k",
+    "lengths",
+    "tokens",
+    "counts",
+    "keys",
+    "idf",
+    "entries",
+    "ends",
+    "entry_counts",
+    "norms",
+)
 
 
 class Words(NamedTuple):
     """All words of some captions in one row, M of them, and their tokens, T.
 
-    They are the same but for tokens with a blank inside: "1\xa01/2 cups" is three words to BLEU and CIDEr, two tokens to
-    ROUGE-L.
+    They are the same but for tokens with a blank inside: "1\xa01/2 cups" is three words to BLEU and
+    CIDEr, two tokens to ROUGE-L.
     """
 
     numbers: np.ndarray  # [M] int64
@@ -52,11 +69,16 @@ class Words(NamedTuple):
 
 
 class Numbers(dict):
-    """Words' numbers; a word that has none yet gets the next. `pieces` has the words of tokens that are not just one."""
+    """Words' numbers; a word that has none yet gets the next.
+
+    `pieces` has the words of tokens that are not just one.
+    """
 
     def __init__(self, words: Sequence[str]) -> None:
         super().__init__((word, number) for number, word in enumerate(words))
-        self.pieces = {number: word.split() for number, word in enumerate(words) if word.split() != [word]}
+        self.pieces = {
+            number: word.split() for number, word in enumerate(words) if word.split() != [word]
+        }
 
     def __missing__(self, word: str) -> int:
         number = self[word] = len(self)
@@ -68,18 +90,25 @@ class Numbers(dict):
 class Matches(NamedTuple):
     """S captions held against the references of one image each."""
 
-    cosine: np.ndarray  # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
-    correct: np.ndarray  # [S,N] n-grams found, each at most as often as in the reference that has it most
+    cosine: (
+        np.ndarray
+    )  # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
+    correct: (
+        np.ndarray
+    )  # [S,N] n-grams found, each at most as often as in the reference that has it most
     lengths: np.ndarray  # [S] words
 
 
 class References:
     """The references of a set of images, counted.
 
-    references: captions by image id, each a string, tokenised here, or a list of tokens, as `words_of` reads them.
-    vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as they come.
-    frequencies: captions by image id whose document frequencies (images that have an n-gram, and the number of images)
-        are used in place of the references' own, as where a small set is scored with those of a large one.
+    references: captions by image id, each a string, tokenised here, or a list of tokens, as
+        `words_of` reads them.
+    vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as
+        they come.
+    frequencies: captions by image id whose document frequencies (images that have an n-gram, and
+        the number of images) are used in place of the references' own, as where a small set is
+        scored with those of a large one.
     segment: how strings are cut into tokens, as `data.segmentation` has it.
     """
 
@@ -92,7 +121,10 @@ class References:
     ) -> None:
         for given in (references, frequencies):
             if given is not None and not isinstance(given, Mapping):
-                raise DataError(f"references are {type(given).__name__}; pass a dict: lists of captions by image id")
+                raise DataError(
+                    f"references are {type(given).__name__}; pass a dict: lists of captions by "
+                    "image id"
+                )
         if not references:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
@@ -115,13 +147,23 @@ class References:
 
     def numbered(self, captions: Sequence[Sequence[str]]) -> Words:
         """Number the words of all captions; new ones are remembered, which changes no score."""
-        tokens = np.fromiter(map(self.vocabulary.__getitem__, chain.from_iterable(captions)), np.int64)
+        tokens = np.fromiter(
+            map(self.vocabulary.__getitem__, chain.from_iterable(captions)), np.int64
+        )
         counts = np.fromiter(map(len, captions), np.int64)
         numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
-        if pieces := self.vocabulary.pieces:  # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
+        if (
+            pieces := self.vocabulary.pieces
+        ):  # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
             times = np.array([len(pieces.get(token, " ")) for token in tokens.tolist()], np.int64)
-            parts = [[self.vocabulary[w] for w in pieces[token]] if token in pieces else [token] for token in tokens.tolist()]
-            numbers, owner = np.array([*chain.from_iterable(parts)], np.int64), np.repeat(owner, times)
+            parts = [
+                [self.vocabulary[w] for w in pieces[token]] if token in pieces else [token]
+                for token in tokens.tolist()
+            ]
+            numbers, owner = (
+                np.array([*chain.from_iterable(parts)], np.int64),
+                np.repeat(owner, times),
+            )
         lengths = np.bincount(owner, minlength=len(counts))
         left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(numbers))
         return Words(numbers, owner, left, lengths, tokens, counts)
@@ -136,16 +178,24 @@ class References:
         norm = np.bincount(group, weight * weight, ORDERS * count).reshape(ORDERS, count) ** 0.5
         found, place = self._entries_of(rows, group % count, name)
         group, tf, idf, weight = group[found], tf[found], idf[found, None], weight[found, None]
-        correct = np.bincount(group, np.minimum(tf, self.most[place]), ORDERS * count).reshape(ORDERS, count)
+        correct = np.bincount(group, np.minimum(tf, self.most[place]), ORDERS * count).reshape(
+            ORDERS, count
+        )
         theirs = self.entry_counts.take(place, axis=0) * idf
         dot = np.minimum(weight, theirs) * theirs
         where = group[:, None] * width + np.arange(width)
-        dot = np.bincount(where.ravel(), dot.ravel(), ORDERS * count * width).reshape(ORDERS, count, width)
+        dot = np.bincount(where.ravel(), dot.ravel(), ORDERS * count * width).reshape(
+            ORDERS, count, width
+        )
         norm = norm.T[..., None] * self.norms.take(rows, axis=0)
-        return Matches(dot.transpose(1, 0, 2) / np.where(norm > 0, norm, 1), correct.T, words.lengths)
+        return Matches(
+            dot.transpose(1, 0, 2) / np.where(norm > 0, norm, 1), correct.T, words.lengths
+        )
 
     def _name(self, words: Words) -> np.ndarray:
-        """The n-grams of all captions, (n * S + caption) << 32 | name; those of no reference get names after all others."""
+        """The n-grams of all captions, (n * S + caption) << 32 | name; those of no reference get
+        names after all others.
+        """
         names, unseen, count = words.numbers.copy(), len(self.idf), len(words.lengths)
         if len(self.vocabulary) > self.words:
             names[names >= self.words] += unseen
@@ -157,7 +207,11 @@ class References:
             key = before << 32 | words.numbers[start + n]
             place = self.keys.searchsorted(key)
             named = place + self.words
-            strange = (self.keys.take(place, mode="clip") != key).nonzero()[0] if len(self.keys) else np.arange(len(key))
+            strange = (
+                (self.keys.take(place, mode="clip") != key).nonzero()[0]
+                if len(self.keys)
+                else np.arange(len(key))
+            )
             different, place = np.unique(key[strange], return_inverse=True)
             named[strange] = unseen + place
             unseen += len(different)
@@ -165,14 +219,21 @@ class References:
             found.append(words.owner[start] + n * count << 32 | named)
         return np.concatenate(found)
 
-    def _entries_of(self, rows: np.ndarray, caption: np.ndarray, name: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these n-grams, `name` of `caption`, the caption's image has, and where they stand among the entries."""
+    def _entries_of(
+        self, rows: np.ndarray, caption: np.ndarray, name: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these n-grams, `name` of `caption`, the caption's image has, and where they
+        stand among the entries.
+        """
         new = np.append(True, rows[1:] != rows[:-1])  # captions of one image mostly stand together
         turn, images = np.cumsum(new) - 1, rows[new]
         begin, size = self.ends[images], self.ends[images + 1] - self.ends[images]
         at = np.arange(size.sum()) + np.repeat(begin - (np.cumsum(size) - size), size)
-        # A small table in the order of the captions: it stays in the processor's cache, and questions come nearly sorted.
-        table = np.append(np.repeat(np.arange(len(images)) << 32, size) | self.entries[at] & MASK, MISSING)
+        # A small table in the order of the captions: it stays in the processor's cache, and
+        # questions come nearly sorted.
+        table = np.append(
+            np.repeat(np.arange(len(images)) << 32, size) | self.entries[at] & MASK, MISSING
+        )
         known = (name < len(self.idf) - 1).nonzero()[0]
         wanted = (turn << 32)[caption[known]] | name[known]
         near = table.searchsorted(wanted)
@@ -180,21 +241,26 @@ class References:
         return known[found], at[near[found]]
 
     def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
-        """Fill the tables: `documents`, the number of images that document frequencies are counted over; of the captions
+        """Fill the tables: `documents`, the number of images that document frequencies are counted
+        over; of the captions
 
         k [I], lengths [I,K] in words, tokens and counts as in `Words`;
 
         and of their n-grams
 
         keys      [G] int64     name of the first n-1 words << 32 | last word
-        idf       [W+G+1]       log documents - log document frequency, by name; the last is that of unseen n-grams
+        idf       [W+G+1]       log documents - log document frequency, by name; the last is that of
+                                unseen n-grams
         entries   [E] int64     image << 32 | name; those of image i are entries[ends[i]:ends[i+1]]
-        entry_counts [E,K]      how often it stands in each reference of that image; `most`: in the one that has it most
+        entry_counts [E,K]      how often it stands in each reference of that image; `most`: in the
+                                one that has it most
         norms     [I,N,K]       length of each reference's tf-idf vector
         """
         images, width = len(own), max(len(captions) for captions in own)
         k = np.array([len(captions) for captions in chain(own, frequencies)])
-        words = self.numbered([caption for captions in chain(own, frequencies) for caption in captions])
+        words = self.numbered(
+            [caption for captions in chain(own, frequencies) for caption in captions]
+        )
         image = np.repeat(np.arange(len(k)), k)
         column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
         mine = image < images
@@ -208,7 +274,9 @@ class References:
         owners, named = [words.owner], [names.copy()]
         for n in range(1, ORDERS):
             start = np.flatnonzero(words.left > n)
-            found, place = np.unique(names[start] << 32 | words.numbers[start + n], return_inverse=True)
+            found, place = np.unique(
+                names[start] << 32 | words.numbers[start + n], return_inverse=True
+            )
             names[start] = first[-1] + place
             keys.append(found)
             owners.append(words.owner[start])
@@ -222,14 +290,21 @@ class References:
         entries, place = entry[new], np.cumsum(new) - 1
         counted = entries[entries >> 32 >= images] if frequencies else entries
         self.keys = np.concatenate(keys)
-        self.idf = np.log(self.documents) - np.log(np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1))
+        self.idf = np.log(self.documents) - np.log(
+            np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1)
+        )
         mine = entry < images << 32
-        counts = np.zeros((np.count_nonzero(entries < images << 32), width), np.min_scalar_type(times.max(initial=0)))
+        counts = np.zeros(
+            (np.count_nonzero(entries < images << 32), width),
+            np.min_scalar_type(times.max(initial=0)),
+        )
         counts[place[mine], column[mine]] = times[mine]  # one byte each, in practice
         entries = entries[: len(counts)]
         squares = (counts * self.idf[entries & MASK, None]) ** 2
         group = (entries >> 32) * ORDERS + np.searchsorted(first[1:], entries & MASK, side="right")
-        norms = np.stack([np.bincount(group, of, images * ORDERS) for of in squares.T], axis=1) ** 0.5
+        norms = (
+            np.stack([np.bincount(group, of, images * ORDERS) for of in squares.T], axis=1) ** 0.5
+        )
         self.norms = norms.reshape(images, ORDERS, width)
         self.entries, self.ends = entries, np.searchsorted(entries, np.arange(images + 1) << 32)
         self.entry_counts = counts
@@ -245,32 +320,51 @@ class References:
 
     def save(self, path: Path) -> None:
         """Keep the tables in one .npz file, written whole or not at all."""
-        arrays = {name: getattr(self, name) for name in TABLES} | {"format": np.array(FORMAT), "words": np.array(self.words)}
+        arrays = {name: getattr(self, name) for name in TABLES} | {
+            "format": np.array(FORMAT),
+            "words": np.array(self.words),
+        }
         arrays["segment"] = np.array(self.segment)
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
-        arrays["vocabulary"] = np.frombuffer(json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8)
+        arrays["vocabulary"] = np.frombuffer(
+            json.dumps(list(self.vocabulary)[: self.words]).encode(), np.uint8
+        )
         arrays["digest"] = _digest(path, arrays)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> References:
-        """The tables that `save` kept; DataError where the file is not what it wrote under this name."""
+        """The tables that `save` kept; DataError where the file is not what it wrote under this
+        name.
+        """
         found = cls.__new__(cls)
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            if arrays["format"] != FORMAT or not np.array_equal(arrays.pop("digest"), _digest(path, arrays)):
-                raise ValueError("it has another format, another name or another content than it was written with")
-            found.rows = {image_id: row for row, image_id in enumerate(arrays["image_ids"].tolist())}
-            found.vocabulary, found.words = Numbers(json.loads(arrays["vocabulary"].tobytes())), int(arrays["words"])
+            if arrays["format"] != FORMAT or not np.array_equal(
+                arrays.pop("digest"), _digest(path, arrays)
+            ):
+                raise ValueError(
+                    "it has another format, another name or another content than it was "
+                    "written with"
+                )
+            found.rows = {
+                image_id: row for row, image_id in enumerate(arrays["image_ids"].tolist())
+            }
+            found.vocabulary, found.words = (
+                Numbers(json.loads(arrays["vocabulary"].tobytes())),
+                int(arrays["words"]),
+            )
             found.segment = str(arrays["segment"])
             for name in TABLES:
                 setattr(found, name, arrays[name])
         except OSError:
             raise
         except Exception as error:  # numpy raises whatever the broken file leads it into
-            raise DataError(f"{path} is not whole ({error}); delete it, it is made again") from error
+            raise DataError(
+                f"{path} is not whole ({error}); delete it, it is made again"
+            ) from error
         return found
 
 
@@ -286,13 +380,19 @@ def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def tokens_by_image(
     references: Mapping[int, Sequence[str | Sequence[str]]], segment: str = "words"
 ) -> list[list[list[str]]]:
-    """The words of each caption by image; DataError for an image without captions and for what is no caption."""
+    """The words of each caption by image; DataError for an image without captions and for what is
+    no caption.
+    """
     found = []
     for image_id, captions in references.items():
         if isinstance(captions, str):
-            raise DataError(f"image {image_id}: the references are one string; pass a list of captions")
+            raise DataError(
+                f"image {image_id}: the references are one string; pass a list of captions"
+            )
         if isinstance(captions, bytes | Mapping) or not isinstance(captions, Iterable):
-            raise DataError(f"image {image_id}: the references are {_shown(captions)}; pass a list of captions")
+            raise DataError(
+                f"image {image_id}: the references are {_shown(captions)}; pass a list of captions"
+            )
         found.append([words_of(image_id, caption, segment) for caption in captions])
         if not found[-1]:
             raise DataError(f"image {image_id} has no references")
@@ -300,23 +400,29 @@ def tokens_by_image(
 
 
 def words_of(image_id: int, caption: str | Sequence[str], segment: str = "words") -> list[str]:
-    """The words of one caption: of a string, or of the list of its tokens; DataError for anything else.
+    """The words of one caption: of a string, or of the list of its tokens; DataError for anything
+    else.
 
-    A list with one string that is no token ("A dog runs.", "Running.") is that caption: other programs keep captions so.
-    Tokens may hold U+00A0, but none of BLANK.
+    A list with one string that is no token ("A dog runs.", "Running.") is that caption: other
+    programs keep captions so. Tokens may hold U+00A0, but none of BLANK.
     """
     if isinstance(caption, np.ndarray):
         caption = caption.tolist()
     if isinstance(caption, str):
         return segmented(caption, segment)
     if not isinstance(caption, list | tuple) or not all(isinstance(word, str) for word in caption):
-        raise DataError(f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens")
+        raise DataError(
+            f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens"
+        )
     blank = BLANK.search("".join(caption))
-    if len(caption) == 1 and (blank or caption[0] != caption[0].lower() or caption[0].endswith(ENDS)):
+    if len(caption) == 1 and (
+        blank or caption[0] != caption[0].lower() or caption[0].endswith(ENDS)
+    ):
         return segmented(caption[0], segment)
     if blank:
         raise DataError(
-            f"image {image_id}: {len(caption)} sentences where one caption belongs, {_shown(caption)}; pass one string, or the "
+            f"image {image_id}: {len(caption)} sentences where one caption belongs, "
+            f"{_shown(caption)}; pass one string, or the "
             "list of its tokens"
         )
     return list(caption)
@@ -330,7 +436,10 @@ def _shown(value: object) -> str:
 def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
     """The lists of `counts` numbers each that stand in one row."""
     numbers, ends = flat.tolist(), np.cumsum(counts)
-    return (numbers[start:end] for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True))
+    return (
+        numbers[start:end]
+        for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True)
+    )
 
 
 def user_cache() -> Path | None:
@@ -347,8 +456,8 @@ def user_cache() -> Path | None:
 def kept_path(folder: Path, *parts: bytes) -> Path:
     """Where the counted references of a caption file are kept in a cache folder.
 
-    The name is the digest of `parts`, all that the counts come from, and of the tokenizer, so that what has changed is
-    counted again.
+    The name is the digest of `parts`, all that the counts come from, and of the tokenizer, so that
+    what has changed is counted again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
     rules = (Path(module.__file__).read_bytes() for module in (characters, segmentation, tokens))
@@ -358,7 +467,9 @@ def kept_path(folder: Path, *parts: bytes) -> Path:
 
 
 def load_kept(path: Path) -> References | None:
-    """The counted references at a path; None where they are not there, or not as `keep` left them."""
+    """The counted references at a path; None where they are not there, or not as `keep` left
+    them.
+    """
     with contextlib.suppress(DataError, OSError):
         if path.is_file():
             references = References.load(path)
@@ -369,12 +480,16 @@ def load_kept(path: Path) -> References | None:
 
 
 def keep(references: References, path: Path) -> None:
-    """Save where that can be: a full or read-only disk costs only the next run's second. Of earlier ones in the folder
-    those used last stay, up to MOST bytes in all."""
+    """Save where that can be: a full or read-only disk costs only the next run's second. Of earlier
+    ones in the folder those used last stay, up to MOST bytes in all."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         references.save(path)
-        kept = {file: file.stat() for file in path.parent.iterdir() if KEPT.fullmatch(file.name) and file != path}
+        kept = {
+            file: file.stat()
+            for file in path.parent.iterdir()
+            if KEPT.fullmatch(file.name) and file != path
+        }
         room = MOST - path.stat().st_size
         for file in sorted(kept, key=lambda file: kept[file].st_mtime, reverse=True):
             room -= kept[file].st_size

@@ -1,6 +1,8 @@
-"""All that is reported of some captions: scores, how sure they are, what the captions are like, and how all was computed.
+"""All that is reported of some captions: scores, how sure they are, what the captions are like, and
+how all was computed.
 
-A card is what scores.json holds; `print_cards` shows cards as a table, as JSON or as rows of a LaTeX table.
+A card is what scores.json holds; `print_cards` shows cards as a table, as JSON or as rows of a
+LaTeX table.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that pape
 ON_REQUEST = ("METEOR", "SPICE")  # by options of these names
 FORMATS = ("table", "json", "latex")
 
+
 @dataclass(frozen=True)
 class Scorer:
-    """What captions are held against, and how; METEOR's program, once started, serves all of them."""
+    """What captions are held against, and how; METEOR's program, once started, serves all of
+    them.
+    """
 
     references: References
     name: str  # of the references
@@ -42,7 +47,10 @@ class Scorer:
     def texts(self) -> list[list[str]]:
         """The references' words joined, by image, for the Java programs."""
         words = list(self.references.vocabulary)
-        return [[" ".join(words[n] for n in caption) for caption in group] for group in self.references.grouped()]
+        return [
+            [" ".join(words[n] for n in caption) for caption in group]
+            for group in self.references.grouped()
+        ]
 
     def signature(self) -> str:
         k = self.references.k
@@ -63,7 +71,9 @@ class Scorer:
 
 @dataclass
 class Card:
-    """One captioner's scores: corpus values (None: not computed, `not_computed` says why), and what they come from."""
+    """One captioner's scores: corpus values (None: not computed, `not_computed` says why), and what
+    they come from.
+    """
 
     name: str
     values: dict[str, float | None]
@@ -77,16 +87,36 @@ class Card:
 
 
 def make_card(
-    name: str, captions: Mapping[int, str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool
+    name: str,
+    captions: Mapping[int, str],
+    scorer: Scorer,
+    meteor: Meteor | NotComputed | None,
+    want_spice: bool,
 ) -> Card:
     """Score one caption for each image of the references with everything that is asked for."""
-    tokenised = dict(zip(captions, segmented_all(list(captions.values()), scorer.references.segment), strict=True))
+    tokenised = dict(
+        zip(
+            captions, segmented_all(list(captions.values()), scorer.references.segment), strict=True
+        )
+    )
     scores = score(tokenised, scorer.references)
     tokens = [tokenised[image_id] for image_id in scorer.references.rows]
     values, missing = scores.values | dict.fromkeys(scores.not_computed), dict(scores.not_computed)
-    card = Card(name, values, missing, dict(scores.per_image), scores.image_ids, _statistics(scores), {}, {}, scorer)
+    card = Card(
+        name,
+        values,
+        missing,
+        dict(scores.per_image),
+        scores.image_ids,
+        _statistics(scores),
+        {},
+        {},
+        scorer,
+    )
     _add_java(card, [" ".join(words) for words in tokens], scorer, meteor, want_spice)
-    resampled = card.resampled = resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
+    resampled = card.resampled = (
+        resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
+    )
     card.record = {
         "scores": {name: card.values[name] for name in NAMES if name in card.values},
         "intervals": {name: interval(resampled[name]) for name in NAMES if name in resampled},
@@ -99,11 +129,21 @@ def make_card(
 
 
 def _statistics(scores: Scores) -> list[Statistic]:
-    means = [mean_of(name, scores.per_image[name]) for name in ("ROUGE_L", "CIDEr") if name in scores.per_image]
+    means = [
+        mean_of(name, scores.per_image[name])
+        for name in ("ROUGE_L", "CIDEr")
+        if name in scores.per_image
+    ]
     return [Statistic(BLEU, scores.bleu_sums, bleu), *means]
 
 
-def _add_java(card: Card, texts: list[str], scorer: Scorer, meteor: Meteor | NotComputed | None, want_spice: bool) -> None:
+def _add_java(
+    card: Card,
+    texts: list[str],
+    scorer: Scorer,
+    meteor: Meteor | NotComputed | None,
+    want_spice: bool,
+) -> None:
     for name, wanted in (("METEOR", meteor is not None), ("SPICE", want_spice)):
         if not wanted:
             card.not_computed[name] = f"not asked for; pass --{name.lower()}"
@@ -112,7 +152,9 @@ def _add_java(card: Card, texts: list[str], scorer: Scorer, meteor: Meteor | Not
         try:
             if isinstance(meteor, NotComputed) and name == "METEOR":
                 raise meteor
-            found, per_image = _meteor(meteor, texts, scorer) if name == "METEOR" else _spice(texts, scorer)
+            found, per_image = (
+                _meteor(meteor, texts, scorer) if name == "METEOR" else _spice(texts, scorer)
+            )
         except NotComputed as error:
             card.not_computed[name] = str(error)
             continue
@@ -128,7 +170,9 @@ def _add_java(card: Card, texts: list[str], scorer: Scorer, meteor: Meteor | Not
 
 def _meteor(meteor: Meteor, texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
     sums = meteor.statistics(texts, scorer.texts)
-    return Statistic(("METEOR",), sums, lambda added: meteor.score(added)[:, None]), meteor.score(sums)
+    return Statistic(("METEOR",), sums, lambda added: meteor.score(added)[:, None]), meteor.score(
+        sums
+    )
 
 
 def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
@@ -137,34 +181,57 @@ def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
 
 
 def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
-    """Length in words, vocabulary, share of captions written once, of those that end as none does, and of those that no
-    training caption is."""
+    """Length in words, vocabulary, share of captions written once, of those that end as none does,
+    and of those that no training caption is."""
     captions, unfinished = [tuple(words) for words in tokens], scorer.unfinished
     lengths = np.array([len(words) for words in captions])
-    novel = None if scorer.train is None else float(np.mean([words not in scorer.train for words in captions]))
+    novel = (
+        None
+        if scorer.train is None
+        else float(np.mean([words not in scorer.train for words in captions]))
+    )
     return {
-        "words": {"mean": float(lengths.mean()), "min": int(lengths.min()), "median": float(np.median(lengths)),
-                  "max": int(lengths.max())},
-        "unfinished": float(np.mean([bool(words) and words[-1] in unfinished for words in captions])),
+        "words": {
+            "mean": float(lengths.mean()),
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "max": int(lengths.max()),
+        },
+        "unfinished": float(
+            np.mean([bool(words) and words[-1] in unfinished for words in captions])
+        ),
         "empty": int((lengths == 0).sum()),
         "vocabulary": len({word for words in captions for word in words}),
         "distinct": len(set(captions)) / len(captions),
         "novel": novel,
-        "references": {"words": {"mean": float(scorer.references.counts.mean())},
-                       "vocabulary": len(np.unique(scorer.references.tokens))},
-    }  # fmt: skip
+        "references": {
+            "words": {"mean": float(scorer.references.counts.mean())},
+            "vocabulary": len(np.unique(scorer.references.tokens)),
+        },
+    }
 
 
 def compare(card: Card, other: Card) -> dict[str, Any]:
-    """The paired bootstrap of two captioners over the same images: difference, its interval and p, by score."""
+    """The paired bootstrap of two captioners over the same images: difference, its interval and p,
+    by score.
+    """
     mine, theirs = card.resampled, other.resampled  # of one seed, so of the same images
-    found: dict[str, Any] = {"name": other.name, "scores": other.record["scores"], "differences": {}}
+    found: dict[str, Any] = {
+        "name": other.name,
+        "scores": other.record["scores"],
+        "differences": {},
+    }
     for name in NAMES:
         if name in mine and name in theirs:
-            difference, differences = card.values[name] - other.values[name], mine[name] - theirs[name]
+            difference, differences = (
+                card.values[name] - other.values[name],
+                mine[name] - theirs[name],
+            )
             found["differences"][name] = {
-                "value": difference, "interval": interval(differences), "p": p_value(difference, differences)
-            }  # fmt: skip
+                "value": difference,
+                "interval": interval(differences),
+                "p": p_value(difference, differences),
+            }
     return found
 
 
@@ -172,7 +239,11 @@ def image_lines(card: Card, captions: Mapping[int, str]) -> str:
     """Each image's caption and scores, as JSON lines in the order of the references."""
     lines, nothing = [], np.full(len(card.image_ids), np.nan)
     for row, image_id in enumerate(card.image_ids.tolist()):
-        found = {name: float(card.per_image.get(name, nothing)[row]) for name in NAMES if name in card.values}
+        found = {
+            name: float(card.per_image.get(name, nothing)[row])
+            for name in NAMES
+            if name in card.values
+        }
         scores = {name: None if np.isnan(value) else value for name, value in found.items()}
         line = {"image_id": image_id, "caption": captions[image_id], "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -188,7 +259,10 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
         names = _names(cards)
         click.echo("% " + " & ".join(["captions", *names]) + r" \\")
         for card in cards:
-            cells = [f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--" for name in names]
+            cells = [
+                f"{100 * value:.1f}" if (value := card.values.get(name)) is not None else "--"
+                for name in names
+            ]
             name = re.sub(r"([&%$#_{}])", r"\\\1", card.name)
             click.echo(" & ".join([name, *cells]) + r" \\")
             for line in _missing(card):
@@ -200,7 +274,11 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
 
 def _missing(card: Card) -> list[str]:
     """Why scores that belong to the card are not there."""
-    return [f"{name} not computed: {why}" for name, why in card.not_computed.items() if name in card.values]
+    return [
+        f"{name} not computed: {why}"
+        for name, why in card.not_computed.items()
+        if name in card.values
+    ]
 
 
 def _names(cards: Sequence[Card]) -> list[str]:
@@ -216,19 +294,45 @@ def _table(cards: Sequence[Card]) -> list[str]:
         rows.append((card.name, [_digits(card.values.get(name)) for name in names]))
         for end, word in enumerate(("from", "to")):
             if intervals:
-                rows.append((f"  95 % {word}", [_digits(intervals.get(name, (None, None))[end]) for name in names]))
+                rows.append(
+                    (
+                        f"  95 % {word}",
+                        [_digits(intervals.get(name, (None, None))[end]) for name in names],
+                    )
+                )
         if against := card.record.get("against"):
             found = against["differences"]
-            rows.append((f"against {against['name']}", [_digits(against["scores"].get(name)) for name in names]))
-            rows.append(("  difference", [f"{found[name]['value']:+.4f}" if name in found else "-" for name in names]))
+            rows.append(
+                (
+                    f"against {against['name']}",
+                    [_digits(against["scores"].get(name)) for name in names],
+                )
+            )
+            rows.append(
+                (
+                    "  difference",
+                    [f"{found[name]['value']:+.4f}" if name in found else "-" for name in names],
+                )
+            )
             for end, word in enumerate(("from", "to")):
-                ends = [f"{found[name]['interval'][end]:+.4f}" if name in found else "-" for name in names]
+                ends = [
+                    f"{found[name]['interval'][end]:+.4f}" if name in found else "-"
+                    for name in names
+                ]
                 rows.append((f"  95 % {word}", ends))
-            rows.append(("  p, paired", [_chance(found[name]["p"], card) if name in found else "-" for name in names]))
+            rows.append(
+                (
+                    "  p, paired",
+                    [_chance(found[name]["p"], card) if name in found else "-" for name in names],
+                )
+            )
     first = max(len(label) for label, _ in rows)
     widths = [max(len(name), 7) for name in names]
-    lines = [f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-             for label, cells in [("", names), *rows]]  # fmt: skip
+    lines = [
+        f"{label:<{first}}  "
+        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for label, cells in [("", names), *rows]
+    ]
     for card in cards:
         about = card.record["statistics"]
         parts = [
@@ -246,7 +350,8 @@ def _table(cards: Sequence[Card]) -> list[str]:
 
 
 def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: bool) -> None:
-    """The `count` captions with the lowest and the highest CIDEr, each with its references; `aside`: on stderr.
+    """The `count` captions with the lowest and the highest CIDEr, each with its references;
+    `aside`: on stderr.
 
     Where CIDEr is not computed, ROUGE-L stands for it.
     """
@@ -256,7 +361,9 @@ def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: b
     for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
         for row in rows.tolist():
             value = card.per_image[name][row]
-            click.echo(f"{what}  image {ids[row]}  {name} {value:.3f}  {captions[ids[row]]}", err=aside)
+            click.echo(
+                f"{what}  image {ids[row]}  {name} {value:.3f}  {captions[ids[row]]}", err=aside
+            )
             for text in texts[row]:
                 click.echo(f"         {text}", err=aside)
 

@@ -1,7 +1,7 @@
 """What every task is. Training, validation and evaluation use nothing else.
 
-A task turns a dataset into examples, and the texts that a decoder gives for them into scores. It is one file
-under pipeline/tasks/ and one line in pipeline/tasks/registry.py.
+A task turns a dataset into examples, and the texts that a decoder gives for them into scores. It is
+one file under pipeline/tasks/ and one line in pipeline/tasks/registry.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class Task(ABC):
     shown: further scores that training prints for each validation, with the names to print them by.
     unit: what its texts are called, in the plural.
     Options: a frozen dataclass of the task's own options, fields with `setting`; None: it has none.
-    scored_as_captions: `score` is that of captions, and pipeline.evaluate gives it with all that captions have
-        (intervals, METEOR, comparison with another file).
-    self_critical: whether --scst can train it: rewards are scores of a text against its image's references.
+    scored_as_captions: `score` is that of captions, and pipeline.evaluate gives it with all that
+        captions have (intervals, METEOR, comparison with another file).
+    self_critical: whether --scst can train it: rewards are scores of a text against its image's
+        references.
     """
 
     name: str
@@ -44,15 +45,18 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
-        """The examples of a split, those of one image side by side; limit: of the first images only.
+        """The examples of a split, those of one image side by side; limit: of the first images
+        only.
 
-        Raises DataError for a split that does not exist, and for one that lacks what the task needs.
+        Raises DataError for a split that does not exist, and for one that lacks what the task
+        needs.
         """
 
     @abstractmethod
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
-        """Scores by name, `metric` among them, of the text in `outputs` (by example id) for each example.
+        """Scores by name, `metric` among them, of the text in `outputs` (by example id) for each
+        example.
 
         train: the training examples, which a score may take its statistics from.
         """

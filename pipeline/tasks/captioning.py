@@ -13,16 +13,22 @@ from pipeline.tasks.base import Task
 FEW_DOCUMENTS = 100  # images below which CIDEr takes the document frequencies of train too
 SIDES = ("left", "right")  # beginnings of words that a mirrored image makes wrong
 
-# Articles, prepositions and conjunctions, after which more must come; not those that are adverbs too ("a dog looks up").
+# Articles, prepositions and conjunctions, after which more must come; not those that are adverbs
+# too ("a dog looks up").
 _ENDINGS = (
-    "a an the about against among as at beside between during for from in into like of on onto per than to toward towards upon "
-    "via with within without and although because but if nor or since that though unless until when where whereas while"
+    "a an the about against among as at beside between during for from in into like of on onto "
+    "per than to toward towards upon "
+    "via with within without and although because but if nor or since that though unless until "
+    "when where whereas while"
 )
 UNFINISHED = frozenset(_ENDINGS.split())
 
 
 class Captioning(Task):
-    """Scores are those of coco-caption: CIDEr, BLEU-1 to 4, ROUGE-L. An example's id is its image's."""
+    """Scores are those of coco-caption: CIDEr, BLEU-1 to 4, ROUGE-L.
+
+    An example's id is its image's.
+    """
 
     name = "captioning"
     metric = "CIDEr"
@@ -39,15 +45,19 @@ class Captioning(Task):
 
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
-        """As coco-caption scores them. Of fewer than FEW_DOCUMENTS images, CIDEr takes the document frequencies of
-        train and these together: of a few images they would say nothing, and of one all CIDEr would be 0.
+        """As coco-caption scores them. Of fewer than FEW_DOCUMENTS images, CIDEr takes the document
+        frequencies of train and these together: of a few images they would say nothing, and of one
+        all CIDEr would be 0.
         """
         if self._counted is None or self._counted[0] is not examples:
             captions = {example.image_id: example.targets for example in examples}
             frequencies = None
             if len(captions) < FEW_DOCUMENTS and train:
                 frequencies = {example.image_id: example.targets for example in train} | captions
-            self._counted = examples, References(captions, frequencies=frequencies, segment=self.segment)
+            self._counted = (
+                examples,
+                References(captions, frequencies=frequencies, segment=self.segment),
+            )
         return score(outputs, self._counted[1]).values
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:

@@ -14,12 +14,18 @@ TASKS: dict[str, type[Task]] = {"captioning": Captioning}
 
 
 def task_of(training: Mapping[str, Any], segment: str) -> Task:
-    """The task that a run's config.json records, with its options; UserError for one that this version does not have."""
+    """The task that a run's config.json records, with its options; UserError for one that this
+    version does not have.
+    """
     name = training.get("task", Captioning.name)
     if name not in TASKS:
-        raise UserError(f"the checkpoint was trained for task {name!r}; this version has {', '.join(TASKS)}")
+        raise UserError(
+            f"the checkpoint was trained for task {name!r}; this version has {', '.join(TASKS)}"
+        )
     options = TASKS[name].Options
     if options is None:
         return TASKS[name](segment=segment)
     known = {item.name for item in fields(options)}
-    return TASKS[name](options(**{key: value for key, value in training.items() if key in known}), segment)
+    return TASKS[name](
+        options(**{key: value for key, value in training.items() if key in known}), segment
+    )

@@ -19,26 +19,89 @@ from pipeline.sources import SourceOptions
 from pipeline.tasks.registry import TASKS
 from pipeline.training.rewards import parse_rewards
 
-# Settings by the name of a preset, chosen by the number of captions where none is named; flags and --config win over it.
+# Settings by the name of a preset, chosen by the number of captions where none is named; flags and
+# --config win over it.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # a few hundred photographs (docs/results.md): all that keeps a decoder from learning them by heart
-    "few": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.3,
-            "lr": 1e-3, "batch": 50, "region_dropout": 0.5, "ema": 0.99},
-    "tiny": {"width": 128, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "feedforward": 512, "dropout": 0.1,
-             "lr": 1e-3, "batch": 50},
-    "small": {"width": 256, "heads": 4, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1024, "dropout": 0.3,
-              "lr": 4e-4, "batch": 20},
-    "base": {"width": 512, "heads": 8, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 2048, "dropout": 0.1,
-             "lr": 3e-4, "batch": 50},
-    "large": {"width": 768, "heads": 12, "encoder_layers": 4, "decoder_layers": 4, "feedforward": 3072, "dropout": 0.1,
-              "lr": 3e-4, "batch": 50},
-    # the best known on Flickr8k within an hour on two cores, over a cache with --views flip (docs/results.md)
-    "flickr8k": {"width": 384, "heads": 6, "encoder_layers": 3, "decoder_layers": 3, "feedforward": 1536, "dropout": 0.35,
-                 "lr": 3e-4, "batch": 20, "schedule": "constant", "ema": 0.998, "epochs": 11},
-}  # fmt: skip
+    # a few hundred photographs (docs/results.md): all that keeps a decoder from learning them by
+    # heart
+    "few": {
+        "width": 128,
+        "heads": 4,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "feedforward": 512,
+        "dropout": 0.3,
+        "lr": 1e-3,
+        "batch": 50,
+        "region_dropout": 0.5,
+        "ema": 0.99,
+    },
+    "tiny": {
+        "width": 128,
+        "heads": 4,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "feedforward": 512,
+        "dropout": 0.1,
+        "lr": 1e-3,
+        "batch": 50,
+    },
+    "small": {
+        "width": 256,
+        "heads": 4,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "feedforward": 1024,
+        "dropout": 0.3,
+        "lr": 4e-4,
+        "batch": 20,
+    },
+    "base": {
+        "width": 512,
+        "heads": 8,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "feedforward": 2048,
+        "dropout": 0.1,
+        "lr": 3e-4,
+        "batch": 50,
+    },
+    "large": {
+        "width": 768,
+        "heads": 12,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "feedforward": 3072,
+        "dropout": 0.1,
+        "lr": 3e-4,
+        "batch": 50,
+    },
+    # the best known on Flickr8k within an hour on two cores, over a cache with --views flip
+    # (docs/results.md)
+    "flickr8k": {
+        "width": 384,
+        "heads": 6,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        "feedforward": 1536,
+        "dropout": 0.35,
+        "lr": 3e-4,
+        "batch": 20,
+        "schedule": "constant",
+        "ema": 0.998,
+        "epochs": 11,
+    },
+}
 # With --scst, in place of a preset's.
-SCST: Mapping[str, Any] = {"lr": 1e-5, "batch": 20, "dropout": 0.0, "epochs": 15, "temperature": 0.5}
-# A data set of few images is passed over until it had so many steps, of a twentieth of its images each.
+SCST: Mapping[str, Any] = {
+    "lr": 1e-5,
+    "batch": 20,
+    "dropout": 0.0,
+    "epochs": 15,
+    "temperature": 0.5,
+}
+# A data set of few images is passed over until it had so many steps, of a twentieth of its images
+# each.
 SMALL_SET_STEPS, SMALLEST_BATCH = 1000, 8
 VALIDATION_STEPS = 50  # at least so many steps lie between two validations of a small set
 PATIENT_STEPS = 500  # steps before which --patience does not end a run
@@ -51,94 +114,233 @@ DEFAULTS: Mapping[str, Any] = {"region_dropout": 0.0, "ema": 0.0, "schedule": "c
 class TrainConfig(SourceOptions):
     """What to train, on what, and how; None is chosen from the size of the data, and said."""
 
-    features: Path | None = setting(None, "the cache that pipeline.extract made, or none: no images  [cache/DATASET]", group="data",
-                                    may_change_on_resume=True)  # fmt: skip
-    limit: int | None = setting(None, "take only the first N train images (and of dev)", group="data", at_least=1)
-    train_on_dev: bool = setting(False, "train on dev too, where the recipe is fixed: the last epoch is kept", group="data")
-    views: bool = setting(True, "draw from the views that the cache keeps (extract --views flip)", group="data")
-    vocabulary: str = setting("word", "words, or pieces of words by byte-pair encoding", choices=("word", "bpe"), group="data")
+    features: Path | None = setting(
+        None,
+        "the cache that pipeline.extract made, or none: no images  [cache/DATASET]",
+        group="data",
+        may_change_on_resume=True,
+    )
+    limit: int | None = setting(
+        None, "take only the first N train images (and of dev)", group="data", at_least=1
+    )
+    train_on_dev: bool = setting(
+        False, "train on dev too, where the recipe is fixed: the last epoch is kept", group="data"
+    )
+    views: bool = setting(
+        True, "draw from the views that the cache keeps (extract --views flip)", group="data"
+    )
+    vocabulary: str = setting(
+        "word",
+        "words, or pieces of words by byte-pair encoding",
+        choices=("word", "bpe"),
+        group="data",
+    )
     segment: str | None = setting(
-        None, "what a word is: characters for captions without blanks between words  [words]", choices=SEGMENTS, group="data"
+        None,
+        "what a word is: characters for captions without blanks between words  [words]",
+        choices=SEGMENTS,
+        group="data",
     )
     vocab_size: int = setting(4000, "pieces, with --vocabulary bpe", at_least=1, group="data")
     max_length: int | None = setting(
-        None, "words (bpe: pieces) of a caption; longer ones are cut  [so that 99 % are whole; at least 20, bpe 30]",
-        at_least=1, group="data",
-    )  # fmt: skip
-    min_count: int | None = setting(None, "how often a word must be seen  [5; 1 below 10,000 captions]", at_least=1, group="data")
+        None,
+        "words (bpe: pieces) of a caption; longer ones are cut  [so that 99 % are whole; "
+        "at least 20, bpe 30]",
+        at_least=1,
+        group="data",
+    )
+    min_count: int | None = setting(
+        None,
+        "how often a word must be seen  [5; 1 below 10,000 captions]",
+        at_least=1,
+        group="data",
+    )
     task: str = setting("captioning", "what is learnt", registry=TASKS, group="model")
     decoder: str = setting("transformer", "which decoder", registry=DECODERS, group="model")
-    init: Path | None = setting(None, "begin with the weights, sizes and words of this run (or hf-hub:user/name)", group="model",
-                                may_change_on_resume=True)  # fmt: skip
-    preset: str | None = setting(None, "settings by name, listed below  [few, tiny, small or base by captions]",
-                                 choices=tuple(PRESETS), group="model")  # fmt: skip
+    init: Path | None = setting(
+        None,
+        "begin with the weights, sizes and words of this run (or hf-hub:user/name)",
+        group="model",
+        may_change_on_resume=True,
+    )
+    preset: str | None = setting(
+        None,
+        "settings by name, listed below  [few, tiny, small or base by captions]",
+        choices=tuple(PRESETS),
+        group="model",
+    )
     epochs: int | None = setting(
-        None, "passes over train  [300,000 captions in all, 12 to 60; of few images 1,000 steps; sample 18; --scst 15]",
-        at_least=1, group="training",
-    )  # fmt: skip
-    minutes: float | None = setting(None, "end after so long, validation included; whichever of this and --epochs is first",
-                                    above=0, group="training")  # fmt: skip
+        None,
+        "passes over train  [300,000 captions in all, 12 to 60; of few images 1,000 "
+        "steps; sample 18; --scst 15]",
+        at_least=1,
+        group="training",
+    )
+    minutes: float | None = setting(
+        None,
+        "end after so long, validation included; whichever of this and --epochs is first",
+        above=0,
+        group="training",
+    )
     batch: int | None = setting(
-        None, "images a step, over all processes, with all captions  [by preset, of few images a 20th; with --scst 20]",
-        at_least=1, group="training",
-    )  # fmt: skip
-    lr: float | None = setting(None, "peak learning rate  [by preset; with --scst 1e-5]", above=0, group="training")
-    schedule: str | None = setting(None, "of the learning rate, after warm-up  [by preset, else cosine]", choices=SCHEDULES,
-                                   group="training")  # fmt: skip
-    warmup: float = setting(0.05, "share of the training before the peak", at_least=0, below=1, group="training")
+        None,
+        "images a step, over all processes, with all captions  [by preset, of few images "
+        "a 20th; with --scst 20]",
+        at_least=1,
+        group="training",
+    )
+    lr: float | None = setting(
+        None, "peak learning rate  [by preset; with --scst 1e-5]", above=0, group="training"
+    )
+    schedule: str | None = setting(
+        None,
+        "of the learning rate, after warm-up  [by preset, else cosine]",
+        choices=SCHEDULES,
+        group="training",
+    )
+    warmup: float = setting(
+        0.05, "share of the training before the peak", at_least=0, below=1, group="training"
+    )
     weight_decay: float = setting(0.01, "of AdamW, on matrices only", at_least=0, group="training")
-    label_smoothing: float = setting(0.1, "mass given to all words alike", at_least=0, below=1, group="training")
+    label_smoothing: float = setting(
+        0.1, "mass given to all words alike", at_least=0, below=1, group="training"
+    )
     clip: float = setting(1.0, "largest gradient norm", above=0, group="training")
     ema: float | None = setting(
-        None, "decay of a moving average of the weights, which is what is scored and kept; 0: none  [by preset, else 0]",
-        at_least=0, below=1, group="training",
-    )  # fmt: skip
-    region_dropout: float | None = setting(None, "share of an image's regions left out of a step  [by preset, else 0]",
-                                           at_least=0, below=1, group="training")  # fmt: skip
-    word_dropout: float = setting(0.0, "share of the words read that become <unk>", at_least=0, below=1, group="training")
-    scheduled_sampling: float = setting(0.0, "share of the words read that become the model's own, at the end; from 0 on",
-                                        at_least=0, below=1, group="training")  # fmt: skip
-    eval_steps: int | None = setting(None, "steps between validations on dev  [an epoch; for a small set 50]", at_least=1,
-                                     group="training")  # fmt: skip
-    patience: int = setting(5, "validations without a better score on dev before the early stop, from step "
-                            f"{PATIENT_STEPS} on", at_least=1, group="training")  # fmt: skip
+        None,
+        "decay of a moving average of the weights, which is what is scored and kept; 0: "
+        "none  [by preset, else 0]",
+        at_least=0,
+        below=1,
+        group="training",
+    )
+    region_dropout: float | None = setting(
+        None,
+        "share of an image's regions left out of a step  [by preset, else 0]",
+        at_least=0,
+        below=1,
+        group="training",
+    )
+    word_dropout: float = setting(
+        0.0, "share of the words read that become <unk>", at_least=0, below=1, group="training"
+    )
+    scheduled_sampling: float = setting(
+        0.0,
+        "share of the words read that become the model's own, at the end; from 0 on",
+        at_least=0,
+        below=1,
+        group="training",
+    )
+    eval_steps: int | None = setting(
+        None,
+        "steps between validations on dev  [an epoch; for a small set 50]",
+        at_least=1,
+        group="training",
+    )
+    patience: int = setting(
+        5,
+        "validations without a better score on dev before the early "
+        "stop, from step "
+        f"{PATIENT_STEPS} on",
+        at_least=1,
+        group="training",
+    )
     beam: int = setting(5, "beams on dev, and the run's default", at_least=1, group="training")
-    length_penalty: float = setting(1.0, "exponent of the length that scores are divided by, and the run's default",
-                                    group="training")  # fmt: skip
-    scst: bool = setting(False, "self-critical training of --init: raise the reward of the captions it draws itself",
-                         group="self-critical")  # fmt: skip
+    length_penalty: float = setting(
+        1.0,
+        "exponent of the length that scores are divided by, and the run's default",
+        group="training",
+    )
+    scst: bool = setting(
+        False,
+        "self-critical training of --init: raise the reward of the captions it draws itself",
+        group="self-critical",
+    )
     num_samples: int = setting(5, "captions drawn of each image", at_least=1, group="self-critical")
-    samples: str = setting("random", "how they are found", choices=("random", "beam"), group="self-critical")
-    temperature: float | None = setting(None, "of the distribution they are drawn from and that is trained  [0.5]", above=0,
-                                        group="self-critical")  # fmt: skip
-    baseline: str = setting("mean", "rewards are compared with the other samples' mean or that of greedy decoding",
-                            choices=("mean", "greedy"), group="self-critical")  # fmt: skip
-    reward: str = setting("CIDEr", "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable", group="self-critical")
-    out: Path | None = setting(None, "folder of the run  [runs/DATASET]", group="output", may_change_on_resume=True)
-    resume: bool = setting(False, "go on with the run in --out", group="output", may_change_on_resume=True)
-    save_every: float = setting(10.0, "minutes between saves within an epoch, for --resume", at_least=0, group="output",
-                                may_change_on_resume=True)  # fmt: skip
-    log_every: int = setting(50, "steps between lines of metrics.jsonl within an epoch", at_least=1, group="output",
-                             may_change_on_resume=True)  # fmt: skip
-    wandb: bool = setting(False, "log to Weights & Biases too", group="output", may_change_on_resume=True)
-    accumulate: int = setting(1, "parts that a step's images are taken in: less memory, the same step", at_least=1,
-                              group="machine", may_change_on_resume=True)  # fmt: skip
-    compile: bool = setting(False, "compile the model: faster steps on a GPU after a first slow one", group="machine",
-                            may_change_on_resume=True)  # fmt: skip
-    cache_in: str = setting("auto", "where features are kept while training", choices=("auto", "disk", "ram", "device"),
-                            group="machine", may_change_on_resume=True)  # fmt: skip
-    device: str = setting("auto", "where to train", choices=DEVICES, group="machine", may_change_on_resume=True)
-    precision: str = setting("auto", "precision of matrix products", choices=PRECISIONS, group="machine")
+    samples: str = setting(
+        "random", "how they are found", choices=("random", "beam"), group="self-critical"
+    )
+    temperature: float | None = setting(
+        None,
+        "of the distribution they are drawn from and that is trained  [0.5]",
+        above=0,
+        group="self-critical",
+    )
+    baseline: str = setting(
+        "mean",
+        "rewards are compared with the other samples' mean or that of greedy decoding",
+        choices=("mean", "greedy"),
+        group="self-critical",
+    )
+    reward: str = setting(
+        "CIDEr",
+        "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable",
+        group="self-critical",
+    )
+    out: Path | None = setting(
+        None, "folder of the run  [runs/DATASET]", group="output", may_change_on_resume=True
+    )
+    resume: bool = setting(
+        False, "go on with the run in --out", group="output", may_change_on_resume=True
+    )
+    save_every: float = setting(
+        10.0,
+        "minutes between saves within an epoch, for --resume",
+        at_least=0,
+        group="output",
+        may_change_on_resume=True,
+    )
+    log_every: int = setting(
+        50,
+        "steps between lines of metrics.jsonl within an epoch",
+        at_least=1,
+        group="output",
+        may_change_on_resume=True,
+    )
+    wandb: bool = setting(
+        False, "log to Weights & Biases too", group="output", may_change_on_resume=True
+    )
+    accumulate: int = setting(
+        1,
+        "parts that a step's images are taken in: less memory, the same step",
+        at_least=1,
+        group="machine",
+        may_change_on_resume=True,
+    )
+    compile: bool = setting(
+        False,
+        "compile the model: faster steps on a GPU after a first slow one",
+        group="machine",
+        may_change_on_resume=True,
+    )
+    cache_in: str = setting(
+        "auto",
+        "where features are kept while training",
+        choices=("auto", "disk", "ram", "device"),
+        group="machine",
+        may_change_on_resume=True,
+    )
+    device: str = setting(
+        "auto", "where to train", choices=DEVICES, group="machine", may_change_on_resume=True
+    )
+    precision: str = setting(
+        "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
+    )
     seed: int = setting(0, "of weights, order and dropout", group="machine")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init and self.preset:
-            raise UserError(f"--preset {self.preset} goes with no --init, whose sizes stay; pass --lr and others by themselves")
+            raise UserError(
+                f"--preset {self.preset} goes with no --init, whose sizes stay; pass --lr and "
+                "others by themselves"
+            )
         if self.scst:
             self._check_scst()
         else:
-            self._refuse_changed("of --scst", "num_samples", "samples", "temperature", "baseline", "reward")
+            self._refuse_changed(
+                "of --scst", "num_samples", "samples", "temperature", "baseline", "reward"
+            )
 
     @property
     def decoder_options(self) -> Mapping[str, Any]:
@@ -148,14 +350,26 @@ class TrainConfig(SourceOptions):
     def _check_scst(self) -> None:
         parse_rewards(self.reward)
         if self.init is None:
-            raise UserError("--scst needs --init: a run of pipeline.train, trained on the captions first")
+            raise UserError(
+                "--scst needs --init: a run of pipeline.train, trained on the captions first"
+            )
         if self.num_samples == 1 and not (self.samples == "random" and self.baseline == "greedy"):
-            raise UserError("--num-samples 1 leaves no others to hold it against; at least 2, or --baseline greedy")
+            raise UserError(
+                "--num-samples 1 leaves no others to hold it against; at least 2, or "
+                "--baseline greedy"
+            )
         if self.samples == "beam" and self.baseline == "greedy":
-            raise UserError("--samples beam: they are held against their own mean, with no --baseline greedy")
+            raise UserError(
+                "--samples beam: they are held against their own mean, with no --baseline greedy"
+            )
         if self.samples == "beam" and self.temperature is not None:
             raise UserError("--samples beam: beams are not drawn, they have no --temperature")
-        self._refuse_changed("of training on captions, not of --scst", "word_dropout", "scheduled_sampling", "label_smoothing")
+        self._refuse_changed(
+            "of training on captions, not of --scst",
+            "word_dropout",
+            "scheduled_sampling",
+            "label_smoothing",
+        )
 
     def _refuse_changed(self, what: str, *names: str) -> None:
         """UserError where one of these settings, which would do nothing, is not its default."""
@@ -180,28 +394,49 @@ def resolve(
 ) -> TrainConfig:
     """The settings with a value for each that the options leave open (None).
 
-    Later ones win: DEFAULTS, the preset, what --init has, SCST, what follows from the size of the data, and what
+    Later ones win: DEFAULTS, the preset, what --init has, SCST, what follows from the size of the
+        data, and what
     was given.
     sizes, vocabulary: those of --init, which stay; UserError where an option has another.
     """
     captions, images = train.texts, len(train)
     preset = config.preset or choose_preset(config, captions)
-    values = {**DEFAULTS, "min_count": 5 if captions >= 10_000 else 1, **PRESETS[preset], "preset": preset}
+    values = {
+        **DEFAULTS,
+        "min_count": 5 if captions >= 10_000 else 1,
+        **PRESETS[preset],
+        "preset": preset,
+    }
     if sizes:
         config = _with_words_of_init(config, sizes, vocabulary)
         values |= {**DEFAULTS, **sizes, "preset": None, "min_count": None}
     if config.scst:
         values |= SCST if config.samples == "random" else {**SCST, "temperature": None}
     values |= _values_by_size(config, values, captions, images)
-    names = [item.name for item in options_of(next(f for f in fields(config) if f.name == "decoder"), config.decoder)]
-    options = {name: values[name] for name in names if name in values} | dict(config.decoder_options)
-    open_ones = {name: values[name] for name in vars(config) if name in values and getattr(config, name) is None}
+    names = [
+        item.name
+        for item in options_of(
+            next(f for f in fields(config) if f.name == "decoder"), config.decoder
+        )
+    ]
+    options = {name: values[name] for name in names if name in values} | dict(
+        config.decoder_options
+    )
+    open_ones = {
+        name: values[name]
+        for name in vars(config)
+        if name in values and getattr(config, name) is None
+    }
     extensions = {**config.extensions, **({"decoder": options} if options else {})}
     return replace(config, **open_ones, extensions=extensions, precision=machine.precision)
 
 
-def _with_words_of_init(config: TrainConfig, sizes: Mapping[str, Any], vocabulary: Vocabulary | None) -> TrainConfig:
-    """The settings with the kind of words of --init; UserError where an option contradicts its sizes or words."""
+def _with_words_of_init(
+    config: TrainConfig, sizes: Mapping[str, Any], vocabulary: Vocabulary | None
+) -> TrainConfig:
+    """The settings with the kind of words of --init; UserError where an option contradicts its
+    sizes or words.
+    """
     given = {**config.decoder_options, "max_length": config.max_length}
     for name, value in given.items():
         if name != "dropout" and value not in (None, sizes.get(name)):
@@ -209,11 +444,15 @@ def _with_words_of_init(config: TrainConfig, sizes: Mapping[str, Any], vocabular
     kind = "bpe" if isinstance(vocabulary, Subwords) else "word"
     if config.vocabulary not in ("word", kind):
         raise UserError(f"--vocabulary is {config.vocabulary}, {config.init} has words")
-    config._refuse_changed(f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size")
+    config._refuse_changed(
+        f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size"
+    )
     return replace(config, vocabulary=kind)
 
 
-def _values_by_size(config: TrainConfig, values: Mapping[str, Any], captions: int, images: int) -> dict[str, Any]:
+def _values_by_size(
+    config: TrainConfig, values: Mapping[str, Any], captions: int, images: int
+) -> dict[str, Any]:
     """Batch, epochs and steps between validations, by the size of the data."""
     found: dict[str, Any] = {"batch": values["batch"], "epochs": None}
     if not config.minutes or (config.preset and "epochs" in values):
@@ -233,8 +472,9 @@ def _values_by_size(config: TrainConfig, values: Mapping[str, Any], captions: in
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The learning rate where `done` (0 to 1) of the training is over: a straight rise over its first `warmup`, then half a
-    cosine to zero, or noam's inverse square root of the time (Vaswani et al. 2017), or no change."""
+    """The learning rate where `done` (0 to 1) of the training is over: a straight rise over its
+    first `warmup`, then half a cosine to zero, or noam's inverse square root of the time (Vaswani
+    et al. 2017), or no change."""
     if done < config.warmup:
         return config.lr * done / config.warmup
     if config.schedule == "noam":

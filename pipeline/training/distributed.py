@@ -1,6 +1,8 @@
-"""One run as several processes: torchrun starts them, here they join, add up and wait for each other.
+"""One run as several processes: torchrun starts them, here they join, add up and wait for each
+other.
 
-Every function does the plain thing where there is one process. Tensors that are added lie on the CPU, so that no device waits.
+Every function does the plain thing where there is one process. Tensors that are added lie on the
+CPU, so that no device waits.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ import torch.distributed as dist
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 
-PATIENCE = timedelta(hours=1)  # for a process that is alive: scoring a large dev split takes its time
+PATIENCE = timedelta(
+    hours=1
+)  # for a process that is alive: scoring a large dev split takes its time
 LOST = ("Connection closed", "Connection reset", "gloo", "NCCL", "Timed out", "Broken pipe")
 
 
 @contextlib.contextmanager
 def joined(machine: Machine) -> Iterator[None]:
-    """Join the run's other processes, and leave them at the end; UserError where one of them is lost."""
+    """Join the run's other processes, and leave them at the end; UserError where one of them is
+    lost.
+    """
     if machine.world == 1:
         yield
         return
@@ -45,7 +51,8 @@ def joined(machine: Machine) -> Iterator[None]:
             raise
         told = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"rank {machine.rank} lost the other processes of the run ({told}); where one ended, its own error says why; go on "
+            f"rank {machine.rank} lost the other processes of the run ({told}); where one "
+            "ended, its own error says why; go on "
             "with --resume"
         ) from error
     finally:
@@ -96,9 +103,10 @@ def first_alone(machine: Machine) -> Iterator[None]:
 
 
 def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
-    """float16 of `size` bytes that all processes of a machine share, and whether this one is to fill it; None where the system
-    has no such memory. It is a file without a name, which goes when the last process does, however it ends, and is no
-    part of /dev/shm, of which containers have little. Call `barrier` once it is filled."""
+    """float16 of `size` bytes that all processes of a machine share, and whether this one is to
+    fill it; None where the system has no such memory. It is a file without a name, which goes when
+    the last process does, however it ends, and is no part of /dev/shm, of which containers have
+    little. Call `barrier` once it is filled."""
     if not hasattr(os, "memfd_create"):
         return None
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -106,7 +114,11 @@ def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
     if first:
         os.ftruncate(made, size)
     here = socket.gethostname()
-    where = next((pid, fd) for host, pid, fd in all_gather((here, os.getpid(), made)) if host == here and fd >= 0)
+    where = next(
+        (pid, fd)
+        for host, pid, fd in all_gather((here, os.getpid(), made))
+        if host == here and fd >= 0
+    )
     file = made if first else os.open(f"/proc/{where[0]}/fd/{where[1]}", os.O_RDWR)
     memory = np.frombuffer(mmap.mmap(file, size), np.float16)
     barrier()  # until all have it

@@ -1,6 +1,8 @@
-"""What a run tells while it trains: metrics.jsonl always, TensorBoard where it is installed, Weights & Biases where asked for.
+"""What a run tells while it trains: metrics.jsonl always, TensorBoard where it is installed,
+Weights & Biases where asked for.
 
-A line within an epoch has `step`, `epoch` (a fraction) and `train`; at an epoch's end also `dev` and `seconds`.
+A line within an epoch has `step`, `epoch` (a fraction) and `train`; at an epoch's end also `dev`
+and `seconds`.
 """
 
 from __future__ import annotations
@@ -37,9 +39,17 @@ class Journal:
         """Those with scores on dev."""
         return [line for line in self.lines if "dev" in line]
 
-    def begin(self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None) -> None:
-        """Start, or go on after `step` with the lines of `epochs`: what a run that was killed told later is taken back."""
-        within = [line for line in self._read() if "seconds" not in line and line["step"] <= step] if step else []
+    def begin(
+        self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None
+    ) -> None:
+        """Start, or go on after `step` with the lines of `epochs`: what a run that was killed told
+        later is taken back.
+        """
+        within = (
+            [line for line in self._read() if "seconds" not in line and line["step"] <= step]
+            if step
+            else []
+        )
         self.lines = sorted([*within, *epochs], key=lambda line: (line["step"], "seconds" in line))
         if not self.enabled:
             return
@@ -47,15 +57,28 @@ class Journal:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            say("TensorBoard is not installed (pip install 'onceover[tensorboard]'); metrics.jsonl has the same figures")
+            say(
+                "TensorBoard is not installed (pip install 'onceover[tensorboard]'); "
+                "metrics.jsonl has the same figures"
+            )
         else:
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0)
+            self.board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0
+            )
         if self.wandb:
             try:
-                started = self.wandb.init(project="onceover", name=self.folder.name, id=wandb_id, resume="allow",
-                                          dir=str(self.folder), config=dict(self.record))  # fmt: skip
+                started = self.wandb.init(
+                    project="onceover",
+                    name=self.folder.name,
+                    id=wandb_id,
+                    resume="allow",
+                    dir=str(self.folder),
+                    config=dict(self.record),
+                )
             except Exception as error:  # not logged in, no network: its errors are of many kinds
-                raise UserError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, mends it mostly") from error
+                raise UserError(
+                    f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, mends it mostly"
+                ) from error
             self.wandb_id = started.id
 
     def add(self, line: dict[str, Any]) -> None:
@@ -64,7 +87,11 @@ class Journal:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        values = {f"{part}/{name}": value for part in ("train", "dev") for name, value in line.get(part, {}).items()}
+        values = {
+            f"{part}/{name}": value
+            for part in ("train", "dev")
+            for name, value in line.get(part, {}).items()
+        }
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, line["step"])
@@ -79,10 +106,14 @@ class Journal:
             self.wandb.finish()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines on the disk; what is no line of a journal, as a last one that a killed process left half-written, is left
-        out."""
+        """The lines on the disk; what is no line of a journal, as a last one that a killed process
+        left half-written, is left out."""
         found = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else ():
+        for text in (
+            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if self.path.exists()
+            else ()
+        ):
             with contextlib.suppress(ValueError, RecursionError):
                 found.append(json.loads(text))
         return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
@@ -92,5 +123,7 @@ class Journal:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("--wandb: it is not installed; install it with: pip install 'onceover[wandb]'") from error
+            raise UserError(
+                "--wandb: it is not installed; install it with: pip install 'onceover[wandb]'"
+            ) from error
         return wandb

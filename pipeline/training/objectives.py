@@ -1,8 +1,9 @@
-"""What training strives for: the likelihood of the references' words, or by --scst the reward of what the captioner says.
+"""What training strives for: the likelihood of the references' words, or by --scst the reward of
+what the captioner says.
 
-An objective gives the sum, over what it counts, of a loss to be lowered and of figures to be told; a step's gradient is that of
-the sum over all processes and parts, divided by the number counted, so that one process = two. B images, K samples an image,
-L words at most.
+An objective gives the sum, over what it counts, of a loss to be lowered and of figures to be told;
+a step's gradient is that of the sum over all processes and parts, divided by the number counted, so
+that one process = two. B images, K samples an image, L words at most.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from pipeline.training.rewards import Rewards
 
 
 class Sums(NamedTuple):
-    """`loss`, with its gradient, and detached figures [M] by the objective's `names`, the loss first."""
+    """`loss`, with its gradient, and detached figures [M] by the objective's `names`, the loss
+    first.
+    """
 
     loss: Tensor
     figures: Tensor
@@ -58,34 +61,58 @@ class CrossEntropy:
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
         config = self.config
-        noise = Noise(config.region_dropout or 0.0, config.word_dropout, config.scheduled_sampling * done, UNK)
+        noise = Noise(
+            config.region_dropout or 0.0, config.word_dropout, config.scheduled_sampling * done, UNK
+        )
         with self.machine.autocast():
             regions = Regions(part.features, part.boxes, part.counts)
-            loss, _ = caption_loss(forward, regions, part.tokens, PAD, config.label_smoothing, noise, part.prompt_lengths)
+            loss, _ = caption_loss(
+                forward,
+                regions,
+                part.tokens,
+                PAD,
+                config.label_smoothing,
+                noise,
+                part.prompt_lengths,
+            )
         return Sums(loss, loss.detach()[None])
 
 
 class SelfCritical:
-    """Self-critical sequence training (Rennie et al. 2017): K captions of each image drawn from the captioner, each made
-    likelier by its reward less a baseline: the mean reward of the image's other samples (Luo 2020), or that of its greedy
-    caption; or the K captions of beam search against their mean, as Cornia et al. 2020 have it.
+    """Self-critical sequence training (Rennie et al. 2017): K captions of each image drawn from the
+    captioner, each made likelier by its reward less a baseline: the mean reward of the image's
+    other samples (Luo 2020), or that of its greedy caption; or the K captions of beam search
+    against their mean, as Cornia et al. 2020 have it.
 
-    An image is encoded once a step, with its gradient; samples are drawn over that without one, and one teacher-forced pass
-    over them gives their log p. What is drawn follows from (seed, step, image id): the same samples in one process and in
-    several. Dropout, also of regions, where there is any, acts in both passes.
+    An image is encoded once a step, with its gradient; samples are drawn over that without one, and
+    one teacher-forced pass over them gives their log p. What is drawn follows from (seed, step,
+    image id): the same samples in one process and in several. Dropout, also of regions, where there
+    is any, acts in both passes.
 
-    The distribution drawn from, and trained, is the captioner's at `temperature`. Below 1 the samples are such as decoding
-    gives, and what is learnt is which of those is best; at 1 it is at first that likely captions are better than unlikely ones,
-    which decoding knows (docs/log.md has what it brings).
+    The distribution drawn from, and trained, is the captioner's at `temperature`. Below 1 the
+    samples are such as decoding gives, and what is learnt is which of those is best; at 1 it is at
+    first that likely captions are better than unlikely ones, which decoding knows (docs/log.md has
+    what it brings).
     """
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
 
-    def __init__(self, config: TrainConfig, machine: Machine, captioner: Decoder, rewards: Rewards) -> None:
-        self.config, self.machine, self.captioner, self.rewards = config, machine, captioner, rewards
+    def __init__(
+        self, config: TrainConfig, machine: Machine, captioner: Decoder, rewards: Rewards
+    ) -> None:
+        self.config, self.machine, self.captioner, self.rewards = (
+            config,
+            machine,
+            captioner,
+            rewards,
+        )
         k = config.num_samples
-        search = {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
-        self.policy = Generation(num_return_sequences=k, temperature=config.temperature or 1.0, **search)
+        search = (
+            {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
+        )
+        self.policy = Generation(
+            num_return_sequences=k, temperature=config.temperature or 1.0, **search
+        )
         self.greedy = Generation(num_beams=1)
 
     def counted(self, batch: Batch) -> int:
@@ -99,7 +126,9 @@ class SelfCritical:
 
     def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
         """Of `part`, on the device; UserError for a reward that is not finite."""
-        regions = drop_regions(Regions(part.features, part.boxes, part.counts), self.config.region_dropout or 0.0)
+        regions = drop_regions(
+            Regions(part.features, part.boxes, part.counts), self.config.region_dropout or 0.0
+        )
         with self.machine.autocast():
             memory = self.captioner.encode(regions)
         samples = self.draw(memory, part.image_ids, step)
@@ -119,10 +148,17 @@ class SelfCritical:
             if self.config.samples == "beam":
                 return beam_search(self.captioner, memory, self.policy).tokens.clone()
             shape = self.config.num_samples, self.policy.limit(self.captioner.config.max_length)
-            drawn = [np.random.default_rng((self.config.seed, step, i)).random(shape, np.float32) for i in image_ids]
-            return sample(self.captioner, memory, self.policy, uniforms=torch.from_numpy(np.stack(drawn))).tokens
+            drawn = [
+                np.random.default_rng((self.config.seed, step, i)).random(shape, np.float32)
+                for i in image_ids
+            ]
+            return sample(
+                self.captioner, memory, self.policy, uniforms=torch.from_numpy(np.stack(drawn))
+            ).tokens
 
-    def baseline(self, memory: Memory, rewards: Tensor, image_ids: Sequence[int], step: int) -> Tensor:
+    def baseline(
+        self, memory: Memory, rewards: Tensor, image_ids: Sequence[int], step: int
+    ) -> Tensor:
         """What the rewards [B,K] are held against, [B,1] or [B,K]."""
         if self.config.samples == "beam":
             return rewards.mean(1, keepdim=True)
@@ -135,8 +171,13 @@ class SelfCritical:
     def rewarded(self, samples: Tensor, image_ids: Sequence[int], step: int) -> Tensor:
         rewards = self.rewards(image_ids, samples)
         if rewards.device.type == "cpu" and not (good := rewards.isfinite().all(1)).all():
-            wrong = ", ".join(str(i) for i, fine in zip(image_ids, good.tolist(), strict=True) if not fine)
-            raise UserError(f"a reward is not a finite number at step {step}, images {wrong}; the run is as it was last saved")
+            wrong = ", ".join(
+                str(i) for i, fine in zip(image_ids, good.tolist(), strict=True) if not fine
+            )
+            raise UserError(
+                f"a reward is not a finite number at step {step}, images {wrong}; the run is "
+                "as it was last saved"
+            )
         return rewards.to(samples.device)
 
 
@@ -144,7 +185,12 @@ Objective = CrossEntropy | SelfCritical
 
 
 def make_objective(
-    config: TrainConfig, machine: Machine, task: Task, captioner: Decoder, train: ImageTexts, vocabulary: Vocabulary
+    config: TrainConfig,
+    machine: Machine,
+    task: Task,
+    captioner: Decoder,
+    train: ImageTexts,
+    vocabulary: Vocabulary,
 ) -> Objective:
     if not config.scst:
         return CrossEntropy(config, machine, task.unit)

@@ -1,1 +1,3 @@
-"""Extensions from outside: a task, a decoder and a kind of regions, each one file and one line that registers it."""
+"""Extensions from outside: a task, a decoder and a kind of regions, each one file and one line that
+registers it.
+"""

@@ -55,7 +55,10 @@ class BagOfRegions(Decoder):
         self.out = nn.Linear(width, config.words)
 
     def encode(self, regions: Regions) -> BagMemory:
-        is_region = torch.arange(regions.features.shape[1], device=regions.features.device) < regions.counts[:, None]
+        is_region = (
+            torch.arange(regions.features.shape[1], device=regions.features.device)
+            < regions.counts[:, None]
+        )
         total = (self.region(regions.features.float()) * is_region[..., None]).sum(1)
         return BagMemory(total / regions.counts.clamp(min=1)[:, None])
 

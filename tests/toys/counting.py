@@ -15,7 +15,9 @@ NUMBERS = ("zero", "one", "two", "three")
 
 @dataclass(frozen=True)
 class CountingOptions:
-    questions: int = field(default=2, metadata={"help": "questions an image", "at_least": 1, "at_most": len(SHAPES)})
+    questions: int = field(
+        default=2, metadata={"help": "questions an image", "at_least": 1, "at_most": len(SHAPES)}
+    )
 
 
 class Counting(Task):
@@ -25,10 +27,16 @@ class Counting(Task):
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
         scenes, found = load_scenes(source.root), []
         for image in source.select(split)[:limit]:
-            shapes = sorted(SHAPES, key=lambda shape: (hash_of(image.id, shape), shape))[: self.options.questions]
+            shapes = sorted(SHAPES, key=lambda shape: (hash_of(image.id, shape), shape))[
+                : self.options.questions
+            ]
             for shape in shapes:
                 count = sum(thing.shape == shape for thing in scenes[image.id].things)
-                prompt = f"how many {shape} shapes are there" if image.id % 2 else f"number of {shape} shapes"
+                prompt = (
+                    f"how many {shape} shapes are there"
+                    if image.id % 2
+                    else f"number of {shape} shapes"
+                )
                 found.append(Example(f"{image.id}-{shape}", image.id, prompt, (NUMBERS[count],)))
         return found
 

@@ -20,7 +20,9 @@ SIDE, CHANNELS = 24, 16
 
 @dataclass(frozen=True)
 class PixelOptions:
-    columns: int = field(default=4, metadata={"help": "columns of a photograph", "at_least": 1, "at_most": SIDE})
+    columns: int = field(
+        default=4, metadata={"help": "columns of a photograph", "at_least": 1, "at_most": SIDE}
+    )
 
 
 class PixelProjections(Backbone):
@@ -43,10 +45,14 @@ class PixelProjections(Backbone):
         return {"size": (SIDE, SIDE), "interpolation": "bilinear"}
 
     def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
-        columns = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, (SIDE, self.columns))  # [B,3,SIDE,columns]
+        columns = torch.nn.functional.adaptive_avg_pool2d(
+            pixels.float() / 255, (SIDE, self.columns)
+        )  # [B,3,SIDE,columns]
         features = columns.permute(0, 3, 1, 2).flatten(2) @ self.matrix
         boxes = grid_boxes(1, self.columns).to(pixels.device).expand(len(pixels), -1, -1)
-        return Regions(features, boxes, torch.full((len(pixels),), self.columns, device=pixels.device))
+        return Regions(
+            features, boxes, torch.full((len(pixels),), self.columns, device=pixels.device)
+        )
 
 
 def open_pixels(options: PixelOptions, dataset: str, seed: int) -> PixelProjections:
