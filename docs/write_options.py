@@ -1,0 +1,84 @@
+"""Write docs/extract.md, train.md, evaluate.md and caption.md from the classes of the options.
+
+    python docs/write_options.py
+
+tests/test_docs.py compares the pages with what this gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.caption import CaptionConfig
+from pipeline.cli import flag_of, options_of
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.extract import ExtractConfig
+from pipeline.train import describe_preset
+from pipeline.training.config import PRESETS, TrainConfig
+
+FOLDER = Path(__file__).parent
+COMMANDS = {
+    "extract": (ExtractConfig, "Stage one: photographs to a cache of region features."),
+    "train": (TrainConfig, "Stage two: train a decoder over a cache."),
+    "evaluate": (EvaluateConfig, "Score a checkpoint over a cache, or a file of captions."),
+    "caption": (CaptionConfig, "Caption photographs with a checkpoint."),
+}
+
+
+def page(name: str) -> str:
+    """The page of a command, as Markdown."""
+    config, purpose = COMMANDS[name]
+    lines = [
+        f"# python -m pipeline.{name}",
+        "",
+        f"{purpose} `--config FILE` sets any option, from TOML or an earlier run's",
+        "config.json; options on the command line win over it. `docs/write_options.py` writes this page.",
+    ]
+    groups: dict[str, list[Any]] = {}
+    for item in fields(config):
+        if item.name != "extensions" and not item.metadata["name"]:
+            groups.setdefault(item.metadata["group"], []).append(item)
+    for group, items in sorted(groups.items(), key=lambda pair: pair[0] == ""):
+        lines += ["", f"## {group.capitalize() + ' options' if group else 'Other options'}", ""]
+        lines += table(items)
+    for item in fields(config):
+        for entry in item.metadata.get("registry") or ():
+            if options := options_of(item, entry):
+                lines += ["", f"## With `{flag_of(item.name)} {entry}`", "", *table(options)]
+    if config is TrainConfig:
+        lines += ["", "## Presets", "", "| `--preset` | sets |", "|---|---|"]
+        lines += [
+            f"| `{preset}` | {describe_preset(values)} |" for preset, values in PRESETS.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def table(items: Iterable[Any]) -> list[str]:
+    rows = ["| option | default | what it does |", "|---|---|---|"]
+    for item in items:
+        text, _, default = item.metadata["help"].partition("  [")
+        default = default.removesuffix("]")
+        if not default and item.default not in (None, (), "", MISSING):
+            default = (
+                {True: "on", False: "off"}.get(item.default, str(item.default))
+                if isinstance(item.default, bool)
+                else str(item.default)
+            )
+        choices = item.metadata.get("choices") or item.metadata.get("registry") or ()
+        if choices:
+            text += f": {', '.join(f'`{choice}`' for choice in choices)}"
+        cells = [f"`{flag_of(item.name)}`", default, text]
+        rows.append(
+            "| "
+            + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+            + " |"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    for name in COMMANDS:
+        (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
