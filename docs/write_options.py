@@ -35,7 +35,8 @@ def page(name: str) -> str:
         f"# python -m pipeline.{name}",
         "",
         f"{purpose} `--config FILE` sets any option, from TOML or an earlier run's",
-        "config.json; options on the command line win over it. `docs/write_options.py` writes this page.",
+        "config.json; options on the command line win over it. This page is written by",
+        "`docs/write_options.py`.",
     ]
     groups: dict[str, list[Any]] = {}
     for item in fields(config):

@@ -86,7 +86,7 @@ def main(config: ExtractConfig) -> None:
     """Run a CNN over every image once and cache its region features in HDF5.
 
     Without options: draws the embedded sample of simple scenes and extracts it with the package's
-        own small backbone.
+    own small backbone.
     """
     cache = config.out or Path("cache") / config.dataset
     if config.verify or config.inspect or config.pack:
@@ -103,18 +103,26 @@ def main(config: ExtractConfig) -> None:
     again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
     announce(cache, source, images, shards, again, recipe)
     prepare_folder(cache, recipe)
-    with (
-        Claims(cache) as claims,
-        progress(to_do([*shards, *again], machine), "images", "extract") as bar,
-    ):
-        mine = shards[
-            machine.rank :: machine.world
-        ]  # then the others': whoever is done early helps
-        made = extract_shards(
-            [*mine, *(shard for shard in shards if shard not in mine), *again], claims, recipe, bar
-        )
-        make_the_rest(made, images, cache, claims, recipe, bar)
+    bar = extract_all(images, cache, shards, again, recipe)
     finish(cache, images, bar)
+
+
+def extract_all(
+    images: Sequence[Image],
+    cache: Path,
+    shards: Sequence[Shard],
+    again: Sequence[Shard],
+    recipe: Recipe,
+) -> Progress:
+    """Make this process's shards, then those that other processes have not begun."""
+    machine = recipe.machine
+    mine = shards[machine.rank :: machine.world]
+    ordered = [*mine, *(shard for shard in shards if shard not in mine), *again]
+    count = to_do([*shards, *again], machine)
+    with Claims(cache) as claims, progress(count, "images", "extract") as bar:
+        made = extract_shards(ordered, claims, recipe, bar)
+        make_the_rest(made, images, cache, claims, recipe, bar)
+    return bar
 
 
 def make_the_rest(

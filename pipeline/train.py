@@ -52,15 +52,8 @@ from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed
 from pipeline.training.config import PATIENT_STEPS, PRESETS, TrainConfig, resolve
 from pipeline.training.logger import Journal
-from pipeline.training.loop import (
-    Run,
-    Stopped,
-    averaged,
-    restore,
-    save_progress,
-    stopping_on_signals,
-    train_until_due,
-)
+from pipeline.training.loop import Stopped, averaged, stopping_on_signals, train_until_validation
+from pipeline.training.state import Run, restore, save_progress
 
 DEV_IMAGES = 5000  # no more than this many are looked at to choose by
 FEW_DEV_IMAGES = 20  # fewer say little
@@ -94,7 +87,7 @@ def main(config: TrainConfig) -> None:
         with contextlib.closing(run.journal), stopping_on_signals(run):
             try:
                 while not should_stop(run):
-                    validate(run, train_until_due(run))
+                    validate(run, train_until_validation(run))
             except Stopped as stopped:
                 save_and_exit(run, stopped.signum)
         finish(run)
@@ -427,7 +420,7 @@ def stopped_early(run: Run) -> bool:
     """
     scored = run.journal.scored
     counted = [
-        at for at, line in enumerate(scored) if line["step"] - run.place.begin > PATIENT_STEPS
+        at for at, line in enumerate(scored) if line["step"] - run.state.begin > PATIENT_STEPS
     ]
     return (
         bool(scored)
@@ -441,10 +434,10 @@ def should_stop(run: Run) -> bool:
     if stopped_early(run):
         say(f"no better {run.task.metric} on dev for {config.patience} validations: stopped early")
         return True
-    if config.epochs and run.place.epoch >= config.epochs:
+    if config.epochs and run.state.epoch >= config.epochs:
         return True
     return run.validated and distributed.broadcast(
-        run.place.ended or (config.minutes is not None and run.done() >= 1)
+        run.state.ended or (config.minutes is not None and run.done() >= 1)
     )
 
 
@@ -470,8 +463,8 @@ def validate(run: Run, trained: dict[str, float]) -> None:
     }
     run.journal.add(line)
     run.sums[0] = 0
-    if run.place.step == run.steps_an_epoch:
-        run.place = run.place.of_next_epoch()
+    if run.state.step == run.steps_an_epoch:
+        run.state = run.state.next_epoch()
     save_progress(run)
     told = [f"dev loss {dev['loss']:.3f}, dev {shown_scores(run.task, dev)}" if dev else "kept"]
     if better and dev:
@@ -604,7 +597,7 @@ def resume(run: Run) -> Run:
     restore(run)
     if more:
         extend(run, began)
-    at = f"step {run.step:,}" if run.place.step else f"epoch {run.place.epoch}"
+    at = f"step {run.step:,}" if run.state.step else f"epoch {run.state.epoch}"
     say(f"going on with {run.folder} after {at}")
     return run
 
@@ -628,14 +621,14 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
             f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out "
             "ANOTHER_FOLDER"
         )
-    begun = 0 < run.place.begin == run.step  # by a start that was killed before its first step
-    if not (begun or run.place.epoch >= scheduled or stopped_early(run)):
+    begun = 0 < run.state.begin == run.step  # by a start that was killed before its first step
+    if not (begun or run.state.epoch >= scheduled or stopped_early(run)):
         raise UserError(
-            f"--resume: {run.folder} is in epoch {run.place.epoch + 1} of {scheduled}; let it "
+            f"--resume: {run.folder} is in epoch {run.state.epoch + 1} of {scheduled}; let it "
             "end with "
             f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
         )
-    run.place.begin = run.step
+    run.state.begin = run.step
     distributed.barrier()  # until all have read what is written now
     save_progress(run)
     if run.machine.rank == 0:

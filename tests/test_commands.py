@@ -239,7 +239,7 @@ def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkey
 
     def stop_after_the_second(run, trained):
         whole(run, trained)
-        if run.place.epoch == 2:
+        if run.state.epoch == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "validate", stop_after_the_second)

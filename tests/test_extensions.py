@@ -110,7 +110,6 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
         and f"accuracy     {scores['scores']['accuracy']:.4f}" in evaluated
     )
 
-    monkeypatch.setattr("pipeline.training.loop.train_step", None)  # set back by undo
     monkeypatch.undo()
     with monkeypatch.context() as patch:
         for registry, name, kind in (

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tokens import tokenize
 from pipeline import caption, extract, train
+from pipeline.checkpoints.checkpoint import load_training_state
 from pipeline.training import loop as trainer
 from pipeline.training import objectives
 from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
@@ -305,7 +306,7 @@ def test_a_dead_rank_ends_the_run_and_leaves_it_to_be_resumed(world, tmp_path):
     os.kill(int(ranks[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and ("SIGKILL" in output or "Signal 9" in output)
-    trainer.load_training_state(folder)
+    load_training_state(folder)
 
 
 # ------------------------------------------------------------------------------------- what it does
@@ -380,7 +381,7 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
     whole = train.dev_scores
 
     def stopped(run):
-        if run.place.ended:
+        if run.state.ended:
             raise trainer.Stopped(signal.SIGINT)
         return whole(run)
 
@@ -412,7 +413,7 @@ from pipeline import train
 plain, folder = train.finish, sys.argv[1]
 def finish(run):
     total = sum(weight.double().sum().item() for weight in run.captioner.parameters())
-    open(os.path.join(folder, os.environ["RANK"]), "w").write(repr((run.step, run.place.lr, total)))
+    open(os.path.join(folder, os.environ["RANK"]), "w").write(repr((run.step, run.state.lr, total)))
     plain(run)
 train.finish = finish
 train.main(sys.argv[2:], standalone_mode=False)
@@ -828,7 +829,7 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
     journal = types.SimpleNamespace(scored=lines)
     run = types.SimpleNamespace(
         journal=journal,
-        place=types.SimpleNamespace(begin=begin),
+        state=types.SimpleNamespace(begin=begin),
         config=types.SimpleNamespace(patience=5),
         task=types.SimpleNamespace(metric="CIDEr"),
     )
