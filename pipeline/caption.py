@@ -14,7 +14,7 @@ from data.datasets.folder import is_caption_list, list_files
 from data.files import atomic_write_text
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
-from pipeline.decoding.captioner import Caption, load_captioner
+from pipeline.decoding.captioner import Caption, PhotoCaptioner, load_captioner
 from pipeline.decoding.options import DecodingOptions, by_option
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
 from pipeline.terminal import progress, say
@@ -77,22 +77,7 @@ def main(config: CaptionConfig) -> None:
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
-    records, unreadable, texts = [], [], Texts(config.prefix)
-    with (
-        by_option(),
-        progress(len(photos), "photographs", "caption", enabled=len(photos) > config.batch) as bar,
-    ):
-        for number, chosen in enumerate(iterate(photos, config.batch)):
-            paths = [photo.path for photo in chosen]
-            found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())
-            for photo, (captions, reason) in zip(chosen, found, strict=True):
-                if reason:
-                    unreadable.append(f"{photo.path}: {reason}")
-                else:
-                    records.append(tell(photo, captions, config.nbest is not None))
-                    if config.write_txt:
-                        texts.write(photo.path, captions[0].text)
-            bar.step(len(chosen))
+    records, unreadable, texts = caption_all(config, captioner, photos)
     if config.write_txt:
         texts.report()
     report(config, records, unreadable)
@@ -101,6 +86,30 @@ def main(config: CaptionConfig) -> None:
             f"{len(texts.failed):,} .txt could not be written: {'; '.join(texts.failed[:5])}; "
             "all else is done"
         )
+
+
+def caption_all(
+    config: CaptionConfig, captioner: PhotoCaptioner, photos: Sequence[Photo]
+) -> tuple[list[dict], list[str], Texts]:
+    """Caption and print.
+
+    Returns the records for --out, the unreadable photographs with reasons, and the .txt files.
+    """
+    records, unreadable, texts = [], [], Texts(config.prefix)
+    bar_options = {"enabled": len(photos) > config.batch}
+    with by_option(), progress(len(photos), "photographs", "caption", **bar_options) as bar:
+        for number, chosen in enumerate(iterate(photos, config.batch)):
+            paths = [photo.path for photo in chosen]
+            found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())
+            for photo, (captions, reason) in zip(chosen, found, strict=True):
+                if reason:
+                    unreadable.append(f"{photo.path}: {reason}")
+                    continue
+                records.append(tell(photo, captions, config.nbest is not None))
+                if config.write_txt:
+                    texts.write(photo.path, captions[0].text)
+            bar.step(len(chosen))
+    return records, unreadable, texts
 
 
 class Texts:
