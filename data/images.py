@@ -65,8 +65,8 @@ class Framing:
     """How a photograph becomes a backbone's input.
 
     stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in
-        the middle that has the
-    shape of `size`. letterbox: the whole photograph in its own shape, the rest filled with `fill`
+    the middle that has the shape of `size`. letterbox: the whole photograph in its own shape, the
+    rest filled with `fill`
         (RGB).
     max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a
         pixel while it is decoded.

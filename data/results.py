@@ -1,9 +1,9 @@
 """Captions to score and what to score them against, as files.
 
 COCO results format: [{"image_id": 391895, "caption": "a man rides a motorcycle"}, ...], one caption
-    an image. References are
-a COCO captions file, or one by Karpathy, of which a split is taken. COCO's evaluation server takes
-results of all of val2014 and of all of test2014, by the names that `write_server` gives them.
+an image. References are a COCO captions file, or one by Karpathy, of which a split is taken. COCO's
+evaluation server takes results of all of val2014 and of all of test2014, by the names that
+`write_server` gives them.
 """
 
 from __future__ import annotations
@@ -116,9 +116,8 @@ def write_server(
     was written.
 
     images: all of val2014 or of test2014, known by their file names. Every one has one caption, and
-        nothing else has.
-    The results are captions_{val,test}2014_NAME_results.json; once both are in `folder`, they are
-    zipped as well.
+    nothing else has. The results are captions_{val,test}2014_NAME_results.json; once both are in
+    `folder`, they are zipped as well.
     """
     if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
         raise DataError(

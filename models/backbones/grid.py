@@ -33,8 +33,7 @@ class GridBackbone(Backbone):
     cells are regions.
 
     Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1;
-        `interpolation` of the resize;
-    `grid` (h, w) and `channels` of the feature map.
+    `interpolation` of the resize; `grid` (h, w) and `channels` of the feature map.
 
     grid: pool the map to so many cells (adaptive average pooling); None: as it comes.
     arguments: those of timm's create_model that it was built with. resize: one of
@@ -130,9 +129,8 @@ class GridBackbone(Backbone):
         is).
 
         Wrappers put a prefix before all keys: `_orig_mod.` (torch.compile), `module.`
-            (DataParallel), `model.` (Lightning).
-        Of the prefixes that all keys share, the one goes without which most keys are the
-        backbone's.
+        (DataParallel), `model.` (Lightning). Of the prefixes that all keys share, the one goes
+        without which most keys are the backbone's.
         """
         own = {
             key: value for key, value in tensors.items() if key != "n_averaged"

@@ -213,8 +213,7 @@ class KVCache(Layout):
         """Make room for `tokens` new tokens of each of `texts` texts.
 
         texts is K, or in the first call 1: a beginning that all K texts share. Only there may
-            tokens be above 1
-        (the prompt and the first token after it).
+        tokens be above 1 (the prompt and the first token after it).
         """
         self.start, self.length = self.length, self.length + tokens
         self.rows_per_image = texts * tokens

@@ -1,8 +1,7 @@
 """What every decoder offers. Losses, generation, ensembles and checkpoints use nothing else.
 
 A decoder is one file: a `DecoderConfig` with its sizes, a `Decoder` with five methods, and one line
-    in
-models/decoders/registry.py. B images, R regions, C channels, K texts an image, T tokens, N rows
+in models/decoders/registry.py. B images, R regions, C channels, K texts an image, T tokens, N rows
 (tokens without padding), V words, D width of the states.
 """
 

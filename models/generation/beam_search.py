@@ -1,9 +1,8 @@
-"""Captions from a captioner by beam search, where finished images leave the batch.
+"""Beam search over a decoder, where finished images leave the batch.
 
-Of B images each has K beams, in A arms: the groups of diverse beam search, or one arm for each
-    number of forced words that
-are there. V words, L words of a caption at most, M words that a beam may go on with, P captions
-kept.
+Of B images each has K beams, in banks: the groups of diverse beam search, or one bank for each
+number of forced words of a text. V words, L words of a text at most, M candidate words of a beam, P
+finished texts kept.
 """
 
 from __future__ import annotations
@@ -26,101 +25,135 @@ BLOCK = 100  # words among which the largest score is found first
 def beam_search(
     decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None = None
 ) -> Captions:
-    """The best captions of each image that its beams come upon.
+    """The best texts of each image that its beams find.
 
-    At every step each beam's <eos> makes a finished caption; the other words compete for the beams.
-    A beam that reaches the limit competes as it stands. An image is done, and its captions stay,
-    when no live beam, as long as it is now, scores more than the worst of its best K finished ones
-    (early_stopping False, as Hugging Face); when K are finished, each as likely as a beam that went
-    on (True); when no live beam can still get there ("never": exact, since log p <= 0). On a CPU
-    finished images leave the batch; elsewhere the loop has fixed shapes and never looks at the
-    device.
+    At every step each beam's <eos> makes a finished text; the other words compete for the beams. A
+    beam that reaches the length limit is finished as it stands. When an image is done follows from
+    options.early_stopping:
+
+    False     no live beam, at its present length, scores more than the worst of the image's best K
+              finished texts (as Hugging Face)
+    True      K texts are finished, each as likely as a beam that went on
+    "never"   no live beam can still reach that score (exact, since log p <= 0)
+
+    On a CPU done images leave the batch. Elsewhere the loop has fixed shapes and never asks the
+    device. prompts: [B,P] int64, padded on the left.
     """
-    images, device, eos = memory.images, memory.device, options.eos_token_id
-    limit, penalty, groups = (
-        options.limit(decoder.config.max_length),
-        options.length_penalty,
-        options.num_beam_groups,
-    )
-    forced = PhrasalConstraint(options.forced, device) if options.force_words_ids else None
-    arms = forced.total + 1 if forced else groups
-    each = options.num_beams // groups  # beams of an arm
-    beams, barred = arms * each, options.barred
-    pool = BeamHypotheses(
-        images, groups, max(each, options.num_return_sequences), limit, eos, device
-    )
-    where = torch.arange(images, device=device)  # the image in each place of the shrinking batch
-    done = torch.zeros(images, dtype=torch.bool, device=device)
-    live = torch.full((images, arms, each), NEG_INF, device=device)
-    live[:, : 1 if forced else groups, 0] = 0.0  # all beams begin alike: only one counts
-    words = torch.full((images, beams, limit), eos, dtype=torch.int64, device=device)
-    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None]
-    states = forced.start((images, beams)) if forced else None
-    cache = decoder.init_cache(memory, beams, prompts)
+    search = BeamSearchState(decoder, memory, options, prompts)
+    for length in range(1, search.limit + 1):
+        candidates = search.next_candidates(length)
+        search.advance(candidates, length)
+        if length == search.limit:
+            search.finish_at_limit()
+            break
+        search.mark_done(length)
+        if search.device.type == "cpu" and search.drop_done():
+            break
+    return search.hypotheses.best(options.num_return_sequences, options.length_penalty)
 
-    for length in range(1, limit + 1):
-        scores, exact = decoder.next_words(newest, memory, cache)
-        bar(scores, options.suppress_tokens)
-        wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
-        before = words[:, : newest.shape[1], : length - 1].flatten(0, 1)
-        found = expand(scores, exact, before, barred, wanted, options.num_beams)
-        found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
-        ended = (
-            (live.flatten(1) + found.ended)
-            .masked_fill(done[:, None], NEG_INF)
-            .view(len(where), groups, -1)
-        )
-        if forced:
-            ended[:, :, :-each] = NEG_INF
 
-        top = live.view(len(where), beams, 1) + found.log_p
-        if forced:
-            live, origin, newest, states = choose_by_progress(
-                top, found.words, states, forced, arms, limit - length
+class BeamSearchState:
+    """The live beams and the finished texts of the images in a beam search.
+
+    Beams are in banks, [b,banks,beams of a bank]; b images are left of B.
+
+    image [b]: which image each row is. done [b]: whether it is done, but still in the batch.
+    live [b,banks,beams]: log p of the live beams. words [b,beams,L]: their words so far.
+    newest [b,beams,1]: their last words, which are read next.
+    """
+
+    def __init__(
+        self, decoder: Decoder, memory: Memory, options: Generation, prompts: Tensor | None
+    ) -> None:
+        images, device = memory.images, memory.device
+        self.decoder, self.memory, self.options, self.device = decoder, memory, options, device
+        self.limit = options.limit(decoder.config.max_length)
+        self.banned, self.groups = options.barred, options.num_beam_groups
+        self.forced = PhrasalConstraint(options.forced, device) if options.force_words_ids else None
+        self.banks = self.forced.total + 1 if self.forced else self.groups
+        self.beams_of_bank = options.num_beams // self.groups
+        beams, eos = self.banks * self.beams_of_bank, options.eos_token_id
+        kept = max(self.beams_of_bank, options.num_return_sequences)
+        self.hypotheses = BeamHypotheses(images, self.groups, kept, self.limit, eos, device)
+        self.image = torch.arange(images, device=device)
+        self.done = torch.zeros(images, dtype=torch.bool, device=device)
+        self.live = torch.full((images, self.banks, self.beams_of_bank), NEG_INF, device=device)
+        self.live[:, : 1 if self.forced else self.groups, 0] = 0.0  # all begin alike: one counts
+        self.words = torch.full((images, beams, self.limit), eos, dtype=torch.int64, device=device)
+        self.newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None]
+        self.progress = self.forced.start((images, beams)) if self.forced else None
+        self.cache = decoder.init_cache(memory, beams, prompts)
+
+    def next_candidates(self, length: int) -> Candidates:
+        """The likeliest next words of each beam, and what its end would score, [b,K,...]."""
+        scores, exact = self.decoder.next_words(self.newest, self.memory, self.cache)
+        bar(scores, self.options.suppress_tokens)
+        rows = self.newest.shape[1]  # 1 in the first step, where all beams are alike
+        wanted = self.forced.next(self.progress)[:, :rows].flatten(0, 1) if self.forced else None
+        before = self.words[:, :rows, : length - 1].flatten(0, 1)
+        found = expand(scores, exact, before, self.banned, wanted, self.options.num_beams)
+        return Candidates(*(part.unflatten(0, (len(self.image), -1)) for part in found))
+
+    def advance(self, candidates: Candidates, length: int) -> None:
+        """Keep the texts that end here, and let the best candidates be the live beams."""
+        ended = self._ended(candidates)
+        total = self.live.view(len(self.image), -1, 1) + candidates.log_p
+        if self.forced:
+            self.live, beam_idx, newest, self.progress = choose_by_progress(
+                total, candidates.words, self.progress, self.forced, self.limit - length
             )
         else:
-            live, origin, newest = choose(top, found.words, groups, options.diversity_penalty)
-        if (
-            options.early_stopping is True
-        ):  # an end counts where it is as likely as a beam that goes on
-            ended.masked_fill_(ended < live[:, -groups:, -1:], NEG_INF)
-        pool.add(where, ended / length**penalty, words)
-        words = words.gather(1, origin[:, :, None].expand(-1, -1, limit))
-        words[:, :, length - 1] = newest
-        newest = newest[:, :, None]
-        cache.reorder(origin)
-        if length == limit:
-            last = live[:, -1:] if forced else live
-            last = last.masked_fill(done[:, None, None], NEG_INF)
-            pool.add(where, last / length**penalty, words[:, -each * groups :])
-            break
-        worst, best = (
-            pool.scores[where, :, each - 1],
-            live.flatten(1).view(len(where), groups, -1).amax(2),
-        )
-        reach = limit if options.early_stopping == "never" and penalty > 0 else length
-        stop = (
-            worst >= best / reach**penalty
-            if options.early_stopping is not True
-            else worst > NEG_INF
-        )
-        done = done | (stop & (worst > NEG_INF) | (best == NEG_INF)).all(1)
-        if device.type == "cpu" and (left := int(done.sum())) * SHARE >= len(where):
-            if left == len(where):
-                break
-            kept = close_up(~done)
-            shrunk = len(where) < images  # before, memory is what was given, and stays whole
-            where, done, live, words, newest = (
-                where[kept],
-                done[kept],
-                live[kept],
-                words[kept],
-                newest[kept],
+            self.live, beam_idx, newest = choose(
+                total, candidates.words, self.groups, self.options.diversity_penalty
             )
-            states = states[kept] if forced else None
-            memory = memory.keep(kept, in_place=shrunk)
-            cache.keep(kept)
-    return pool.best(options.num_return_sequences, penalty)
+        if self.options.early_stopping is True:  # an end counts if it is as likely as a live beam
+            ended.masked_fill_(ended < self.live[:, -self.groups :, -1:], NEG_INF)
+        self.hypotheses.add(self.image, ended / length**self.options.length_penalty, self.words)
+        self.words = self.words.gather(1, beam_idx[:, :, None].expand(-1, -1, self.limit))
+        self.words[:, :, length - 1] = newest
+        self.newest = newest[:, :, None]
+        self.cache.reorder(beam_idx)
+
+    def _ended(self, candidates: Candidates) -> Tensor:
+        """log p of each beam's text if it ends here, [b,groups,n]; -inf where it does not count."""
+        ended = (self.live.flatten(1) + candidates.ended).masked_fill(self.done[:, None], NEG_INF)
+        ended = ended.view(len(self.image), self.groups, -1)
+        if self.forced:  # only the last bank has all forced words
+            ended[:, :, : -self.beams_of_bank] = NEG_INF
+        return ended
+
+    def finish_at_limit(self) -> None:
+        """Live beams at the length limit are finished as they stand."""
+        last = self.live[:, -1:] if self.forced else self.live
+        last = last.masked_fill(self.done[:, None, None], NEG_INF)
+        words = self.words[:, -self.beams_of_bank * self.groups :]
+        self.hypotheses.add(self.image, last / self.limit**self.options.length_penalty, words)
+
+    def mark_done(self, length: int) -> None:
+        """Mark the images that no live beam can improve, by options.early_stopping."""
+        penalty, rule = self.options.length_penalty, self.options.early_stopping
+        worst = self.hypotheses.scores[self.image, :, self.beams_of_bank - 1]
+        best = self.live.flatten(1).view(len(self.image), self.groups, -1).amax(2)
+        longest = self.limit if rule == "never" and penalty > 0 else length
+        stop = worst > NEG_INF if rule is True else worst >= best / longest**penalty
+        self.done = self.done | (stop & (worst > NEG_INF) | (best == NEG_INF)).all(1)
+
+    def drop_done(self) -> bool:
+        """Take done images out of the batch once they are one in SHARE; True where none is left."""
+        count = int(self.done.sum())
+        if count * SHARE < len(self.image):
+            return False
+        if count == len(self.image):
+            return True
+        kept = close_up(~self.done)
+        in_place = len(self.image) < len(self.hypotheses.scores)  # not the memory that was given
+        self.memory = self.memory.keep(kept, in_place=in_place)
+        self.cache.keep(kept)
+        for name in ("image", "done", "live", "words", "newest"):
+            setattr(self, name, getattr(self, name)[kept])
+        if self.forced:
+            self.progress = self.progress[kept]
+        return False
 
 
 class Candidates(NamedTuple):
@@ -209,32 +242,33 @@ def choose(
 
 
 def choose_by_progress(
-    top: Tensor, words: Tensor, states: Tensor, forced: PhrasalConstraint, arms: int, left: int
+    total: Tensor, words: Tensor, progress: Tensor, forced: PhrasalConstraint, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `choose`, the best for each number of forced words that are there (Hokamp & Liu 2017), and
-    their states [b,K,C].
+    """The best candidates for each number of forced words that they have (Hokamp & Liu 2017).
 
-    Captions that could not bring in the rest within the `left` words after this one are left
-    behind.
+    total [b,K,M] log p of the candidates, words [b,K,M] their new words, progress [b,K,C] the
+    constraint's states before them. Bank n takes those with n forced words; a bank from which the
+    rest would not fit into the `left` words after this one takes none.
+
+    Returns live [b,banks,beams of a bank], beam_idx [b,K], new words [b,K] and states [b,K,C].
     """
-    beams, count = top.shape[1:]
-    each = beams // arms
-    words = words.expand_as(top)
-    after = forced.after(states[:, :, None], words)
-    progress = forced.progress(after).flatten(1)
+    beams, count = total.shape[1:]
+    banks = forced.total + 1
+    words = words.expand_as(total)
+    after = forced.after(progress[:, :, None], words)  # [b,K,M,C]
+    bank_of = forced.progress(after).flatten(1)
+    flat = total.flatten(1)
     live, places = [], []
-    for arm in range(arms):
-        fits = (
-            (progress == arm)
-            if forced.total - arm <= left
-            else torch.zeros_like(progress, dtype=torch.bool)
-        )
-        best = top.flatten(1).masked_fill(~fits, NEG_INF).topk(each, dim=1)
+    for bank in range(banks):
+        fits = bank_of == bank
+        if forced.total - bank > left:
+            fits = torch.zeros_like(fits)
+        best = flat.masked_fill(~fits, NEG_INF).topk(beams // banks, dim=1)
         live.append(best.values)
         places.append(best.indices)
-    place = torch.cat(places, 1)
-    after = after.flatten(1, 2).gather(1, place[:, :, None].expand(-1, -1, after.shape[3]))
-    return torch.stack(live, 1), place // count, words.flatten(1).gather(1, place), after
+    place = torch.cat(places, 1)  # of beam * M + candidate
+    chosen = after.flatten(1, 2).gather(1, place[:, :, None].expand(-1, -1, after.shape[3]))
+    return torch.stack(live, 1), place // count, words.flatten(1).gather(1, place), chosen
 
 
 def close_up(going: Tensor) -> Tensor:

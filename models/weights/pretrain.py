@@ -160,10 +160,9 @@ def evaluate(net: SceneNet, loader: DataLoader) -> dict[str, float]:
     something is there.
 
     `found`: that cell says so; `all` asks found, size, colour and shape at once; `empty`: cells
-        further than one cell
-    from any centre that say nothing is there. `offset` is no percentage but the mean error in
-    cells. Two things little more than a cell apart may both be read at the cell between them: one
-    then counts as misread, if it is found or not.
+    further than one cell from any centre that say nothing is there. `offset` is no percentage but
+    the mean error in cells. Two things little more than a cell apart may both be read at the cell
+    between them: one then counts as misread, if it is found or not.
     """
     net.eval()
     rows, quiet = [], []

@@ -14,8 +14,7 @@ A checkpoint folder captions photographs by itself, and is laid out as the Huggi
                            sharing leaves it out
 
 A checkpoint may come from anybody: nothing in it is run, nothing in it names a path that is opened,
-    and its sizes are believed
-only where its weights have them.
+and its sizes are believed only where its weights have them.
 """
 
 from __future__ import annotations

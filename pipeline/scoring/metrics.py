@@ -62,8 +62,8 @@ def score(
         caption.
     references: by image id a list of such captions; References where they are counted once for
         several calls.
-    DataError names an image that is missing on one side, and what is no caption. Over one image
-    CIDEr is not computed.
+    Over one image CIDEr is not computed. Raises DataError for an image that is missing on one side,
+    and for what is not a caption.
     """
     if not isinstance(candidates, Mapping):
         raise DataError(

@@ -6,8 +6,7 @@ there: W + its place in a sorted table of (name of its first n-1 words, last wor
 exact for a vocabulary of any size, and sorted by n.
 
 Letters: I images, K references an image (missing ones are empty), S captions to compare, N = 4
-    n-gram lengths, G n-grams
-of two words or more, E entries: the different n-grams of each image.
+n-gram lengths, G n-grams of two words or more, E entries: the different n-grams of each image.
 """
 
 from __future__ import annotations

@@ -395,8 +395,7 @@ def resolve(
     """The settings with a value for each that the options leave open (None).
 
     Later ones win: DEFAULTS, the preset, what --init has, SCST, what follows from the size of the
-        data, and what
-    was given.
+    data, and what was given.
     sizes, vocabulary: those of --init, which stay; UserError where an option has another.
     """
     captions, images = train.texts, len(train)
