@@ -110,17 +110,24 @@ def unwrapped(module: torch.nn.Module) -> Any:
 
 
 class OutputLoss(torch.autograd.Function):
-    """Output layer and cross-entropy in one: states [N,D], weight [V,D], bias [V], targets [M] of
-    the first M rows to the sum in nats, and the targets' log p [M], which has no gradient.
-    row_weights [M]: what each row counts in the sum; None: 1.
+    """Output layer and label-smoothed cross-entropy in one, with the gradient written out.
 
-    The scores [N,V] exist once, in the precision of the product; their softmax is taken some rows
-    at a time, and what the gradient needs, softmax minus target, overwrites them.
+    With logits z = states @ weight.T + bias, target t, smoothing e and V words, a row's loss is
+
+        loss = logsumexp(z) - (1 - e) z[t] - e mean(z)
+        d loss / d z = softmax(z) - e/V - (1 - e) onehot(t)
+
+    states [N,D], weight [V,D], bias [V]; targets [M] of the first M rows, the rest is padding;
+    row_weights [M] multiply the rows' losses (None: 1). Returns the sum over rows in nats, and
+    log p [M] of the targets, which has no gradient.
+
+    Memory: the logits [N,V] exist once, in the precision of the matrix product. Some rows at a time
+    are read in float32, and the gradient of those rows overwrites their logits.
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         states: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -128,44 +135,42 @@ class OutputLoss(torch.autograd.Function):
         smoothing: float,
         row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        device = states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else states.dtype
         rows, matrix = states.to(dtype), weight.to(dtype)
-        scores = F.linear(rows, matrix, bias.to(dtype))
-        words, losses, log_p = weight.shape[0], [], []
-        each = [None] * len(targets.split(ROWS)) if row_weights is None else row_weights.split(ROWS)
-        for part, target, counts in zip(
-            scores[: len(targets)].split(ROWS), targets.split(ROWS), each, strict=True
-        ):
-            exact = part.float()
-            right = exact.gather(1, target[:, None])
-            mean = exact.mean(dim=1) if smoothing else 0
-            largest = exact.amax(dim=1, keepdim=True)
-            total = exact.sub_(largest).exp_().sum(dim=1, keepdim=True)
-            whole = total.log()[:, 0] + largest[:, 0]
-            loss = whole - (1 - smoothing) * right[:, 0] - smoothing * mean
-            losses.append(loss if counts is None else loss * counts)
-            log_p.append(right[:, 0] - whole)
+        logits = F.linear(rows, matrix, bias.to(dtype))
+        losses, log_p = [], []
+        for start in range(0, len(targets), ROWS):
+            part = slice(start, min(start + ROWS, len(targets)))
+            target = targets[part, None]
+            z = logits[part].float()
+            z_target = z.gather(1, target)[:, 0]
+            mean = z.mean(dim=1) if smoothing else 0
+            largest = z.amax(dim=1, keepdim=True)
+            exp = z.sub_(largest).exp_()  # in place: z is not used any more
+            total = exp.sum(dim=1, keepdim=True)
+            logsumexp = total.log()[:, 0] + largest[:, 0]
+            loss = logsumexp - (1 - smoothing) * z_target - smoothing * mean
+            losses.append(loss if row_weights is None else loss * row_weights[part])
+            log_p.append(z_target - logsumexp)
             if any(ctx.needs_input_grad):
-                exact.div_(total).sub_(smoothing / words)
-                exact.scatter_add_(
-                    1, target[:, None], exact.new_full((len(target), 1), smoothing - 1)
-                )
-                part.copy_(exact if counts is None else exact.mul_(counts[:, None]))
-        ctx.save_for_backward(rows, matrix, scores)
+                gradient = exp.div_(total).sub_(smoothing / weight.shape[0])
+                gradient.scatter_add_(1, target, gradient.new_full(target.shape, smoothing - 1))
+                if row_weights is not None:
+                    gradient.mul_(row_weights[part, None])
+                logits[part].copy_(gradient)
+        logits[len(targets) :] = 0
+        ctx.save_for_backward(rows, matrix, logits)
         ctx.dtypes = states.dtype, weight.dtype, bias.dtype
-        scores[len(targets) :] = 0
-        log_p = torch.cat(log_p)
-        ctx.mark_non_differentiable(log_p)
-        return torch.cat(losses).sum(), log_p
+        all_log_p = torch.cat(log_p)
+        ctx.mark_non_differentiable(all_log_p)
+        return torch.cat(losses).sum(), all_log_p
 
     @staticmethod
-    def backward(ctx, scale: Tensor, _: Tensor) -> tuple:
-        rows, matrix, scores = ctx.saved_tensors
-        found = scores @ matrix, scores.t() @ rows, scores.sum(dim=0, dtype=torch.float32)
-        return (
-            *(part.to(dtype).mul_(scale) for part, dtype in zip(found, ctx.dtypes, strict=True)),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple:
+        rows, matrix, gradient = ctx.saved_tensors  # of the logits [N,V]
+        of_states, of_weight = gradient @ matrix, gradient.t() @ rows
+        of_bias = gradient.sum(dim=0, dtype=torch.float32)
+        parts = zip((of_states, of_weight, of_bias), ctx.dtypes, strict=True)
+        return *(part.to(dtype).mul_(scale) for part, dtype in parts), None, None, None

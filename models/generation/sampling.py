@@ -49,9 +49,9 @@ def sample(
     tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
     log_p = torch.zeros(images * captions, device=device)
     going = torch.ones(images * captions, dtype=torch.bool, device=device)
-    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None].expand(
-        -1, captions if prompts is None else 1, -1
-    )
+    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None]
+    if prompts is None:
+        newest = newest.expand(-1, captions, -1)
     cache = decoder.init_cache(memory, captions, prompts)
     for place in range(limit):
         logits = decoder.decode(newest, memory, cache)[:, :, -1].float() / options.temperature
@@ -60,11 +60,11 @@ def sample(
         barred(logits, tokens[:, :place])
         stuck = (
             logits.amax(1) == NEG_INF
-        )  # the rules leave no word: such a caption ends, and counts as none
+        )  # no word is allowed: the caption ends
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
         log_p.masked_fill_(stuck & going, NEG_INF)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
-        drawn = choose(scores.exp(), uniforms[:, place])
+        drawn = inverse_cdf(scores.exp(), uniforms[:, place])
         log_p += scores.gather(1, drawn[:, None])[:, 0].where(going, 0)
         drawn = drawn.where(going, eos)
         tokens[:, place] = drawn
@@ -79,39 +79,40 @@ def sample(
     )
 
 
-def choose(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Words [N] by the inverse of the distributions p [N,V]: the first whose p and those before it
-    are together above uniforms [N] in [0,1); never one of p 0.
+def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw words [N] from distributions p [N,V] by uniforms [N] in [0,1).
 
-    First the block that the word is in, then the word: p is read once, and little is added up in
-    order.
+    The word drawn is the first whose cumulative probability is above the uniform; its probability
+    is never 0. First the block of words that holds it is found, then the word in the block, so that
+    p is read once and only short rows are added up in order.
     """
     exact = torch.float32 if p.device.type == "mps" else torch.float64  # mps has no float64
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    reached = blocks.sum(2).cumsum(1, dtype=exact)
-    point = uniforms[:, None] * reached[:, -1:]
-    block = passed(reached, point)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(exact)
-    before = F.pad(reached, (1, 0)).gather(1, block)
-    return (block * BLOCK + passed(before + inside.cumsum(1), point))[:, 0].clamp(
-        max=p.shape[1] - 1
-    )
+    block_sums = blocks.sum(2).cumsum(1, dtype=exact)
+    point = uniforms[:, None] * block_sums[:, -1:]
+    block = first_above(block_sums, point)
+    p_in_block = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(exact)
+    before = F.pad(block_sums, (1, 0)).gather(1, block)
+    word = block * BLOCK + first_above(before + p_in_block.cumsum(1), point)
+    return word[:, 0].clamp(max=p.shape[1] - 1)
 
 
-def passed(reached: Tensor, point: Tensor) -> Tensor:
-    """The first place [N,1] where sums `reached` [N,M] are above `point` [N,1], which may lie at
-    their end by rounding; any place where they are no numbers, so that the log p, which is none
-    either, tells of it."""
-    end = reached[:, -1:]
-    place = torch.searchsorted(
-        reached, torch.minimum(point, torch.nextafter(end, torch.zeros_like(end))), right=True
-    )
-    return place.clamp(max=reached.shape[1] - 1)
+def first_above(sums: Tensor, point: Tensor) -> Tensor:
+    """Index [N,1] of the first of the rising sums [N,M] that is above point [N,1].
+
+    A point that rounding put at the last sum, or beyond it, is taken to be just below it. NaN rows
+    return an arbitrary index; the NaN log-probability reports them.
+    """
+    last = sums[:, -1:]
+    below_last = torch.nextafter(last, torch.zeros_like(last))
+    index = torch.searchsorted(sums, torch.minimum(point, below_last), right=True)
+    return index.clamp(max=sums.shape[1] - 1)
 
 
 def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [...,V] with all but the likeliest words at -inf; the likeliest of all always
-    stays.
+    """Logits [...,V] with -inf for all but the top_k words, and of them those that reach top_p.
+
+    The likeliest word always stays (Holtzman et al. 2020).
     """
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
