@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -34,6 +34,7 @@ from data.cache.reader import (
     datasets_of,
     endings,
     has_same_cells,
+    iterate,
     open_shard,
     read_object,
     reading_shard,
@@ -65,44 +66,64 @@ class Shard:
 def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     """Cut `images` into the shards of a cache, finished ones included (`shard.path.exists()`).
 
-    The groups follow from the list of images alone, so every process, however late it starts, makes
-    the same ones. Images that a shard of another plan holds (another split, a smaller folder) are
-    left out of their group. Where such a shard is gone since, or another plan took a group's file
-    name first, its images get shards of their own at the end.
+    The shards follow from the list of images alone: every process plans the same ones, however late
+    it starts. A plan is known by the digest of its images. Where shards of other plans (another
+    split, a smaller folder) hold some of the images, those are left out. Images that no shard holds
+    although the file of their shard exists (another plan took its name, or its own shard was
+    removed) get shards of their own, numbered after all others.
     """
-    digest = _digest(images)
-    total = -(-len(images) // SHARD_IMAGES)
-    first, after, foreign, held = None, 0, set(), set()
-    for path in shard_paths(cache):
-        with reading_shard(path) as file:
-            plan, ids = _read_plan(file), file["image_ids"][:].tolist()
-            held.update(ids, (record[0] for record in json.loads(file.attrs["unreadable"])))
-            after = max(after, plan["first"] + plan["shards"])
-            if plan["digest"] == digest:
-                first = plan["first"]
-            else:
-                foreign.update(ids)
-    first = after if first is None else first
+    digest, total = _digest(images), _shard_count(images)
+    existing = _read_existing(cache)
+    after_all = max((each.first + each.shards for each in existing), default=0)
+    first = next((each.first for each in existing if each.digest == digest), after_all)
+    rows_of_others = {i for each in existing if each.digest != digest for i in each.rows}
+    held = {i for each in existing for i in (*each.rows, *each.unreadable)}
     shards, orphans = [], []
-    for group in range(total):
-        path = cache / f"shard-{first + group:05d}.h5"
-        members = images[group * SHARD_IMAGES : (group + 1) * SHARD_IMAGES]
+    for number, members in enumerate(iterate(images, SHARD_IMAGES)):
+        path = _shard_path(cache, first + number)
         if path.exists():
             orphans += [image for image in members if image.id not in held]
-        members = tuple(image for image in members if image.id not in foreign)
-        if members:
-            shards.append(Shard(path, {"digest": digest, "first": first, "shards": total}, members))
-    if orphans and len(orphans) < len(images):
+        mine = tuple(image for image in members if image.id not in rows_of_others)
+        if mine:
+            plan = {"digest": digest, "first": first, "shards": total}
+            shards.append(Shard(path, plan, mine))
+    if not orphans:
+        return shards
+    if len(orphans) < len(images):
         return shards + plan_shards(orphans, cache)
-    if orphans:  # none of the files that are there is of this plan
-        first, total = after, -(-len(orphans) // SHARD_IMAGES)
-        plan = {"digest": _digest(orphans), "first": first, "shards": total}
-        groups = [orphans[at : at + SHARD_IMAGES] for at in range(0, len(orphans), SHARD_IMAGES)]
-        return [
-            Shard(cache / f"shard-{first + n:05d}.h5", plan, tuple(group))
-            for n, group in enumerate(groups)
-        ]
-    return shards
+    # no file that exists is of this plan: all of its images get new shards
+    plan = {"digest": _digest(orphans), "first": after_all, "shards": _shard_count(orphans)}
+    groups = iterate(orphans, SHARD_IMAGES)
+    return [Shard(_shard_path(cache, after_all + n), plan, tuple(g)) for n, g in enumerate(groups)]
+
+
+class _Existing(NamedTuple):
+    """A shard that exists: its plan, and the ids of the images with a row and of those without."""
+
+    digest: str
+    first: int
+    shards: int
+    rows: list[int]
+    unreadable: list[int]
+
+
+def _read_existing(cache: Path) -> list[_Existing]:
+    found = []
+    for path in shard_paths(cache):
+        with reading_shard(path) as file:
+            plan = _read_plan(file)
+            unreadable = [record[0] for record in json.loads(file.attrs["unreadable"])]
+            rows = file["image_ids"][:].tolist()
+            found.append(_Existing(plan["digest"], plan["first"], plan["shards"], rows, unreadable))
+    return found
+
+
+def _shard_path(cache: Path, number: int) -> Path:
+    return cache / f"shard-{number:05d}.h5"
+
+
+def _shard_count(images: Sequence[Image]) -> int:
+    return -(-len(images) // SHARD_IMAGES)
 
 
 def _read_plan(file: h5py.File) -> dict[str, Any]:
@@ -139,7 +160,7 @@ def plan_retry(
     first = max(numbers)
     return [
         Shard(
-            cache / f"shard-{first:05d}.h5",
+            _shard_path(cache, first),
             {"digest": f"retry {first}", "first": first, "shards": 1},
             tuple(again),
         )

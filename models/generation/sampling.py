@@ -58,9 +58,7 @@ def sample(
         logits = logits.expand(-1, captions, -1).flatten(0, 1).contiguous()
         bar(logits, options.suppress_tokens)
         barred(logits, tokens[:, :place])
-        stuck = (
-            logits.amax(1) == NEG_INF
-        )  # no word is allowed: the caption ends
+        stuck = logits.amax(1) == NEG_INF  # no word is allowed: the caption ends
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
         log_p.masked_fill_(stuck & going, NEG_INF)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)

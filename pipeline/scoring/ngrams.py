@@ -240,73 +240,80 @@ class References:
         return known[found], at[near[found]]
 
     def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
-        """Fill the tables: `documents`, the number of images that document frequencies are counted
-        over; of the captions
+        """Fill the tables from the tokens of references and of `frequencies` (empty: the same).
 
-        k [I], lengths [I,K] in words, tokens and counts as in `Words`;
-
-        and of their n-grams
-
-        keys      [G] int64     name of the first n-1 words << 32 | last word
+        documents               images that document frequencies are counted over
+        k [I], lengths [I,K]    references of an image; their lengths in words
+        tokens, counts          as in `Words`
+        keys      [G] int64     name of an n-gram's first n-1 words << 32 | its last word
         idf       [W+G+1]       log documents - log document frequency, by name; the last is that of
                                 unseen n-grams
         entries   [E] int64     image << 32 | name; those of image i are entries[ends[i]:ends[i+1]]
-        entry_counts [E,K]      how often it stands in each reference of that image; `most`: in the
-                                one that has it most
-        norms     [I,N,K]       length of each reference's tf-idf vector
+        entry_counts [E,K]      how often the entry's n-gram stands in each reference of its image
+        norms     [I,N,K]       length of each reference's tf-idf vector, by n-gram length
         """
         images, width = len(own), max(len(captions) for captions in own)
-        k = np.array([len(captions) for captions in chain(own, frequencies)])
-        words = self.numbered(
-            [caption for captions in chain(own, frequencies) for caption in captions]
-        )
-        image = np.repeat(np.arange(len(k)), k)
-        column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
-        mine = image < images
-        self.k, self.words = k[:images], len(self.vocabulary)
         self.documents = np.array(len(frequencies) or images)
+        k = np.array([len(captions) for captions in chain(own, frequencies)])
+        captions = [caption for captions in chain(own, frequencies) for caption in captions]
+        words = self.numbered(captions)
+        image = np.repeat(np.arange(len(k)), k)  # of each caption; those of `frequencies` are last
+        column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)  # its place in its image
+        is_own = image < images
+        self.k, self.words = k[:images], len(self.vocabulary)
         self.lengths = np.zeros((images, width), np.int64)
-        self.lengths[image[mine], column[mine]] = words.lengths[mine]
-        self.counts = words.counts[mine]
+        self.lengths[image[is_own], column[is_own]] = words.lengths[is_own]
+        self.counts = words.counts[is_own]
         self.tokens = words.tokens[: self.counts.sum()]
-        names, keys, first = words.numbers.copy(), [], [0, self.words]
-        owners, named = [words.owner], [names.copy()]
+        caption, name, first_names = self._name_references(words)
+
+        # count equal n-grams: first of each reference, then sorted by image and name
+        most = int(k.max())
+        packed, times = _count_equal((image[caption] << 32 | name) * most + column[caption])
+        entry_of, column_of = np.divmod(packed, most)
+        is_new = np.diff(entry_of, prepend=-1) > 0
+        entries, place = entry_of[is_new], np.cumsum(is_new) - 1
+        counted = entries[entries >> 32 >= images] if frequencies else entries
+        self.idf = self._idf(counted, first_names[-1] + 1)
+
+        is_own = entry_of < images << 32
+        own_entries = entries[entries < images << 32]
+        counts = np.zeros((len(own_entries), width), np.min_scalar_type(times.max(initial=0)))
+        counts[place[is_own], column_of[is_own]] = times[is_own]  # one byte each, in practice
+        self.entries, self.entry_counts = own_entries, counts
+        self.ends = np.searchsorted(own_entries, np.arange(images + 1) << 32)
+
+        squares = (counts * self.idf[own_entries & MASK, None]) ** 2
+        order = np.searchsorted(first_names[1:], own_entries & MASK, side="right")  # n - 1
+        group = (own_entries >> 32) * ORDERS + order
+        sums = [np.bincount(group, of_column, images * ORDERS) for of_column in squares.T]
+        self.norms = (np.stack(sums, axis=1) ** 0.5).reshape(images, ORDERS, width)
+
+    def _name_references(self, words: Words) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Name all n-grams of the references and fill `keys`.
+
+        Returns the caption and the name of each n-gram, and the first name of each length n (the
+        last entry: the number of names).
+        """
+        names, keys = words.numbers.copy(), []
+        first_names = [0, self.words]
+        captions, named = [words.owner], [names.copy()]
         for n in range(1, ORDERS):
             start = np.flatnonzero(words.left > n)
-            found, place = np.unique(
-                names[start] << 32 | words.numbers[start + n], return_inverse=True
-            )
-            names[start] = first[-1] + place
-            keys.append(found)
-            owners.append(words.owner[start])
+            key = names[start] << 32 | words.numbers[start + n]
+            different, place = np.unique(key, return_inverse=True)
+            names[start] = first_names[-1] + place
+            keys.append(different)
+            captions.append(words.owner[start])
             named.append(names[start])
-            first.append(first[-1] + len(found))
-        owner, name = np.concatenate(owners), np.concatenate(named)
-        most = int(k.max())
-        packed, times = _count_equal((image[owner] << 32 | name) * most + column[owner])
-        entry, column = np.divmod(packed, most)
-        new = np.diff(entry, prepend=-1) > 0
-        entries, place = entry[new], np.cumsum(new) - 1
-        counted = entries[entries >> 32 >= images] if frequencies else entries
+            first_names.append(first_names[-1] + len(different))
         self.keys = np.concatenate(keys)
-        self.idf = np.log(self.documents) - np.log(
-            np.maximum(np.bincount(counted & MASK, minlength=first[-1] + 1), 1)
-        )
-        mine = entry < images << 32
-        counts = np.zeros(
-            (np.count_nonzero(entries < images << 32), width),
-            np.min_scalar_type(times.max(initial=0)),
-        )
-        counts[place[mine], column[mine]] = times[mine]  # one byte each, in practice
-        entries = entries[: len(counts)]
-        squares = (counts * self.idf[entries & MASK, None]) ** 2
-        group = (entries >> 32) * ORDERS + np.searchsorted(first[1:], entries & MASK, side="right")
-        norms = (
-            np.stack([np.bincount(group, of, images * ORDERS) for of in squares.T], axis=1) ** 0.5
-        )
-        self.norms = norms.reshape(images, ORDERS, width)
-        self.entries, self.ends = entries, np.searchsorted(entries, np.arange(images + 1) << 32)
-        self.entry_counts = counts
+        return np.concatenate(captions), np.concatenate(named), first_names
+
+    def _idf(self, entries: np.ndarray, names: int) -> np.ndarray:
+        """log documents - log document frequency of each name; an entry is an image that has it."""
+        document_frequency = np.bincount(entries & MASK, minlength=names)
+        return np.log(self.documents) - np.log(np.maximum(document_frequency, 1))
 
     @cached_property
     def most(self) -> np.ndarray:
