@@ -103,11 +103,11 @@ def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     works(
         train.main,
         *critical(
-            world, begun, tmp_path / "run", "--epochs", 14, "--eval-steps", 1000, "--lr", 2e-3
+            world, begun, tmp_path / "run", "--epochs", 10, "--eval-steps", 1000, "--lr", 2e-3
         ),
     )
     rewards = [line["train"]["reward"] for line in told(tmp_path / "run") if "dev" not in line]
-    assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # of 28 lines, the last 8 against the first 8
+    assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # two fifths of the steps against two fifths
 
 
 @pytest.mark.parametrize("step", [0, 3, 4, 6, 11])

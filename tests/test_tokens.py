@@ -348,6 +348,7 @@ def test_java_gives_our_words_for_every_script(tmp_path: Path):
     assert differing(captions, tokenize_with_java(captions, tmp_path)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.java
 def test_java_gives_our_words_for_every_real_caption(real: Path, tmp_path: Path):
     captions = sorted({caption for name in FILES for caption in captions_of(real / name)})
