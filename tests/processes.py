@@ -35,6 +35,7 @@ def _begun(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, not this server
     work(*arguments)
 
 

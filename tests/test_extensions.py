@@ -132,6 +132,7 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
     assert told(tmp_path / "half") == told(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_task_learns_what_its_questions_ask(drawn, tmp_path):
     """Two questions on one image have their own answers: the prompt is read, not only the image."""
     asked = [
@@ -141,9 +142,9 @@ def test_a_task_learns_what_its_questions_ask(drawn, tmp_path):
         5,
         *SMALL,
         "--epochs",
-        40,
+        70,
         "--lr",
-        0.008,
+        0.005,
         "--dropout",
         0,
         "--train-on-dev",
