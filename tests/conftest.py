@@ -1,5 +1,5 @@
-"""Fixtures of all tests, and the one line that counts what was skipped for the absence of real
-data.
+"""Fixtures of all tests, and the one line that counts what was skipped for want of real data or
+of a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ REAL = Path(
     or Path(__file__).resolve().parents[1].parent / "shared" / "real"
 )
 ABSENT = "real data absent: set ONCEOVER_REAL to its folder"
+NO_GPU = "no CUDA device"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,11 +117,8 @@ def cache(tmp_path: Path, small_shards: None) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [
-        report
-        for report in terminalreporter.stats.get("skipped", [])
-        if ABSENT in str(report.longrepr)
-    ]
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    absent, no_gpu = (sum(why in reason for reason in reasons) for why in (ABSENT, NO_GPU))
     terminalreporter.write_line(
-        f"{len(skipped)} tests skipped because real data is absent ({REAL})"
+        f"{absent} tests skipped because real data is absent ({REAL}); {no_gpu} for want of a GPU"
     )

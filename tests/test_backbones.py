@@ -7,8 +7,6 @@ from __future__ import annotations
 import argparse
 import http.server
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from pipeline.cli import UserError
 from pipeline.extraction.backbone import extract_regions
 from pipeline.extraction.grid import open_backbone, read_weights, restore_backbone
 from pipeline.runtime import open_machine
+from tests.processes import begin, import_anew
 
 
 @pytest.mark.parametrize(
@@ -330,20 +329,29 @@ def test_a_weights_file_that_is_none_is_named(tmp_path, make, suffix):
         read_weights(tmp_path / f"w{suffix}")
 
 
+def digest_of_pretrained() -> None:
+    """Print the digest of a backbone with weights from the hub that the environment names."""
+    import_anew("huggingface_hub", "timm", "models", "pipeline")
+    from pipeline.extraction.grid import open_backbone
+
+    print("digest:", open_backbone("test_resnet", "pretrained", {}).digest())
+
+
+def asked_of_hub(tmp_path: Path, **environment: str) -> str:
+    """What a new process says when it asks the hub for weights."""
+    process = begin(digest_of_pretrained, said=tmp_path / "said.txt", **environment)
+    process.join(120)
+    process.kill()  # only one that hangs is still there
+    return (tmp_path / "said.txt").read_text()
+
+
 def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
-    code = (
-        "from pipeline.extraction.grid import open_backbone; open_backbone('test_resnet', "
-        "'pretrained', {})"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    said = asked_of_hub(tmp_path, HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
     assert (
         "ModelError: the pretrained weights of test_resnet could not be fetched from the hub"
-        in done.stderr
+        in said
     )
-    assert "--weights FILE" in done.stderr
+    assert "--weights FILE" in said
 
 
 def test_pretrained_weights_come_from_the_hub(tmp_path):
@@ -376,23 +384,16 @@ def test_pretrained_weights_come_from_the_hub(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        "from pipeline.extraction.grid import open_backbone as o; print(o('test_resnet', "
-        "'pretrained', {}).digest())"
-    )
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    said = asked_of_hub(
+        tmp_path,
+        HF_HOME=str(tmp_path / "hub"),
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HUB_DISABLE_XET="1",
     )
     server.shutdown()
     backbone = create_backbone("test_resnet")
     backbone.load(weights, "planted")
-    assert done.stdout.strip() == backbone.digest(), done.stderr[-500:]
+    assert said.splitlines()[-1] == f"digest: {backbone.digest()}", said[-500:]
 
 
 def test_a_restored_backbone_with_other_weights_is_refused(tmp_path):

@@ -131,6 +131,7 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
     assert told(tmp_path / "half") == told(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_task_learns_what_its_questions_ask(drawn, tmp_path):
     """Two questions on one image have their own answers: the prompt is read, not only the image."""
     asked = [

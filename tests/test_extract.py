@@ -441,10 +441,16 @@ def test_ten_times_the_photographs_take_at_most_a_tenth_more_memory(tmp_path, re
     assert peak(6400) <= 1.1 * peak(640)
 
 
-def test_one_photograph_captions_alike_through_any_copy_of_the_cache(world, tmp_path):
-    shutil.copytree(world / "cache", tmp_path / "copy")
-    one, two = FeatureCache(world / "cache"), FeatureCache(tmp_path / "copy")
-    assert np.array_equal(one.rows(one.ids.tolist()).features, two.rows(one.ids.tolist()).features)
+def test_a_moved_cache_needs_nothing_of_its_old_place_and_gives_the_same_captions(world, tmp_path):
+    shutil.copytree(world / "cache", tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    captions = []
+    for number, cache in enumerate((world / "cache", tmp_path / "moved")):
+        out = tmp_path / str(number) / "scores.json"
+        asked = ["--checkpoint", world / "run", "--features", cache, "--out", out]
+        works(evaluate.main, *at(world), *asked)
+        captions.append(json.loads((out.parent / "captions-test.json").read_text()))
+    assert captions[0] == captions[1] and any(line["caption"] for line in captions[0])
 
 
 # -------------------------------------------------------------------------------------------- views

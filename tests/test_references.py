@@ -113,8 +113,9 @@ def test_a_cache_folder_keeps_what_was_used_last_and_touches_no_other_file(tmp_p
 
 
 def test_a_place_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("kept")
     keep(References(REFERENCES), tmp_path / "file" / "below" / "kept.npz")
+    assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
 
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

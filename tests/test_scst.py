@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from pipeline import train
 from pipeline.training import loop as trainer
 from pipeline.training.rewards import Rewards
+from tests.processes import run_ranks
 from tests.test_commands import at, refused, run, works
-from tests.test_train import assert_same_run, interrupt_at, options, start, told
+from tests.test_train import assert_same_run, interrupt_at, options, told
 
 __all__ = ["world"]  # a fixture
 
@@ -100,7 +101,10 @@ def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp
 
 def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     works(
-        train.main, *critical(world, begun, tmp_path / "run", "--epochs", 20, "--eval-steps", 1000)
+        train.main,
+        *critical(
+            world, begun, tmp_path / "run", "--epochs", 10, "--eval-steps", 1000, "--lr", 2e-3
+        ),
     )
     rewards = [line["train"]["reward"] for line in told(tmp_path / "run") if "dev" not in line]
     assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # two fifths of the steps against two fifths
@@ -171,9 +175,7 @@ def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
         *more,
     ]  # 43 = 6 * 7 + 1
     works(train.main, *critical(world, begun, tmp_path / "one", *plain))
-    process = start(critical(world, begun, tmp_path / "two", *plain), processes=2)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    run_ranks(critical(world, begun, tmp_path / "two", *plain), 2, tmp_path)
     lines = list(zip(told(tmp_path / "one"), told(tmp_path / "two"), strict=True))
     assert len(lines) == 9
     for one, two in lines:
@@ -271,7 +273,9 @@ def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words
     works(
         train.main,
         *options(
-            world, tmp_path / "first", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8
+            world,
+            tmp_path / "first",
+            *["--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8, "--eval-steps", 24],
         ),
     )
     works(

@@ -31,6 +31,7 @@ from data.cache.writer import plan_retry, plan_shards, stamp, verify_shard, writ
 from pipeline.cli import UserError
 from pipeline.extraction import maintenance as keeping
 from pipeline.runtime import Machine
+from tests.processes import begin, command
 
 # fixtures
 from tests.test_features import IDENTITY, some_images, write_plan
@@ -44,19 +45,26 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def kill(photographs: Path, work: Path, *options: object) -> str:
-    command = [sys.executable, "-m", "tests.kill_extraction", photographs, work, *options]
-    done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    said = work / "said.txt"
+    asked = [str(part) for part in (photographs, work, *options)]
+    process = begin(command, "tests.kill_extraction", asked, said=said)
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    return said.read_text()
 
 
 def test_kills_at_random_moments_leave_whole_shards_and_the_same_cache(tmp_path, real):
     told = kill(
+        real / "flickr8k" / "images", tmp_path, "--kills", 3, "--limit", 90, "--shard-images", 15
+    )
+    assert "killed 3 times" in told and "two runs at once into one folder: the same cache" in told
+
+
+@pytest.mark.slow
+def test_more_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
+    assert "killed 5 times" in kill(
         real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 300, "--shard-images", 40
     )
-    assert "killed 5 times" in told and "two runs at once into one folder: the same cache" in told
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ in two, and stops plainly.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pipeline.checkpoints.checkpoint import load_training_state
 from pipeline.training import loop as trainer
 from pipeline.training import objectives
 from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
+from tests.processes import run_ranks
 from tests.test_commands import SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,7 +262,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(world, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--cache-in", "ram"]])
 def test_two_processes_train_as_one_does(world, tmp_path, more):
     """Captions of unequal number and length a rank, a last batch that leaves a rank without an
-    image, fp32, no dropout.
+    image, fp32, no dropout. The second case is begun by torchrun itself.
     """
     plain = [
         "--dropout",
@@ -275,9 +277,13 @@ def test_two_processes_train_as_one_does(world, tmp_path, more):
         0.9,
     ]  # 43 = 6 * 7 + 1
     works(train.main, *options(world, tmp_path / "one", *plain))
-    process = start(options(world, tmp_path / "two", *plain, *more), processes=2)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    asked = options(world, tmp_path / "two", *plain, *more)
+    if more:
+        process = start(asked, processes=2)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    else:
+        output = run_ranks(asked, 2, tmp_path)
     assert output.count("epoch 2/2: train loss") == 1 and "2 processes" in output
     if more:
         assert "in RAM" in output and "once for all processes of a machine" in output
@@ -292,6 +298,7 @@ def test_two_processes_train_as_one_does(world, tmp_path, more):
     )  # where a gradient is nothing but rounding, Adam's steps are its sign
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_run_and_leaves_it_to_be_resumed(world, tmp_path):
     folder = tmp_path / "run"
     process = start(
@@ -359,20 +366,23 @@ def test_the_average_kept_is_that_of_the_weights_after_each_step(world, tmp_path
     )
 
 
-def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path):
-    start_time = time.monotonic()
+def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path, monkeypatch):
+    """Six seconds by a clock that goes on by 1/25 s each time that it is looked at."""
+    looks = itertools.count()
+    monkeypatch.setattr(trainer.Run, "seconds", property(lambda run: next(looks) / 25))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(looks) / 25))
     works(
         train.main,
         *options(
             world, tmp_path / "run", "--minutes", 0.1, "--patience", 10_000, "--epochs", 100_000
         ),
     )
-    assert time.monotonic() - start_time < 15
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     rates = [line["train"]["lr"] for line in lines]
-    assert 4 < lines[-1]["seconds"]["elapsed"] < 8 and rates[-1] < 0.1 * max(rates)
+    assert 5 < lines[-1]["seconds"]["elapsed"] < 7 and rates[-1] < 0.1 * max(rates)
+    assert lines[-1]["step"] > 10
 
 
 def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
@@ -694,21 +704,18 @@ def test_a_run_on_pieces_of_words_is_scored_and_captions_in_words(world, tmp_pat
         "--force-words",
         "left of",
     )
-    process = start(
-        options(
-            world,
-            tmp_path / "run",
-            "--vocabulary",
-            "bpe",
-            "--vocab-size",
-            60,
-            "--epochs",
-            8,
-            "--resume",
-        )
+    again = options(
+        world,
+        tmp_path / "run",
+        "--vocabulary",
+        "bpe",
+        "--vocab-size",
+        60,
+        "--epochs",
+        8,
+        "--resume",
     )
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "going on with" in output, output
+    assert "going on with" in run_ranks(again, 1, tmp_path)  # a new process reads tokenizer.json
 
 
 def test_the_share_of_unknown_words_is_shown(world, tmp_path):
@@ -861,7 +868,7 @@ def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(wo
 def test_one_photograph_trains_with_train_on_dev_and_is_a_plain_error_without(world, tmp_path):
     folder = few(world, tmp_path / "few", 1)
     assert "--train-on-dev" in refused(train.main, *few_options(folder, *SMALL))
-    tiny = ["--preset", "tiny", *SMALL, "--dropout", 0, "--epochs", 120, "--lr", 0.005]
+    tiny = ["--preset", "tiny", *SMALL, "--dropout", 0, "--epochs", 60, "--lr", 0.01]
     works(train.main, *few_options(folder, *tiny, "--train-on-dev"))
     caption_of = json.loads((folder / "metadata.jsonl").read_text())["text"]
     written = works(caption.main, "--checkpoint", tmp_path / "few_run", folder / "000.jpg")
