@@ -18,6 +18,17 @@ import torch
 from pipeline.runtime import Machine
 
 
+def real_option(help: str) -> Callable:
+    """The option --real: the folder of real photographs and captions."""
+    return click.option(
+        "--real",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        envvar="ONCEOVER_REAL",
+        default="../shared/real",
+        help=help,
+    )
+
+
 def header() -> dict[str, object]:
     """Hardware and date, for the report's first lines."""
     return {"hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today())}
@@ -82,9 +93,8 @@ def peak_above(work: Callable[[], object]) -> float:
     """GB of memory that a work takes at most, beyond what this process has in memory before it
     (Linux).
     """
-    ctypes.CDLL("libc.so.6").malloc_trim(
-        0
-    )  # what is free goes back, so that what follows is what the work takes
+    # what is free goes back, so that what follows is what the work takes
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     work()

@@ -41,9 +41,8 @@ def make_photographs(
             blotches = rng.integers(0, 256, (12, 16, 3), np.uint8)
             photo = Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(photo, np.float32)
-        contrast = (
-            4 + 0.1 * np.abs(pixels - pixels.mean((0, 1))).mean()
-        )  # fine grain, the detail that enlarging lost
+        # fine grain, the detail that enlarging lost
+        contrast = 4 + 0.1 * np.abs(pixels - pixels.mean((0, 1))).mean()
         grain = rng.normal(0, contrast, pixels.shape[:2])[..., None]
         photo = Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
         quality = min(

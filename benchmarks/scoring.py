@@ -26,7 +26,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.measure import header, report
+from benchmarks.measure import header, real_option, report
 from data.results import read_references, read_results
 from data.tokens import tokenize_all
 from data.vocabulary import EOS, PAD, Vocabulary
@@ -38,13 +38,7 @@ IMAGES, SAMPLES, LENGTH = 50, 5, 20  # of one training step
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--real",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="ONCEOVER_REAL",
-    default="../shared/real",
-    help="folder of the published captions",
-)
+@real_option("folder of the published captions")
 @click.option("--runs", default=5, help="runs of ours; pycocoevalcap has three")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
 def main(real: Path, runs: int, out: Path | None) -> None:
@@ -156,9 +150,8 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
             seconds.append(time.perf_counter() - start)
         figures[f"{name}_ms"] = statistics.median(seconds) * 1e3
         figures[f"{name}_ms_90th"] = float(np.percentile(seconds, 90)) * 1e3
-    owners, batch = batches[
-        -1
-    ]  # the plain way: pycocoevalcap's scorer over the samples, document frequencies at hand
+    # the plain way: pycocoevalcap's scorer over the samples, document frequencies at hand
+    owners, batch = batches[-1]
     counted = CiderScorer()
     for group in tokens.values():
         counted += ("", [" ".join(words) for words in group])

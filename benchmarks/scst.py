@@ -36,6 +36,7 @@ from benchmarks.measure import (
     in_turn,
     peak_above,
     ratio,
+    real_option,
     report,
     seconds_of,
     waiter,
@@ -65,13 +66,7 @@ class Work(NamedTuple):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--real",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="ONCEOVER_REAL",
-    default="../shared/real",
-    help="folder of Flickr8k's captions",
-)
+@real_option("folder of Flickr8k's captions")
 @click.option("--images", default=10)
 @click.option("--samples", default=5)
 @click.option("--rounds", default=3)

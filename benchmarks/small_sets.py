@@ -25,20 +25,14 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.measure import header
+from benchmarks.measure import header, real_option
 from data.tokens import tokenize
 from pipeline.scoring.metrics import cider
 from pipeline.scoring.ngrams import References
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--real",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="ONCEOVER_REAL",
-    default="../shared/real",
-    help="folder of Flickr8k",
-)
+@real_option("folder of Flickr8k")
 @click.option(
     "--features",
     type=click.Path(exists=True, path_type=Path),

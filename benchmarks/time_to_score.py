@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.measure import header, report
+from benchmarks.measure import header, real_option, report
 from pipeline.cli import UserError
 
 RECIPE = (
@@ -38,13 +38,7 @@ RECIPE = (
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--real",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="ONCEOVER_REAL",
-    default="../shared/real",
-    help="folder of Flickr8k",
-)
+@real_option("folder of Flickr8k")
 @click.option(
     "--features",
     type=click.Path(exists=True, path_type=Path),

@@ -21,7 +21,16 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.measure import header, in_turn, precisions, ratio, report, waiter, why_fp32
+from benchmarks.measure import (
+    header,
+    in_turn,
+    precisions,
+    ratio,
+    real_option,
+    report,
+    waiter,
+    why_fp32,
+)
 from benchmarks.peers import (
     WORDS,
     decoder_operations,
@@ -43,13 +52,7 @@ from pipeline.runtime import Machine, open_machine
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--real",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="ONCEOVER_REAL",
-    default="../shared/real",
-    help="folder of Flickr8k's captions",
-)
+@real_option("folder of Flickr8k's captions")
 @click.option(
     "--images", type=int, help="images a step, five captions each  [50; 10 where all is in fp32]"
 )
@@ -114,9 +117,8 @@ def measure(
             peer, their_loss, replace(machine, precision=precision)
         )
     seconds = in_turn(works, rounds, waiter(device))
-    words = (
-        tokens != PAD
-    ).sum().item() - captions  # rows of the decoder: all but each caption's last token
+    # rows of the decoder: all but each caption's last token
+    words = (tokens != PAD).sum().item() - captions
     operations = 3 * (
         images * encoder_operations(captioner.config)
         + words * decoder_operations(captioner.config, words / captions / 2)

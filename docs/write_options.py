@@ -63,11 +63,8 @@ def table(items: Iterable[Any]) -> list[str]:
         text, _, default = item.metadata["help"].partition("  [")
         default = default.removesuffix("]")
         if not default and item.default not in (None, (), "", MISSING):
-            default = (
-                {True: "on", False: "off"}.get(item.default, str(item.default))
-                if isinstance(item.default, bool)
-                else str(item.default)
-            )
+            named = {True: "on", False: "off"} if isinstance(item.default, bool) else {}
+            default = named.get(item.default, str(item.default))
         choices = item.metadata.get("choices") or item.metadata.get("registry") or ()
         if choices:
             text += f": {', '.join(f'`{choice}`' for choice in choices)}"

@@ -8,9 +8,8 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny products; two threads fighting a busy neighbour take 10x as long
+# tiny products; two threads fighting a busy neighbour take 10x as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -48,7 +47,7 @@ def world(tmp_path_factory) -> Path:
 
     from data.datasets.sample import draw_sample
     from pipeline import extract, train
-    from tests.test_commands import QUICK, works
+    from tests.test_commands import LOOK, QUICK, works
 
     world = tmp_path_factory.mktemp("world")
     draw_sample(world / "sample", count=60, seed=3)
@@ -56,10 +55,7 @@ def world(tmp_path_factory) -> Path:
     works(
         extract.main,
         *at,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         world / "cache",
     )
@@ -75,7 +71,7 @@ def views_world(tmp_path_factory) -> Path:
 
     from data.datasets.sample import draw_sample
     from pipeline import extract
-    from tests.test_commands import works
+    from tests.test_commands import LOOK, works
 
     world = tmp_path_factory.mktemp("train")
     draw_sample(world / "sample", count=60, seed=3)
@@ -87,10 +83,7 @@ def views_world(tmp_path_factory) -> Path:
     works(
         extract.main,
         *["--dataset", "karpathy", "--root", world / "sample"],
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--views",
         "flip",
         "--out",

@@ -286,9 +286,8 @@ def _spoil_attribute(draw: Draw, file: h5py.File, name: str) -> None:
 
 def _spoil_dataset(draw: Draw, file: h5py.File, name: str) -> None:
     old = file[name]
-    if (
-        not isinstance(old, h5py.Dataset) or (old.size or 0) > 10**7
-    ):  # an earlier fault made it large
+    # an earlier fault made it large
+    if not isinstance(old, h5py.Dataset) or (old.size or 0) > 10**7:
         return
     values = old[:] if old.shape else old[()]
     edit = one_of(

@@ -29,9 +29,8 @@ def tiny(**changes) -> Transformer:
     }
     torch.manual_seed(0)
     captioner = Transformer(TransformerConfig(WORDS, CHANNELS, **{**sizes, **changes})).eval()
-    for (
-        parameter
-    ) in captioner.parameters():  # away from the tidy initial values, where mistakes cancel
+    # away from the tidy initial values, where mistakes cancel
+    for parameter in captioner.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return captioner
 

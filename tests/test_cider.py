@@ -56,9 +56,8 @@ def drawn(
     references = {
         image_id: [sentence("abcdefghijk") for _ in range(rng.randint(1, 5))] for image_id in images
     }
-    vocabulary = Vocabulary(
-        ("<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghxyz")
-    )  # i j k are unknown, x y z unseen
+    # i j k are unknown, x y z unseen
+    vocabulary = Vocabulary(("<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghxyz"))
     owners = [rng.choice(images) for _ in range(6)]
     return (
         references,

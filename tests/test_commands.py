@@ -33,6 +33,7 @@ from pipeline.decoding.captioner import load_captioner
 from pipeline.evaluate import checkpoint as evaluate_checkpoint
 from tests.processes import begin
 
+LOOK = ["--backbone", "test_resnet", "--weights", "scenes"]  # the sample's backbone
 SMALL = [
     "--width",
     "32",
@@ -98,10 +99,7 @@ def test_extraction_again_does_nothing_and_another_batch_size_gives_near_rows(wo
     works(
         extract.main,
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         world / "cache",
     )
@@ -109,10 +107,7 @@ def test_extraction_again_does_nothing_and_another_batch_size_gives_near_rows(wo
     works(
         extract.main,
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "c",
         "--batch",
@@ -137,10 +132,7 @@ def test_extraction_needs_no_captions(world, tmp_path):
         "folder",
         "--root",
         tmp_path / "photos",
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "cache",
     )
@@ -152,10 +144,7 @@ def test_a_rank_that_is_done_makes_the_shards_of_one_that_never_came(world, tmp_
     monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "cache",
     ]
@@ -380,10 +369,7 @@ def test_a_photograph_is_captioned_as_its_cached_features_are(world, tmp_path):
     works(
         extract.main,
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         out,
         "--precision",
@@ -410,9 +396,8 @@ def test_a_photograph_is_captioned_as_its_cached_features_are(world, tmp_path):
     paths = photos(world, 60)
     captions = load_captioner(world / "run", precision="fp32").caption(paths, batch=1)
     found = {int(path.stem[-12:]): text for path, text in zip(paths, captions, strict=True)}
-    assert (
-        sum(found[key] == cached[key] for key in found) >= 59
-    )  # two sums in another order may tie apart
+    # two sums in another order may tie apart
+    assert sum(found[key] == cached[key] for key in found) >= 59
 
 
 def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_path):
@@ -509,9 +494,8 @@ def test_evaluate_and_caption_take_the_same_decoding_options(world, tmp_path):
         Path(cache.name_of(record["image_id"])).name: record["captions"][0]["caption"]
         for record in written
     }
-    assert (
-        sum(record["caption"] == first[record["file_name"]] for record in own) >= 4
-    )  # bf16 in batches may tie apart
+    # bf16 in batches may tie apart
+    assert sum(record["caption"] == first[record["file_name"]] for record in own) >= 4
 
 
 def test_samples_are_the_same_for_one_seed_and_others_for_another(world, tmp_path):
@@ -740,7 +724,7 @@ def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(
     line = "1 file left out: .heic 1; pip install -e '.[heic]' reads .heic"
     output = works(caption.main, tmp_path, "--checkpoint", world / "run")
     assert line in output and "a.jfif: " in output and "b.JPE: " in output
-    small = ["--dataset", "folder", "--backbone", "test_resnet", "--weights", "scenes"]
+    small = ["--dataset", "folder", *LOOK]
     assert line in works(extract.main, *small, "--root", tmp_path, "--out", tmp_path / "cache")
     (tmp_path / "none").mkdir()
     shutil.copy(tmp_path / "c.heic", tmp_path / "none")
@@ -764,10 +748,7 @@ def test_max_pixels_reads_what_was_too_large(world, tmp_path, monkeypatch):
         "folder",
         "--root",
         tmp_path / "photos",
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "cache",
     ]
@@ -791,10 +772,7 @@ def test_names_in_another_unicode_form_are_extracted_and_trained_on(tmp_path):
     works(
         extract.main,
         *common,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "cache",
     )
@@ -803,9 +781,8 @@ def test_names_in_another_unicode_form_are_extracted_and_trained_on(tmp_path):
     images = [
         {"id": image.id, "file_name": f"café_{n}.jpg"} for n, image in enumerate(source.images)
     ]
-    (tmp_path / "c.json").write_text(
-        json.dumps({"images": images})
-    )  # captions by other names, without photographs
+    # captions by other names, without photographs
+    (tmp_path / "c.json").write_text(json.dumps({"images": images}))
     (tmp_path / "empty").mkdir()
     elsewhere = open_source("coco", tmp_path / "empty", tmp_path / "c.json")
     assert len(FeatureCache(tmp_path / "cache").select(elsewhere.images)[0]) == 4
@@ -823,10 +800,7 @@ def test_a_photograph_that_is_not_there_is_named_with_the_file_that_is(tmp_path)
         "folder",
         "--root",
         tmp_path,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
     )
     assert "ab.jpg (there is Ab.jpg, aB.jpg), c.jpg (there is c.png), d.jpg;" in told
 
@@ -839,10 +813,7 @@ def test_captions_from_txt_are_trained_on_and_scored(tmp_path):
     output = works(
         extract.main,
         *common,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "cache",
     )
@@ -892,10 +863,7 @@ def test_a_corrupt_photograph_is_listed_and_the_rest_goes_on(world, tmp_path):
     output = works(
         extract.main,
         *options,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "c",
     )
@@ -932,10 +900,7 @@ def test_a_photograph_the_disk_lacks_ends_before_the_first_image_unless_allowed(
         "karpathy",
         "--root",
         root,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "c",
     ]
@@ -1033,7 +998,7 @@ def test_an_image_without_captions_is_an_error_in_train_and_evaluate_only(world,
         tmp_path, world, annotations=[{"id": 0, "image_id": 1, "caption": "a circle"}]
     )
     out = tmp_path / "c"
-    works(extract.main, *options, "--backbone", "test_resnet", "--weights", "scenes", "--out", out)
+    works(extract.main, *options, *LOOK, "--out", out)
     message = refused(
         evaluate.main, *options, "--checkpoint", world / "run", "--features", out, "--split", "all"
     )
@@ -1135,10 +1100,7 @@ def test_a_cache_and_captions_that_name_an_id_differently_are_refused(world, tmp
     works(
         extract.main,
         *options,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "c",
     )
@@ -1154,10 +1116,7 @@ def test_a_cache_and_captions_that_name_an_id_differently_are_refused(world, tmp
 def test_an_id_absent_from_the_cache_is_an_error(world, tmp_path):
     options = [
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "c",
         "--limit",

@@ -23,25 +23,13 @@ from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.extraction.registry import REGIONS
 from pipeline.tasks.registry import TASKS
 from pipeline.training.config import TrainConfig
-from tests.test_commands import refused, run, works
+from tests.test_commands import LOOK, SMALL, refused, run, works
 from tests.test_train import interrupt_at, told
 from tests.toys.bag import BagConfig, BagOfRegions
 from tests.toys.counting import Counting
 from tests.toys.pixels import PIXELS
 
 QUICK = ["--batch", 20, "--beam", 2, "--log-every", 2, "--device", "cpu", "--precision", "fp32"]
-SMALL = [
-    "--width",
-    32,
-    "--heads",
-    2,
-    "--encoder-layers",
-    1,
-    "--decoder-layers",
-    1,
-    "--feedforward",
-    64,
-]
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +47,7 @@ def drawn(tmp_path_factory) -> Path:
     works(
         extract.main,
         *at(folder),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--grid",
         "2x2",
         "--out",
@@ -85,9 +70,8 @@ def over(folder: Path, out: Path, *more: object) -> list:
 def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
     asked = ["--task", "counting", "--questions", 3, *SMALL, "--epochs", 3]
     output = works(train.main, *over(drawn, tmp_path / "run", *asked))
-    assert (
-        "144 questions" in output and "dev accuracy" in output
-    )  # 48 train images, 3 questions each
+    # 48 train images, 3 questions each
+    assert "144 questions" in output and "dev accuracy" in output
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (record["training"]["task"], record["training"]["questions"]) == ("counting", 3)
     assert record["model"]["max_prompt"] == 6
@@ -110,22 +94,9 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
         and f"accuracy     {scores['scores']['accuracy']:.4f}" in evaluated
     )
 
-    monkeypatch.undo()
     with monkeypatch.context() as patch:
-        for registry, name, kind in (
-            (TASKS, "counting", Counting),
-            (DECODERS, "bag", BagOfRegions),
-            (REGIONS, "pixels", PIXELS),
-        ):
-            patch.setitem(registry, name, kind)
         interrupt_at(4, patch)
         assert run(train.main, *over(drawn, tmp_path / "half", *asked)).exit_code == 130
-    for registry, name, kind in (
-        (TASKS, "counting", Counting),
-        (DECODERS, "bag", BagOfRegions),
-        (REGIONS, "pixels", PIXELS),
-    ):
-        monkeypatch.setitem(registry, name, kind)
     again = ["--config", tmp_path / "half" / "config.json", "--out", tmp_path / "half", "--resume"]
     assert "going on with" in works(train.main, *again)
     assert told(tmp_path / "half") == told(tmp_path / "run")

@@ -32,10 +32,10 @@ from pipeline.extraction.stream import (
 from pipeline.runtime import open_machine
 
 # a fixture
-from tests.test_commands import QUICK, at, photos, refused, run, works
+from tests.test_commands import LOOK, QUICK, at, photos, refused, run, works
 from tests.test_images import RED, halves
 
-SMALL = ["--backbone", "test_resnet", "--weights", "scenes"]
+SMALL = [*LOOK]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -109,9 +109,8 @@ def test_every_odd_photograph_has_its_row_or_stands_in_the_list_with_its_reason(
     ):
         one, two = row[name], row["quo'te\".jpg"]
         alike = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
-        assert alike > (0.9 if name == "animated.gif" else 0.99), (
-            name
-        )  # of 216 colours; its second frame is black
+        # of 216 colours; its second frame is black
+        assert alike > (0.9 if name == "animated.gif" else 0.99), name
 
 
 def test_strict_ends_at_the_first_unreadable_photograph(tmp_path):

@@ -139,13 +139,11 @@ def test_an_interrupted_plan_goes_on_with_the_same_shards(tmp_path, small_shards
 
 def test_another_split_adds_shards_and_never_repeats_an_image(tmp_path, small_shards):
     cache = tmp_path / "cache"
-    write_plan(
-        cache, some_images(12, start=20), only=(0,)
-    )  # a second split, interrupted after 20..29
+    # a second split, interrupted after 20..29
+    write_plan(cache, some_images(12, start=20), only=(0,))
     write_plan(cache, some_images(35))  # all
-    write_plan(
-        cache, some_images(12, start=20)
-    )  # the interrupted one goes on: nothing is left for it
+    # the interrupted one goes on: nothing is left for it
+    write_plan(cache, some_images(12, start=20))
     opened = FeatureCache(cache)
     assert sorted(opened.ids.tolist()) == list(range(35)) and len(opened) == 35
     assert planted(opened.rows(range(35)).features) == list(range(35))

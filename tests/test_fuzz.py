@@ -44,7 +44,7 @@ from safetensors.torch import load_file
 from data.sources import image_id
 from pipeline import caption, evaluate, extract, train
 from pipeline.caption import CaptionConfig
-from pipeline.cli import options_of
+from pipeline.cli import extension_options, flag_of
 from pipeline.evaluate import EvaluateConfig
 from pipeline.extract import ExtractConfig
 from pipeline.training.config import TrainConfig
@@ -62,6 +62,7 @@ from tests.mutations import (
     spoil_safetensors,
     spoil_tensor,
 )
+from tests.test_commands import LOOK
 
 LONG = "ONCEOVER_FUZZ_SECONDS" in os.environ
 SECONDS = float(os.environ.get("ONCEOVER_FUZZ_SECONDS", 20))
@@ -93,7 +94,6 @@ SMALL = [
     "--min-count",
     1,
 ]
-LOOK = ["--backbone", "test_resnet", "--weights", "scenes"]
 
 
 # ---------------------------------------------------------------------------------------- the world
@@ -398,9 +398,8 @@ def reading_cache(draw: Draw, case: Path, cache: Path) -> list[Command]:
 
 def caches(draw: Draw, case: Path) -> list[Command]:
     give(case, "coco.json", "photos")
-    if (
-        going_on := draw(st.integers(0, 3)) == 0
-    ):  # the cache is where extraction writes, but its shards stay
+    # the cache is where extraction writes, but its shards stay
+    if going_on := draw(st.integers(0, 3)) == 0:
         shutil.copytree(case.parent / "cache", case / "out" / "cache")
     cache = case / "out" / "cache" if going_on else give(case, "cache")[0]
     spoil_hdf5(draw, cache / one_of(draw, ("shard-00000.h5",) * 6 + ("features.h5",)))
@@ -655,11 +654,7 @@ def stages_of(draw: Draw, case: Path) -> tuple[type, click.Command, list[object]
 def settings_of(config: type) -> list[Field]:
     """The settings of a command, and the options of all extensions that it can choose."""
     found = [item for item in fields(config) if item.name not in {*UNTRIED, "extensions"}]
-    for item in list(found):
-        found += [
-            option for name in item.metadata["registry"] or () for option in options_of(item, name)
-        ]
-    return found
+    return found + [option for _, _, option in extension_options(found)]
 
 
 def options(draw: Draw, case: Path) -> list[Command]:
@@ -668,7 +663,7 @@ def options(draw: Draw, case: Path) -> list[Command]:
     odd: list[object] = []
     for _ in range(draw(st.integers(1, 2))):
         item = one_of(draw, [item for item in settings_of(config) if item.default is not True])
-        flag = "--" + item.name.replace("_", "-")
+        flag = flag_of(item.name)
         choices = item.metadata.get("choices") or item.metadata.get("registry") or ()
         choices = [each for each in choices if each != "sample"]  # which is drawn, for long
         value = one_of(draw, one_of(draw, [ODD_NUMBERS, ODD, choices or ODD_NUMBERS]))

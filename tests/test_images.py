@@ -274,9 +274,8 @@ CLEAR = [
 def test_what_is_transparent_shows_white(tmp_path, name, photo, options, shown):
     photo.save(tmp_path / name, **options)
     assert corners(tmp_path / name) == ([255, 255, 255], list(shown))
-    with Image.open(
-        tmp_path / name
-    ) as opened:  # the same road for an opened image, which stays as it is
+    # the same road for an opened image, which stays as it is
+    with Image.open(tmp_path / name) as opened:
         pixels = read_image(opened, PLAIN).pixels
         assert pixels[:, 0, 0].tolist() == [255, 255, 255] and pixels[:, 7, 7].tolist() == list(
             shown
@@ -487,9 +486,8 @@ def test_heic_is_read_through_the_extra_or_names_it(tmp_path):
 
 def test_max_pixels_raises_and_lowers_pillows_limit_and_the_reason_names_it(tmp_path, monkeypatch):
     halves(100, 30).save(tmp_path / "p.png")
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", 1000
-    )  # Pillow itself refuses from twice as many on
+    # Pillow itself refuses from twice as many on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(
         UnreadableImage,
         match=r"^more than 1,000 pixels \(3,000\); --max-pixels N raises the limit$",

@@ -35,9 +35,8 @@ def small(words: int = 7, limit: int = LIMIT, width: int = 16, seed: int = 0) ->
     torch.manual_seed(seed)
     captioner = Transformer(TransformerConfig(words, 6, limit, 0, width, 2, 1, 2, 2 * width, 0.0))
     for weight in captioner.parameters():
-        weight.data.add_(
-            (0.3 if words == 7 else 0.05) * torch.randn_like(weight)
-        )  # words are not equally likely
+        # words are not equally likely
+        weight.data.add_((0.3 if words == 7 else 0.05) * torch.randn_like(weight))
     captioner.output_bias.data[EOS] += words / 30  # some captions end, some are cut
     return captioner.train()
 
@@ -114,9 +113,8 @@ def test_the_expected_gradient_is_that_of_the_enumerated_expected_reward(baselin
     captioner, one = small(), images(1)
     memory = captioner.encode(regions(one))
     log_p = enumerated_log_p(captioner, memory, temperature)
-    assert log_p.exp().sum().item() == pytest.approx(
-        1, abs=1e-6
-    )  # nothing is lost to padding or to the limit
+    # nothing is lost to padding or to the limit
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-6)
     captions = every_caption()
     reward = torch.rand(len(captions), generator=torch.Generator().manual_seed(2))
     wanted = gradient(captioner, -(log_p.exp() * reward).sum())

@@ -80,9 +80,8 @@ def test_cider_is_the_scorers_with_the_end_a_word_and_none_where_a_sample_was_cu
     np.testing.assert_allclose(found, slow_cider(ids, texts, ended), rtol=1e-5)
     assert found[2, 0] > 0 and found[1, 1] >= 0
     whole = rewards(ids[2:], samples(VOCABULARY, SAID[2:], 6))
-    assert (
-        whole[0, 0] == pytest.approx(10.0) and found[2, 0] < whole[0, 0]
-    )  # the same words, without their end
+    # the same words, without their end
+    assert whole[0, 0] == pytest.approx(10.0) and found[2, 0] < whole[0, 0]
 
 
 def test_the_end_as_a_word_is_what_makes_an_unfinished_sample_worth_less():

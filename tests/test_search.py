@@ -117,9 +117,8 @@ def test_padded_regions_give_the_same_captions():
 def test_the_reported_score_is_the_captions_own(beams):
     """A lost cache reorder or a shifted position would make the words' score another one."""
     captioner, regions = tiny(), some_regions(12)
-    captioner.output_bias.data[
-        EOS
-    ] = -3  # long captions: a beam's past matters more, the more there is of it
+    # long captions: a beam's past matters more, the more there is of it
+    captioner.output_bias.data[EOS] = -3
     tokens, scores = search(captioner, regions, beams, penalty=0.7)
     assert (tokens != EOS).sum(1).float().mean() > 4
     for b in range(12):
@@ -536,9 +535,8 @@ def test_sampling_frequencies_are_the_softmax_s(temperature):
     chi = sum((drawn.get(c, 0) - wanted[c] * count) ** 2 / (wanted[c] * count) for c in likely)
     chi += (rest[0] - rest[1]) ** 2 / rest[1] if rest[1] >= 5 else 0
     freedom = len(likely)
-    assert (
-        chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
-    )  # a normal bound above chi-square's 99.9th per cent point
+    # a normal bound above chi-square's 99.9th per cent point
+    assert chi < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
 
 
 def test_the_likeliest_words_alone_are_drawn_from():

@@ -17,7 +17,7 @@ from data.vocabulary import Vocabulary
 from pipeline import caption, evaluate, extract, train
 from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import References
-from tests.test_commands import SMALL, refused, works
+from tests.test_commands import LOOK, SMALL, refused, works
 
 CHINESE = [
     "一只狗在草地上奔跑。",
@@ -151,10 +151,7 @@ def chinese(tmp_path_factory) -> Path:
         "folder",
         "--root",
         world,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         world.with_name("cache"),
     )

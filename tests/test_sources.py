@@ -114,9 +114,8 @@ def test_dev_is_val_where_there_is_a_test_split(tmp_path):
     source = open_source("karpathy", tmp_path)
     assert source.splits == ("train", "val", "test") and source.reported() == "test"
     assert source.select("dev") == source.select("val") and len(source.select("val")) == 15
-    assert [i.id for i in source.select("train")] == [
-        n for n in range(60) if n % 4 < 2
-    ]  # restval joins, in order
+    # restval joins, in order
+    assert [i.id for i in source.select("train")] == [n for n in range(60) if n % 4 < 2]
 
 
 def test_a_test_split_alone_leaves_dev_to_the_train_photographs(tmp_path):
@@ -410,9 +409,8 @@ def test_a_coco_file_may_carry_splits(tmp_path):
         "first of 1",
         "second of 1",
     )
-    assert (
-        open_source("coco", tmp_path / "photos", file).images == source.images
-    )  # the root serves as --images
+    # the root serves as --images
+    assert open_source("coco", tmp_path / "photos", file).images == source.images
 
 
 def test_an_image_without_captions_is_no_error(tmp_path):
@@ -639,9 +637,8 @@ def test_metadata_csv_gives_captions_row_by_row_or_as_a_list(tmp_path):
         '""too"""\r\nb.jpg,"[""three"", ""four""]"\r\n'
     )
     (tmp_path / "train/metadata.csv").write_bytes(rows.encode())
-    write(
-        tmp_path / "val/metadata.csv", "file_name,caption\na.jpg,[five]\n"
-    )  # under `caption` a bracket is text
+    # under `caption` a bracket is text
+    write(tmp_path / "val/metadata.csv", "file_name,caption\na.jpg,[five]\n")
     source = open_source("folder", tmp_path)
     assert {i.name: i.captions for i in source.images} == {
         "train/a.jpg": ("one", 'two, "too"'),

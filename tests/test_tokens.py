@@ -258,9 +258,8 @@ def captions_of_characters(places: str, step: int = 1) -> list[str]:
     ]
     codes += [*range(0xD7A4, 0xD800), *range(0xE000, 0xF900, step), *range(0xF900, 0x10000)]
     codes += [*range(0x10000, 0x110000, 997), *range(0x1F1E6, 0x1F400)]
-    signs = [
-        chr(code) for code in codes if chr(code) not in "\n\v\f\r\u2028\u2029"
-    ]  # Java ends a line at these
+    # Java ends a line at these
+    signs = [chr(code) for code in codes if chr(code) not in "\n\v\f\r\u2028\u2029"]
     groups = [signs[at : at + 32] for at in range(0, len(signs), 32)]
     return [f"a {' and '.join(places.replace('X', sign) for sign in group)} ." for group in groups]
 
@@ -359,9 +358,8 @@ def test_java_gives_our_words_for_every_real_caption(real: Path, tmp_path: Path)
 @pytest.mark.java
 def test_java_gives_our_words_for_nearly_every_perturbed_caption(real: Path, tmp_path: Path):
     captions = sorted({caption for name in FILES for caption in captions_of(real / name)})
-    rng = random.Random(
-        3409393642
-    )  # drawn after the last change of data.tokens; one of these captions differs
+    # drawn after the last change of data.tokens; one of these captions differs
+    rng = random.Random(3409393642)
     perturbed = [perturb(rng.choice(captions).replace("\n", " "), rng) for _ in range(100_000)]
     left = differing(perturbed, tokenize_with_java(perturbed, tmp_path))
     assert len(left) <= 500, left

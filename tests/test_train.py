@@ -29,7 +29,7 @@ from pipeline.training import loop as trainer
 from pipeline.training import objectives
 from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
 from tests.processes import run_ranks
-from tests.test_commands import SMALL, at, photos, refused, run, works
+from tests.test_commands import LOOK, SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -293,9 +293,8 @@ def test_two_processes_train_as_one_does(world, tmp_path, more):
         assert one.get("dev", {}) == pytest.approx(two.get("dev", {}), abs=1e-4)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     apart = torch.cat([(weights[0][key] - weights[1][key]).abs().flatten() for key in weights[0]])
-    assert (
-        apart.quantile(0.99) < 1e-4
-    )  # where a gradient is nothing but rounding, Adam's steps are its sign
+    # where a gradient is nothing but rounding, Adam's steps are its sign
+    assert apart.quantile(0.99) < 1e-4
 
 
 @pytest.mark.slow
@@ -396,9 +395,8 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
         return whole(run)
 
     monkeypatch.setattr(train, "dev_scores", stopped)
-    monkeypatch.setattr(
-        trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5
-    )  # up within the first epoch
+    # up within the first epoch
+    monkeypatch.setattr(trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5)
     timed = options(
         world, tmp_path / "run", "--minutes", 5, "--patience", 10_000, "--epochs", 100_000
     )
@@ -517,10 +515,7 @@ def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
     works(
         extract.main,
         *at(world),
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         tmp_path / "plain",
     )
@@ -584,9 +579,8 @@ def test_what_a_spoilt_run_folder_records_is_named_when_it_goes_on(world, tmp_pa
         assert "last.safetensors does not fit the run" in refused(train.main, *again)
     save_file(state | {"sums": state["sums"].half()}, last, metadata={"record": json.dumps(record)})
     before = told(tmp_path / "run")
-    with open(
-        tmp_path / "run" / "metrics.jsonl", "ab"
-    ) as file:  # what is no line of a journal is left out
+    # what is no line of a journal is left out
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
         file.write(b'\xff\xfe\n[]\n3\n{"step": "a"}\n{"train": {}}\n' + b"[" * 100_000)
     works(train.main, *again)
     assert told(tmp_path / "run") == before
@@ -750,10 +744,7 @@ def few(world: Path, folder: Path, count: int, **more: object) -> Path:
         "folder",
         "--root",
         folder,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--out",
         folder.with_name("few_cache"),
     )

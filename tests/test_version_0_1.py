@@ -12,7 +12,7 @@ from data.cache.reader import FeatureCache
 from data.datasets.sample import draw_sample
 from pipeline import caption, evaluate, extract, train
 from tests import test_commands
-from tests.test_commands import works
+from tests.test_commands import LOOK, works
 from tests.test_train import interrupt_at
 
 MADE = Path(__file__).parent / "fixtures" / "v0.1"
@@ -55,10 +55,7 @@ def test_its_cache_is_whole_and_goes_on(made):
     output = works(
         extract.main,
         *AT,
-        "--backbone",
-        "test_resnet",
-        "--weights",
-        "scenes",
+        *LOOK,
         "--grid",
         "2x2",
         "--views",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -18,6 +19,12 @@ def test_the_commands_run_from_an_installed_wheel_outside_the_tree(tmp_path):
     """The wheel goes into an empty environment; the packages it needs are those of this one, by its
     path.
     """
+    tree = tmp_path / "tree"  # a copy: building writes beside the sources
+    tree.mkdir()
+    for name in ("pipeline", "models", "data"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     build = [
         sys.executable,
         "-m",
@@ -27,7 +34,7 @@ def test_the_commands_run_from_an_installed_wheel_outside_the_tree(tmp_path):
         "--no-build-isolation",
         "-w",
         tmp_path,
-        ROOT,
+        tree,
     ]
     subprocess.run(list(map(str, build)), check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("onceover-*.whl")
@@ -38,9 +45,8 @@ def test_the_commands_run_from_an_installed_wheel_outside_the_tree(tmp_path):
     subprocess.run(list(map(str, install)), check=True, capture_output=True)
     needed = next(Path(path) for path in sys.path if path.endswith("site-packages"))
     (site / "needed.pth").write_text(f"{needed}\n")  # after the wheel's own packages
-    for path in needed.glob(
-        "*onceover*"
-    ):  # a .pth file in a .pth folder is not read, so the tree stays out
+    # a .pth file in a .pth folder is not read, so the tree stays out
+    for path in needed.glob("*onceover*"):
         assert path.suffix in (".pth", ".dist-info")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
