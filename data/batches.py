@@ -15,7 +15,7 @@ from torch import Tensor
 from data import DataError
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
-from data.examples import Example
+from data.examples import Example, with_rows
 from data.segmentation import segmented
 from data.sources import Image
 from data.vocabulary import BOS, EOS, PAD, Vocabulary
@@ -39,7 +39,7 @@ class Batch:
     image_ids: list[int | None]
     counted: bool = True
 
-    @property
+    @functools.cached_property
     def prompt_lengths(self) -> Tensor | None:
         """Tokens before each text's <bos>, [B,K] int64; None where no text has any."""
         if bool((self.tokens[:, :, 0] <= BOS).all()):
@@ -106,16 +106,7 @@ class ImageTexts:
         Raises DataError for an image without a row, and for targets without a word.
         """
         self.cache, self.segment, self.holds_mirrored = cache, segment, holds_mirrored
-        ids = dict.fromkeys(example.image_id for example in examples)
-        self.images, self.left_out = cache.select(
-            images[image_id] for image_id in ids if image_id is not None
-        )
-        rows = {image.id for image in self.images}
-        self.examples = [e for e in examples if e.image_id is None or e.image_id in rows]
-        if not self.examples:
-            raise DataError(
-                f"split {split!r} has no image with features in {cache.path}: all are unreadable"
-            )
+        self.examples, self.images, self.left_out = with_rows(examples, images, cache, split)
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
         groups: dict[object, list[Example]] = {}
         for number, example in enumerate(self.examples):
@@ -200,7 +191,10 @@ class ImageTexts:
         A text without an image (None) has 0 regions.
         """
         if None in image_ids:
-            return self._features_of_some(image_ids, views)
+            present = [at for at, image_id in enumerate(image_ids) if image_id is not None]
+            seen = None if views is None else [views[at] for at in present]
+            found = self.features([image_ids[at] for at in present], seen)
+            return zeros_elsewhere(found, present, len(image_ids))
         if self.on_device is None:
             rows = self.cache.rows(image_ids, views=views)
             features = torch.from_numpy(rows.features)
@@ -217,19 +211,6 @@ class ImageTexts:
             features,
             torch.from_numpy(rows.boxes),
             torch.from_numpy(rows.counts.astype(np.int64)),
-        )
-
-    def _features_of_some(
-        self, image_ids: Sequence[int | None], views: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        place = [at for at, image_id in enumerate(image_ids) if image_id is not None]
-        some = [image_id for image_id in image_ids if image_id is not None]
-        parts = self.features(some, None if views is None else [views[at] for at in place])
-        return tuple(
-            part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(
-                0, torch.tensor(place, dtype=torch.int64).to(part.device), part
-            )
-            for part in parts
         )
 
     def batches(
@@ -284,6 +265,22 @@ class ImageTexts:
             [k for k, words in enumerate(texts) if self.holds_mirrored([*prompts[k], *words])]
             for prompts, texts in zip(self.prompts, self.tokens, strict=True)
         ]
+
+
+def zeros_elsewhere(
+    parts: Sequence[Tensor], places: Sequence[int], count: int
+) -> tuple[Tensor, ...]:
+    """Tensors [n,...] as tensors [count,...]: their rows at the n `places`, zeros elsewhere."""
+    at = torch.tensor(places, dtype=torch.int64)
+    return tuple(
+        part.new_zeros(count, *part.shape[1:]).index_copy(0, at.to(part.device), part)
+        for part in parts
+    )
+
+
+def last_tokens(ids: Sequence[int], most: int) -> list[int]:
+    """The last `most` ids: a prompt that is too long loses its first tokens."""
+    return [*ids[max(0, len(ids) - most) :]]
 
 
 def pad(texts: Sequence[Sequence[Sequence[int]]]) -> Tensor:

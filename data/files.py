@@ -14,9 +14,8 @@ from pathlib import Path
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever
     sees half of a file. sync: not before it is on the disk."""
-    begin = path.name.encode(errors="ignore")[:100].decode(
-        errors="ignore"
-    )  # a name has at most 255 bytes
+    # a name has at most 255 bytes
+    begin = path.name.encode(errors="ignore")[:100].decode(errors="ignore")
     temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

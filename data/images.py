@@ -41,15 +41,12 @@ FILTERS = {
 # Told as UnreadableImage instead; the filter is set here since one set around each photograph is
 # not safe in threads.
 warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
-warnings.filterwarnings(
-    "ignore", module=r"PIL\."
-)  # of broken tags in files that are read all the same
-warnings.filterwarnings(
-    "ignore", message="The given NumPy array is not writable"
-)  # it is only read
-PngImagePlugin.MAX_TEXT_CHUNK = (
-    PngImagePlugin.MAX_TEXT_MEMORY
-)  # 64 MB: editors keep histories of megabytes as PNG text
+# of broken tags in files that are read all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")
+# it is only read
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# 64 MB: editors keep histories of megabytes as PNG text
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class UnreadableImage(DataError):

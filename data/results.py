@@ -66,9 +66,8 @@ def read_references(file: Path, split: str | None = None) -> list[Image]:
         not be there.
     """
     try:
-        karpathy = (
-            b'"sentences"' in file.read_bytes()
-        )  # no caption has it so: there its quotes are escaped
+        # no caption has it so: there its quotes are escaped
+        karpathy = b'"sentences"' in file.read_bytes()
     except OSError as error:
         raise DataError(
             f"{file}: {error.strerror}; it should be a captions file, COCO's or Karpathy's"

@@ -53,13 +53,11 @@ class Source:
     dataset: str
     root: Path  # the folder that names are relative to
     images: tuple[Image, ...] = field(repr=False)
-    missing: tuple[Image, ...] = field(
-        repr=False
-    )  # named by the captions, not on the disk; in `images` too
+    # named by the captions, not on the disk; in `images` too
+    missing: tuple[Image, ...] = field(repr=False)
     annotations: Path | None  # the caption file, or the folder of COCO's two
-    notes: tuple[str, ...] = field(
-        default=(), repr=False
-    )  # what the reader left out, a line each, to be printed
+    # what the reader left out, a line each, to be printed
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -303,9 +301,8 @@ def read_text(file: Path) -> str:
     """The text of a caption file: UTF-8, with or without a byte order mark; else DataError."""
     with open(file, "rb") as opened:
         start = opened.read(2)
-    if (
-        start in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
-    ):  # a byte order mark, or a letter of two bytes
+    # a byte order mark, or a letter of two bytes
+    if start in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise DataError(f"{file} is UTF-16; save it as UTF-8")
     try:
         return file.read_text(encoding="utf-8-sig")

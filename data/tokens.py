@@ -150,9 +150,8 @@ WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | n{Q}t(?!{B})
   | (?:d'ye|more'n)(?!{L}) | (?P<stem>{L}*){REST} | {L}+"""
 SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+
   | << | >> | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
-FLAGS = (
-    re.VERBOSE | re.IGNORECASE | re.ASCII
-)  # ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
+# ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
+FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII
 # A run of letters before a blank is always a word: tried first, as most tokens are one.
 SCAN = re.compile(
     rf"(?P<alone>{L}+)(?=[\ \t]|$) | (?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", FLAGS

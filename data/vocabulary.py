@@ -41,9 +41,8 @@ class Vocabulary:
             (word for word in counts if counts[word] >= min_count),
             key=lambda word: (-counts[word], word),
         )
-        words = [
-            word for word in words if word not in SPECIALS and word.split() == [word]
-        ]  # to CIDEr "1\xa01/2" is two
+        # to CIDEr "1\xa01/2" is two
+        words = [word for word in words if word not in SPECIALS and word.split() == [word]]
         if not words:
             seen = (
                 f"{len(counts)} different words, none {min_count} times"

@@ -31,7 +31,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Settings:
         `Options`; None: it has none.
         """
         item = next(item for item in fields(self) if item.name == name)
-        kind = getattr(item.metadata["registry"][getattr(self, name)], "Options", None)
+        kind = _options_class(item, getattr(self, name))
         return kind(**self.extensions.get(name, {})) if kind else None
 
     def record(self) -> dict[str, Any]:
@@ -153,11 +153,24 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _options_class(item: Any, chosen: Any) -> type | None:
+    """The `Options` of entry `chosen` in a setting's registry; None where it has none."""
+    registry = item.metadata.get("registry")
+    return getattr(registry.get(chosen), "Options", None) if registry else None
+
+
 def options_of(item: Any, chosen: Any) -> list[Any]:
     """The fields of the options of entry `chosen` in a setting's registry."""
-    registry = item.metadata.get("registry")
-    kind = getattr(registry.get(chosen), "Options", None) if registry else None
+    kind = _options_class(item, chosen)
     return list(fields(kind)) if kind else []
+
+
+def extension_options(items: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
+    """All options of all entries of the registries of `items`: setting, entry, option."""
+    for item in items:
+        for entry in item.metadata.get("registry") or ():
+            for option in options_of(item, entry):
+                yield item, entry, option
 
 
 def check_bounds(item: Any, value: Any) -> None:
@@ -205,9 +218,8 @@ def command(
             main(config_class(**values, **({"extensions": extensions} if extensions else {})))
 
         types_of = typing.get_type_hints(config_class)
-        own = (
-            config_class.__annotations__
-        )  # what a command shares with another stands after its own
+        # what a command shares with another stands after its own
+        own = config_class.__annotations__
         items = [item for item in fields(config_class) if item.name != "extensions"]
         options = [
             _option(item, types_of[item.name])
@@ -250,9 +262,8 @@ def plain_errors() -> Iterator[None]:
             f"out of memory: {reason}; smaller sizes or a smaller --batch need less"
         ) from error
     except OSError as error:
-        if (
-            error.errno is None or error.errno == errno.EPIPE
-        ):  # not of the system; `| head`, which click handles
+        # not of the system; `| head`, which click handles
+        if error.errno is None or error.errno == errno.EPIPE:
             raise
         files = [os.fsdecode(name) if isinstance(name, str | bytes) else f"file descriptor {name}"
                  for name in (error.filename, error.filename2) if name is not None]  # fmt: skip
@@ -280,26 +291,25 @@ class _Command(click.Command):
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        if hasattr(
-            sys.stdout, "reconfigure"
-        ):  # a character that the terminal does not have ends nothing
+        # a character that the terminal does not have ends nothing
+        if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         with plain_errors():
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["extensions"] = self._chosen(args)
+        ctx.meta["extensions"] = self._chosen(ctx, args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             self._refuse_option_of_another(ctx, error)
             raise
 
-    def _chosen(self, args: Sequence[str]) -> dict[str, str]:
+    def _chosen(self, ctx: click.Context, args: Sequence[str]) -> dict[str, str]:
         """The names that the command line, else --config, else the defaults choose."""
         recorded: Mapping[str, Any] = {}
         if path := _value_of("--config", args):
-            recorded = read_config(Path(path))
+            recorded = _read_once(ctx, Path(path))
         chosen = {}
         for name, item in self.registries.items():
             value = _value_of(flag_of(name), args) or recorded.get(name) or item.default
@@ -308,18 +318,14 @@ class _Command(click.Command):
         return chosen
 
     def _refuse_option_of_another(self, ctx: click.Context, error: click.NoSuchOption) -> None:
-        for name, item in self.registries.items():
-            for other in item.metadata["registry"]:
-                for option in options_of(item, other):
-                    if error.option_name in (
-                        flag_of(option.name),
-                        f"--no-{flag_of(option.name)[2:]}",
-                    ):
-                        now = ctx.meta["extensions"].get(name, item.default)
-                        raise UserError(
-                            f"{error.option_name} is an option of {flag_of(name)} {other}; "
-                            f"{flag_of(name)} is {now} here"
-                        ) from error
+        for item, other, option in extension_options(self.registries.values()):
+            flag, setting_flag = flag_of(option.name), flag_of(item.name)
+            if error.option_name in (flag, f"--no-{flag[2:]}"):
+                now = ctx.meta["extensions"].get(item.name, item.default)
+                raise UserError(
+                    f"{error.option_name} is an option of {setting_flag} {other}; "
+                    f"{setting_flag} is {now} here"
+                ) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [
@@ -336,7 +342,7 @@ class _Command(click.Command):
             item = self.registries[name]
             if options := options_of(item, chosen):
                 if name not in made:
-                    kinds = typing.get_type_hints(item.metadata["registry"][chosen].Options)
+                    kinds = typing.get_type_hints(_options_class(item, chosen))
                     made[name] = [
                         _extension_option(option, kinds[option.name]) for option in options
                     ]
@@ -479,10 +485,10 @@ def _config_option(config_class: type) -> click.Option:
         kinds = dict(own)
         for item in fields(config_class):
             chosen = ctx.meta.get("extensions", {}).get(item.name)
-            if options := options_of(item, chosen):
-                types_of = typing.get_type_hints(item.metadata["registry"][chosen].Options)
-                kinds |= {option.name: _kind_of(types_of[option.name]) for option in options}
-        found = read_config(path)
+            if options := _options_class(item, chosen):
+                types_of = typing.get_type_hints(options)
+                kinds |= {name: _kind_of(annotation) for name, annotation in types_of.items()}
+        found = dict(_read_once(ctx, path))
         for name, value in [*found.items()]:
             if name not in kinds and _is_default_of_another(config_class, name, value):
                 del found[name]
@@ -508,9 +514,7 @@ def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
     """
     return any(
         option.name == name and option.default == value
-        for item in fields(config_class)
-        for other in item.metadata.get("registry") or ()
-        for option in options_of(item, other)
+        for _, _, option in extension_options(fields(config_class))
     )
 
 
@@ -548,6 +552,14 @@ def _encodes(text: str) -> bool:
         return bool(os.fsencode(text)) or not text
     except UnicodeEncodeError:
         return False
+
+
+def _read_once(ctx: click.Context, path: Path) -> Mapping[str, Any]:
+    """As `read_config`, read once for a command line: it chooses extensions and sets options."""
+    kept = ctx.meta.setdefault("configs", {})
+    if path not in kept:
+        kept[path] = read_config(path)
+    return kept[path]
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.cache.no_features import NoFeatures
+from data.cache.reader import FeatureCache
 from data.datasets.registry import DATASETS, open_source
 from data.datasets.sample import ensure_sample
 from data.sources import Source
@@ -39,6 +41,12 @@ class SourceOptions(Settings):
         group="data",
         may_change_on_resume=True,
     )
+
+    def open_cache(self, features: Path | None) -> FeatureCache | NoFeatures:
+        """The cache at `features` (None: cache/DATASET; `none`: no images)."""
+        if features == NoFeatures.path:
+            return NoFeatures()
+        return FeatureCache(features or Path("cache") / self.dataset)
 
     def open_source(self) -> Source:
         """Open the dataset and say what its reader left out; the embedded sample is drawn where it

@@ -47,7 +47,7 @@ from pipeline.decoding.consensus import save_frequencies
 from pipeline.runtime import Machine, free_memory, open_machine
 from pipeline.sources import SAMPLE_ROOT
 from pipeline.tasks.base import Task
-from pipeline.tasks.registry import TASKS
+from pipeline.tasks.registry import task_of
 from pipeline.terminal import human_bytes, progress, say
 from pipeline.training import distributed
 from pipeline.training.config import PATIENT_STEPS, PRESETS, TrainConfig, resolve
@@ -78,7 +78,7 @@ def main(config: TrainConfig) -> None:
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
         config = choose_segment(config, source, begun)
-        task = make_task(config)
+        task = task_of(config.record(), config.segment or "words")
         train, dev = open_splits(config, task, source, cache)
         config = resolve(config, train, machine, begun and begun.sizes, begun and begun.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
@@ -102,11 +102,7 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures,
             f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset ... "
             "--root ... --features ... --out ..."
         )
-    cache = (
-        NoFeatures()
-        if config.features == NoFeatures.path
-        else FeatureCache(config.features or Path("cache") / config.dataset)
-    )
+    cache = config.open_cache(config.features)
     folder = config.out or Path("runs") / config.dataset
     require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
@@ -163,10 +159,6 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
         )
     say(f"{what}: pieces are learnt on the text as it is, scores take each character as a word")
     return replace(config, segment="characters")
-
-
-def make_task(config: TrainConfig) -> Task:
-    return TASKS[config.task](config.options("task"), config.segment or "words")
 
 
 def open_splits(
@@ -558,9 +550,8 @@ def resume(run: Run) -> Run:
         raise UserError(
             f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again"
         )
-    if (
-        run.config.eval_steps is None
-    ):  # not asked for: a small data set's own was chosen with its epochs
+    # not asked for: a small data set's own was chosen with its epochs
+    if run.config.eval_steps is None:
         run.config = replace(run.config, eval_steps=began["eval_steps"])
         run.checkpoint.training["eval_steps"] = began["eval_steps"]
     more = more_epochs(run, began)

@@ -63,18 +63,16 @@ class Claims:
             if shard.path.exists():  # finished and given back since
                 self.release(shard.path)
                 return False
-            for left in shard.path.parent.glob(
-                f".{shard.path.name}.*.tmp"
-            ):  # of a process that was killed
+            # of a process that was killed
+            for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):
                 left.unlink(missing_ok=True)
             return True
         return False
 
     def release(self, shard: Path) -> None:
         self.held.discard(shard)
-        if (
-            _owner(_claim_path(shard)) == self.me
-        ):  # another's, where this one was silent for too long
+        # another's, where this one was silent for too long
+        if _owner(_claim_path(shard)) == self.me:
             _claim_path(shard).unlink(missing_ok=True)
 
     def _put_aside(self, path: Path) -> None:

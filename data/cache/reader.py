@@ -297,9 +297,8 @@ class FeatureCache:
                 f"{self.path}"
             )
         self._files: list[Path] = []
-        self._maps: list[
-            list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-        ] = []  # by view (0: as it is), then by file
+        # by view (0: as it is), then by file
+        self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}

@@ -237,9 +237,8 @@ def write_shard(
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
             file.attrs["crc32"] = _tables_crc32(file)
     except FileNotFoundError:
-        if (
-            not shard.path.exists()
-        ):  # else another took it over, wrote it, and removed what was left of this one
+        # else another took it over, wrote it, and removed what was left of this one
+        if not shard.path.exists():
             raise
 
 

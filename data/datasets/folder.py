@@ -373,9 +373,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
                 f'"..."}}'
             )
         columns: dict[str, object] = {}
-        for key in sorted(
-            row, key=lambda key: key != key.strip().lower()
-        ):  # one that is written so comes first
+        # one that is written so comes first
+        for key in sorted(row, key=lambda key: key != key.strip().lower()):
             columns.setdefault(key.strip().lower(), row[key])
         yield f"{file}, line {number}", columns
 

@@ -33,9 +33,8 @@ from data import DataError
 
 FORMAT = 2
 WIDTH, HEIGHT = 256, 192
-NEAREST = (
-    0.28 * WIDTH
-)  # between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
+# between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
+NEAREST = 0.28 * WIDTH
 TRUE_BY = 10  # pixels by which centres must differ for a relation to be true
 CLEAR = 1.3  # a caption's axis is that much longer than the other, so none is borderline
 
@@ -184,9 +183,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """The picture, RGB: a gradient, the things antialiased in a shade of their colour, light noise
     over all.
     """
-    tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(
-        -14, 14, (2, 2, 3)
-    )  # a colour a corner, near grey
+    # a colour a corner, near grey
+    tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3))
     picture = Image.fromarray(tones.astype(np.uint8)).resize(
         (scene.width, scene.height), Image.Resampling.BICUBIC
     )

@@ -99,9 +99,8 @@ class Packed(Layout):
         sees = position[:, :, None] >= position[:, None, :]
         if prompt_lengths is not None:
             sees |= (position < padded(prompt))[:, None, :]
-        sees &= (
-            own_text[:, :, None] == own_text[:, None, :]
-        )  # padding sees padding: no row of -inf, so no NaN
+        # padding sees padding: no row of -inf, so no NaN
+        sees &= own_text[:, :, None] == own_text[:, None, :]
         super().__init__(additive(sees)[:, None])
         if not self.full:
             self._add_padding_rows()

@@ -25,9 +25,8 @@ from models.regions import Regions
 
 MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears
 
-ExactScores = Callable[
-    [slice, Tensor], Tensor
-]  # some rows, their words [n,M]: scores [n,M] float32
+# some rows, their words [n,M]: scores [n,M] float32
+ExactScores = Callable[[slice, Tensor], Tensor]
 
 
 class Memory(Protocol):
@@ -223,9 +222,8 @@ class Decoder(nn.Module, ABC):
                     self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)
                 )
             replaced = text.replaceable & (torch.rand(words.shape, device=words.device) < sampled)
-            words = torch.where(
-                replaced, guessed, words
-            )  # a text's rows follow one another, so roll(1) is the guess for each
+            # a text's rows follow one another, so roll(1) is the guess for each
+            words = torch.where(replaced, guessed, words)
         return self.states(words, text.positions, text, memory)
 
 

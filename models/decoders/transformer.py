@@ -179,16 +179,14 @@ class Transformer(Decoder):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(
-            self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5
-        )  # as large as the normed content beside it
+        # as large as the normed content beside it
+        nn.init.normal_(self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5)
         for layers, sublayers in ((self.encoder, 2), (self.decoder, 3)):
             for (
                 name,
                 weight,
-            ) in (
-                layers.named_parameters()
-            ):  # what is added to the stream begins small (GPT-2's rule)
+                # what is added to the stream begins small (GPT-2's rule)
+            ) in layers.named_parameters():
                 if name.endswith(
                     ("attention.out.weight", "cross.out.weight", "feedforward.2.weight")
                 ):

@@ -205,9 +205,8 @@ def expand(
             rounding = (exact(part, looked_at) - scores[part].gather(1, looked_at)).where(
                 known > NEG_INF, 0
             )
-            more = (
-                (known.exp() * rounding.expm1()).sum(1, keepdim=True).log1p()
-            )  # what that changes of all words' sum
+            # what that changes of all words' sum
+            more = (known.exp() * rounding.expm1()).sum(1, keepdim=True).log1p()
             top, ended = top + rounding[:, :-1] - more, ended + rounding[:, -1] - more[:, 0]
         found.append((ids, top, ended))
     return Candidates(*(torch.cat(part) for part in zip(*found, strict=True)))

@@ -52,9 +52,8 @@ class BannedWords:
         if self.ngram and length >= self.ngram:
             followers = words[:, self.ngram - 1 :]
             repeated = torch.ones_like(followers, dtype=torch.bool)
-            for place in range(
-                self.ngram - 1
-            ):  # words 0, 1, ... of each n-gram against those that end the caption
+            # words 0, 1, ... of each n-gram against those that end the caption
+            for place in range(self.ngram - 1):
                 here = words[:, place : place + followers.shape[1]]
                 repeated &= here == words[:, length - self.ngram + 1 + place, None]
             bans = torch.zeros_like(followers, dtype=scores.dtype).masked_fill_(repeated, NEG_INF)
@@ -73,16 +72,14 @@ class PhrasalConstraint:
         self.lengths = [len(phrase) for phrase in phrases]
         self.total = sum(self.lengths)
         most = max(self.lengths)
-        self.words = torch.full(
-            (len(phrases), most + 1), -1, device=device
-        )  # the next word in each state; whole: none
+        # the next word in each state; whole: none
+        self.words = torch.full((len(phrases), most + 1), -1, device=device)
         self.back = torch.zeros(len(phrases), most + 1, most, dtype=torch.int64, device=device)
         for number, phrase in enumerate(phrases):
             self.words[number, : len(phrase)] = torch.tensor(phrase)
             for state in range(len(phrase)):
-                for place, word in enumerate(
-                    phrase
-                ):  # after a word of the phrase, the longest beginning that ends there
+                # after a word of the phrase, the longest beginning that ends there
+                for place, word in enumerate(phrase):
                     text = [*phrase[:state], word]
                     fits = (
                         n

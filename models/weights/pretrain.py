@@ -141,9 +141,8 @@ def loss_of(said: dict[str, Tensor], things: Tensor) -> Tensor:
     away = offsets(things, said["there"].shape[-2:])
     inside = (away.abs() <= 0.5).all(2).any(1).float()  # [B,h,w]
     loss = 4 * F.binary_cross_entropy_with_logits(said["there"][:, 0], inside)
-    near = (
-        (1 - away.abs()).clamp(min=0).prod(2)
-    )  # [B,THINGS,h,w], bilinear: a thing's cells sum to 1 but at the border
+    # [B,THINGS,h,w], bilinear: a thing's cells sum to 1 but at the border
+    near = (1 - away.abs()).clamp(min=0).prod(2)
     weight, owner = near.max(1)
     weight = weight / weight.sum()
     chosen = away.gather(1, owner[:, None, None].expand(-1, 1, 2, -1, -1))[:, 0].clamp(-1, 1)
@@ -171,9 +170,8 @@ def evaluate(net: SceneNet, loader: DataLoader) -> dict[str, float]:
         vectors = offsets(things, said["there"].shape[-2:]).flatten(3)  # [B,THINGS,2,cells]
         away = vectors.abs().amax(2)
         quiet.append((said["there"].flatten(1) < 0)[(away >= 1).all(1)])
-        score, cell = (
-            said["there"].flatten(1)[:, None].masked_fill(away >= 1, -torch.inf).max(2)
-        )  # [B,THINGS]
+        # [B,THINGS]
+        score, cell = said["there"].flatten(1)[:, None].masked_fill(away >= 1, -torch.inf).max(2)
         right = {"found": score > 0}
         for column, kind in enumerate(KINDS, start=2):
             guess = said[kind].argmax(1).flatten(1).gather(1, cell)

@@ -172,9 +172,8 @@ def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache) -> None:
             f"{cache.path} holds other features "
             f"({'; '.join(found)}); pass the --features it was trained on"
         )
-    own, other = (
-        {**record, "views": None} for record in (checkpoint.provenance, cache.provenance)
-    )  # those are not read here
+    # those are not read here
+    own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))
     if found := differences(own, other):
         say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
 
@@ -194,9 +193,8 @@ def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
     shapes, kind = shapes_of(weights), DECODERS[name]
     try:
         config = kind.Config.from_record(sizes)
-        for field, value in asdict(
-            config
-        ).items():  # a network of so many layers would take minutes to build
+        # a network of so many layers would take minutes to build
+        for field, value in asdict(config).items():
             if field.endswith("layers") and value > len(shapes):
                 raise ModelError(
                     f"{field} is {value}, and model.safetensors has {len(shapes)} tensors"

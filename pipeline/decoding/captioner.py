@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
+from data.batches import last_tokens, zeros_elsewhere
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
 from data.examples import Example
@@ -176,7 +177,7 @@ class CaptionGenerator:
             return None
         most, segment = self.captioner.config.max_prompt, self.vocabulary.segment
         ids = [self.vocabulary.encode(segmented(prompt, segment)) for prompt in prompts]
-        ids = [tokens[max(0, len(tokens) - most) :] for tokens in ids]
+        ids = [last_tokens(tokens, most) for tokens in ids]
         longest = max(map(len, ids))
         return (
             torch.tensor(
@@ -230,19 +231,12 @@ def generate_texts(
 
 def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
     """The regions of images in a cache; None is no image, with 0 regions."""
-    some = [image_id for image_id in image_ids if image_id is not None]
-    found = Regions(*(torch.from_numpy(part) for part in cache.rows(some)))
-    if len(some) == len(image_ids):
-        return found
-    place = torch.tensor(
-        [at for at, image_id in enumerate(image_ids) if image_id is not None], dtype=torch.int64
-    )
-    return Regions(
-        *(
-            part.new_zeros(len(image_ids), *part.shape[1:]).index_copy(0, place, part)
-            for part in found
-        )
-    )
+    present = [at for at, image_id in enumerate(image_ids) if image_id is not None]
+    rows = cache.rows([image_ids[at] for at in present])
+    found = [torch.from_numpy(part) for part in rows]
+    if len(present) == len(image_ids):
+        return Regions(*found)
+    return Regions(*zeros_elsewhere(found, present, len(image_ids)))
 
 
 def caption_rows(
@@ -281,9 +275,8 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            torch.set_num_threads(
-                cores
-            )  # what was set in the pool is what threads begun later would take
+            # what was set in the pool is what threads begun later would take
+            torch.set_num_threads(cores)
 
 
 def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
@@ -379,9 +372,8 @@ class PhotoCaptioner(
         self.captioner = checkpoint.captioner.to(machine.device)
         cast_linears_to_bf16(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        self.writers: dict[
-            str, CaptionGenerator
-        ] = {}  # the last one; the next batch mostly wants the same
+        # the last one; the next batch mostly wants the same
+        self.writers: dict[str, CaptionGenerator] = {}
 
     def generate(
         self, regions: Regions, seed: int = 0, number: int = 0, **options: Any

@@ -172,9 +172,8 @@ def expected_cider(
             idf[there] ** 2,
         )
         dots = np.zeros_like(similar)
-        for k in range(
-            1, mine.max(initial=0) + 1
-        ):  # min(a, b) b = the sum over k of [a >= k] [b >= k] b
+        # min(a, b) b = the sum over k of [a >= k] [b >= k] b
+        for k in range(1, mine.max(initial=0) + 1):
             dots += (mine >= k).astype(np.float32) @ (theirs * (theirs >= k) * weights).astype(
                 np.float32
             ).T

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from models import MOST_CAPTIONS, ModelError
-from pipeline.cli import Settings, UserError, setting
+from pipeline.cli import Settings, UserError, flag_of, setting
 
 # option: its name in models.generation.options.Generation, where it is another one
 NAMES = {
@@ -109,8 +109,7 @@ class DecodingOptions(Settings):
 def by_option() -> Iterator[None]:
     """What cannot be decoded as asked, said by the names of the options."""
     flags = {
-        NAMES.get(item.name, item.name): "--" + item.name.replace("_", "-")
-        for item in fields(DecodingOptions)
+        NAMES.get(item.name, item.name): flag_of(item.name) for item in fields(DecodingOptions)
     }
     try:
         yield

@@ -13,7 +13,7 @@ import click
 from data import DataError
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache
-from data.examples import Example
+from data.examples import Example, with_rows
 from data.files import atomic_write_text
 from data.results import choose, read_ids, server_split, write_results
 from data.sources import Source, check_captioned
@@ -22,6 +22,7 @@ from pipeline.decoding.options import by_option
 from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
 from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
+from pipeline.tasks.captioning import caption_examples
 from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
@@ -54,10 +55,10 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
         )
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     checkpoint = checkpoints[0]
-    if checkpoint.identity == NoFeatures.identity and config.features in (None, NoFeatures.path):
-        cache: FeatureCache | NoFeatures = NoFeatures()
-    else:
-        cache = FeatureCache(config.features or Path("cache") / config.dataset)
+    features = config.features
+    if features is None and checkpoint.identity == NoFeatures.identity:
+        features = NoFeatures.path
+    cache = config.open_cache(features)
     task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
     for place, each in zip(folders, checkpoints, strict=True):
         refuse_other_features(each, cache)
@@ -105,20 +106,7 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
         )
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)
-    kept, left_out = cache.select(
-        list(
-            {
-                e.image_id: image
-                for e in examples
-                for image in [source.by_id.get(e.image_id)]
-                if image
-            }.values()
-        )
-    )
-    rows = {image.id for image in kept}
-    examples = [
-        example for example in examples if example.image_id is None or example.image_id in rows
-    ]
+    examples, _, left_out = with_rows(examples, source.by_id, cache, split)
     say(
         f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
         f"{task.unit}, {left_out} photographs left out"
@@ -161,11 +149,8 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
         wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
     if config.server:
         server_split(wanted)  # refused before hours of decoding, not after
-    images, left_out = cache.select(wanted[: config.limit])
-    if not images:
-        raise DataError(
-            f"split {split!r} has no image with features in {cache.path}: all are unreadable"
-        )
+    examples = caption_examples(wanted[: config.limit])
+    examples, images, left_out = with_rows(examples, source.by_id, cache, split)
     scored = not config.server or any(image.captions for image in images)
     if scored:
         check_captioned(images, split)
@@ -173,7 +158,6 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
         f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, "
         f"{left_out} left out"
     )
-    examples = [Example(image.id, image.id, "", image.captions) for image in images]
     written, decoding = decode(config, checkpoints, cache, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from data import DataError
 from data.results import read_references
 from data.segmentation import SEGMENTS, segmented_all
 from data.sources import Image
-from pipeline.cli import DEVICES, PRECISIONS, UserError, setting
+from pipeline.cli import DEVICES, PRECISIONS, UserError, flag_of, setting
 from pipeline.decoding.options import DecodingOptions
 from pipeline.scoring.ngrams import References
 from pipeline.scoring.report import (
@@ -114,8 +114,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
         if self.captions and (found := self.given()):
             raise UserError(
-                f"--{next(iter(found)).replace('_', '-')} is of decoding; --captions are "
-                "scored as they are"
+                f"{flag_of(next(iter(found)))} is of decoding; --captions are scored as they are"
             )
         if self.references and not self.captions:
             raise UserError(
@@ -141,9 +140,8 @@ class Job:
 
     name: str
     captions: dict[int, str]
-    images: Sequence[
-        Image
-    ]  # for the server: all that should have a caption; empty where not needed
+    # for the server: all that should have a caption; empty where not needed
+    images: Sequence[Image]
     scorer: Scorer | None
     out: Path | None
     about: dict[str, Any] = field(default_factory=dict)  # further entries of scores.json

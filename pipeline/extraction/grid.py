@@ -180,9 +180,8 @@ def state_dicts(
         return
     if not any(isinstance(each, dict) for each in value.values()):
         tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
-        if (
-            sum("." in key for key in tensors) > 1
-        ):  # names of weights, not one loss beside other numbers
+        # names of weights, not one loss beside other numbers
+        if sum("." in key for key in tensors) > 1:
             others = [key for key in value if key not in tensors]
             say(
                 f"left out of {name or 'the weights'}, no tensors: {', '.join(others[:3])} "

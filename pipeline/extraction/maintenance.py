@@ -88,9 +88,8 @@ def repair_cache(path: Path, machine: Machine) -> None:
         return
     problems = check(path)
     if problems:
-        (path / "features.h5").unlink(
-            missing_ok=True
-        )  # of rows that are gone it would read zeros; it is made again
+        # of rows that are gone it would read zeros; it is made again
+        (path / "features.h5").unlink(missing_ok=True)
     for file, found in problems.items():
         aside = unused_name(file)
         file.replace(aside)

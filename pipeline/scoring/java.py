@@ -114,9 +114,8 @@ class Meteor:
     def score(self, statistics: np.ndarray) -> np.ndarray:
         """METEOR [S] of each row of `statistics` [S,23]."""
         lines = ["EVAL ||| " + " ".join(f"{x:.1f}" for x in row) for row in statistics]
-        return np.array(
-            [float(line) for line in self._ask(lines, 2)[1::2]]
-        )  # of one segment, then of all there are
+        # of one segment, then of all there are
+        return np.array([float(line) for line in self._ask(lines, 2)[1::2]])
 
     def _ask(self, lines: Sequence[str], answers: int, done=lambda count: None) -> list[str]:
         """`answers` lines for each line; a thread asks, so that the program never waits for the

@@ -129,9 +129,8 @@ def bleu_sums(rows: np.ndarray, matches: Matches, references: References) -> np.
     lengths, theirs = matches.lengths[:, None], references.lengths[rows]
     absent = np.arange(theirs.shape[1]) >= references.k[rows, None]
     apart = np.where(absent, MISSING >> 32, np.abs(theirs - lengths))
-    closest = (
-        np.min(apart << 32 | theirs, axis=1) & MASK
-    )  # the shorter of two that are equally close
+    # the shorter of two that are equally close
+    closest = np.min(apart << 32 | theirs, axis=1) & MASK
     return np.hstack(
         [matches.correct, np.maximum(lengths - np.arange(ORDERS), 0), lengths, closest[:, None]]
     )

@@ -34,9 +34,8 @@ BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
 ENDS = tuple(".!?,;:。！？，、؟।")  # what sentences end with
 FORMAT = 2  # of the file that `save` writes
 MOST = 1 << 30  # bytes of references that a cache folder keeps
-KEPT = re.compile(
-    r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?"
-)  # its files, those half written too
+# its files, those half written too
+KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")
 TABLES = (
     "documents",
     "k",
@@ -89,12 +88,10 @@ class Numbers(dict):
 class Matches(NamedTuple):
     """S captions held against the references of one image each."""
 
-    cosine: (
-        np.ndarray
-    )  # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
-    correct: (
-        np.ndarray
-    )  # [S,N] n-grams found, each at most as often as in the reference that has it most
+    # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
+    cosine: np.ndarray
+    # [S,N] n-grams found, each at most as often as in the reference that has it most
+    correct: np.ndarray
     lengths: np.ndarray  # [S] words
 
 
@@ -151,9 +148,8 @@ class References:
         )
         counts = np.fromiter(map(len, captions), np.int64)
         numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
-        if (
-            pieces := self.vocabulary.pieces
-        ):  # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
+        # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
+        if pieces := self.vocabulary.pieces:
             times = np.array([len(pieces.get(token, " ")) for token in tokens.tolist()], np.int64)
             parts = [
                 [self.vocabulary[w] for w in pieces[token]] if token in pieces else [token]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data.examples import Example
-from data.sources import Source, check_captioned
+from data.sources import Image, Source, check_captioned
 from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
@@ -22,6 +22,11 @@ _ENDINGS = (
     "when where whereas while"
 )
 UNFINISHED = frozenset(_ENDINGS.split())
+
+
+def caption_examples(images: Iterable[Image]) -> list[Example]:
+    """An example of each image, by the image's id: no prompt, its captions."""
+    return [Example(image.id, image.id, "", image.captions) for image in images]
 
 
 class Captioning(Task):
@@ -41,7 +46,7 @@ class Captioning(Task):
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
         images = source.select(split)[:limit]
         check_captioned(images, split)
-        return [Example(image.id, image.id, "", image.captions) for image in images]
+        return caption_examples(images)
 
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip

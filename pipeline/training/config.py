@@ -376,7 +376,7 @@ class TrainConfig(SourceOptions):
         defaults = {item.name: item.default for item in fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"--{name.replace('_', '-')} is {what}")
+                raise UserError(f"{flag_of(name)} is {what}")
 
 
 def choose_preset(config: TrainConfig, captions: int) -> str:

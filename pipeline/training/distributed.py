@@ -22,9 +22,8 @@ import torch.distributed as dist
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 
-PATIENCE = timedelta(
-    hours=1
-)  # for a process that is alive: scoring a large dev split takes its time
+# for a process that is alive: scoring a large dev split takes its time
+PATIENCE = timedelta(hours=1)
 LOST = ("Connection closed", "Connection reset", "gloo", "NCCL", "Timed out", "Broken pipe")
 
 
