@@ -61,7 +61,9 @@ def beam_search(
     for length in range(1, limit + 1):
         scores, exact = decoder.next_words(newest, memory, cache)
         bar(scores, options.suppress_tokens)
-        wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1) if forced else None
+        wanted = None
+        if forced and states is not None:
+            wanted = forced.next(states)[:, : newest.shape[1]].flatten(0, 1)
         before = words[:, : newest.shape[1], : length - 1].flatten(0, 1)
         found = expand(scores, exact, before, barred, wanted, options.num_beams)
         found = Candidates(*(part.unflatten(0, (len(where), -1)) for part in found))
@@ -74,7 +76,7 @@ def beam_search(
             ended[:, :, :-each] = NEG_INF
 
         top = live.view(len(where), beams, 1) + found.log_p
-        if forced:
+        if forced and states is not None:
             live, origin, newest, states = choose_by_progress(
                 top, found.words, states, forced, arms, limit - length
             )
@@ -117,7 +119,7 @@ def beam_search(
                 words[kept],
                 newest[kept],
             )
-            states = states[kept] if forced else None
+            states = None if states is None else states[kept]
             memory = memory.keep(kept, in_place=shrunk)
             cache.keep(kept)
     return pool.best(options.num_return_sequences, penalty)
@@ -192,7 +194,8 @@ def choose(
     beams, count = top.shape[1:]
     each = beams // groups
     words = words.expand_as(top)
-    live, origin, chosen = [], [], []
+    live, origin = [], []
+    chosen: list[Tensor] = []
     for group in range(groups):
         mine = slice(group * each, (group + 1) * each)
         scores, ids = top[:, mine].flatten(1), words[:, mine].flatten(1)

@@ -110,6 +110,7 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
             {
                 e.image_id: image
                 for e in examples
+                if e.image_id is not None
                 for image in [source.by_id.get(e.image_id)]
                 if image
             }.values()

@@ -12,10 +12,10 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,10 +63,8 @@ class TrainState:
         """The place that last.safetensors records; TypeError where a value is not of its kind."""
         place = cls(**record)
         for item in fields(cls):
-            value, kinds = (
-                getattr(place, item.name),
-                {float: (int, float)}.get(type(item.default), (type(item.default),)),
-            )
+            value, kind = getattr(place, item.name), type(item.default)
+            kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
             if type(value) not in kinds or not 0 <= value < 2**53:
                 raise TypeError(f"{item.name} is {value!r}")
         return place
@@ -109,7 +107,9 @@ class Run:
             config, self.machine, self.task, captioner, self.train, self.checkpoint.vocabulary
         )
         self.sums = torch.zeros(2, len(self.objective.names) + 1, dtype=torch.float64)
-        self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
+        self.forward = captioner
+        if config.compile:
+            self.forward = cast(nn.Module, torch.compile(captioner, dynamic=True))
         if self.machine.world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(captioner, config)
@@ -129,11 +129,13 @@ class Run:
 
     @functools.cached_property
     def dev_ids(self) -> list[list[list[int]]]:
+        assert self.dev is not None
         sizes = self.captioner.config
         return self.dev.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
     @property
     def steps_an_epoch(self) -> int:
+        assert self.config.batch is not None  # by `resolve`
         return -(-len(self.train) // self.config.batch)
 
     @property
@@ -193,6 +195,7 @@ def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
+    assert config.lr is not None  # by `resolve`
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -225,12 +228,12 @@ def train_epoch(run: Run) -> dict[str, float]:
     with progress(objective.units_an_epoch(run.train), objective.unit, name, enabled=first) as bar:
         bar.begin(place.captions)
         for batch, waiting in timed(prefetch(train_batches(run))):
-            saving = first and time.monotonic() - run.saved >= config.save_every * 60
+            due = first and time.monotonic() - run.saved >= config.save_every * 60
             counted, units, done, saving, stopping = distributed.all_reduce(
                 objective.counted(batch),
                 objective.units(batch),
                 run.done() if first else 0,
-                saving,
+                due,
                 run.stopping,
             )
             if saving or stopping:
@@ -273,6 +276,7 @@ def train_batches(run: Run) -> Iterator[Batch]:
     config, machine = run.config, run.machine
     order = np.random.default_rng((config.seed, run.place.epoch))
     views = config.views and bool(run.train.cache.views)
+    assert config.batch is not None  # by `resolve`
     return run.train.batches(
         run.train_ids,
         config.batch,
@@ -298,9 +302,10 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
     )
     run.optimizer.zero_grad(set_to_none=True)
     figures, parts = [], batch.split(config.accumulate)
+    several = cast(DistributedDataParallel, run.forward)  # where there are several processes
     for number, part in enumerate(parts):
         ready = number + 1 == len(parts) or machine.world == 1
-        with contextlib.nullcontext() if ready else run.forward.no_sync():
+        with contextlib.nullcontext() if ready else several.no_sync():
             sums = objective(run.forward, part.to(machine.device), run.step, done)
             loss = sums.loss * part.counted
             (
@@ -313,6 +318,7 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
         refuse_not_finite(run, told.tolist(), norm.item(), run.step, run.place.lr, batch.image_ids)
     run.optimizer.step()
     if run.average is not None:
+        assert config.ema is not None  # without it there is no average
         decay = (
             config.ema if config.init else min(config.ema, (1 + run.step) / (10 + run.step))
         )  # at first: little to average
@@ -323,7 +329,12 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
 
 
 def refuse_not_finite(
-    run: Run, figures: list[float], norm: float, step: int, lr: float, image_ids: list[int]
+    run: Run,
+    figures: list[float],
+    norm: float,
+    step: int,
+    lr: float,
+    image_ids: Sequence[int | None],
 ) -> None:
     for what, value in (
         *zip(run.objective.names, figures, strict=True),
@@ -345,7 +356,7 @@ class Window:
 
     def __init__(self, run: Run) -> None:
         self.run, self.norm = run, 0.0
-        self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int]]] = []
+        self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int | None]]] = []
         self.clock = time.monotonic()
         self.told_at = self._stand()
 
@@ -447,7 +458,9 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
         run.stopping = signum
         signal.signal(signum, before[signum])
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
