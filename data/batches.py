@@ -65,20 +65,27 @@ class Batch:
     def split(self, parts: int) -> list[Batch]:
         """The same images in at most `parts` batches of about one size."""
         size = -(-len(self.image_ids) // parts)
-        cut = [part.split(size) for part in (self.features, self.boxes, self.counts, self.tokens)]
+        cut = zip(
+            self.features.split(size),
+            self.boxes.split(size),
+            self.counts.split(size),
+            self.tokens.split(size),
+            iterate(self.image_ids, size),
+            strict=True,
+        )
         return [
-            Batch(*four, ids, self.counted)
-            for *four, ids in zip(*cut, iterate(self.image_ids, size), strict=True)
+            Batch(features, boxes, counts, tokens, list(ids), self.counted)
+            for features, boxes, counts, tokens, ids in cut
         ]
 
     def to(self, device: torch.device) -> Batch:
         """The regions on a device; tokens stay, since where words stand is found out without
         keeping a device waiting.
         """
-        moved = [
+        features, boxes, counts = (
             part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
-        ]
-        return Batch(*moved, self.tokens, self.image_ids, self.counted)
+        )
+        return Batch(features, boxes, counts, self.tokens, self.image_ids, self.counted)
 
 
 class ImageTexts:
@@ -132,7 +139,7 @@ class ImageTexts:
     def _refuse_empty(example: Example, images: Mapping[int, Image]) -> None:
         name = (
             f"image {example.image_id} ({images[example.image_id].name})"
-            if example.image_id in images
+            if example.image_id is not None and example.image_id in images
             else str(example.id)
         )
         if not example.targets:
@@ -196,15 +203,15 @@ class ImageTexts:
             found = self.features([image_ids[at] for at in present], seen)
             return zeros_elsewhere(found, present, len(image_ids))
         if self.on_device is None:
-            rows = self.cache.rows(image_ids, views=views)
+            rows = self.cache.rows(there, views=views)
             features = torch.from_numpy(rows.features)
         else:
             kept, row_of = self.on_device
-            rows = self.cache.rows(image_ids, tables_only=True, views=views)
+            rows = self.cache.rows(there, tables_only=True, views=views)
             images = len(self.images)
             at = [
                 row_of[i] + view * images
-                for i, view in zip(image_ids, views or [0] * len(image_ids), strict=True)
+                for i, view in zip(there, views or [0] * len(there), strict=True)
             ]
             features = kept[torch.tensor(at).to(kept.device)]
         return (
@@ -235,12 +242,10 @@ class ImageTexts:
             process of several.
         """
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
-        drawn = (
-            generator.integers(1 + len(self.cache.views), size=len(self))
-            if views
-            else np.zeros(len(self), int)
-        )
+        drawn = np.zeros(len(self), int)
         if views:
+            assert generator is not None  # views are only drawn in training
+            drawn = generator.integers(1 + len(self.cache.views), size=len(self))
             least = [len(texts) if whole else 1 for texts in self.tokens]
             drawn = drawn * [
                 len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)

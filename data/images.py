@@ -17,7 +17,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import PIL
@@ -102,7 +102,7 @@ def as_photographs(given: object) -> tuple[list[Photograph], bool]:
         and not hasattr(given, "read")
         and not hasattr(given, "shape")
     )
-    photographs = list(given) if several else [given]
+    photographs: list[Any] = list(cast(Iterable[Any], given)) if several else [given]
     for number, each in enumerate(photographs):
         if isinstance(each, bytearray | memoryview):
             photographs[number] = bytes(each)
@@ -216,7 +216,11 @@ def _upright(
     if not keep and min(width, height) >= 2 * needed:
         opened.draft(None, (needed, needed))  # of JPEGs alone
     transparent, decoded = _transparent(opened), opened.size
-    photo = ImageOps.exif_transpose(opened, in_place=not keep) or opened  # None in place
+    photo = opened
+    if keep:
+        photo = ImageOps.exif_transpose(opened)
+    else:
+        ImageOps.exif_transpose(opened, in_place=True)
     if photo.size != decoded and photo.size == decoded[::-1]:
         width, height = height, width
     if transparent is not None:

@@ -216,15 +216,15 @@ class Listing:
         if "\\" in name:
             name = "/".join(part for part in _slashes(name).split("/") if part not in ("", "."))
         folder, _, file = name.rpartition("/")
-        folder = self._folder(folder)
-        file = None if folder is None else self._nearest(folder, file)
-        return None if file is None else f"{folder}/{file}" if folder else file
+        real = self._folder(folder)
+        near = None if real is None else self._nearest(real, file)
+        return None if near is None else f"{real}/{near}" if real else near
 
     def similar(self, name: str) -> list[str]:
         """Files in the folder of `name` that have its name but for case, normal form and suffix."""
         folder, _, file = _slashes(name).rpartition("/")
-        folder, stem = self._folder(folder), loose(os.path.splitext(file)[0])
-        names = self.names(folder) if folder is not None else ()
+        real, stem = self._folder(folder), loose(os.path.splitext(file)[0])
+        names = self.names(real) if real is not None else ()
         return sorted(each for each in names if loose(os.path.splitext(each)[0]) == stem)
 
     def names(self, folder: str) -> set[str]:
@@ -245,8 +245,8 @@ class Listing:
 
     def _folder(self, name: str) -> str | None:
         if name not in self.real:
-            above, _, last = name.rpartition("/")
-            above = self._folder(above)
+            written, _, last = name.rpartition("/")
+            above = self._folder(written)
             found = None if above is None else self._nearest(above, last)
             self.real[name] = None if found is None else f"{above}/{found}" if above else found
         return self.real[name]
@@ -327,6 +327,7 @@ def read_json(file: Path) -> dict:
     """
     content = parse_json(file)
     check_entries(content, "images", file)
+    assert isinstance(content, dict)  # by check_entries
     return content
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decoders.attention import Packed
 from models.decoders.dropout import drop_regions, replace_words
-from models.decoders.interface import Decoder, Memory
+from models.decoders.interface import Memory
 from models.generation.constraints import NEG_INF
 from models.generation.options import Generation, lengths
 from models.regions import Regions
@@ -34,7 +34,7 @@ class Noise:
 
 
 def caption_loss(
-    decoder: Decoder,
+    decoder: nn.Module,
     regions: Regions,
     tokens: Tensor,
     pad: int,
@@ -74,7 +74,7 @@ def caption_loss(
 
 
 def self_critical_loss(
-    decoder: Decoder, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
+    decoder: nn.Module, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
 ) -> tuple[Tensor, Tensor]:
     """The sum over samples of -advantage * log p(sample): its gradient is REINFORCE's (Williams
     1992).
@@ -104,7 +104,7 @@ def self_critical_loss(
     )
 
 
-def unwrapped(module: torch.nn.Module) -> Any:
+def unwrapped(module: nn.Module) -> Any:
     """The decoder inside what several processes or a compiler wrapped around it."""
     return getattr(module, "module", module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -177,10 +177,10 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
             raise UserError(
                 f"{place} is neither a file nor a folder; pass photographs or folders of them"
             )
-        names, folder = (
-            [check_name(place.name, str(place.parent))] if place.is_file() else [],
-            place.parent,
-        )
+        names: Collection[str] = []
+        if place.is_file():
+            names = [check_name(place.name, str(place.parent))]
+        folder = place.parent
         if place.is_dir():
             files = list_files(place)
             names, folder, left_out = files.photographs, place, files.left_out()

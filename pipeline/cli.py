@@ -358,7 +358,8 @@ class _Command(click.Command):
                 ).append(row)
         for heading, options in self._extension_options(ctx):
             sections[heading] = [row for option in options if (row := option.get_help_record(ctx))]
-        if row := self.get_help_option(ctx).get_help_record(ctx):
+        help_option = self.get_help_option(ctx)
+        if help_option and (row := help_option.get_help_record(ctx)):
             sections.setdefault("Options", []).append(row)
         for heading in sorted(sections, key=lambda heading: heading == "Options"):
             with formatter.section(heading):
@@ -405,15 +406,17 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
         )
     else:
         if metadata.get("registry") is not None:
-            kind = _Registered(metadata["registry"])
+            reader: Any = _Registered(metadata["registry"])
         elif metadata.get("choices"):
-            kind = _Choice(metadata["choices"])
+            reader = _Choice(metadata["choices"])
         else:
-            kind = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}.get(kind, kind)
+            readers = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}
+            reader = readers.get(kind, kind)
         option = click.Option(
-            [flag], type=kind, default=item.default, multiple=multiple, help=metadata["help"]
+            [flag], type=reader, default=item.default, multiple=multiple, help=metadata["help"]
         )
-    option.group = metadata.get("group", "")
+    # an attribute of our own: the command groups its help by it
+    option.group = metadata.get("group", "")  # type: ignore[attr-defined]
     return option
 
 
@@ -535,7 +538,7 @@ def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:
         or not isinstance(value, types_of)
         or (isinstance(value, bool) and kind is not bool)
     ):
-        names = {dict: "a table", list: "a list"}
+        names: dict[type, str] = {dict: "a table", list: "a list"}
         shown = names.get(type(value)) or f"{type(value).__name__} {str(value)[:80]!r}"
         return f"{shown}, not {'a list, each ' if multiple else ''}{KINDS[kind]}"
     if isinstance(value, int) and abs(value) > LARGEST:

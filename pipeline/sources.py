@@ -55,7 +55,9 @@ class SourceOptions(Settings):
         root = self.root
         if self.dataset == "sample":
             root = root or (None if self.images else SAMPLE_ROOT)
-            ensure_sample(Path(root or self.images))
+            place = root or self.images
+            assert place is not None  # by the line above
+            ensure_sample(Path(place))
         options = self.options("dataset")
         source = open_source(
             self.dataset,

@@ -120,7 +120,7 @@ class Begun(NamedTuple):
     weights: dict[str, Tensor] | None
 
 
-def open_init(config: TrainConfig, folder: Path, cache: FeatureCache) -> Begun | None:
+def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeatures) -> Begun | None:
     """The run of --init; one that goes on needs it no more."""
     if config.init is None:
         return None
@@ -198,7 +198,10 @@ def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]
 
 
 def keep_features(
-    config: TrainConfig, cache: FeatureCache, parts: Sequence[ImageTexts], machine: Machine
+    config: TrainConfig,
+    cache: FeatureCache | NoFeatures,
+    parts: Sequence[ImageTexts],
+    machine: Machine,
 ) -> None:
     """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of
     its free memory, else in RAM where they fit half of what is free, else on the disk; without a
@@ -216,7 +219,10 @@ def keep_features(
         chosen = distributed.broadcast(chosen)
     if chosen == "ram":
         memory = distributed.shared_memory(cache.feature_bytes) if machine.world > 1 else None
-        cache.keep_in_memory(*([memory[0], not memory[1]] if memory else []))
+        if memory:
+            cache.keep_in_memory(memory[0], not memory[1])
+        else:
+            cache.keep_in_memory()
         distributed.barrier()
     elif chosen == "device":
         for part in parts:
@@ -253,6 +259,7 @@ def open_run(
         )
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
+        assert config.max_length is not None
     max_prompt = begun.sizes["max_prompt"] if begun else longest_prompt(vocabulary, train)
     kind = DECODERS[config.decoder]
     captioner = kind(
@@ -304,6 +311,7 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Voc
         words for part in (train.prompts, train.tokens) for group in part for words in group
     )
     if config.vocabulary == "word":
+        assert config.min_count is not None  # by `resolve`
         return Vocabulary.build(captions, config.min_count, config.segment or "words")
     if config.resume and (folder / "tokenizer.json").exists():
         return load_vocabulary(folder)
@@ -336,7 +344,7 @@ def caption_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
     ]
 
 
-def announce(run: Run, cache: FeatureCache) -> None:
+def announce(run: Run, cache: FeatureCache | NoFeatures) -> None:
     config, model = run.config, run.captioner.config
     parameters = sum(p.numel() for p in run.captioner.parameters())
     views = (
@@ -478,6 +486,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
 @torch.inference_mode()
 def dev_loss(run: Run) -> float:
     """Cross-entropy on dev in nats a word, without smoothing or dropout."""
+    assert run.dev is not None and run.config.batch is not None
     run.captioner.eval()
     total, count = 0.0, 0
     for batch in run.dev.batches(
@@ -490,13 +499,14 @@ def dev_loss(run: Run) -> float:
                 run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths
             )
         total, count = total + loss.item() * batch.counted, count + batch.words
-    total, count = distributed.all_reduce(total, count)
-    return total / count
+    loss_of_all, words_of_all = distributed.all_reduce(total, count)
+    return loss_of_all / words_of_all
 
 
 def dev_scores(run: Run) -> dict[str, float]:
     """Scores of beam search on dev, whose images all processes share."""
     config, machine = run.config, run.machine
+    assert run.dev is not None
     mine = run.dev.examples[machine.rank :: machine.world]
     how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
     generator = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, how)

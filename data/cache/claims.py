@@ -30,7 +30,8 @@ class Claims:
     """
 
     def __init__(self, cache: Path) -> None:
-        self.cache, self.held = cache, set()
+        self.cache = cache
+        self.held: set[Path] = set()
         self.stop = threading.Event()
         self.me = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
 

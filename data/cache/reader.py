@@ -147,8 +147,8 @@ def open_shard(path: Path) -> h5py.File:
         newer = isinstance(found, int) and found > FORMAT
         if newer:
             advice = "it was made by a newer version: update this one, or pass another folder"
-        error = NewerFormat if newer else DataError
-        raise error(f"{path} has format {found}, this version reads and writes {FORMAT}; {advice}")
+        kind = NewerFormat if newer else DataError
+        raise kind(f"{path} has format {found}, this version reads and writes {FORMAT}; {advice}")
     if _has_endless_heap(path, file):
         file.close()
         raise DataError(
@@ -495,7 +495,7 @@ class FeatureCache:
         return {"path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        FeatureCache.__init__(self, state["path"])
 
 
 def _shape_of(file: h5py.File) -> tuple[int, int]:

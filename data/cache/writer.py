@@ -210,8 +210,10 @@ def write_shard(
                     f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
                     "try --precision fp32, or other --weights: nothing was written for its shard"
                 )
-        crc32 = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in features], np.uint32)
-        found = (
+        crc32 = np.array(
+            [zlib.crc32(np.ascontiguousarray(row).data) for row in features], np.uint32
+        )
+        found: tuple[np.ndarray, ...] = (
             features,
             part.boxes.astype(np.float32, copy=False),
             part.counts.astype(np.int16),
@@ -414,7 +416,7 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
                 problems.append(f"{path}: it belongs to another cache")
             for row, end in itertools.product(range(rows), endings(views_of(provenance))):
                 if (
-                    zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row]))
+                    zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row]).data)
                     != file[f"crc32{end}"][row]
                 ):
                     name = file["names"].asstr()[row]

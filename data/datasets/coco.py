@@ -41,8 +41,9 @@ def read_official(
 
     `annotations` is the folder of the two files.
     """
-    year, base = dataset[-4:], images or root
-    folder = annotations or (root or images) / "annotations"
+    year, base, above = dataset[-4:], images or root, root or images
+    assert base is not None and above is not None  # open_source refuses that
+    folder = annotations or above / "annotations"
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder; {dataset} reads two files in it (for one file: "
@@ -70,6 +71,7 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
             f"{dataset} needs its caption file: pass --annotations FILE (and --images DIR)"
         )
     base = images or root
+    assert base is not None  # open_source refuses a dataset without any folder
     found, unsplit = [], []
     for id_, name, split, captions in _entries(annotations):
         if split is None:

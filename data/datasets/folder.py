@@ -154,6 +154,7 @@ def read(
             f"photographs; for {annotations} use --dataset coco or karpathy"
         )
     base = images or root
+    assert base is not None  # open_source refuses a dataset without any folder
     files, disk = list_files(base), Listing(base)
     captions: dict[str, list[str]] = {name: [] for name in files.photographs}
     splits = {
@@ -286,7 +287,9 @@ def _first(names: Sequence[str]) -> str:
 def list_files(root: Path) -> Files:
     """The files below `root`. Links to folders are followed, each real folder once and real paths
     first, so a loop of links ends."""
-    found, others, seen, folders, links = {}, [], set(), [""], []
+    found: dict[str, bool] = {}
+    others, seen, folders = [], set(), [""]
+    links: list[str] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         status = os.stat(root / folder)
@@ -322,7 +325,8 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
         raise DataError(f"{base / twice} has metadata.jsonl and metadata.csv; keep one of them")
     rows, notes = [], []
     for name in names:
-        folder, columns = posixpath.dirname(name), {}
+        folder = posixpath.dirname(name)
+        columns: dict[str, None] = {}
         for where, row in _rows(base / name):
             columns |= dict.fromkeys(row)
             if "file_name" not in row:
@@ -558,7 +562,9 @@ def _flickr8k_splits(file: Path, base: Path, disk: Listing) -> dict[str, str]:
         return found
     for split, beside in FLICKR8K_SPLITS.items():
         there = disk.find((file.parent.relative_to(base) / beside).as_posix())
-        for name in read_text(base / there).split() if there else ():
+        if there is None:
+            continue
+        for name in read_text(base / there).split():
             if found.setdefault(check_name(name, str(base / there)), split) != split:
                 raise DataError(
                     f"{base / there}: {name} is in {FLICKR8K_SPLITS[found[name]]} too; keep "

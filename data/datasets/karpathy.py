@@ -33,10 +33,11 @@ COCO_PLACES = (
 
 def read(dataset: str, root: Path | None, annotations: Path | None, images: Path | None) -> Source:
     """Read the one `dataset*.json` of the root, or `annotations`. `restval` joins train."""
-    file = annotations or _only_file(root or images)
+    base, above = images or root, root or images
+    assert base is not None and above is not None  # open_source refuses that
+    file = annotations or _only_file(above)
     if file.is_dir():
         raise DataError(f"{file} is a folder; --annotations names the file of {dataset}")
-    base = images or root
     entries = read_json(file)["images"]
     wheres, places = [], []
     for number, entry in enumerate(entries):

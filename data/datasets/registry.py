@@ -52,11 +52,8 @@ def open_source(
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
-    known = (
-        {item.name for item in fields(DATASETS[dataset].Options)}
-        if DATASETS[dataset].Options
-        else set()
-    )
+    own = DATASETS[dataset].Options
+    known = {item.name for item in fields(own)} if own else set()
     if foreign := [name for name in options if name not in known]:
         having = [
             name

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -232,7 +233,7 @@ def caption_scene(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[st
         for a, b in permutations(scene.things, 2)
         if _clear_relation(a, b)
     ]
-    captions = {}
+    captions: dict[str, None] = {}
     while len(captions) < n:
         a, b, relation = _pick(rng, pairs)
         sentence = _pick(rng, _SENTENCES)
@@ -375,7 +376,9 @@ def _split_of(index: int) -> str:
 
 
 def _write_sample(root: Path, count: int, seed: int) -> None:
-    coco = {folder: {"images": [], "annotations": []} for folder in ("train2014", "val2014")}
+    coco: dict[str, dict[str, list[Any]]] = {
+        folder: {"images": [], "annotations": []} for folder in ("train2014", "val2014")
+    }
     karpathy, truth = [], []
     for folder in (*coco, "annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -392,7 +395,7 @@ def _write_sample(root: Path, count: int, seed: int) -> None:
         karpathy.append(_karpathy_image(index, folder, name, split, captions))
         truth.append({"id": index + 1, **asdict(scene)})
     for folder, part in coco.items():
-        about = {
+        about: dict[str, Any] = {
             "description": f"Onceover's drawn scenes, {count} from seed {seed}",
             "url": "",
             "version": "1.0",

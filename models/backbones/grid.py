@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class GridBackbone(Backbone):
     arguments: those of timm's create_model that it was built with. resize: one of
         data.images.RESIZES.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -225,7 +228,7 @@ class GridBackbone(Backbone):
     def _map(self, images: Tensor) -> Tensor:
         """The feature map [B,C,h,w] of normalised `images` [B,3,H,W]."""
         if self.layout == "tokens":
-            return self.network.forward_intermediates(
+            return cast(Any, self.network).forward_intermediates(
                 images, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
             )[-1]
         run = getattr(self.network, "forward_features", self.network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 from torch import nn
@@ -33,7 +33,7 @@ def build_network(
         )
         raise ModelError(told) from error
     config = timm.data.resolve_model_data_config(network)
-    classifier = network.pretrained_cfg.get("classifier") or ()
+    classifier = cast(Any, network).pretrained_cfg.get("classifier") or ()
     return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 

@@ -49,6 +49,9 @@ class Memory(Protocol):
         ...
 
 
+OwnMemory = Any  # the Memory that the decoder's own `encode` gave: each decoder reads its own kind
+
+
 class DecodingCache(Protocol):
     """What a decoder keeps of the texts that grow, K an image."""
 
@@ -144,7 +147,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def states(
-        self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: Memory
+        self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: OwnMemory
     ) -> Tensor:
         """What the output layer reads after each of `words` [N], which stand at `positions` [N] of
         their texts: [N,D].
@@ -157,7 +160,7 @@ class Decoder(nn.Module, ABC):
         """Weight [V,D] and bias [V]: logits are states @ weight.T + bias."""
 
     @abstractmethod
-    def init_cache(self, memory: Memory, texts: int, prompts: Tensor | None = None) -> KVCache:
+    def init_cache(self, memory: OwnMemory, texts: int, prompts: Tensor | None = None) -> KVCache:
         """An empty cache for `texts` texts an image; prompts [B,P] int64, padded on the left with
         0.
         """

@@ -7,8 +7,9 @@ an image, T tokens, N rows, V words, D model width, H heads, d = D/H.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,7 @@ class Transformer(Decoder):
     """
 
     Config, Options = TransformerConfig, TransformerOptions
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -208,7 +210,8 @@ class Transformer(Decoder):
         for layer in self.encoder:
             x = layer(x, layout)
         x = self.memory_norm(x) + self.memory_box(places)
-        keys, values = zip(*(layer.cross.project(x) for layer in self.decoder), strict=True)
+        layers = cast(Iterable[DecoderLayer], self.decoder)
+        keys, values = zip(*(layer.cross.project(x) for layer in layers), strict=True)
         if some_empty:
             has_regions = (counts > 0)[:, None, None, None]
             values = tuple(value * has_regions for value in values)

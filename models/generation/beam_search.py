@@ -224,7 +224,8 @@ def choose(
     beams, count = top.shape[1:]
     each = beams // groups
     words = words.expand_as(top)
-    live, origin, chosen = [], [], []
+    live, origin = [], []
+    chosen: list[Tensor] = []
     for group in range(groups):
         mine = slice(group * each, (group + 1) * each)
         scores, ids = top[:, mine].flatten(1), words[:, mine].flatten(1)

@@ -38,6 +38,7 @@ class CapturedSearch:
     @torch.inference_mode()
     def __call__(self, memory: Memory, prompts: Tensor | None) -> Captions:
         if self.prompts is not None:
+            assert prompts is not None  # BeamSearch has a graph of its own for each shape
             self.prompts.copy_(prompts)
         for kept, new in zip(self.memory.tensors(), memory.tensors(), strict=True):
             kept.copy_(new)
@@ -67,7 +68,8 @@ class BeamSearch:
         if shape not in self.captured:
             self.captured[shape] = None
             return beam_search(self.decoder, memory, self.options, prompts)
-        self.captured[shape] = self.captured[shape] or CapturedSearch(
+        captured = self.captured[shape] or CapturedSearch(
             self.decoder, memory, self.options, prompts
         )
-        return self.captured[shape](memory, prompts)
+        self.captured[shape] = captured
+        return captured(memory, prompts)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,16 @@ class Ensemble(nn.Module):
         }
         self.config = replace(configs[0], **lengths)
 
+    def _each(self) -> Iterable[Decoder]:
+        return cast(Iterable[Decoder], self.decoders)
+
     def encode(self, regions: Regions) -> Memories:
-        return Memories(one.encode(regions) for one in self.decoders)
+        return Memories(one.encode(regions) for one in self._each())
 
     def init_cache(self, memory: Memories, texts: int, prompts: Tensor | None = None) -> Caches:
         return Caches(
             one.init_cache(part, texts, prompts)
-            for one, part in zip(self.decoders, memory, strict=True)
+            for one, part in zip(self._each(), memory, strict=True)
         )
 
     def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
@@ -76,7 +80,7 @@ class Ensemble(nn.Module):
         Decoder.decode's.
         """
         caches = cache or [None] * len(self.decoders)
-        found = zip(self.decoders, memory, caches, strict=True)
+        found = zip(self._each(), memory, caches, strict=True)
         return mean(
             [
                 one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32)
@@ -90,15 +94,20 @@ class Ensemble(nn.Module):
         """As Decoder.next_words, of the logs of the mean probabilities."""
         found = [
             one.next_words(tokens, part, own)
-            for one, part, own in zip(self.decoders, memory, cache, strict=True)
+            for one, part, own in zip(self._each(), memory, cache, strict=True)
         ]
         log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in found]
 
         def exact(rows: slice, words: Tensor) -> Tensor:
-            return mean([
-                own[rows].gather(1, words) - scores[rows].gather(1, words) + exactly(rows, words)
-                for own, (scores, exactly) in zip(log_p, found, strict=True)
-            ])  # fmt: skip
+            parts = []
+            for own, (scores, exactly) in zip(log_p, found, strict=True):
+                assert exactly is not None  # autocast rounds the products of all decoders, or none
+                parts.append(
+                    own[rows].gather(1, words)
+                    - scores[rows].gather(1, words)
+                    + exactly(rows, words)
+                )
+            return mean(parts)
 
         return mean(log_p), None if found[0][1] is None else exact
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
 from data.subwords import Subwords
@@ -162,7 +163,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(captioner.eval(), vocabulary, *rest, folder)
 
 
-def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache) -> None:
+def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatures) -> None:
     """A checkpoint reads only features of the identity it was trained on; other provenance is one
     warning.
     """
@@ -243,7 +244,7 @@ def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
     fits = (
         type(beam) is int
         and 1 <= beam <= MOST_CAPTIONS
-        and type(penalty) in (int, float)
+        and (type(penalty) is int or type(penalty) is float)
         and abs(penalty) <= 10
     )
     if not fits or len(decoding) != 2:

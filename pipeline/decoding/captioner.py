@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -141,11 +141,12 @@ class CaptionGenerator:
         return captions
 
     def mbr_rerank(
-        self, memory: Memory, draws: torch.Generator, prompts: Tensor | None = None
+        self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
     ) -> Captions:
         """Of each image's beams those of the highest expected CIDEr, which is their score; some
         images at a time.
         """
+        assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
         search = replace(self.options, num_return_sequences=beams)
         draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
@@ -158,8 +159,8 @@ class CaptionGenerator:
             drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
             tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
             pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
-            scores = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
-            scores = torch.from_numpy(scores).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
+            cider = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
+            scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
             scores, best = scores.sort(dim=1, descending=True, stable=True)
             best, scores = (
                 values[:, : self.options.num_return_sequences] for values in (best, scores)
@@ -247,13 +248,14 @@ def caption_rows(
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
     """Captions by image id, over cached features: `generate_texts` without prompts."""
-    return generate_texts(
+    found = generate_texts(
         generator,
         cache,
         [Example(image_id, image_id, "", ()) for image_id in image_ids],
         batch,
         done,
     )
+    return cast(dict[int, list[Caption]], found)  # the examples' ids are those of the images
 
 
 def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:
@@ -302,9 +304,13 @@ def make_writer(
     """A writer by a run's decoding defaults and the options `given` over them."""
     given = dict(given)
     samples = given.pop("consensus", None)
-    consensus = Consensus(samples, Frequencies.load(checkpoint.folder)) if samples else None
+    consensus = None
+    if samples:
+        assert checkpoint.folder is not None  # it was loaded from there
+        consensus = Consensus(samples, Frequencies.load(checkpoint.folder))
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
-    return CaptionGenerator(captioner, checkpoint.vocabulary, machine, how, seed, consensus)
+    decoder = cast(Decoder, captioner)  # an Ensemble has what generation asks of a decoder
+    return CaptionGenerator(decoder, checkpoint.vocabulary, machine, how, seed, consensus)
 
 
 def make_generation(
@@ -411,19 +417,21 @@ class PhotoCaptioner(
     ) -> list[tuple[list[Caption], str]]:
         """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
         framing = framing_of(self.backbone, self.max_pixels)
-        read = [*Photographs(photos, framing)]
+        photographs = Photographs(photos, framing)
+        read = [photographs[i] for i in range(len(photographs))]
         good = [i for i, (photo, _) in enumerate(read) if photo is not None]
         captions: list[list[Caption]] = []
         if good:
-            pixels, frames = stack([read[i][0] for i in good])
+            pixels, frames = stack([photo for photo, _ in read if photo is not None])
             captions = self.generate(
                 extract_regions(self.backbone, pixels, self.machine, frames), **options
             )
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 
+    # the mixin's own arguments, as `revision`, are among `options`
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, name: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> PhotoCaptioner:
         """Open a checkpoint folder, or the hub's `user/name`; `options` are those of

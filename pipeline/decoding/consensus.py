@@ -59,8 +59,8 @@ class Frequencies:
             ]
             found.append(np.unique(np.concatenate(names)))
             documents += 1
-        names, counts = np.unique(np.concatenate(found), return_counts=True)
-        return cls(names[counts > 1], counts[counts > 1].astype(np.int32), documents)
+        distinct, counts = np.unique(np.concatenate(found), return_counts=True)
+        return cls(distinct[counts > 1], counts[counts > 1].astype(np.int32), documents)
 
     def idf(self, names: np.ndarray) -> np.ndarray:
         """log documents - log document frequency of n-grams by name."""

@@ -86,6 +86,7 @@ def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
 
 def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
     """The card of --against, over exactly the images of `job`."""
+    assert config.against is not None and job.scorer is not None  # else nothing is compared
     captions = read_results(config.against)
     missing = [image_id for image_id in job.captions if image_id not in captions]
     if missing:
@@ -114,6 +115,7 @@ def write_card(job: Job, card: Card) -> None:
 
 
 def send_to_server(config: EvaluateConfig, job: Job) -> None:
+    assert config.server is not None
     folder = job.out.parent if job.out else Path()
     for path in write_server(folder, config.server, job.captions, job.images):
         say(f"for the server: {path}")

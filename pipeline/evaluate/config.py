@@ -150,7 +150,7 @@ class Job:
 def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
     if config.df is None:
         return None
-    found = {
+    found: dict[int, Sequence[str]] = {
         image.id: image.captions for image in read_references(config.df, "train") if image.captions
     }
     if not found:

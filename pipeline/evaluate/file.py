@@ -29,6 +29,7 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
             f"several --captions are called {max(stems, key=stems.count)}.json, and so would "
             "be their scores"
         )
+    assert config.references is not None  # --captions needs it
     train = train_tokens(config, segment_of_file(config))
     opened: dict[tuple[int, ...], References] = {}
     for file in config.captions:
@@ -104,6 +105,7 @@ def open_references(config: EvaluateConfig) -> References:
     folder = config.cache_dir or user_cache()
     if folder is None:
         return count_references(config)
+    assert config.references is not None  # --captions needs it
     ids = read_ids(config.ids) if config.ids else None
     segment = segment_of_file(config)
     options = json.dumps([config.split, ids, bool(config.df), segment]).encode()
@@ -141,10 +143,13 @@ def warn_without_blanks(captions: Iterable[str]) -> None:
 def references_by_image(
     config: EvaluateConfig, only: set[int] | None = None
 ) -> dict[int, Sequence[str]]:
+    assert config.references is not None  # --captions needs it
     images = read_references(config.references, config.split)
     if config.ids:
         images = choose(images, read_ids(config.ids), config.references, config.ids)
-    found = {image.id: image.captions for image in images if image.captions or config.ids}
+    found: dict[int, Sequence[str]] = {
+        image.id: image.captions for image in images if image.captions or config.ids
+    }
     if not found:
         raise DataError(f"{config.references} has images but no captions to score against")
     return (

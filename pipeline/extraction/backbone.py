@@ -38,7 +38,10 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
     """Move a backbone to the machine's device in the memory layout that its convolutions run
     fastest in.
     """
-    return backbone.to(machine.device, memory_format=torch.channels_last)
+    # torch's stubs lack the call with a device and a memory format at once
+    return backbone.to(  # type: ignore[call-overload]
+        machine.device, memory_format=torch.channels_last
+    )
 
 
 def extract_regions(

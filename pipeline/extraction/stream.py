@@ -220,7 +220,8 @@ class _ByPath(Photographs):
     def __init__(self, framing: Framing) -> None:
         super().__init__([], framing)
 
-    def __getitem__(self, path: str) -> tuple[Photo | None, str]:
+    # the loader hands over what `batch_sampler` gives: here paths, no numbers
+    def __getitem__(self, path: str) -> tuple[Photo | None, str]:  # type: ignore[override]
         return try_image(Path(path), self.framing) if path else (None, "missing")
 
 

@@ -50,7 +50,8 @@ def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str
     added = np.empty((resamples, joined.shape[1]))
     for row in range(resamples):
         added[row] = np.bincount(generator.integers(0, images, images), minlength=images) @ joined
-    found, at = {}, 0
+    found: dict[str, np.ndarray] = {}
+    at = 0
     for statistic in statistics:
         width = statistic.sums.shape[1]
         scores = statistic.scores(added[:, at : at + width])

@@ -74,6 +74,8 @@ class Meteor:
             stderr=self.errors,
             encoding="utf-8",
         )
+        assert self.java.stdin is not None and self.java.stdout is not None  # both are pipes
+        self.stdin, self.stdout = self.java.stdin, self.java.stdout
 
     def __enter__(self) -> Meteor:
         return self
@@ -82,8 +84,8 @@ class Meteor:
         self.java.kill()
         self.java.wait()
         with contextlib.suppress(BrokenPipeError):  # what was not read yet
-            self.java.stdin.close()
-        self.java.stdout.close()
+            self.stdin.close()
+        self.stdout.close()
         self.errors.close()
 
     def statistics(
@@ -125,14 +127,14 @@ class Meteor:
         def ask() -> None:
             with contextlib.suppress(BrokenPipeError):  # told below, where its answer is missing
                 for line in lines:
-                    self.java.stdin.write(line + "\n")
-                self.java.stdin.flush()
+                    self.stdin.write(line + "\n")
+                self.stdin.flush()
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         found: list[str] = []
         for _ in range(len(lines) * answers):
-            answer = self.java.stdout.readline()
+            answer = self.stdout.readline()
             if not answer:
                 self.errors.seek(0)
                 raise NotComputed(
@@ -205,6 +207,7 @@ def _program(score: str) -> Path:
             f"{score} needs Java, and no java is on the PATH; install a JRE, as with apt "
             "install default-jre"
         )
+    assert found.submodule_search_locations is not None  # it is a package
     return Path(next(iter(found.submodule_search_locations)))
 
 

@@ -462,7 +462,9 @@ def kept_path(folder: Path, *parts: bytes) -> Path:
     what has changed is counted again.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
-    rules = (Path(module.__file__).read_bytes() for module in (characters, segmentation, tokens))
+    rules = (
+        Path(str(module.__file__)).read_bytes() for module in (characters, segmentation, tokens)
+    )
     for part in (*rules, *parts):
         digest.update(hashlib.sha256(part).digest())
     return folder / f"references-{digest.hexdigest()}.npz"

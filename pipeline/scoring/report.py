@@ -150,11 +150,13 @@ def _add_java(
             continue
         card.values[name] = None
         try:
-            if isinstance(meteor, NotComputed) and name == "METEOR":
-                raise meteor
-            found, per_image = (
-                _meteor(meteor, texts, scorer) if name == "METEOR" else _spice(texts, scorer)
-            )
+            if name == "SPICE":
+                found, per_image = _spice(texts, scorer)
+            else:
+                if isinstance(meteor, NotComputed):
+                    raise meteor
+                assert meteor is not None  # else it is not wanted
+                found, per_image = _meteor(meteor, texts, scorer)
         except NotComputed as error:
             card.not_computed[name] = str(error)
             continue
@@ -223,10 +225,9 @@ def compare(card: Card, other: Card) -> dict[str, Any]:
     }
     for name in NAMES:
         if name in mine and name in theirs:
-            difference, differences = (
-                card.values[name] - other.values[name],
-                mine[name] - theirs[name],
-            )
+            value, against = card.values[name], other.values[name]
+            assert value is not None and against is not None  # what is resampled has a value
+            difference, differences = value - against, mine[name] - theirs[name]
             found["differences"][name] = {
                 "value": difference,
                 "interval": interval(differences),

@@ -55,15 +55,20 @@ class Captioning(Task):
         all CIDEr would be 0.
         """
         if self._counted is None or self._counted[0] is not examples:
-            captions = {example.image_id: example.targets for example in examples}
+            captions = _by_image(examples)
             frequencies = None
             if len(captions) < FEW_DOCUMENTS and train:
-                frequencies = {example.image_id: example.targets for example in train} | captions
+                frequencies = _by_image(train) | captions
             self._counted = (
                 examples,
                 References(captions, frequencies=frequencies, segment=self.segment),
             )
-        return score(outputs, self._counted[1]).values
+        by_image = cast(Mapping[int, str], outputs)  # an example's id is its image's
+        return score(by_image, self._counted[1]).values
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:
         return not any(word.startswith(SIDES) for word in words)
+
+
+def _by_image(examples: Sequence[Example]) -> dict[int, tuple[str, ...]]:
+    return {e.image_id: e.targets for e in examples if e.image_id is not None}

@@ -474,6 +474,7 @@ def learning_rate(config: TrainConfig, done: float) -> float:
     """The learning rate where `done` (0 to 1) of the training is over: a straight rise over its
     first `warmup`, then half a cosine to zero, or noam's inverse square root of the time (Vaswani
     et al. 2017), or no change."""
+    assert config.lr is not None  # by `resolve`
     if done < config.warmup:
         return config.lr * done / config.warmup
     if config.schedule == "noam":

@@ -63,12 +63,12 @@ def train_epoch(run: Run) -> dict[str, float]:
     with progress(objective.units_an_epoch(run.train), objective.unit, name, enabled=first) as bar:
         bar.begin(state.captions)
         for batch, waiting in timed(prefetch(train_batches(run))):
-            saving = first and time.monotonic() - run.saved >= config.save_every * 60
+            due = first and time.monotonic() - run.saved >= config.save_every * 60
             counted, units, done, saving, stopping = distributed.all_reduce(
                 objective.counted(batch),
                 objective.units(batch),
                 run.done() if first else 0,
-                saving,
+                due,
                 run.stopping,
             )
             if saving or stopping:
@@ -110,6 +110,7 @@ def train_batches(run: Run) -> Iterator[Batch]:
     config, machine = run.config, run.machine
     order = np.random.default_rng((config.seed, run.state.epoch))
     views = config.views and bool(run.train.cache.views)
+    assert config.batch is not None  # by `resolve`
     return run.train.batches(
         run.train_ids,
         config.batch,
@@ -137,9 +138,10 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
     )
     run.optimizer.zero_grad(set_to_none=True)
     figures, parts = [], batch.split(config.accumulate)
+    several = cast(DistributedDataParallel, run.forward)  # where there are several processes
     for number, part in enumerate(parts):
         ready = number + 1 == len(parts) or machine.world == 1
-        with contextlib.nullcontext() if ready else run.forward.no_sync():
+        with contextlib.nullcontext() if ready else several.no_sync():
             sums = objective(run.forward, part.to(machine.device), run.step, done)
             loss = sums.loss * part.counted
             scaled = loss * (machine.world / counted)  # DistributedDataParallel divides by world
@@ -163,7 +165,12 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
 
 
 def refuse_not_finite(
-    run: Run, figures: list[float], norm: float, step: int, lr: float, image_ids: list[int]
+    run: Run,
+    figures: list[float],
+    norm: float,
+    step: int,
+    lr: float,
+    image_ids: Sequence[int | None],
 ) -> None:
     for what, value in (
         *zip(run.objective.names, figures, strict=True),
@@ -182,7 +189,7 @@ class StepLog:
 
     def __init__(self, run: Run) -> None:
         self.run, self.norm = run, 0.0
-        self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int]]] = []
+        self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int | None]]] = []
         self.clock = time.monotonic()
         self.last_line = self._stand()
 
@@ -284,7 +291,9 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
         run.stopping = signum
         signal.signal(signum, before[signum])
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:

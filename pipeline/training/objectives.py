@@ -9,7 +9,7 @@ that one process = two. B images, K samples an image, L words at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class SelfCritical:
             rewards,
         )
         k = config.num_samples
-        search = (
+        search: dict[str, Any] = (
             {"num_beams": k} if config.samples == "beam" else {"num_beams": 1, "do_sample": True}
         )
         self.policy = Generation(
@@ -131,9 +131,10 @@ class SelfCritical:
         )
         with self.machine.autocast():
             memory = self.captioner.encode(regions)
-        samples = self.draw(memory, part.image_ids, step)
-        rewards = self.rewarded(samples, part.image_ids, step)
-        advantages = rewards - self.baseline(memory, rewards, part.image_ids, step)
+        image_ids = cast(list[int], part.image_ids)  # the task's texts all have an image
+        samples = self.draw(memory, image_ids, step)
+        rewards = self.rewarded(samples, image_ids, step)
+        advantages = rewards - self.baseline(memory, rewards, image_ids, step)
         on_host = samples.cpu()
         with self.machine.autocast():
             loss, log_p = self_critical_loss(forward, memory, on_host, advantages, self.policy)

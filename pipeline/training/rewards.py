@@ -47,9 +47,9 @@ def parse_rewards(text: str) -> list[tuple[str, float]]:
     """Names with their weights, as --reward has them; UserError where a weight is none."""
     found = []
     for part in text.split(","):
-        name, _, weight = part.strip().rpartition(":")
+        name, _, last = part.strip().rpartition(":")
         try:
-            weight = float(weight)
+            weight = float(last)
         except ValueError:  # module:name, or a name alone
             name, weight = part.strip(), 1.0
         if not name or not math.isfinite(weight):
