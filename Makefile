@@ -11,6 +11,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy pipeline models data
 
 test: install
 	$(BIN)/python -m pytest -q -n auto -m "not slow"

@@ -197,21 +197,24 @@ class ImageTexts:
 
         A text without an image (None) has 0 regions.
         """
-        if None in image_ids:
-            present = [at for at, image_id in enumerate(image_ids) if image_id is not None]
-            seen = None if views is None else [views[at] for at in present]
-            found = self.features([image_ids[at] for at in present], seen)
-            return zeros_elsewhere(found, present, len(image_ids))
+        ids = [image_id for image_id in image_ids if image_id is not None]
+        if len(ids) < len(image_ids):
+            present = [row for row, image_id in enumerate(image_ids) if image_id is not None]
+            views = None if views is None else [views[row] for row in present]
+            features, boxes, counts = (
+                zeros_elsewhere(part, present, len(image_ids)) for part in self.features(ids, views)
+            )
+            return features, boxes, counts
         if self.on_device is None:
-            rows = self.cache.rows(there, views=views)
+            rows = self.cache.rows(ids, views=views)
             features = torch.from_numpy(rows.features)
         else:
             kept, row_of = self.on_device
-            rows = self.cache.rows(there, tables_only=True, views=views)
+            rows = self.cache.rows(ids, tables_only=True, views=views)
             images = len(self.images)
             at = [
                 row_of[i] + view * images
-                for i, view in zip(there, views or [0] * len(there), strict=True)
+                for i, view in zip(ids, views or [0] * len(ids), strict=True)
             ]
             features = kept[torch.tensor(at).to(kept.device)]
         return (
@@ -272,15 +275,10 @@ class ImageTexts:
         ]
 
 
-def zeros_elsewhere(
-    parts: Sequence[Tensor], places: Sequence[int], count: int
-) -> tuple[Tensor, ...]:
-    """Tensors [n,...] as tensors [count,...]: their rows at the n `places`, zeros elsewhere."""
-    at = torch.tensor(places, dtype=torch.int64)
-    return tuple(
-        part.new_zeros(count, *part.shape[1:]).index_copy(0, at.to(part.device), part)
-        for part in parts
-    )
+def zeros_elsewhere(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """[count,...] with the n values [n,...] at the given rows and zeros in all others."""
+    at = torch.tensor(rows, dtype=torch.int64, device=values.device)
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, at, values)
 
 
 def last_tokens(ids: Sequence[int], most: int) -> list[int]:

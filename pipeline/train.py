@@ -615,6 +615,7 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
     is in, and for one with --minutes, whose time is spent.
     """
     scheduled, config = began["epochs"], run.config
+    assert config.epochs is not None  # by `more_epochs`
     if config.minutes:
         raise UserError(
             f"--resume: {run.folder} ends by its --minutes, more epochs do not change that; "

@@ -89,7 +89,9 @@ class BeamSearchState:
         scores, exact = self.decoder.next_words(self.newest, self.memory, self.cache)
         bar(scores, self.options.suppress_tokens)
         rows = self.newest.shape[1]  # 1 in the first step, where all beams are alike
-        wanted = self.forced.next(self.progress)[:, :rows].flatten(0, 1) if self.forced else None
+        wanted = None
+        if self.forced and self.progress is not None:
+            wanted = self.forced.next(self.progress)[:, :rows].flatten(0, 1)
         before = self.words[:, :rows, : length - 1].flatten(0, 1)
         found = expand(scores, exact, before, self.banned, wanted, self.options.num_beams)
         return Candidates(*(part.unflatten(0, (len(self.image), -1)) for part in found))
@@ -98,7 +100,7 @@ class BeamSearchState:
         """Keep the texts that end here, and let the best candidates be the live beams."""
         ended = self._ended(candidates)
         total = self.live.view(len(self.image), -1, 1) + candidates.log_p
-        if self.forced:
+        if self.forced and self.progress is not None:
             self.live, beam_idx, newest, self.progress = choose_by_progress(
                 total, candidates.words, self.progress, self.forced, self.limit - length
             )
@@ -151,7 +153,7 @@ class BeamSearchState:
         self.cache.keep(kept)
         for name in ("image", "done", "live", "words", "newest"):
             setattr(self, name, getattr(self, name)[kept])
-        if self.forced:
+        if self.progress is not None:
             self.progress = self.progress[kept]
         return False
 

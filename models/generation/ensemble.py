@@ -92,24 +92,23 @@ class Ensemble(nn.Module):
         self, tokens: Tensor, memory: Memories, cache: Caches
     ) -> tuple[Tensor, ExactScores | None]:
         """As Decoder.next_words, of the logs of the mean probabilities."""
-        found = [
+        outputs = [
             one.next_words(tokens, part, own)
             for one, part, own in zip(self._each(), memory, cache, strict=True)
         ]
-        log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in found]
+        log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in outputs]
 
         def exact(rows: slice, words: Tensor) -> Tensor:
             parts = []
-            for own, (scores, exactly) in zip(log_p, found, strict=True):
-                assert exactly is not None  # autocast rounds the products of all decoders, or none
-                parts.append(
-                    own[rows].gather(1, words)
-                    - scores[rows].gather(1, words)
-                    + exactly(rows, words)
-                )
+            for own, (scores, exactly) in zip(log_p, outputs, strict=True):
+                chosen = own[rows].gather(1, words)
+                if exactly is not None:
+                    chosen = chosen - scores[rows].gather(1, words) + exactly(rows, words)
+                parts.append(chosen)
             return mean(parts)
 
-        return mean(log_p), None if found[0][1] is None else exact
+        rounded = any(exactly is not None for _, exactly in outputs)
+        return mean(log_p), exact if rounded else None
 
 
 def mean(log_p: Sequence[Tensor]) -> Tensor:

@@ -232,12 +232,12 @@ def generate_texts(
 
 def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
     """The regions of images in a cache; None is no image, with 0 regions."""
-    present = [at for at, image_id in enumerate(image_ids) if image_id is not None]
-    rows = cache.rows([image_ids[at] for at in present])
-    found = [torch.from_numpy(part) for part in rows]
-    if len(present) == len(image_ids):
-        return Regions(*found)
-    return Regions(*zeros_elsewhere(found, present, len(image_ids)))
+    ids = [image_id for image_id in image_ids if image_id is not None]
+    parts = [torch.from_numpy(part) for part in cache.rows(ids)]
+    if len(ids) == len(image_ids):
+        return Regions(*parts)
+    rows = [row for row, image_id in enumerate(image_ids) if image_id is not None]
+    return Regions(*(zeros_elsewhere(part, rows, len(image_ids)) for part in parts))
 
 
 def caption_rows(

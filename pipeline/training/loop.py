@@ -10,12 +10,13 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import Batch, prefetch
 from pipeline.cli import UserError
@@ -110,7 +111,7 @@ def train_batches(run: Run) -> Iterator[Batch]:
     config, machine = run.config, run.machine
     order = np.random.default_rng((config.seed, run.state.epoch))
     views = config.views and bool(run.train.cache.views)
-    assert config.batch is not None  # by `resolve`
+    assert config.batch is not None  # set by `resolve`
     return run.train.batches(
         run.train_ids,
         config.batch,
@@ -155,7 +156,7 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
         )
     run.optimizer.step()
     if run.average is not None:
-        decay = config.ema
+        decay = cast(float, config.ema)  # set by `resolve`
         if not config.init:  # at first there is little to average
             decay = min(decay, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(
@@ -287,9 +288,14 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
     once.
     """
 
+    def restore(signum: int) -> None:
+        handler = before[signum]
+        # None: a handler that was not set from Python, which Python cannot set again
+        signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
     def stop(signum: int, _: Any) -> None:
         run.stopping = signum
-        signal.signal(signum, before[signum])
+        restore(signum)
 
     before: dict[int, Any] = {
         signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)
@@ -297,5 +303,5 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum in before:
+            restore(signum)

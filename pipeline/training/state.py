@@ -6,7 +6,7 @@ import functools
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,8 @@ class TrainState:
         """The state that last.safetensors records; TypeError for a value of a wrong type."""
         state = cls(**record)
         for item in fields(cls):
-            value, kinds = (
-                getattr(state, item.name),
-                {float: (int, float)}.get(type(item.default), (type(item.default),)),
-            )
+            value = getattr(state, item.name)
+            kinds = (int, float) if isinstance(item.default, float) else (type(item.default),)
             if type(value) not in kinds or not 0 <= value < 2**53:
                 raise TypeError(f"{item.name} is {value!r}")
         return state
@@ -94,7 +92,9 @@ class Run:
             config, self.machine, self.task, captioner, self.train, self.checkpoint.vocabulary
         )
         self.sums = torch.zeros(2, len(self.objective.names) + 1, dtype=torch.float64)
-        self.forward = torch.compile(captioner, dynamic=True) if config.compile else captioner
+        self.forward = captioner
+        if config.compile:
+            self.forward = cast(nn.Module, torch.compile(captioner, dynamic=True))
         if self.machine.world > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(captioner, config)
@@ -114,11 +114,13 @@ class Run:
 
     @functools.cached_property
     def dev_ids(self) -> list[list[list[int]]]:
+        assert self.dev is not None
         sizes = self.captioner.config
         return self.dev.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
     @property
     def steps_an_epoch(self) -> int:
+        assert self.config.batch is not None  # set by `resolve`
         return -(-len(self.train) // self.config.batch)
 
     @property
@@ -179,6 +181,7 @@ def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
+    assert config.lr is not None  # set by `resolve`
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
