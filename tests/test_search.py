@@ -11,6 +11,7 @@ import torch
 
 from models import ModelError
 from models.generation import beam_search as searching
+from models.generation import sampling
 from models.generation.beam_search import beam_search
 from models.generation.cuda_graph import BeamSearch
 from models.generation.ensemble import Ensemble
@@ -492,6 +493,59 @@ def draw(
             **options,
         )
         return sample(captioner, memory, options, generator)[::2]
+
+
+def plain_samples(captioner, regions, uniforms, options):
+    """Each sample by itself, all its words read again at every step: its words and log p."""
+    memory = captioner.encode(regions)
+    samples = []
+    for of_image in uniforms.tolist():
+        for of_sample in of_image:
+            image = len(samples) // uniforms.shape[1]
+            words, log_p = [], 0.0
+            for uniform in of_sample:
+                read = torch.tensor([[[BOS, *words]]])
+                logits = captioner.decode(read, memory.keep(torch.tensor([image])))[0, :, -1]
+                logits = logits / options.temperature
+                logits[:, list(options.suppress_tokens)] = float("-inf")
+                options.barred(logits, torch.tensor([words], dtype=torch.int64))
+                p = logits[0].softmax(0).double()
+                word = int((p.cumsum(0) <= uniform * p.sum()).sum())
+                words, log_p = [*words, word], log_p + p[word].log().item()
+                if word == EOS:
+                    break
+            samples.append((words + [EOS] * (uniforms.shape[2] - len(words)), log_p))
+    return [list(part) for part in zip(*samples, strict=True)]
+
+
+@pytest.mark.parametrize("count", [3, 8, 40])
+@pytest.mark.parametrize("distinct", [0.0, 0.8, 2.0])
+def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, count, distinct):
+    """distinct: 0: each sample has its own row at once; 2: equal ones share a row to the end."""
+    monkeypatch.setattr(sampling, "DISTINCT", distinct)
+    captioner, regions = tiny(), some_regions(3)
+    captioner.output_bias.data[EOS] = 1.0  # captions of all lengths
+    options = Generation(
+        num_beams=1,
+        do_sample=True,
+        num_return_sequences=count,
+        max_length=7,
+        temperature=0.7,
+        min_length=2,
+        no_repeat_ngram_size=2,
+        suppress_tokens=(PAD, BOS, UNK, *range(9, WORDS)),
+    )
+    uniforms = torch.rand(3, count, 7, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        for decoder in (captioner, Ensemble([captioner, captioner])):
+            memory = decoder.encode(regions)
+            tokens, _, log_p = sample(decoder, memory, options, uniforms=uniforms)
+            wanted_tokens, wanted_log_p = plain_samples(captioner, regions, uniforms, options)
+            assert tokens.flatten(0, 1).tolist() == wanted_tokens
+            assert log_p.flatten().tolist() == pytest.approx(wanted_log_p, abs=1e-4)
+    if count == 40:
+        lengths = {words.index(EOS) if EOS in words else 7 for words in wanted_tokens}
+        assert len(lengths) > 3
 
 
 def probabilities(

@@ -274,6 +274,29 @@ class KVCache(Layout):
         """beam_idx [B,K] int64: which text of the same image each text continues."""
         self.beam_idx = self.beam_idx.gather(1, beam_idx[:, :, None].expand_as(self.beam_idx))
 
+    def regroup(self, image: Tensor, text: Tensor) -> None:
+        """Lay out other texts: text k of the new image b continues `text[b,k]` of `image[b,k]`,
+        both [b,K] int64.
+        """
+        texts, tokens = len(self.texts), torch.arange(self.length, device=self.texts.device)
+        slots = tokens * texts + self.beam_idx[image, text, : self.length]  # [b,K,S]
+        self.texts = self.texts[: image.shape[1]]
+        for stores in (self.keys, self.values):
+            stores[:] = [self._moved(store, image, slots, texts) for store in stores]
+        if self.padding is not None:
+            self.padding = self.padding[image[:, 0]]
+        capacity = self.beam_idx.shape[2]
+        self.beam_idx = self.texts[None, :, None].repeat(len(image), 1, capacity)
+
+    def _moved(self, store: Tensor, image: Tensor, slots: Tensor, texts_before: int) -> Tensor:
+        capacity = store.shape[2] // texts_before
+        moved = store.new_empty(
+            len(image), store.shape[1], capacity * image.shape[1], store.shape[3]
+        )
+        rows = store.transpose(1, 2)[image[:, :, None], slots]  # [b,K,S,H,d]
+        moved[:, :, : self.length * image.shape[1]] = rows.permute(0, 3, 2, 1, 4).flatten(2, 3)
+        return moved
+
     def keep(self, images: Tensor) -> None:
         """Keep only these images, [b] int64, in this order: finished ones leave the batch.
 

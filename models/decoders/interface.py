@@ -61,6 +61,11 @@ class DecodingCache(Protocol):
     def keep(self, images: Tensor) -> None:
         """Keep only these images, [b] int64, in this order."""
 
+    def regroup(self, image: Tensor, text: Tensor) -> None:
+        """Lay out other texts: text k of the new image b continues `text[b,k]` of `image[b,k]`,
+        both [b,K] int64.
+        """
+
 
 def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any:
     """A field of a decoder's config: a whole number within bounds, also an option of the command

@@ -49,6 +49,10 @@ class Caches(tuple[KVCache, ...]):
         for cache in self:
             cache.keep(images)
 
+    def regroup(self, image: Tensor, text: Tensor) -> None:
+        for cache in self:
+            cache.regroup(image, text)
+
 
 class Ensemble(nn.Module):
     """The mean of several decoders' probabilities; captions as long as all of them can write."""

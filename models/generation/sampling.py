@@ -1,4 +1,4 @@
-"""Captions drawn from a captioner's own probabilities. B images, K captions an image, V words."""
+"""Texts drawn from a decoder's own probabilities. B images, N samples an image, V words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from models.decoders.interface import Decoder, Memory
 from models.generation.constraints import NEG_INF, bar
 from models.generation.options import Captions, Generation, first_tokens, lengths
 
-TOGETHER = 8  # samples whose attention is one product; its mask grows with their square
+GROUP = 8  # texts whose attention is one product; its mask grows with their square
+DISTINCT = 0.8  # share of distinct texts among the samples, from which on each has its own row
+DENSE = 0.75  # share of the groups of rows, at which so few suffice for the live samples
 BLOCK = 128  # words whose probabilities are added up before one of them is chosen
 
 
@@ -28,57 +30,126 @@ def sample(
     Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words
     (0: all; more where they tie) and then the likeliest that together reach `top_p` (Holtzman et
     al. 2020) are left; log p is under the distribution drawn from, the <eos> included, and -inf
-    where the rules leave no word. The loop is as long as the longest caption may be, with no look
-    at the device; on a CPU it ends with the last caption.
+    where the rules leave no word.
+
+    On a CPU, samples that have the same words so far share a row of the decoder's batch, and the
+    rows of ended samples are removed. On a GPU all shapes are fixed and the host does not wait.
 
     uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from
     `generator`.
     """
     device, eos = memory.device, options.eos_token_id
-    limit, barred = options.limit(decoder.config.max_length), options.barred
-    parts = -(-options.num_return_sequences // TOGETHER)
-    if parts > 1:
-        memory = memory.keep(torch.arange(memory.images, device=device).repeat_interleave(parts))
-        prompts = None if prompts is None else prompts.repeat_interleave(parts, dim=0)
-    images, captions = memory.images, -(-options.num_return_sequences // parts)
+    on_cpu = device.type == "cpu"
+    images, samples = memory.images, options.num_return_sequences
+    limit, banned = options.limit(decoder.config.max_length), options.barred
     if uniforms is None:
-        uniforms = torch.rand(images * captions, limit, generator=generator, device=device)
-    else:
-        spare = parts * captions - options.num_return_sequences
-        uniforms = F.pad(uniforms, (0, 0, 0, spare)).to(device).reshape(images * captions, limit)
-    tokens = torch.full((images * captions, limit), eos, dtype=torch.int64, device=device)
-    log_p = torch.zeros(images * captions, device=device)
-    going = torch.ones(images * captions, dtype=torch.bool, device=device)
-    newest = first_tokens(images, options.bos_token_id, device, prompts)[:, None]
-    if prompts is None:
-        newest = newest.expand(-1, captions, -1)
-    cache = decoder.init_cache(memory, captions, prompts)
+        uniforms = torch.rand(images, samples, limit, generator=generator, device=device)
+    uniforms = uniforms.to(device).flatten(0, 1)
+    tokens = torch.full((images * samples, limit), eos, dtype=torch.int64, device=device)
+    log_p = torch.zeros(images * samples, device=device)
+    first = first_tokens(images, options.bos_token_id, device, prompts)
+    rows = Rows(decoder, memory, min(GROUP, samples), first, prompts)
+    # of each live sample: its number, its row, whether it has ended (on a CPU it is then dropped)
+    live = torch.arange(images * samples, device=device)
+    row = live // samples
+    ended = torch.zeros_like(live, dtype=torch.bool)
+    sharing = on_cpu and samples > GROUP
     for place in range(limit):
-        logits = decoder.decode(newest, memory, cache)[:, :, -1].float() / options.temperature
-        logits = logits.expand(-1, captions, -1).flatten(0, 1).contiguous()
+        logits = rows.logits() / options.temperature
         bar(logits, options.suppress_tokens)
-        barred(logits, tokens[:, :place])
-        stuck = logits.amax(1) == NEG_INF  # no word is allowed: the caption ends
+        one_of_row = live.new_zeros(len(logits)).scatter_(0, row, live)
+        banned(logits, tokens[one_of_row, :place])
+        stuck = logits.amax(1) == NEG_INF  # no word is allowed: the text ends
         logits[:, eos] = logits[:, eos].masked_fill(stuck, 0)
-        log_p.masked_fill_(stuck & going, NEG_INF)
         scores = nucleus(logits, options.top_k, options.top_p).log_softmax(dim=-1)
-        drawn = inverse_cdf(scores.exp(), uniforms[:, place])
-        log_p += scores.gather(1, drawn[:, None])[:, 0].where(going, 0)
-        drawn = drawn.where(going, eos)
-        tokens[:, place] = drawn
-        newest = drawn.view(images, captions, 1)
-        going = going & (drawn != eos)
-        if device.type == "cpu" and not going.any():
+        words = inverse_cdf(scores.exp(), uniforms[live, place], row).masked_fill(ended, eos)
+        log_p[live] += scores[row, words].masked_fill(stuck[row], NEG_INF).masked_fill(ended, 0)
+        tokens[live, place] = words
+        ended = ended | (words == eos)
+        if on_cpu:
+            live, row, words, ended = (part[~ended] for part in (live, row, words, ended))
+        if place + 1 == limit or not len(live):
             break
+        if sharing:  # samples of the same row that drew the same word have one text
+            texts, text = torch.unique(row * logits.shape[1] + words, return_inverse=True)
+            sharing = len(texts) < DISTINCT * len(live)
+            if sharing:
+                row = rows.regroup(texts // logits.shape[1], texts % logits.shape[1])[text]
+            else:
+                row = rows.regroup(row, words)
+        elif place == 0 or (on_cpu and rows.groups_of(row) < DENSE * len(rows.image)):
+            row = rows.regroup(row, words)
+        else:
+            rows.extend(row, words)
     scores = log_p / lengths(tokens, eos) ** options.length_penalty
-    asked = slice(options.num_return_sequences)
-    return Captions(
-        *(part.unflatten(0, (images // parts, -1))[:, asked] for part in (tokens, scores, log_p))
-    )
+    return Captions(*(part.unflatten(0, (images, samples)) for part in (tokens, scores, log_p)))
 
 
-def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw words [N] from distributions p [N,V] by uniforms [N] in [0,1).
+class Rows:
+    """The rows of a decoder's batch: texts in groups of `size`, all texts of a group of one image.
+
+    The attention of a group is one product. Unused rows of a group are padding.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        memory: Memory,
+        size: int,
+        first: Tensor,
+        prompts: Tensor | None = None,
+    ) -> None:
+        """first [B,T] int64: the tokens that the texts of each image begin with; all texts of an
+        image share one row until `regroup`.
+        """
+        self.decoder, self.memory, self.size, self.images = decoder, memory, size, memory.images
+        self.image = torch.arange(self.images, device=memory.device)  # of each group
+        self.cache = decoder.init_cache(memory, size, prompts)
+        self.newest = first[:, None]  # [groups, rows, tokens]: what is read next
+
+    def logits(self) -> Tensor:
+        """Scores of the next word of each row, [rows,V] float32."""
+        logits = self.decoder.decode(self.newest, self.memory, self.cache)[:, :, -1]
+        return logits.float().flatten(0, 1)
+
+    def extend(self, row: Tensor, words: Tensor) -> None:
+        """Add `words` [M] to the texts in the rows `row` [M]."""
+        newest = words.new_zeros(len(self.image) * self.size).scatter_(0, row, words)
+        self.newest = newest.view(-1, self.size, 1)
+
+    def groups_of(self, row: Tensor) -> int:
+        """How many groups the texts in the rows `row` need."""
+        image = self.image[row // self.newest.shape[1]]
+        return int(self._groups(image.bincount()).sum())
+
+    def _groups(self, texts: Tensor) -> Tensor:
+        return (texts + self.size - 1) // self.size
+
+    def regroup(self, parent: Tensor, words: Tensor) -> Tensor:
+        """Lay out texts anew: text m of M has the words of row parent[m], then words[m].
+
+        parent [M] int64, in the order of the images. Returns the rows of the texts, [M] int64.
+        """
+        rows_before = self.newest.shape[1]
+        image = self.image[parent // rows_before]
+        texts = words.new_zeros(self.images).scatter_add_(0, image, torch.ones_like(image))
+        groups = self._groups(texts)
+        number = torch.arange(len(image), device=image.device) - (texts.cumsum(0) - texts)[image]
+        group = (groups.cumsum(0) - groups)[image] + number // self.size
+        row = group * self.size + number % self.size
+        source = words.new_full((int(groups.sum()) * self.size,), -1).scatter_(0, row, parent)
+        source = source.view(-1, self.size)
+        source = torch.where(source < 0, source[:, :1], source)  # padding: a copy of the first text
+        self.image = self.image[source[:, 0] // rows_before]
+        self.memory = self.memory.keep(source[:, 0] // rows_before)
+        self.cache.regroup(source // rows_before, source % rows_before)
+        self.extend(row, words)
+        return row
+
+
+def inverse_cdf(p: Tensor, uniforms: Tensor, row: Tensor) -> Tensor:
+    """Draw words [N] from the distributions p [M,V], each from its `row` [N], by uniforms [N] in
+    [0,1).
 
     The word drawn is the first whose cumulative probability is above the uniform; its probability
     is never 0. First the block of words that holds it is found, then the word in the block, so that
@@ -86,10 +157,10 @@ def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     """
     exact = torch.float32 if p.device.type == "mps" else torch.float64  # mps has no float64
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    block_sums = blocks.sum(2).cumsum(1, dtype=exact)
+    block_sums = blocks.sum(2).cumsum(1, dtype=exact)[row]
     point = uniforms[:, None] * block_sums[:, -1:]
     block = first_above(block_sums, point)
-    p_in_block = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(exact)
+    p_in_block = blocks[row, block[:, 0]].to(exact)
     before = F.pad(block_sums, (1, 0)).gather(1, block)
     word = block * BLOCK + first_above(before + p_in_block.cumsum(1), point)
     return word[:, 0].clamp(max=p.shape[1] - 1)

@@ -33,11 +33,12 @@ from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
 from models.generation.options import Captions, Generation
+from models.generation.sampling import sample
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
-from pipeline.decoding.consensus import Frequencies, expected_cider
+from pipeline.decoding.consensus import ROUND, Frequencies, cider_of_pairs, is_settled
 from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.registry import restore
@@ -143,31 +144,70 @@ class CaptionGenerator:
     def mbr_rerank(
         self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
     ) -> Captions:
-        """Of each image's beams those of the highest expected CIDEr, which is their score; some
-        images at a time.
+        """Of each image's beams those of the highest expected CIDEr, which is their score.
+
+        Some images are in memory at a time. Where one caption is wanted, an image gets no further
+        samples once its choice is settled.
         """
         assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
+        wanted = self.options.num_return_sequences
         search = replace(self.options, num_return_sequences=beams)
-        draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
-        found = []
-        for some in torch.arange(memory.images, device=memory.device).split(
+        limit = self.options.limit(self.captioner.config.max_length)
+        parts = []
+        for images in torch.arange(memory.images, device=memory.device).split(
             max(1, TOGETHER // (beams + samples))
         ):
-            part = memory.keep(some)
-            read = None if prompts is None else prompts[some]
-            drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
+            part = memory.keep(images)
+            read = None if prompts is None else prompts[images]
             tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
-            pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
-            cider = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
-            scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
-            scores, best = scores.sort(dim=1, descending=True, stable=True)
-            best, scores = (
-                values[:, : self.options.num_return_sequences] for values in (best, scores)
+            uniforms = torch.rand(
+                len(images), samples, limit, generator=draws, device=memory.device
             )
-            at = best[:, :, None].expand(-1, -1, tokens.shape[2])
-            found.append(Captions(tokens.gather(1, at), scores, log_p.gather(1, best)))
-        return Captions(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            cider = self.expected_cider(part, tokens.cpu().numpy(), uniforms, read)
+            scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
+            scores, best = (
+                value[:, :wanted] for value in scores.sort(descending=True, stable=True)
+            )
+            rows = best[:, :, None].expand(-1, -1, tokens.shape[2])
+            parts.append(Captions(tokens.gather(1, rows), scores, log_p.gather(1, best)))
+        return Captions(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def expected_cider(
+        self, memory: Memory, candidates: np.ndarray, uniforms: Tensor, prompts: Tensor | None
+    ) -> np.ndarray:
+        """The mean CIDEr-D of candidates [B,C,L] with samples of the same image: [B,C].
+
+        uniforms [B,S,L]: what S samples are drawn by.
+        """
+        assert self.consensus is not None
+        samples, stops = uniforms.shape[1], self.options.num_return_sequences == 1
+        cider: list[list[np.ndarray]] = [[] for _ in candidates]
+        open_images = list(range(len(candidates)))
+        for drawn_by in uniforms.split(ROUND, dim=1):
+            rows = torch.tensor(open_images, device=memory.device)
+            draw = replace(
+                self.options,
+                num_beams=1,
+                do_sample=True,
+                num_return_sequences=drawn_by.shape[1],
+            )
+            read = None if prompts is None else prompts[rows]
+            drawn = sample(
+                self.captioner, memory.keep(rows), draw, uniforms=drawn_by[rows], prompts=read
+            )
+            for image, texts in zip(open_images, drawn.tokens.cpu().numpy(), strict=True):
+                frequencies = self.consensus.frequencies
+                cider[image].append(cider_of_pairs(candidates[image], texts, frequencies))
+            if stops:
+                open_images = [
+                    image
+                    for image in open_images
+                    if not is_settled(np.concatenate(cider[image], axis=1), samples)
+                ]
+            if not open_images:
+                break
+        return np.stack([np.concatenate(rounds, axis=1).mean(1) for rounds in cider])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Ids of prompts, [N,P] int64 padded on the left; None where all are empty.
