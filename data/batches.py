@@ -237,29 +237,29 @@ class ImageTexts:
         """All images once in batches of `size` images, shuffled by `generator` (None: in order).
 
         ids: what `encode` gives.
-        views: each image as it is or in one of the cache's views, as likely one as the other; a
-            mirrored photograph goes without the texts that do not hold of it, and is not drawn
-            where those are all.
+        views: each image as it is or in one of the cache's views, all equally likely; a mirrored
+            photograph goes without the texts that do not hold of it, and is not drawn where those
+            are all.
         whole: an image some of whose texts would be left out is drawn as it is.
         skip: leave out the first batches. rank, world: of each batch give only the part of one
             process of several.
         """
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         drawn = np.zeros(len(self), int)
+        flip = 1 + self.cache.views.index("flip") if "flip" in self.cache.views else None
         if views:
             assert generator is not None  # views are only drawn in training
             drawn = generator.integers(1 + len(self.cache.views), size=len(self))
             least = [len(texts) if whole else 1 for texts in self.tokens]
-            drawn = drawn * [
-                len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)
-            ]
+            holds = [len(kept) >= few for kept, few in zip(self.mirrored, least, strict=True)]
+            drawn = drawn * ((drawn != flip) | holds)
         drawn = drawn.tolist()
         for chosen in list(iterate(order.tolist(), size))[skip:]:
             mine = chosen[rank::world]
             counted, mine = bool(mine), mine or chosen[:1]
             image_ids, seen = [self.image_ids[i] for i in mine], [drawn[i] for i in mine]
             texts = [
-                [ids[i][k] for k in self.mirrored[i]] if view else ids[i]
+                [ids[i][k] for k in self.mirrored[i]] if view == flip else ids[i]
                 for i, view in zip(mine, seen, strict=True)
             ]
             yield Batch(

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from data.cache.claims import Claims, sweep
-from data.cache.reader import VIEWS, FeatureCache, cache_header, differences, shard_paths
+from data.cache.reader import FeatureCache, cache_header, differences, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
 from data.image_formats import HEIC, SUFFIXES
 from data.images import DECODE_PATH
@@ -28,6 +28,7 @@ from pipeline.extraction.backbone import (
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
+from pipeline.extraction.views import parse_views
 from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
 from pipeline.sources import SAMPLE_ROOT, SourceOptions
 from pipeline.terminal import Progress, human_bytes, progress, say
@@ -46,8 +47,8 @@ class ExtractConfig(SourceOptions):
     )
     views: str = setting(
         "none",
-        "flip: keep the mirrored photographs too, for train to draw",
-        choices=("none", *VIEWS),
+        "augmented views to keep too, for train to draw from: flip, crop:N, color:N, separated by "
+        "commas",
         group="model",
     )
     allow_missing: bool = setting(
@@ -195,10 +196,9 @@ def there_is(similar: Sequence[str]) -> str:
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
     """How rows will be made, by the options."""
+    views = parse_views(config.views)
     backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
-    provenance = describe_versions(machine) | (
-        {} if config.views == "none" else {"views": [config.views]}
-    )
+    provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
     return Recipe(
         place_backbone(backbone, machine),
         machine,
@@ -276,7 +276,7 @@ def announce(
     space = refuse_what_cannot_fit(cache, rows * (views * regions * (channels * 2 + 16) + 400))
     done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
     name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
-    also = f" and as much of its view {', '.join(recipe.views)}" if recipe.views else ""
+    also = f" and as much of each view ({', '.join(recipe.views)})" if recipe.views else ""
     say(
         f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, "
         f"{recipe.workers} decoding"

@@ -348,7 +348,9 @@ def announce(run: Run, cache: FeatureCache | NoFeatures) -> None:
     config, model = run.config, run.captioner.config
     parameters = sum(p.numel() for p in run.captioner.parameters())
     views = (
-        f", and as much mirrored ({', '.join(cache.views)})" if config.views and cache.views else ""
+        f", and as much of each view ({', '.join(cache.views)})"
+        if config.views and cache.views
+        else ""
     )
     say(f"{cache.path}: {len(cache):,} images, {cache.shape[0]} regions x {cache.shape[1]}, "
         f"{human_bytes(cache.feature_bytes)}{views}")  # fmt: skip

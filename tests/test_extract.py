@@ -16,12 +16,15 @@ import torch
 from PIL import Image as PillowImage
 
 from data.cache.reader import FeatureCache
-from data.images import Framing
+from data.images import Framing, read_image
 from data.sources import Image, image_id
 from models.backbones.registry import create_backbone
 from models.regions import grid_regions
 from pipeline import evaluate, extract, train
+from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
+from pipeline.extraction.backbone import extract_regions, framing_of
+from pipeline.extraction.registry import restore
 from pipeline.extraction.stream import (
     Recipe,
     Work,
@@ -29,6 +32,7 @@ from pipeline.extraction.stream import (
     _read_in_threads,
     decoding_workers,
 )
+from pipeline.extraction.views import parse_views, view_of
 from pipeline.runtime import open_machine
 
 # a fixture
@@ -495,6 +499,74 @@ def test_a_mirrored_view_is_the_row_that_the_mirrored_photograph_would_have(tmp_
     )
 
 
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+def test_crops_and_colours_are_the_rows_of_the_changed_pixels(tmp_path, resize):
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(200, 120), (90, 150), (64, 64), (300, 100)]):
+        small = PillowImage.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8).astype(np.uint8))
+        small.resize((width, height)).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"")
+    more = ["--precision", "fp32", "--resize", resize, "--views", "crop:2,flip,color:1"]
+    for name, batch in (("cache", 32), ("again", 1)):
+        options = [*more, "--batch", batch, "--out", tmp_path / name]
+        works(extract.main, *folder(tmp_path / "photos", *options))
+    cache, again = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "again")
+    assert cache.views == ("crop1", "crop2", "flip", "color1") and len(cache) == 4
+    backbone = restore(tmp_path / "cache", cache.identity)
+    machine = open_machine("cpu", precision="fp32")
+    seen = []
+    for number, view in enumerate(cache.views, start=1):
+        for path in sorted((tmp_path / "photos").glob("[0-9].png")):
+            photo = read_image(path, framing_of(backbone))
+            pixels, boxes = view_of(
+                view,
+                torch.from_numpy(photo.pixels)[None],
+                torch.tensor([photo.frame], dtype=torch.float32),
+                [image_id(path.name)],
+            )
+            wanted = extract_regions(backbone, pixels, machine, boxes)
+            for one in (cache, again):
+                row = one.rows([image_id(path.name)], views=[number])
+                for part, expected in zip(row, wanted, strict=True):
+                    assert np.allclose(part, expected.numpy(), atol=0.02, rtol=0.02)
+            assert row.boxes.min() >= 0 and row.boxes.max() <= 1
+            seen.append(row.features.tobytes())
+    assert len(set(seen)) == 16
+    assert refused(extract.main, *folder(tmp_path / "photos", "--views", "crop"))
+    works(extract.main, "--verify", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("crop", "'crop' is not one of flip, crop:N, color:N"),
+        ("flip,zoom:2", "'zoom:2' is not one of"),
+        ("crop:2,crop:1", "a kind of view is named twice"),
+        ("crop:100", "100 views, at most 64"),
+    ],
+)
+def test_views_that_cannot_be_kept_are_refused(text, message):
+    assert parse_views("none") == ()
+    assert parse_views("flip, crop:2,color:1") == ("flip", "crop1", "crop2", "color1")
+    with pytest.raises(UserError, match=message):
+        parse_views(text)
+
+
+def test_a_crop_shows_half_of_the_photograph_at_least_and_says_which_part():
+    """Each pixel of the photograph holds its own place, so a crop's pixels show its box."""
+    ramp = torch.linspace(0, 255, 256).round().byte()
+    pixels = torch.stack(
+        [ramp.expand(256, 256), ramp[:, None].expand(256, 256), 0 * ramp.expand(256, 256)]
+    )
+    for number in range(50):
+        crop, boxes = view_of("crop1", pixels[None], torch.tensor([[0.0, 0, 1, 1]]), [number])
+        x0, y0, x1, y1 = (boxes[0] * 255).tolist()
+        assert crop[0, 0, 128, [2, -3]].tolist() == pytest.approx([x0, x1], abs=4)
+        assert crop[0, 1, [2, -3], 128].tolist() == pytest.approx([y0, y1], abs=4)
+        assert (x1 - x0) * (y1 - y0) / 255**2 > 0.45
+
+
 def test_a_spoiled_mirrored_row_is_found_and_caches_with_and_without_views_do_not_mix(
     world, tmp_path
 ):
@@ -513,7 +585,7 @@ def test_a_checkpoint_trained_on_views_reads_a_cache_without_them_and_says_nothi
     told = works(
         train.main, *at(world), "--features", tmp_path / "cache", "--out", tmp_path / "run", *QUICK
     )
-    assert "as much mirrored (flip)" in told
+    assert "as much of each view (flip)" in told
     told = works(
         evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run"
     )

@@ -130,8 +130,8 @@ def test_an_error_while_reading_ahead_reaches_the_reader():
 # ------------------------------------------------------------------------------------- views, parts
 
 
-def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
-    """Images whose features hold their id, and in the mirrored view their id + 1000."""
+def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]], view: str = "flip") -> ImageTexts:
+    """Images whose features hold their id, and in the view their id + 1000."""
     cache = tmp_path / "cache"
     cache.mkdir()
     identity = {
@@ -149,7 +149,7 @@ def viewed(tmp_path: Path, captions: dict[int, tuple[str, ...]]) -> ImageTexts:
         tables = np.zeros((len(ids), 4, 4)), np.full(len(ids), 4)
         rows = [Rows(ids, *tables), Rows(ids + 1000, tables[0] + 0.5, tables[1])]
         write_shard(
-            shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": ["flip"]}
+            shard, shard.images, rows, np.ones((len(ids), 2)), [], identity, {"views": [view]}
         )
     return texts_of(images, FeatureCache(cache))
 
@@ -185,6 +185,16 @@ def test_a_mirrored_photograph_goes_without_captions_of_left_and_right(tmp_path,
     assert all(
         batch.features.max() < 100 for batch in images.batches(ids, 8, np.random.default_rng(0))
     )
+
+
+def test_a_crop_goes_with_all_captions_also_with_those_of_left_and_right(tmp_path):
+    images = viewed(tmp_path, {i: ("a dog", "on the left") for i in range(40)}, view="crop1")
+    ids = images.encode(Vocabulary.build([words for g in images.tokens for words in g], 1), 9)
+    cropped = 0
+    for batch in images.batches(ids, 8, np.random.default_rng(0), views=True):
+        assert batch.texts == 2 * len(batch.image_ids)
+        cropped += int((batch.features.amax((1, 2)) >= 1000).sum())
+    assert 8 < cropped < 32
 
 
 def test_asked_for_whole_a_photograph_that_would_go_without_a_caption_is_not_mirrored(tmp_path):

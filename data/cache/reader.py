@@ -12,8 +12,8 @@ them without an HDF5 handle.
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
-    ..._flip                    features, boxes, counts and crc32 of the mirrored photograph, where
-                                it was asked for (`VIEWS`)
+    ..._VIEW                    features, boxes, counts and crc32 of each view of the photograph
+                                that the provenance names: flip, crop1, color1, ...
     attrs     format, identity, provenance, plan, unreadable (the last four JSON), crc32 (of all but
               `features`)
 
@@ -41,7 +41,6 @@ from data.sources import Image, same_photograph
 
 FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
-VIEWS = ("flip",)  # other views of a photograph that a cache may have besides it as it is
 # What h5py, json and the checks here raise for a file that is not what extraction writes.
 BROKEN = (
     OSError,
@@ -280,7 +279,7 @@ class FeatureCache:
     forked or spawned workers.
 
     `identity` (equal to be used together), `provenance` (recorded), `ids` int64 [N] in the cache's
-    order, `unreadable` {image id: Unreadable}, `shape` (R, C), `views` (of VIEWS, those that it
+    order, `unreadable` {image id: Unreadable}, `shape` (R, C), `views` (those that it
     has).
     Raises DataError where the folder is no cache.
     """

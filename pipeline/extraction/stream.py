@@ -35,6 +35,7 @@ from data.sources import Image
 from models.backbones.interface import Backbone
 from pipeline.cli import UserError
 from pipeline.extraction.backbone import extract_regions, framing_of
+from pipeline.extraction.views import view_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
@@ -250,8 +251,9 @@ def _seen(
     coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
         parts: list[Tensor] = []
+        ids = [image.id for image, why in zip(work.images, batch.reasons, strict=True) if not why]
         for view in ("", *recipe.views):
-            pixels, view_boxes = seen_as(view, batch)
+            pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, ids)
             parts += (
                 extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes)
                 if len(pixels)
@@ -271,15 +273,6 @@ def _seen(
             yield _arrived(*coming.popleft())
     while coming:
         yield _arrived(*coming.popleft())
-
-
-def seen_as(view: str, batch: Decoded) -> tuple[Tensor, Tensor]:
-    """Pixels and view_boxes of a view of a batch: as it is, or flip, mirrored left to right with
-    the frame of the mirrored photograph."""
-    if not view:
-        return batch.pixels, batch.view_boxes
-    left, top, right, bottom = batch.view_boxes.unbind(1)
-    return batch.pixels.flip(3), torch.stack([1 - right, top, 1 - left, bottom], dim=1)
 
 
 def nothing(cells: int, channels: int) -> list[Tensor]:

@@ -127,7 +127,7 @@ class TrainConfig(SourceOptions):
         False, "train on dev too, where the recipe is fixed: the last epoch is kept", group="data"
     )
     views: bool = setting(
-        True, "draw from the views that the cache keeps (extract --views flip)", group="data"
+        True, "draw from the views that the cache keeps (extract --views ...)", group="data"
     )
     vocabulary: str = setting(
         "word",
