@@ -27,26 +27,32 @@ class CaptionConfig(DecodingOptions):
     photographs: tuple[Path, ...] = setting(
         (), "photographs, and folders of them", name="PHOTO_OR_FOLDER..."
     )
-    checkpoint: Path = setting(Path("runs/sample"), "folder that pipeline.train wrote")
+    checkpoint: Path = setting(
+        Path("runs/sample"), "checkpoint folder written by pipeline.train, or hf-hub:user/name"
+    )
     out: Path | None = setting(
         None,
-        "captions as JSON: file_name, image_id, caption; of --nbest all, with log-probabilities",
+        "write the captions as JSON: file_name, image_id, caption; with --nbest all captions and "
+        "their log-probabilities",
     )
     write_txt: bool = setting(
-        False, "write a .txt with the caption beside each photograph that has none"
+        False, "write each caption to a .txt file beside its photograph, unless that file exists"
     )
     prefix: str = setting(
-        "", "text before each caption in a .txt, as a trigger word; with --write-txt"
+        "", "text before each caption in the .txt files, such as a trigger word; with --write-txt"
     )
-    batch: int = setting(16, "photographs captioned together", at_least=1, group="machine")
+    batch: int = setting(16, "images per batch", at_least=1, group="machine")
     limit: int | None = setting(None, "caption only the first N photographs", at_least=1)
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
-    device: str = setting("auto", "where to run", choices=DEVICES, group="machine")
+    device: str = setting("auto", "device", choices=DEVICES, group="machine")
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
     seed: int = setting(
-        0, "of --sample (whose captions depend on --batch too)", at_least=0, group="machine"
+        0,
+        "random seed of --sample (sampled captions also depend on --batch)",
+        at_least=0,
+        group="machine",
     )
 
     def __post_init__(self) -> None:

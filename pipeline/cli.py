@@ -507,7 +507,10 @@ def _config_option(config_class: type) -> click.Option:
         }
 
     kind = click.Path(path_type=Path)
-    text = "settings from a TOML file or an earlier run's config.json; flags win over it"
+    text = (
+        "read settings from a TOML file or an earlier run's config.json; command-line options "
+        "override it"
+    )
     return click.Option(["--config"], type=kind, callback=load, is_eager=True, help=text)
 
 

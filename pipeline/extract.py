@@ -39,11 +39,11 @@ class ExtractConfig(SourceOptions):
     """What to look at, with what, and where to keep it."""
 
     split: str = setting(
-        "all", "which part", choices=("train", "dev", "val", "test", "all"), group="data"
+        "all", "which split", choices=("train", "dev", "val", "test", "all"), group="data"
     )
     regions: str = setting("grid", "kind of regions", registry=REGIONS, group="model")
     out: Path | None = setting(
-        None, "the cache to make or go on with  [cache/DATASET]", group="output"
+        None, "cache folder to create or to continue  [cache/DATASET]", group="output"
     )
     views: str = setting(
         "none",
@@ -52,27 +52,34 @@ class ExtractConfig(SourceOptions):
         group="model",
     )
     allow_missing: bool = setting(
-        False, "list photographs that the disk lacks as unreadable, and go on"
+        False, "list missing photographs as unreadable instead of stopping"
     )
-    strict: bool = setting(False, "end at the first photograph that cannot be read")
-    retry_unreadable: bool = setting(False, "try unreadable photographs again, changed or not")
-    repair: bool = setting(False, "check every row first, and make bad shards again")
+    strict: bool = setting(False, "stop at the first photograph that cannot be read")
+    retry_unreadable: bool = setting(
+        False, "try all unreadable photographs again, also unchanged ones"
+    )
+    repair: bool = setting(False, "check every row first and extract damaged shards again")
     verify: Path | None = setting(
-        None, "only check every row of this cache: exit 0, or 1 naming what is bad"
+        None,
+        "only check every row of this cache; exits with 1 and names the damaged rows if there are "
+        "any",
     )
-    inspect: Path | None = setting(None, "only show what this cache holds")
-    pack: Path | None = setting(None, "only write the cache --out into one HDF5 file of this name")
+    inspect: Path | None = setting(None, "only show the contents of this cache")
+    pack: Path | None = setting(None, "only pack the cache --out into one HDF5 file of this name")
     batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
     workers: int | None = setting(
-        None, "threads (on a GPU: processes) that decode  [one a core]", at_least=0, group="machine"
+        None,
+        "decoding threads (with a GPU: processes)  [one per core]",
+        at_least=0,
+        group="machine",
     )
     limit: int | None = setting(None, "take only the first N photographs", at_least=1, group="data")
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1, group="data")
-    device: str = setting("auto", "where the backbone runs", choices=DEVICES, group="machine")
+    device: str = setting("auto", "device of the backbone", choices=DEVICES, group="machine")
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
-    seed: int = setting(0, "for --weights random", group="machine")
+    seed: int = setting(0, "random seed for --weights random", group="machine")
 
     @property
     def retry_all(self) -> bool:

@@ -20,18 +20,16 @@ SAMPLE_ROOT = Path("datasets/sample")
 class SourceOptions(Settings):
     """A dataset, by its layout and its folder."""
 
-    dataset: str = setting(
-        "sample", "layout of the photographs and captions", registry=DATASETS, group="data"
-    )
+    dataset: str = setting("sample", "dataset format", registry=DATASETS, group="data")
     root: Path | None = setting(
         None,
-        "folder of the dataset  [sample: datasets/sample, drawn if absent]",
+        "root folder of the dataset  [sample: datasets/sample, drawn if absent]",
         group="data",
         may_change_on_resume=True,
     )
     annotations: Path | None = setting(
         None,
-        "caption file, where the layout does not name it",
+        "caption file, where the dataset format does not name it",
         group="data",
         may_change_on_resume=True,
     )

@@ -84,7 +84,7 @@ class Options:
     captions_from: str = field(
         default="auto",
         metadata={
-            "help": "caption files by their names, or the .txt beside each photograph",
+            "help": "auto: find caption files by name; txt: the .txt file beside each photograph",
             "choices": ("auto", "txt"),
         },
     )

@@ -86,8 +86,8 @@ class DecoderConfig:
 
     words: int
     channels: int
-    max_length: int = size(20, "words of a text at most")
-    max_prompt: int = size(0, "tokens of a prompt at most", at_least=0)
+    max_length: int = size(20, "largest number of words of a text")
+    max_prompt: int = size(0, "largest number of tokens of a prompt", at_least=0)
 
     def __post_init__(self) -> None:
         bounds = {"words": (1, MOST), "channels": (1, MOST)}

@@ -39,8 +39,8 @@ class TransformerOptions:
 
     width: int = size(512, "model width D")
     heads: int = size(8, "attention heads")
-    encoder_layers: int = size(3, "layers over the regions", at_least=0, at_most=MOST_LAYERS)
-    decoder_layers: int = size(3, "layers over the words", at_most=MOST_LAYERS)
+    encoder_layers: int = size(3, "encoder layers (regions)", at_least=0, at_most=MOST_LAYERS)
+    decoder_layers: int = size(3, "decoder layers (words)", at_most=MOST_LAYERS)
     feedforward: int = size(2048, "inner width of the feed-forward layers")
     dropout: float = field(default=0.1, metadata={"help": "dropout", "at_least": 0, "below": 1})
 

@@ -32,51 +32,55 @@ class DecodingOptions(Settings):
 
     beam: int | None = setting(None, "beams  [the run's]", at_most=MOST_CAPTIONS, group="decoding")
     length_penalty: float | None = setting(
-        None, "exponent of the length that scores are divided by  [the run's]", group="decoding"
-    )
-    sample: bool = setting(
-        False, "draw captions instead of searching the likeliest", group="decoding"
-    )
-    temperature: float | None = setting(
-        None, "of what --sample draws from: below 1 is safer, above 1 bolder  [1]", group="decoding"
-    )
-    top_k: int | None = setting(None, "draw from the K likeliest words  [all]", group="decoding")
-    top_p: float | None = setting(
         None,
-        "draw from the likeliest words that together reach this probability  [1]",
+        "length penalty: scores are divided by length to this power  [the run's]",
         group="decoding",
     )
-    beam_groups: int | None = setting(
-        None, "groups of beams that keep apart from each other  [1]", group="decoding"
+    sample: bool = setting(False, "draw random captions instead of beam search", group="decoding")
+    temperature: float | None = setting(
+        None, "sampling temperature, with --sample  [1]", group="decoding"
     )
+    top_k: int | None = setting(
+        None, "with --sample, draw from the K most likely words  [all]", group="decoding"
+    )
+    top_p: float | None = setting(
+        None,
+        "with --sample, nucleus sampling: draw from the most likely words whose probabilities add "
+        "up to this  [1]",
+        group="decoding",
+    )
+    beam_groups: int | None = setting(None, "groups of diverse beam search  [1]", group="decoding")
     diversity: float | None = setting(
         None,
-        "log-probability that a word costs where an earlier group has it  [0]",
+        "diversity penalty: log-probability that a word loses if an earlier group chose it  [0]",
         group="decoding",
     )
     no_repeat_ngram: int | None = setting(
-        None, "no N words in a row come twice  [no such rule]", group="decoding"
+        None, "forbid repeated N-grams  [not forbidden]", group="decoding"
     )
-    min_length: int | None = setting(None, "words of a caption at least  [0]", group="decoding")
+    min_length: int | None = setting(
+        None, "smallest number of words of a caption  [0]", group="decoding"
+    )
     max_length: int | None = setting(
-        None, "words of a caption at most  [the run's]", group="decoding"
+        None, "largest number of words of a caption  [the run's]", group="decoding"
     )
     bad_words: tuple[str, ...] = setting(
-        (), "word or phrase that no caption has; may be repeated", group="decoding"
+        (), "forbidden word or phrase; may be repeated", group="decoding"
     )
     force_words: tuple[str, ...] = setting(
-        (), "word or phrase that each caption has; may be repeated", group="decoding"
+        (), "required word or phrase; may be repeated", group="decoding"
     )
     consensus: int | None = setting(
         None,
-        "of the beams take the caption nearest, by CIDEr, to so many samples",
+        "minimum Bayes risk decoding: choose the beam with the highest mean CIDEr against this "
+        "many samples",
         at_least=1,
         at_most=MOST_CAPTIONS,
         group="decoding",
     )
     nbest: int | None = setting(
         None,
-        "captions an image, with their log-probabilities  [1]",
+        "captions per image, with their log-probabilities  [1]",
         at_most=MOST_CAPTIONS,
         group="decoding",
     )

@@ -27,33 +27,37 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     """Which checkpoint, over which cache, on which captions; or which file of captions."""
 
     checkpoint: tuple[Path, ...] = setting(
-        (), "folder that pipeline.train wrote; several: their ensemble  [runs/DATASET]"
+        (),
+        "checkpoint folder written by pipeline.train, or hf-hub:user/name; repeat it for an "
+        "ensemble  [runs/DATASET]",
     )
     features: Path | None = setting(None, "the cache  [cache/DATASET]")
     split: str | None = setting(
-        None, "what to score  [test, else val]", choices=("train", "dev", "val", "test", "all")
+        None, "split to score  [test, else val]", choices=("train", "dev", "val", "test", "all")
     )
     captions: tuple[Path, ...] = setting(
-        (), "score this file in COCO results format, no checkpoint; may be repeated"
+        (), "score this COCO results file instead of a checkpoint; may be repeated"
     )
     references: Path | None = setting(
-        None, "what --captions are scored against: a COCO captions file, or Karpathy's"
+        None, "references for --captions: a COCO captions file or Karpathy's JSON"
     )
     ids: Path | None = setting(
-        None, "file of the image ids to score, as of a Karpathy split: one a line, or a JSON list"
+        None, "file with the image ids to score: one per line, or a JSON list"
     )
     against: Path | None = setting(
-        None, "another results file over the same images: is the difference real?"
+        None,
+        "another results file over the same images, for a paired bootstrap test of the difference",
     )
     df: Path | None = setting(
         None,
-        "captions (Karpathy's: train) whose document frequencies CIDEr takes  [the references]",
+        "captions file for CIDEr's document frequencies (Karpathy's: train)  [the references]",
     )
     cache_dir: Path | None = setting(
-        None, "where counted references are kept  [$XDG_CACHE_HOME/onceover, ~/.cache/onceover]"
+        None,
+        "folder for cached reference statistics  [$XDG_CACHE_HOME/onceover, ~/.cache/onceover]",
     )
     train_captions: Path | None = setting(
-        None, "training captions, for the share of novel ones  [the checkpoint's own]"
+        None, "training captions, for the share of novel captions  [the checkpoint's own]"
     )
     segment: str | None = setting(
         None,
@@ -61,28 +65,33 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         "else words]",
         choices=SEGMENTS,
     )
-    meteor: bool = setting(False, "METEOR too (Java)")
-    spice: bool = setting(False, "SPICE too (Java)")
+    meteor: bool = setting(False, "also compute METEOR (needs Java)")
+    spice: bool = setting(False, "also compute SPICE (needs Java)")
     bootstrap: int = setting(
-        1000, "resamples for intervals and --against; 0: no intervals", at_least=0, group="scores"
+        1000,
+        "bootstrap resamples for intervals and --against; 0: no intervals",
+        at_least=0,
+        group="scores",
     )
     examples: int = setting(
         0, "print the N worst and the N best captions by CIDEr", at_least=0, group="output"
     )
-    format: str = setting("table", "of what is printed", choices=FORMATS)
-    server: str | None = setting(None, "write COCO's server files for a method of this name")
-    out: Path | None = setting(
-        None, "scores.json; a folder for several --captions  [CHECKPOINT/scores-SPLIT.json]"
+    format: str = setting("table", "output format", choices=FORMATS)
+    server: str | None = setting(
+        None, "write files for the COCO evaluation server under this method name"
     )
-    batch: int = setting(100, "images decoded together", at_least=1, group="machine")
+    out: Path | None = setting(
+        None, "output file; a folder if --captions is repeated  [CHECKPOINT/scores-SPLIT.json]"
+    )
+    batch: int = setting(100, "images per batch", at_least=1, group="machine")
     limit: int | None = setting(None, "score only the first N images", at_least=1, group="data")
-    device: str = setting("auto", "where to decode", choices=DEVICES, group="machine")
+    device: str = setting("auto", "device of the decoder", choices=DEVICES, group="machine")
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
     seed: int = setting(
         0,
-        "of the resamples and of --sample (whose captions depend on --batch too)",
+        "random seed of the bootstrap and of --sample (sampled captions also depend on --batch)",
         at_least=0,
         group="machine",
     )

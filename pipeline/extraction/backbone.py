@@ -18,7 +18,8 @@ from pipeline.checkpoints.tensors import save_tensors
 from pipeline.runtime import Machine
 
 MAX_PIXELS_HELP = (
-    "photographs of more are unreadable; 9 bytes of memory a pixel in each worker  [89 million]"
+    "largest number of pixels of a photograph; larger ones are listed as unreadable. "
+    "Decoding takes 9 bytes per pixel in each worker  [89 million]"
 )
 
 

@@ -52,30 +52,34 @@ class GridOptions:
 
     backbone: str | None = field(
         default=None,
-        metadata={"help": "a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]"},
+        metadata={
+            "help": "name of a timm model, or torchvision/NAME  [resnet50; sample: test_resnet]"
+        },
     )
     backbone_arg: tuple[str, ...] = field(
-        default=(), metadata={"help": "KEY=VALUE for timm's create_model, any number of times"}
+        default=(), metadata={"help": "KEY=VALUE argument of timm's create_model; may be repeated"}
     )
     weights: str | None = field(
         default=None,
         metadata={
-            "help": "a file, pretrained (hub), package (of pip, for tf_efficientnet_lite0 to 2), "
-            "random, or scenes  [pretrained; sample: scenes]"
+            "help": "pretrained (from the hub), package (a pip package, for tf_efficientnet_lite0 "
+            "to 2), random, scenes, or a file  [pretrained; sample: scenes]"
         },
     )
     size: str | None = field(
-        default=None, metadata={"help": "of the backbone's input: N or HxW  [the weights' own]"}
+        default=None,
+        metadata={"help": "input size of the backbone: N or HxW  [that of the weights]"},
     )
     resize: str = field(
         default="stretch",
         metadata={
-            "help": "whole photograph squeezed, its middle, or whole with filling",
+            "help": "stretch: squeeze the photograph to the input size; crop: its centre; "
+            "letterbox: pad it",
             "choices": RESIZES,
         },
     )
     grid: str | None = field(
-        default=None, metadata={"help": "pool the feature map to HxW cells  [as it comes]"}
+        default=None, metadata={"help": "pool the feature map to HxW cells  [no pooling]"}
     )
 
     def __post_init__(self) -> None:

@@ -116,76 +116,80 @@ class TrainConfig(SourceOptions):
 
     features: Path | None = setting(
         None,
-        "the cache that pipeline.extract made, or none: no images  [cache/DATASET]",
+        "cache written by pipeline.extract, or none to train without images  [cache/DATASET]",
         group="data",
         may_change_on_resume=True,
     )
     limit: int | None = setting(
-        None, "take only the first N train images (and of dev)", group="data", at_least=1
+        None, "use only the first N images of train and of dev", group="data", at_least=1
     )
     train_on_dev: bool = setting(
-        False, "train on dev too, where the recipe is fixed: the last epoch is kept", group="data"
+        False,
+        "train on train and dev for a fixed number of epochs; keeps the last epoch",
+        group="data",
     )
     views: bool = setting(
-        True, "draw from the views that the cache keeps (extract --views ...)", group="data"
+        True, "draw from the views in the cache (extract --views ...)", group="data"
     )
     vocabulary: str = setting(
         "word",
-        "words, or pieces of words by byte-pair encoding",
+        "word: whole words; bpe: subwords by byte-pair encoding",
         choices=("word", "bpe"),
         group="data",
     )
     segment: str | None = setting(
         None,
-        "what a word is: characters for captions without blanks between words  [words]",
+        "unit of the captions: characters for languages without spaces between words  [words]",
         choices=SEGMENTS,
         group="data",
     )
-    vocab_size: int = setting(4000, "pieces, with --vocabulary bpe", at_least=1, group="data")
+    vocab_size: int = setting(
+        4000, "vocabulary size, with --vocabulary bpe", at_least=1, group="data"
+    )
     max_length: int | None = setting(
         None,
-        "words (bpe: pieces) of a caption; longer ones are cut  [so that 99 % are whole; "
-        "at least 20, bpe 30]",
+        "largest number of words (bpe: subwords) of a caption; longer ones are cut  [the 99th "
+        "percentile; at least 20, bpe 30]",
         at_least=1,
         group="data",
     )
     min_count: int | None = setting(
         None,
-        "how often a word must be seen  [5; 1 below 10,000 captions]",
+        "smallest number of occurrences of a word in the vocabulary  [5; 1 below 10,000 captions]",
         at_least=1,
         group="data",
     )
-    task: str = setting("captioning", "what is learnt", registry=TASKS, group="model")
+    task: str = setting("captioning", "task", registry=TASKS, group="model")
     decoder: str = setting("transformer", "which decoder", registry=DECODERS, group="model")
     init: Path | None = setting(
         None,
-        "begin with the weights, sizes and words of this run (or hf-hub:user/name)",
+        "start from the weights, sizes and vocabulary of this run (or hf-hub:user/name)",
         group="model",
         may_change_on_resume=True,
     )
     preset: str | None = setting(
         None,
-        "settings by name, listed below  [few, tiny, small or base by captions]",
+        "named settings, listed below  [few, tiny, small or base by captions]",
         choices=tuple(PRESETS),
         group="model",
     )
     epochs: int | None = setting(
         None,
-        "passes over train  [300,000 captions in all, 12 to 60; of few images 1,000 "
-        "steps; sample 18; --scst 15]",
+        "number of epochs  [enough for 300,000 captions, 12 to 60; for few images 1,000 steps; "
+        "sample 18; --scst 15]",
         at_least=1,
         group="training",
     )
     minutes: float | None = setting(
         None,
-        "end after so long, validation included; whichever of this and --epochs is first",
+        "largest training time in minutes, including validation",
         above=0,
         group="training",
     )
     batch: int | None = setting(
         None,
-        "images a step, over all processes, with all captions  [by preset, of few images "
-        "a 20th; with --scst 20]",
+        "images per step over all processes, each with all its captions  [by preset; for few "
+        "images a 20th of them; with --scst 20]",
         at_least=1,
         group="training",
     )
@@ -194,46 +198,51 @@ class TrainConfig(SourceOptions):
     )
     schedule: str | None = setting(
         None,
-        "of the learning rate, after warm-up  [by preset, else cosine]",
+        "learning rate schedule after warm-up  [by preset, else cosine]",
         choices=SCHEDULES,
         group="training",
     )
     warmup: float = setting(
-        0.05, "share of the training before the peak", at_least=0, below=1, group="training"
+        0.05, "share of the training used for warm-up", at_least=0, below=1, group="training"
     )
-    weight_decay: float = setting(0.01, "of AdamW, on matrices only", at_least=0, group="training")
-    label_smoothing: float = setting(
-        0.1, "mass given to all words alike", at_least=0, below=1, group="training"
+    weight_decay: float = setting(
+        0.01, "weight decay of AdamW, for matrices only", at_least=0, group="training"
     )
-    clip: float = setting(1.0, "largest gradient norm", above=0, group="training")
+    label_smoothing: float = setting(0.1, "label smoothing", at_least=0, below=1, group="training")
+    clip: float = setting(1.0, "gradient clipping norm", above=0, group="training")
     ema: float | None = setting(
         None,
-        "decay of a moving average of the weights, which is what is scored and kept; 0: "
-        "none  [by preset, else 0]",
+        "decay of the moving average of the weights, which is scored and saved; 0: no average  [by "
+        "preset, else 0]",
         at_least=0,
         below=1,
         group="training",
     )
     region_dropout: float | None = setting(
         None,
-        "share of an image's regions left out of a step  [by preset, else 0]",
+        "share of the regions of each image that a step leaves out  [by preset, else 0]",
         at_least=0,
         below=1,
         group="training",
     )
     word_dropout: float = setting(
-        0.0, "share of the words read that become <unk>", at_least=0, below=1, group="training"
+        0.0,
+        "share of the input words that are replaced by <unk>",
+        at_least=0,
+        below=1,
+        group="training",
     )
     scheduled_sampling: float = setting(
         0.0,
-        "share of the words read that become the model's own, at the end; from 0 on",
+        "final share of the input words that are replaced by the model's own predictions; starts "
+        "at 0",
         at_least=0,
         below=1,
         group="training",
     )
     eval_steps: int | None = setting(
         None,
-        "steps between validations on dev  [an epoch; for a small set 50]",
+        "steps between validations on dev  [one epoch; for few images 50]",
         at_least=1,
         group="training",
     )
@@ -245,88 +254,93 @@ class TrainConfig(SourceOptions):
         at_least=1,
         group="training",
     )
-    beam: int = setting(5, "beams on dev, and the run's default", at_least=1, group="training")
+    beam: int = setting(
+        5, "beam size for dev, stored as the run's default", at_least=1, group="training"
+    )
     length_penalty: float = setting(
         1.0,
-        "exponent of the length that scores are divided by, and the run's default",
+        "length penalty for dev, stored as the run's default",
         group="training",
     )
     scst: bool = setting(
         False,
-        "self-critical training of --init: raise the reward of the captions it draws itself",
+        "self-critical sequence training of --init: raise the reward of its own samples",
         group="self-critical",
     )
-    num_samples: int = setting(5, "captions drawn of each image", at_least=1, group="self-critical")
+    num_samples: int = setting(5, "samples per image", at_least=1, group="self-critical")
     samples: str = setting(
-        "random", "how they are found", choices=("random", "beam"), group="self-critical"
+        "random",
+        "random: random samples; beam: the beams of a beam search",
+        choices=("random", "beam"),
+        group="self-critical",
     )
     temperature: float | None = setting(
         None,
-        "of the distribution they are drawn from and that is trained  [0.5]",
+        "temperature of the sampling distribution, which is also the one that is trained  [0.5]",
         above=0,
         group="self-critical",
     )
     baseline: str = setting(
         "mean",
-        "rewards are compared with the other samples' mean or that of greedy decoding",
+        "baseline of the reward: the mean of the other samples, or the reward of greedy decoding",
         choices=("mean", "greedy"),
         group="self-critical",
     )
     reward: str = setting(
         "CIDEr",
-        "weighted sum, as CIDEr:1,BLEU-4:0.5; also any module:callable",
+        "reward: a weighted sum such as CIDEr:1,BLEU-4:0.5, or module:callable",
         group="self-critical",
     )
     out: Path | None = setting(
         None, "folder of the run  [runs/DATASET]", group="output", may_change_on_resume=True
     )
     resume: bool = setting(
-        False, "go on with the run in --out", group="output", may_change_on_resume=True
+        False, "continue the run in --out", group="output", may_change_on_resume=True
     )
     save_every: float = setting(
         10.0,
-        "minutes between saves within an epoch, for --resume",
+        "minutes between saves within an epoch",
         at_least=0,
         group="output",
         may_change_on_resume=True,
     )
     log_every: int = setting(
         50,
-        "steps between lines of metrics.jsonl within an epoch",
+        "steps between log lines in metrics.jsonl",
         at_least=1,
         group="output",
         may_change_on_resume=True,
     )
     wandb: bool = setting(
-        False, "log to Weights & Biases too", group="output", may_change_on_resume=True
+        False, "also log to Weights & Biases", group="output", may_change_on_resume=True
     )
     accumulate: int = setting(
         1,
-        "parts that a step's images are taken in: less memory, the same step",
+        "gradient accumulation: split each step into this many parts",
         at_least=1,
         group="machine",
         may_change_on_resume=True,
     )
     compile: bool = setting(
         False,
-        "compile the model: faster steps on a GPU after a first slow one",
+        "compile the model with torch.compile; faster steps on a GPU after a slow first one",
         group="machine",
         may_change_on_resume=True,
     )
     cache_in: str = setting(
         "auto",
-        "where features are kept while training",
+        "where the features are kept during training",
         choices=("auto", "disk", "ram", "device"),
         group="machine",
         may_change_on_resume=True,
     )
     device: str = setting(
-        "auto", "where to train", choices=DEVICES, group="machine", may_change_on_resume=True
+        "auto", "training device", choices=DEVICES, group="machine", may_change_on_resume=True
     )
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
-    seed: int = setting(0, "of weights, order and dropout", group="machine")
+    seed: int = setting(0, "random seed of weights, data order and dropout", group="machine")
 
     def __post_init__(self) -> None:
         super().__post_init__()
