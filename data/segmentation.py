@@ -1,4 +1,4 @@
-"""Captions of scripts that are written without blanks between words: Chinese, Japanese, Thai and
+"""Captions of scripts that are written without spaces between words: Chinese, Japanese, Thai and
 others.
 
 The scorer's tokens are what stands between blanks, so that a whole Chinese sentence is one token.
@@ -62,7 +62,7 @@ def join_characters(text: str) -> str:
 
 
 def without_blanks(captions: Iterable[str]) -> str | None:
-    """A caption that shows that they have no blanks between words; None where they have.
+    """A caption that shows that they have no spaces between words; None where they have.
 
     What stands between two blanks is a word, of two characters in the mean (Chinese, Japanese) or
     four (Thai and others), or a clause, which is longer. A quarter of the captions must be of such

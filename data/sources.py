@@ -69,7 +69,7 @@ class Source:
             other = first.setdefault(image.id, image)
             if other is not image:
                 raise DataError(
-                    f"{other.name} and {image.name} have one id, {image.id}, in "
+                    f"{other.name} and {image.name} have the same id, {image.id}, in "
                     f"{self.annotations or self.root}; "
                     "give each photograph its own (in a folder the id comes from the name: "
                     "rename one)"
@@ -347,7 +347,7 @@ def check_id(value: object, where: str) -> int:
 
 
 def check_name(name: object, where: str) -> str:
-    """`name` as a clean POSIX path below a root; DataError where it is none, climbs out, or is not
+    """`name` as a clean POSIX path below a root; DataError where it is not one, climbs out, or is not
     UTF-8.
     """
     if not isinstance(name, str) or not name or "\0" in name:

@@ -200,7 +200,7 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
             photo = Photo(folder / name, name, image_id(name))
             if photo.id in photos:
                 raise UserError(
-                    f"{photos[photo.id].path} and {photo.path} have one id, {photo.id}, since "
+                    f"{photos[photo.id].path} and {photo.path} have the same id, {photo.id}, since "
                     "ids follow from the name "
                     f"{name!r}; caption them in separate runs, or pass the folder above both"
                 )

@@ -259,7 +259,7 @@ def plain_errors() -> Iterator[None]:
             else "the system gives no more"
         )
         raise UserError(
-            f"out of memory: {reason}; smaller sizes or a smaller --batch need less"
+            f"out of memory: {reason}; use smaller sizes or a smaller --batch"
         ) from error
     except OSError as error:
         # not of the system; `| head`, which click handles

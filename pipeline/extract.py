@@ -254,7 +254,8 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     )
     if found:
         raise UserError(
-            f"{cache} was made otherwise ({'; '.join(found)}); pass another --out, or the same "
+            f"{cache} was made with other options ({'; '.join(found)}); pass another --out, or the "
+            f"same "
             "options"
         )
     if other := differences(provenance, header[1]):
@@ -305,9 +306,9 @@ def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
     """
     if left := absent(images, cache):
         say(
-            f"this process's part of {cache} is done; {len(left):,} images are still with "
-            "others, and the last to finish joins "
-            "the shards (one that was killed leaves its shard to the next run)"
+            f"this process's part of {cache} is done; {len(left):,} images are still being "
+            f"extracted by other processes; the last one to finish joins the shards (the shard of "
+            f"a killed process is left to the next run)"
         )
         return
     unreadable = write_index(cache)

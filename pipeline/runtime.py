@@ -63,7 +63,7 @@ def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"process {local} of this machine has no GPU, it has "
-                f"{torch.cuda.device_count()}; start no more"
+                f"{torch.cuda.device_count()}; start fewer"
             )
         found = torch.device("cuda", local)
     if found.type == "mps" and not torch.backends.mps.is_available():

@@ -130,7 +130,8 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeature
     refuse_other_features(found, cache)
     if found.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
-            f"--init {config.init} was trained on dev too, nothing can be chosen by it: pass "
+            f"--init {config.init} was trained on dev too, so dev cannot choose the best epoch: "
+            f"pass "
             "--train-on-dev, or another --init"
         )
     return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
@@ -139,7 +140,7 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeature
 def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> TrainConfig:
     """The settings with what a word is: as it was in the run of --init, else as asked.
 
-    UserError where captions have no blanks between words and no option says what to do with them;
+    UserError where captions have no spaces between words and no option says what to do with them;
     with pieces of words, scores take each character as a word.
     """
     if begun:
@@ -150,7 +151,7 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
     captions = (caption for image in source.images for caption in image.captions)
     if config.segment or (example := without_blanks(captions)) is None:
         return config
-    what = f"captions have no blanks between words (as {example[:40]!r})"
+    what = f"captions have no spaces between words (as {example[:40]!r})"
     if config.vocabulary == "word":
         raise UserError(
             f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several "
@@ -586,8 +587,8 @@ def resume(run: Run) -> Run:
         changed.append("the captions: they have another vocabulary")
     if changed:
         raise UserError(
-            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); its "
-            "own are taken by: "
+            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); to use "
+            f"its own settings: "
             f"python -m pipeline.train --config {run.folder}/config.json --out {run.folder} "
             "--resume"
         )

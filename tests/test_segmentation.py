@@ -1,4 +1,4 @@
-"""Captions without blanks between words: cut into characters, joined again, noticed, trained and
+"""Captions without spaces between words: cut into characters, joined again, noticed, trained and
 scored.
 """
 
@@ -181,7 +181,7 @@ def training(chinese: Path, out: Path, *more: object) -> list[object]:
 
 def test_training_on_captions_without_blanks_asks_what_a_word_is(chinese, tmp_path):
     message = refused(train.main, *training(chinese, tmp_path / "run"))
-    assert "no blanks between words" in message and "--segment characters" in message
+    assert "no spaces between words" in message and "--segment characters" in message
     assert not (tmp_path / "run").exists()
     works(train.main, *training(chinese, tmp_path / "run", "--segment", "words", "--epochs", 1))
 

@@ -479,7 +479,7 @@ def test_two_images_with_one_id_are_both_named(tmp_path):
     content = coco_json({1: "a.jpg"})
     content["images"].append({"id": 1, "file_name": "b.jpg"})
     told = refusal("coco", tmp_path, write(tmp_path / "c.json", content))
-    assert "a.jpg and b.jpg have one id, 1" in told
+    assert "a.jpg and b.jpg have the same id, 1" in told
 
 
 @pytest.mark.parametrize(
@@ -1128,7 +1128,7 @@ def test_an_annotation_of_coco_needs_no_id(tmp_path):
 def test_two_names_with_one_hash_are_both_named(tmp_path, monkeypatch):
     touch(tmp_path, "a.jpg", "b.jpg")
     monkeypatch.setattr(folder, "image_id", lambda name: 5)
-    assert "a.jpg and b.jpg have one id, 5" in refusal("folder", tmp_path)
+    assert "a.jpg and b.jpg have the same id, 5" in refusal("folder", tmp_path)
 
 
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):

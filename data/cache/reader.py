@@ -237,7 +237,7 @@ def cache_header(cache: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def read_object(file: h5py.File, name: str) -> dict[str, Any]:
-    """The JSON object of an attribute; ValueError where it is none."""
+    """The JSON object of an attribute; ValueError where it is not one."""
     found = json.loads(file.attrs[name])
     if not isinstance(found, dict):
         raise ValueError(f"its attribute {name} is no JSON object")

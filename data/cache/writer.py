@@ -127,7 +127,7 @@ def _shard_count(images: Sequence[Image]) -> int:
 
 
 def _read_plan(file: h5py.File) -> dict[str, Any]:
-    """The plan that a shard was written by; ValueError where it is none."""
+    """The plan that a shard was written by; ValueError where it is not one."""
     plan = read_object(file, "plan")
     if not all(type(plan[name]) is int and 0 <= plan[name] < 2**31 for name in ("first", "shards")):
         raise ValueError(f"its plan is {plan}")

@@ -223,7 +223,7 @@ def read(
         raise DataError(
             f"{unsplit} in {base} is in no split, others are in train; move it "
             "into a split's folder, "
-            "name its split in metadata, or take it away"
+            "name its split in metadata, or delete it"
         )
     found = tuple(
         Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
@@ -360,7 +360,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
     """
     text = read_text(file)
     if not text.strip():
-        raise DataError(f"{file} is empty; write its rows, or take it away")
+        raise DataError(f"{file} is empty; write its rows, or delete it")
     if file.suffix == ".csv":
         yield from _csv_rows(file, io.StringIO(text, newline=""), "file_name")
         return

@@ -345,7 +345,7 @@ def ensure_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
         there = ", ".join(f"{name} {found[name]}" for name in wanted)
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
-            f"{root} exists and is no drawn sample; pass another folder for the sample"
+            f"{root} exists and is not a drawn sample; pass another folder for the sample"
         ) from None
     if any(found[name] != value for name, value in wanted.items()):
         asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
@@ -361,7 +361,7 @@ def load_scenes(root: Path) -> dict[int, Scene]:
     try:
         records = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {root} is no drawn sample") from None
+        raise DataError(f"{path} is missing: {root} is not a drawn sample") from None
     return {
         record["id"]: Scene(
             tuple(Thing(**thing) for thing in record["things"]), record["width"], record["height"]

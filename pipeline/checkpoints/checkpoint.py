@@ -146,7 +146,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
     if config["features"].get("channels", captioner.config.channels) != captioner.config.channels:
         raise UserError(
-            f"{folder}/config.json: features and model have other channels; copy it again"
+            f"{folder}/config.json: features and model have different numbers of channels; copy it "
+            f"again"
         )
     vocabulary = load_vocabulary(folder)
     if len(vocabulary) != captioner.config.words:
@@ -227,7 +228,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     """A checkpoint's words, or pieces of words."""
     words = _read_json(folder, "vocab.json", list)
     if not all(isinstance(word, str) for word in words):
-        raise UserError(f"{folder}/vocab.json holds something that is no word")
+        raise UserError(f"{folder}/vocab.json has an entry that is not a word")
     segment = segment_of(load_record(folder)["training"])
     if (folder / "tokenizer.json").exists():
         return Subwords(words, json.dumps(_read_json(folder, "tokenizer.json", dict)), segment)
@@ -305,7 +306,7 @@ def _read_json(folder: Path, name: str, kind: type) -> Any:
         )
     if (folder / name).stat().st_size > LARGEST_JSON:
         raise UserError(
-            f"{folder / name} is larger than {LARGEST_JSON >> 20} MiB: it is no checkpoint's"
+            f"{folder / name} is larger than {LARGEST_JSON >> 20} MiB: it is not a checkpoint's"
         )
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))

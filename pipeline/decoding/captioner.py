@@ -120,7 +120,7 @@ class CaptionGenerator:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory; fewer beams or a smaller --batch mend it: {str(error)[:200]}"
+                f"out of memory; use fewer beams or a smaller --batch: {str(error)[:200]}"
             ) from error
         captions = [
             [
@@ -382,13 +382,13 @@ def phrase_ids(
             found.append(tuple(ids))
         elif must_be_known:
             raise ModelError(
-                f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is no word of this "
-                "captioner's vocabulary"
+                f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is not in this captioner's "
+                f"vocabulary"
             )
         else:
             say(
-                f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is no word of this "
-                "captioner's vocabulary"
+                f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is not in this "
+                f"captioner's vocabulary"
             )
     return tuple(found)
 

@@ -64,12 +64,13 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
         refuse_other_features(each, cache)
         if each.vocabulary.words != checkpoint.vocabulary.words:
             raise UserError(
-                f"{place} and {folders[0]} have other vocabularies; an ensemble needs runs on "
-                "the same captions"
+                f"{place} and {folders[0]} have different vocabularies; an ensemble needs runs "
+                f"with the same captions"
             )
         if task_of(each.training, each.vocabulary.segment).name != task.name:
             raise UserError(
-                f"{place} and {folders[0]} were trained for other tasks; an ensemble needs one"
+                f"{place} and {folders[0]} were trained for different tasks; an ensemble needs one "
+                f"task"
             )
     return Opened(
         checkpoints, task, cache, folders[0].parent / "+".join(folder.name for folder in folders)
@@ -82,8 +83,8 @@ def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tup
     split = config.split or choose_split(source, checkpoints[0])
     if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
         say(
-            "warning: this checkpoint was trained on dev too; its scores there say nothing of "
-            "other photographs"
+            "warning: this checkpoint was trained on dev too; its dev scores do not measure new "
+            "photographs"
         )
     return source, split
 
@@ -102,7 +103,8 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     }
     if wrong := [name for name, value in captions_only.items() if value]:
         raise UserError(
-            f"{flag_of(wrong[0])} is of captions; {folder} was trained for --task {task.name}"
+            f"{flag_of(wrong[0])} is an option of captioning; {folder} was trained for --task "
+            f"{task.name}"
         )
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)

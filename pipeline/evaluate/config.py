@@ -61,7 +61,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     segment: str | None = setting(
         None,
-        "what a word is: characters for captions without blanks between words  [the run's, "
+        "what a word is: characters for captions without spaces between words  [the run's, "
         "else words]",
         choices=SEGMENTS,
     )
@@ -99,9 +99,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bootstrap > 1_000_000:
-            raise UserError(
-                f"--bootstrap is {self.bootstrap:,}; more than a million resamples tell nothing new"
-            )
+            raise UserError(f"--bootstrap is {self.bootstrap:,}; at most 1,000,000 are possible")
         read = [
             *self.captions,
             *(
@@ -123,7 +121,8 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
         if self.captions and (found := self.given()):
             raise UserError(
-                f"{flag_of(next(iter(found)))} is of decoding; --captions are scored as they are"
+                f"{flag_of(next(iter(found)))} is an option of decoding; --captions are scored "
+                f"without decoding"
             )
         if self.references and not self.captions:
             raise UserError(

@@ -134,7 +134,7 @@ def segment_of_file(config: EvaluateConfig) -> str:
 def warn_without_blanks(captions: Iterable[str]) -> None:
     if example := without_blanks(captions):
         say(
-            f"warning: the captions have no blanks between words (as {example[:40]!r}), so "
+            f"warning: the captions have no spaces between words (as {example[:40]!r}), so "
             "that each sentence is one word; "
             "pass --segment characters"
         )

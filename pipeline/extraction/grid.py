@@ -141,7 +141,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"--weights {path} is neither safetensors nor a state dict of torch.save"
             ) from error
         raise UserError(
-            f"--weights {path} is no plain state dict: it holds Python objects beside tensors, "
+            f"--weights {path} is not a plain state dict: it holds Python objects beside tensors, "
             "which are not loaded since they "
             "can run code; save the weights by themselves: torch.save(model.state_dict(), "
             "FILE), or safetensors"
@@ -316,9 +316,7 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         "channels": type(identity.get("channels")) is int,
     }
     if wrong := [field for field, there in fits.items() if not there]:
-        raise UserError(
-            f"{origin}: features: {', '.join(wrong)} cannot be what an extraction recorded"
-        )
+        raise UserError(f"{origin}: features: {', '.join(wrong)} are not valid")
 
 
 def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:

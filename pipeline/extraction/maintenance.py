@@ -44,10 +44,10 @@ def check(path: Path) -> dict[Path, list[str]]:
         for line in itertools.chain.from_iterable(problems.values()):
             click.echo(line)
         raise UserError(
-            f"{len(unknown)} of {len(files)} files could not be read, which does not make them "
-            "bad shards: "
-            f"{'; '.join(unknown[:5])}. Nothing was changed; mend the file system or its "
-            "permissions and try again"
+            f"{len(unknown)} of {len(files)} files could not be read, which does not mean that "
+            f"they are damaged: "
+            f"{'; '.join(unknown[:5])}. Nothing was changed; repair the file system or its "
+            f"permissions and try again"
         )
     return problems
 
@@ -68,7 +68,7 @@ def verify_cache(path: Path) -> None:
         for line in found:
             click.echo(line)
     if problems:
-        say(f"{path}: {len(problems)} bad; mend with the options of its extraction and --repair")
+        say(f"{path}: {len(problems)} damaged; run its extraction again with --repair")
         sys.exit(1)
     say(f"{path}: {len(FeatureCache(path)):,} rows, all as they were written")
 
@@ -93,7 +93,7 @@ def repair_cache(path: Path, machine: Machine) -> None:
     for file, found in problems.items():
         aside = unused_name(file)
         file.replace(aside)
-        say(f"{found[0]}; put aside as {aside.name} and made again")
+        say(f"{found[0]}; moved to {aside.name} and extracted again")
 
 
 def unused_name(shard: Path) -> Path:

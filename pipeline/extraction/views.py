@@ -24,7 +24,7 @@ COLOR_FACTOR = 0.6, 1.4  # of brightness, contrast and saturation; no other hues
 
 
 def parse_views(text: str) -> tuple[str, ...]:
-    """The names of the views that `--views` asks for; UserError where it is none."""
+    """The names of the views that `--views` asks for; UserError where it is not one."""
     names: list[str] = []
     for part in () if text == "none" else text.split(","):
         match = re.fullmatch(r"(flip)|(crop|color):(\d{1,4})", part.strip())

@@ -346,8 +346,8 @@ class TrainConfig(SourceOptions):
         super().__post_init__()
         if self.init and self.preset:
             raise UserError(
-                f"--preset {self.preset} goes with no --init, whose sizes stay; pass --lr and "
-                "others by themselves"
+                f"--preset {self.preset} cannot be used with --init, which keeps the sizes of its "
+                f"run; pass --lr and other options one by one"
             )
         if self.scst:
             self._check_scst()
@@ -369,15 +369,15 @@ class TrainConfig(SourceOptions):
             )
         if self.num_samples == 1 and not (self.samples == "random" and self.baseline == "greedy"):
             raise UserError(
-                "--num-samples 1 leaves no others to hold it against; at least 2, or "
+                "--num-samples 1 leaves no other samples to compare with; pass at least 2, or "
                 "--baseline greedy"
             )
         if self.samples == "beam" and self.baseline == "greedy":
             raise UserError(
-                "--samples beam: they are held against their own mean, with no --baseline greedy"
+                "--samples beam: beams are compared with their own mean, not with --baseline greedy"
             )
         if self.samples == "beam" and self.temperature is not None:
-            raise UserError("--samples beam: beams are not drawn, they have no --temperature")
+            raise UserError("--samples beam: beams are not sampled, so they have no --temperature")
         self._refuse_changed(
             "of training on captions, not of --scst",
             "word_dropout",

@@ -77,7 +77,7 @@ class Journal:
                 )
             except Exception as error:  # not logged in, no network: its errors are of many kinds
                 raise UserError(
-                    f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, mends it mostly"
+                    f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, usually fixes it"
                 ) from error
             self.wandb_id = started.id
 

@@ -243,7 +243,7 @@ def restore(run: Run) -> None:
         ) from error
     if world != run.machine.world:
         say(
-            f"warning: begun by {world} processes, now {run.machine.world}: what is drawn is "
-            "not what it would have been"
+            f"warning: begun by {world} processes, now {run.machine.world}: random draws differ "
+            f"from those of one uninterrupted run"
         )
     run.journal.begin(epochs, run.step, wandb_id)
