@@ -36,7 +36,7 @@ from pipeline.terminal import Progress, human_bytes, progress, say
 
 @dataclass(frozen=True)
 class ExtractConfig(SourceOptions):
-    """What to look at, with what, and where to keep it."""
+    """The options of pipeline.extract."""
 
     split: str = setting(
         "all", "which split", choices=("train", "dev", "val", "test", "all"), group="data"
@@ -83,8 +83,8 @@ class ExtractConfig(SourceOptions):
 
     @property
     def retry_all(self) -> bool:
-        """Whether unreadable photographs are tried again that have not changed: with another limit
-        they may be readable.
+        """Whether unchanged unreadable photographs are tried again too: another pixel limit may
+        make them readable.
         """
         return self.retry_unreadable or self.max_pixels is not None
 
@@ -122,7 +122,7 @@ def extract_all(
     again: Sequence[Shard],
     recipe: Recipe,
 ) -> Progress:
-    """Make this process's shards, then those that other processes have not begun."""
+    """Extract this process's shards, then those that no other process has claimed."""
     machine = recipe.machine
     mine = shards[machine.rank :: machine.world]
     ordered = [*mine, *(shard for shard in shards if shard not in mine), *again]
@@ -141,15 +141,15 @@ def make_the_rest(
     recipe: Recipe,
     bar: Progress,
 ) -> None:
-    """Plan again while that leads to anything: another plan may have taken a file name of this one
-    at the same time.
+    """Plan and extract again as long as images are left: another plan may have taken a file name of
+    this one at the same time.
     """
     while made and absent(images, cache):
         made = extract_shards(plan_shards(images, cache), claims, recipe, bar)
 
 
 def absent(images: Sequence[Image], cache: Path) -> list[Image]:
-    """Images that have neither a row nor a reason for having none."""
+    """Images that have neither a row nor an entry in unreadable.jsonl."""
     if not shard_paths(cache):
         return list(images)
     found = FeatureCache(cache)
@@ -157,7 +157,7 @@ def absent(images: Sequence[Image], cache: Path) -> list[Image]:
 
 
 def look_after(config: ExtractConfig, cache: Path) -> None:
-    """What is done to a cache that is there, without photographs."""
+    """Run --verify, --inspect or --pack on an existing cache. No photographs are read."""
     if config.verify:
         verify_cache(config.verify)
     if config.inspect:
@@ -167,7 +167,7 @@ def look_after(config: ExtractConfig, cache: Path) -> None:
 
 
 def open_photographs(config: ExtractConfig) -> Source:
-    """The source that the options name; bare options name the embedded sample, and it is said."""
+    """Open the dataset. Without options it is the embedded sample, which is printed."""
     if config.dataset == "sample" and config.root is None:
         say(
             f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset "
@@ -177,8 +177,8 @@ def open_photographs(config: ExtractConfig) -> Source:
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:
-    """Ids of `images` that the disk lacks; UserError with the count and the first five, unless they
-    are allowed.
+    """Ids of `images` without a file. Unless --allow-missing, UserError with the count and the
+    first five.
     """
     absent = {image.id for image in source.missing}
     missing = [image for image in images if image.id in absent]
@@ -194,15 +194,13 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
 
 
 def there_is(similar: Sequence[str]) -> str:
-    """The photographs, of files with `similar` names, that one that is not there may be, in
-    brackets.
-    """
+    """A hint for a missing photograph: the photographs with similar names, in parentheses."""
     photographs = [name for name in similar if Path(name).suffix.lower() in {*SUFFIXES, *HEIC}]
     return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
 def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
-    """How rows will be made, by the options."""
+    """Make the recipe of the rows from the options."""
     views = parse_views(config.views)
     backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
     provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
@@ -220,16 +218,14 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) ->
 
 
 def prepare_folder(cache: Path, recipe: Recipe) -> None:
-    """Make the cache's folder, with the backbone's weights unless they are the hub's by name."""
+    """Create the cache folder, with the backbone's weights unless the hub has them."""
     cache.mkdir(parents=True, exist_ok=True)
     if not recipe.backbone.from_hub and recipe.machine.rank == 0:
         keep_backbone(recipe.backbone, cache)
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
-    """What is recorded beside the identity: a difference in it changes a row's last digits at
-    most.
-    """
+    """The record beside the identity. A difference in it changes at most the last digits of a row."""
     return {
         "precision": BF16 if machine.precision == "bf16" else machine.precision,
         "decode": DECODE_PATH,
@@ -242,7 +238,7 @@ def describe_versions(machine: Machine) -> dict[str, Any]:
 
 
 def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
-    """An existing cache takes only rows of its own identity, precision and decode path."""
+    """Raise UserError if an existing cache has another identity, precision or decode path."""
     if cache.exists() and not cache.is_dir():
         raise UserError(f"--out {cache} is a file; a cache is a folder")
     header = cache_header(cache)
@@ -263,7 +259,7 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
 
 
 def to_do(shards: Sequence[Shard], machine: Machine) -> int:
-    """About how many images this process will see, others sharing the rest."""
+    """Approximate number of images that this process extracts."""
     return -(
         -sum(len(shard.images) for shard in shards if not shard.path.exists()) // machine.world
     )
@@ -277,7 +273,7 @@ def announce(
     again: Sequence[Shard],
     recipe: Recipe,
 ) -> None:
-    """Say what is about to be done, and refuse what cannot fit."""
+    """Print what will be done; UserError if the disk is too small."""
     rows = sum(len(shard.images) for shard in [*shards, *again] if not shard.path.exists())
     regions, channels = recipe.shape
     views = 1 + len(recipe.views)
@@ -301,8 +297,8 @@ def announce(
 
 
 def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
-    """Whoever finishes last joins the shards into features.h5; then say what there is and what
-    comes next.
+    """The process that finishes last joins the shards into features.h5. Prints a summary and the
+    next command.
     """
     if left := absent(images, cache):
         say(

@@ -1,4 +1,4 @@
-"""Stage two: train a Transformer decoder on a feature cache, any number of times."""
+"""Stage two: train a decoder on a feature cache, any number of times."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from pipeline.training.logger import Journal
 from pipeline.training.loop import Stopped, averaged, stopping_on_signals, train_until_validation
 from pipeline.training.state import Run, restore, save_progress
 
-DEV_IMAGES = 5000  # no more than this many are looked at to choose by
+DEV_IMAGES = 5000  # largest number of dev images that are used
 FEW_DEV_IMAGES = 20  # fewer say little
 
 
@@ -67,14 +67,14 @@ def describe_preset(values: Mapping[str, Any]) -> str:
     TrainConfig, {"Presets": [(name, describe_preset(values)) for name, values in PRESETS.items()]}
 )
 def main(config: TrainConfig) -> None:
-    """Train a Transformer decoder on a feature cache, choosing the best epoch by CIDEr on dev.
+    """Train a decoder on a feature cache and keep the epoch with the best score on dev.
 
-    Without options: trains on the embedded sample, over the cache that a bare pipeline.extract made
-        of it.
+    Without options it trains on the embedded sample, over the cache that pipeline.extract makes
+    without options.
     """
     machine = open_machine(config.device, config.seed, config.precision)
     with distributed.joined(machine):
-        with distributed.first_alone(machine):  # it may draw the sample
+        with distributed.first_alone(machine):  # rank 0 may have to draw the sample
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
         config = choose_segment(config, source, begun)
@@ -94,8 +94,8 @@ def main(config: TrainConfig) -> None:
 
 
 def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures, Path]:
-    """The captions, the cache and the run's folder; bare options name the embedded sample, and it
-    is said.
+    """Open the dataset, the cache and the run folder. Without options it is the embedded sample,
+    which is printed.
     """
     if config.dataset == "sample" and config.root is None:
         say(
@@ -121,7 +121,7 @@ class Begun(NamedTuple):
 
 
 def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeatures) -> Begun | None:
-    """The run of --init; one that goes on needs it no more."""
+    """Open the run of --init. A resumed run does not need its weights."""
     if config.init is None:
         return None
     if config.resume and (folder / "last.safetensors").exists():
@@ -138,10 +138,10 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeature
 
 
 def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> TrainConfig:
-    """The settings with what a word is: as it was in the run of --init, else as asked.
+    """Fill in --segment: that of the --init run, else the given one.
 
-    UserError where captions have no spaces between words and no option says what to do with them;
-    with pieces of words, scores take each character as a word.
+    Raises UserError if the captions have no spaces between words and no option says how to split
+    them. With subwords, scores treat each character as a word.
     """
     if begun:
         own = begun.vocabulary.segment
@@ -165,7 +165,7 @@ def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> 
 def open_splits(
     config: TrainConfig, task: Task, source: Source, cache: FeatureCache | NoFeatures
 ) -> tuple[ImageTexts, ImageTexts | None]:
-    """Train, and dev to choose by: none with --train-on-dev."""
+    """Open train and dev. dev is None with --train-on-dev."""
 
     def texts(examples: Sequence[Example], split: str) -> ImageTexts:
         return ImageTexts(
@@ -184,7 +184,7 @@ def open_splits(
 
 
 def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]:
-    """The dev examples; where there are none, that is an error unless nothing is chosen by them."""
+    """The dev examples. UserError if there are none, unless --train-on-dev."""
     most = config.limit if config.train_on_dev else min(config.limit or DEV_IMAGES, DEV_IMAGES)
     try:
         return task.examples(source, "dev", most)
@@ -204,9 +204,12 @@ def keep_features(
     parts: Sequence[ImageTexts],
     machine: Machine,
 ) -> None:
-    """Keep the features where --cache-in says, and say so. auto: on a GPU where they fit half of
-    its free memory, else in RAM where they fit half of what is free, else on the disk; without a
-    GPU on the disk, whose cache is RAM as well."""
+    """Keep the features in memory by --cache-in, and print where they are.
+
+    auto: on the GPU if they fit half of its free memory, else in RAM if they fit half of the free
+    memory, else on disk. Without a GPU: on disk, because the operating system caches the files in
+    RAM.
+    """
     gpu = machine.device.type == "cuda"
     views = len(cache.views) if config.views else 0
     size = (1 + views) * sum(len(part) for part in parts) * cache.shape[0] * cache.shape[1] * 2
@@ -251,7 +254,7 @@ def open_run(
     dev: ImageTexts | None,
     begun: Begun | None,
 ) -> Run:
-    """Make the model and its run folder, or take up where the folder stands."""
+    """Create the model and its run folder, or resume the run in the folder."""
     if begun:
         vocabulary = begun.vocabulary
     else:
@@ -290,7 +293,7 @@ def open_run(
         checkpoint,
         Journal(folder, record, config.wandb, machine.rank == 0),
     )
-    distributed.barrier()  # until all have looked into the folder
+    distributed.barrier()  # until all processes have read the folder
     if config.resume:
         return resume(run)
     if machine.rank == 0:
@@ -305,8 +308,8 @@ def open_run(
 
 
 def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Vocabulary:
-    """The vocabulary of the train captions; of pieces, a run's own is kept: another version of
-    their package learns others.
+    """Build the vocabulary of the train captions. A resumed run keeps its tokenizer.json, because
+    another version of the tokenizers package would learn other subwords.
     """
     captions = (
         words for part in (train.prompts, train.tokens) for group in part for words in group
@@ -320,16 +323,14 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Voc
 
 
 def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """The length in words (or pieces) that 99 % of the train captions do not exceed, at least 20
-    (30).
-    """
+    """The 99th percentile of the caption lengths in words (or subwords), at least 20 (30)."""
     least = 30 if config.vocabulary == "bpe" else 20
     return max(least, int(np.percentile(caption_lengths(vocabulary, train), 99, method="higher")))
 
 
 def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """Tokens of the longest prompt of train, which fits the decoder; longer ones lose their first
-    tokens.
+    """Number of tokens of the longest train prompt, which the decoder must fit. Longer prompts lose
+    their first tokens.
     """
     return max(
         (len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0
@@ -337,7 +338,7 @@ def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
 
 
 def caption_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
-    """The length of each caption in words, or in pieces of words."""
+    """The length of each caption in words or subwords."""
     captions = (words for group in part.tokens for words in group)
     return [
         len(vocabulary.encode(words) if isinstance(vocabulary, Subwords) else words)
@@ -401,7 +402,7 @@ def announce(run: Run, cache: FeatureCache | NoFeatures) -> None:
 
 
 def unknown_share(vocabulary: Vocabulary, part: ImageTexts) -> float:
-    """The share of a split's words that the vocabulary does not know (of a BPE: pieces)."""
+    """The share of a split's words (or subwords) that are not in the vocabulary."""
     found = [
         number for group in part.tokens for words in group for number in vocabulary.encode(words)
     ]
@@ -409,17 +410,15 @@ def unknown_share(vocabulary: Vocabulary, part: ImageTexts) -> float:
 
 
 def best_of(scored: Sequence[dict[str, Any]], metric: str) -> int:
-    """The place of the best validation: the highest `metric` on dev, of equal ones the lowest
-    loss.
-    """
+    """Index of the best validation: the highest `metric` on dev; the lower loss decides ties."""
     return max(
         range(len(scored)), key=lambda at: (scored[at]["dev"][metric], -scored[at]["dev"]["loss"])
     )
 
 
 def stopped_early(run: Run) -> bool:
-    """Whether dev has not become better for --patience validations, after the first steps of the
-    training.
+    """Whether dev has not improved for --patience validations, not counting the first PATIENT_STEPS
+    steps.
     """
     scored = run.journal.scored
     counted = [
@@ -432,7 +431,7 @@ def stopped_early(run: Run) -> bool:
 
 
 def should_stop(run: Run) -> bool:
-    """Whether all epochs are done, the time is up, or dev has not become better for so long."""
+    """Whether all epochs are done, the time is up, or early stopping applies."""
     config = run.config
     if stopped_early(run):
         say(f"no better {run.task.metric} on dev for {config.patience} validations: stopped early")
@@ -445,8 +444,9 @@ def should_stop(run: Run) -> bool:
 
 
 def validate(run: Run, trained: dict[str, float]) -> None:
-    """Loss and scores on dev; keep the weights if they are the best by the task's metric (without
-    dev: always), and where training stands."""
+    """Compute loss and scores on dev. Save the weights if they are the best so far (without dev:
+    always), and save the training state.
+    """
     save_progress(run)
     start, config = time.monotonic(), run.config
     with averaged(run):
@@ -488,7 +488,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
 
 @torch.inference_mode()
 def dev_loss(run: Run) -> float:
-    """Cross-entropy on dev in nats a word, without smoothing or dropout."""
+    """Cross-entropy on dev in nats per word, without label smoothing or dropout."""
     assert run.dev is not None and run.config.batch is not None
     run.captioner.eval()
     total, count = 0.0, 0
@@ -507,7 +507,7 @@ def dev_loss(run: Run) -> float:
 
 
 def dev_scores(run: Run) -> dict[str, float]:
-    """Scores of beam search on dev, whose images all processes share."""
+    """Scores of beam search on dev. The processes share the images."""
     config, machine = run.config, run.machine
     assert run.dev is not None
     mine = run.dev.examples[machine.rank :: machine.world]
@@ -530,7 +530,7 @@ def dev_scores(run: Run) -> dict[str, float]:
 
 
 def shown_scores(task: Task, scores: Mapping[str, float]) -> str:
-    """The scores that are printed for each validation: the task's metric, then those in `shown`."""
+    """The printed scores: the task's metric, then those in `shown`."""
     return ", ".join(
         f"{name} {scores[key]:.3f}"
         for key, name in {task.metric: task.metric, **task.shown}.items()
@@ -538,7 +538,7 @@ def shown_scores(task: Task, scores: Mapping[str, float]) -> str:
 
 
 def defaults_of(config: TrainConfig) -> dict[str, Any]:
-    """The default of each setting, and of each option of the extensions that it chooses."""
+    """The default of each setting and of each option of the chosen extensions."""
     found = {}
     for item in fields(config):
         found[item.name] = item.default
@@ -549,11 +549,11 @@ def defaults_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def resume(run: Run) -> Run:
-    """Go on with the run in the folder; UserError where the settings are not the run's own."""
+    """Continue the run in the folder; UserError if its settings differ."""
     if not (run.folder / "config.json").is_file():
         raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
     recorded = load_record(run.folder)
-    began = defaults_of(run.config) | recorded["training"]  # options may be younger than it
+    began = defaults_of(run.config) | recorded["training"]  # the run may be older than some options
     may_change = {
         item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")
     }
@@ -563,7 +563,7 @@ def resume(run: Run) -> Run:
         raise UserError(
             f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again"
         )
-    # not asked for: a small data set's own was chosen with its epochs
+    # not given: keep the value that was chosen together with the epochs
     if run.config.eval_steps is None:
         run.config = replace(run.config, eval_steps=began["eval_steps"])
         run.checkpoint.training["eval_steps"] = began["eval_steps"]
@@ -607,15 +607,15 @@ def resume(run: Run) -> Run:
 
 
 def more_epochs(run: Run, began: Mapping[str, Any]) -> bool:
-    """Whether --resume asks for more epochs than the run was begun with."""
+    """Whether --resume asks for more epochs than the run was started with."""
     return bool(began["epochs"] and run.config.epochs and run.config.epochs > began["epochs"])
 
 
 def extend(run: Run, began: Mapping[str, Any]) -> None:
-    """Go on training a finished run for more epochs, with a new schedule of the learning rate.
+    """Train a finished run for more epochs, with a new learning rate schedule.
 
-    UserError for a run that is not finished, since other epochs would change the schedule that it
-    is in, and for one with --minutes, whose time is spent.
+    Raises UserError for an unfinished run, because more epochs would change its current schedule,
+    and for a run with --minutes.
     """
     scheduled, config = began["epochs"], run.config
     assert config.epochs is not None  # by `more_epochs`
@@ -626,7 +626,7 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
             f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out "
             "ANOTHER_FOLDER"
         )
-    begun = 0 < run.state.begin == run.step  # by a start that was killed before its first step
+    begun = 0 < run.state.begin == run.step  # an earlier start was killed before its first step
     if not (begun or run.state.epoch >= scheduled or stopped_early(run)):
         raise UserError(
             f"--resume: {run.folder} is in epoch {run.state.epoch + 1} of {scheduled}; let it "
@@ -634,7 +634,7 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
             f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
         )
     run.state.begin = run.step
-    distributed.barrier()  # until all have read what is written now
+    distributed.barrier()  # until all processes have read the files that are rewritten below
     save_progress(run)
     if run.machine.rank == 0:
         run.checkpoint.training["resume"] = False
@@ -648,9 +648,9 @@ def extend(run: Run, began: Mapping[str, Any]) -> None:
 
 
 def save_and_exit(run: Run, signum: int) -> None:
-    """Save, say how to go on, and exit as a process does that the signal ended."""
+    """Save, print the command that resumes the run, and exit with the signal's status."""
     save_progress(run)
-    distributed.barrier()  # a process that is gone ends the others, which may still be writing
+    distributed.barrier()  # an exiting process ends the others, which may still be writing
     launcher = (
         "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
     )

@@ -12,7 +12,7 @@ __all__ = ["PhotoCaptioner", "load_captioner"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when a captioner is asked for: scoring a file of captions needs none."""
+    """Import torch only when a captioner is used; scoring a file of captions does not need it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pipeline.decoding import captioner

@@ -45,26 +45,27 @@ from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
-TOGETHER = 4000  # beams and samples that consensus has in memory at a time
+TOGETHER = 4000  # beams and samples that are in memory at a time
 
 
 class Caption(NamedTuple):
-    """A caption with the log-probability of its words and its end, in nats, and that over
-    words**length_penalty (by consensus its expected CIDEr)."""
+    """A caption, the log-probability of its words and its end in nats, and its score: log_p /
+    words**length_penalty (with consensus: its expected CIDEr).
+    """
 
     text: str
     log_p: float
     score: float
 
     def record(self) -> dict[str, Any]:
-        """As files of several captions an image have it."""
+        """The caption as an entry of files with several captions per image."""
         return {"caption": self.text, "log_probability": self.log_p}
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """How many `samples` an image the beams are compared with, and the document frequencies of
-    it.
+    """Number of samples per image for minimum Bayes risk decoding, and the document frequencies of
+    CIDEr.
     """
 
     samples: int
@@ -73,8 +74,8 @@ class Consensus:
 
 @dataclass(frozen=True)
 class CaptionGenerator:
-    """Regions to captions: a captioner (or an Ensemble) with its vocabulary, on a machine, by
-    `options`.
+    """Turns regions into texts: a decoder (or an Ensemble) with its vocabulary and options, on a
+    machine.
     """
 
     captioner: Decoder
@@ -91,11 +92,11 @@ class CaptionGenerator:
         prompts: Tensor | None = None,
         image: Sequence[int] | None = None,
     ) -> list[list[Caption]]:
-        """The texts of each example of a batch, best first; samples follow from the seed and the
-        batch's `number`.
+        """Generate the texts of each example of a batch, best first. Samples follow from the seed
+        and the batch's `number`.
 
         prompts: [N,P] int64, padded on the left; None: no prompts. image: the image of each
-            example; None: one each.
+        example; None: one example per image.
         """
         device = self.machine.device
         seed = (self.seed * 1_000_003 + number) % 2**63
@@ -144,10 +145,11 @@ class CaptionGenerator:
     def mbr_rerank(
         self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
     ) -> Captions:
-        """Of each image's beams those of the highest expected CIDEr, which is their score.
+        """Rerank the beams of each image by expected CIDEr, which becomes their score (minimum
+        Bayes risk).
 
-        Some images are in memory at a time. Where one caption is wanted, an image gets no further
-        samples once its choice is settled.
+        Images are processed in parts to bound memory. If one caption is wanted, sampling for an
+        image stops once its choice is settled.
         """
         assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
@@ -210,9 +212,9 @@ class CaptionGenerator:
         return np.stack([np.concatenate(rounds, axis=1).mean(1) for rounds in cider])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Ids of prompts, [N,P] int64 padded on the left; None where all are empty.
+        """Token ids of prompts, [N,P] int64 padded on the left; None if all are empty.
 
-        A prompt longer than the decoder reads loses its first tokens, as in training.
+        A prompt longer than `max_prompt` loses its first tokens, as in training.
         """
         if not any(prompts):
             return None
@@ -240,10 +242,10 @@ def generate_texts(
     batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int | str, list[Caption]]:
-    """The texts of each example, best first, by its id, over cached features.
+    """Generate the texts of each example over cached features: {example id: texts, best first}.
 
-    Examples of one image that stand side by side share its encoding. `done` is told of each batch's
-    size.
+    Consecutive examples of one image share its encoding. done: called with the size of each
+    finished batch.
     """
     texts: dict[int | str, list[Caption]] = {}
 
@@ -271,7 +273,7 @@ def generate_texts(
 
 
 def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
-    """The regions of images in a cache; None is no image, with 0 regions."""
+    """The regions of images in a cache. An image id of None has 0 regions."""
     ids = [image_id for image_id in image_ids if image_id is not None]
     parts = [torch.from_numpy(part) for part in cache.rows(ids)]
     if len(ids) == len(image_ids):
@@ -287,7 +289,7 @@ def caption_rows(
     batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
-    """Captions by image id, over cached features: `generate_texts` without prompts."""
+    """Generate captions by image id over cached features: `generate_texts` without prompts."""
     found = generate_texts(
         generator,
         cache,
@@ -299,11 +301,11 @@ def caption_rows(
 
 
 def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:
-    """work(part) of each, in order; on a CPU by a thread for each core, each with products of its
-    own.
+    """Yield work(part) for each part, in order. On a CPU one thread per core processes parts in
+    parallel.
 
-    The many small products of decoding shared by all cores wait for the slowest at each: a tenth
-    faster on an idle machine, and where a neighbour holds one core the other goes on.
+    This is faster than one part at a time with all cores, because decoding consists of many small
+    products and each would wait for the slowest core (10 % on an idle machine, more on a busy one).
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(parts)) if machine.device.type == "cpu" else 1
@@ -322,8 +324,8 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
 
 
 def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
-    """Keep the weights of linear layers as autocast would round them at every call; captions stay
-    the same to the bit.
+    """Store the weights of linear layers in bf16, as autocast would round them at every call.
+    Captions do not change.
     """
     if machine.precision == "bf16":
         for module in captioner.modules():
@@ -341,7 +343,7 @@ def make_writer(
     given: Mapping[str, Any],
     seed: int = 0,
 ) -> CaptionGenerator:
-    """A writer by a run's decoding defaults and the options `given` over them."""
+    """Make a CaptionGenerator from a run's decoding defaults, overridden by `given`."""
     given = dict(given)
     samples = given.pop("consensus", None)
     consensus = None
@@ -356,8 +358,8 @@ def make_writer(
 def make_generation(
     defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]
 ) -> Generation:
-    """What `given` options ask for, over a run's `defaults`; ModelError, by Generation's names, for
-    what cannot be.
+    """Make the Generation options from `given`, on top of a run's `defaults`; ModelError for
+    invalid options.
     """
     options = {**defaults, **given}
     for name in ("bad_words", "force_words"):
@@ -369,8 +371,9 @@ def make_generation(
 def phrase_ids(
     phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """Ids of each phrase's words as captions have them. One with an unknown word, which no caption
-    can have, is a ModelError where it must be known, and else left out, which is said."""
+    """Token ids of each phrase. A phrase with an unknown word is a ModelError if it is required;
+    otherwise it is left out with a message.
+    """
     found = []
     for phrase in phrases:
         words = segmented(phrase, vocabulary.segment)
@@ -399,11 +402,11 @@ def phrase_ids(
 class PhotoCaptioner(
     ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD
 ):
-    """A checkpoint with its backbone: photographs in, captions out.
+    """A checkpoint with its backbone: captions photographs.
 
-    `options` everywhere are fields of models.generation.options.Generation, which are Hugging
-    Face's names, and `bad_words` and `force_words`, phrases as text. `save_pretrained` and
-    `push_to_hub` are huggingface_hub's.
+    `options` are fields of models.generation.options.Generation, named as in Hugging Face's
+    generate, and `bad_words` and `force_words`, phrases as text. `save_pretrained` and
+    `push_to_hub` come from huggingface_hub.
     """
 
     # the mixin makes none of its own of what __init__ takes
@@ -418,13 +421,13 @@ class PhotoCaptioner(
         self.captioner = checkpoint.captioner.to(machine.device)
         cast_linears_to_bf16(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        # the last one; the next batch mostly wants the same
+        # the last one is kept: the next batch mostly has the same options
         self.writers: dict[str, CaptionGenerator] = {}
 
     def generate(
         self, regions: Regions, seed: int = 0, number: int = 0, **options: Any
     ) -> list[list[Caption]]:
-        """The captions of each image of `regions`, best first, num_return_sequences of them."""
+        """Captions of each image of `regions`, num_return_sequences per image, best first."""
         asked = repr((seed, sorted(options.items())))
         if asked not in self.writers:
             self.writers = {
@@ -455,7 +458,9 @@ class PhotoCaptioner(
     def try_caption(
         self, photos: Sequence[Photograph], **options: Any
     ) -> list[tuple[list[Caption], str]]:
-        """(captions, "") for each photograph of one batch, ([], reason) for an unreadable one."""
+        """Caption one batch of photographs: (captions, "") for each one, ([], reason) for
+        unreadable ones.
+        """
         framing = framing_of(self.backbone, self.max_pixels)
         photographs = Photographs(photos, framing)
         read = [photographs[i] for i in range(len(photographs))]
@@ -474,7 +479,7 @@ class PhotoCaptioner(
     def from_pretrained(  # type: ignore[override]
         cls, name: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> PhotoCaptioner:
-        """Open a checkpoint folder, or the hub's `user/name`; `options` are those of
+        """Open a checkpoint folder, or `user/name` from the hub. options: those of
         huggingface_hub's snapshot_download.
         """
         folder = (
@@ -483,7 +488,7 @@ class PhotoCaptioner(
         return load_captioner(folder, device, precision)
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
-        """Write the checkpoint's files, but those that only training needs, and a model card."""
+        """Write the checkpoint's files, without those that only training needs, and a model card."""
         if Path(save_directory).resolve() == self.folder.resolve():
             raise UserError(f"{save_directory} is the checkpoint itself; name another folder")
         return super().save_pretrained(save_directory, **options)
@@ -495,8 +500,8 @@ class PhotoCaptioner(
 def load_captioner(
     path: Path | str, device: str = "auto", precision: str = "auto"
 ) -> PhotoCaptioner:
-    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs with; it needs no
-    other file and no flag.
+    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs. It needs no other
+    file.
     """
     folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)

@@ -28,17 +28,19 @@ from pipeline.cli import UserError
 from pipeline.scoring.metrics import SIGMA
 from pipeline.scoring.ngrams import ORDERS
 
-BITS, MOST_WORDS = 16, 2**16 - 1  # four words make one number; 0 is no word
+BITS, MOST_WORDS = 16, 2**16 - 1  # four words are packed into one number; 0 is padding
 NAME = "frequencies.safetensors"
-ROUND = 50  # samples that are drawn before it is asked whether the choice is settled
-RISK = 0.1  # that it would be another choice with all samples
+ROUND = 50  # samples drawn between two checks whether the choice is settled
+RISK = 0.1  # accepted probability of another choice with all samples
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """In how many of `documents` training images n-grams stand: names [G] uint64, sorted, counts
-    [G] int32. Those of one image are left out, since CIDEr takes an unseen n-gram for one of one
-    document."""
+    """Document frequencies of n-grams: in how many of `documents` training images they occur.
+
+    names [G] uint64, sorted; counts [G] int32. N-grams of a single image are left out, because
+    CIDEr treats an unseen n-gram as one with a document frequency of 1.
+    """
 
     names: np.ndarray
     counts: np.ndarray
@@ -46,7 +48,7 @@ class Frequencies:
 
     @classmethod
     def count(cls, images: Iterable[Sequence[Sequence[int]]]) -> Frequencies:
-        """Of the captions' ids by image; <bos> and <eos> are no words."""
+        """Count over the captions' token ids, grouped by image. <bos> and <eos> are not words."""
         found, documents = [], 0
         for captions in images:
             words = [
@@ -66,7 +68,7 @@ class Frequencies:
         return cls(distinct[counts > 1], counts[counts > 1].astype(np.int32), documents)
 
     def idf(self, names: np.ndarray) -> np.ndarray:
-        """log documents - log document frequency of n-grams by name."""
+        """Inverse document frequencies log(documents / document frequency) of n-grams by name."""
         if not len(self.names):
             return np.full(len(names), np.log(self.documents))
         place = np.minimum(np.searchsorted(self.names, names), len(self.names) - 1)
@@ -83,7 +85,7 @@ class Frequencies:
 
     @classmethod
     def load(cls, folder: Path) -> Frequencies:
-        """Those of a checkpoint; UserError where it has none, or what is there is none."""
+        """Load the frequencies of a checkpoint; UserError if the file is missing or invalid."""
         if not (folder / NAME).exists():
             raise UserError(
                 f"--consensus: {folder} has no {NAME}: vocabularies of more than "
@@ -125,14 +127,17 @@ class Frequencies:
 
 
 def save_frequencies(images: Sequence[Sequence[Sequence[int]]], words: int, folder: Path) -> None:
-    """Count and save the document frequencies of a run's captions. A vocabulary of more than
-    MOST_WORDS has none: its n-grams do not fit 64 bits, and --consensus will say so."""
+    """Count and save the document frequencies of a run's captions.
+
+    A vocabulary of more than MOST_WORDS words has none, because its n-grams do not fit 64 bits;
+    --consensus reports that.
+    """
     if words <= MOST_WORDS:
         Frequencies.count(images).save(folder)
 
 
 def name_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """The n-gram that begins at each place of ids [K,L], as one number: uint64 [K,L-n+1]."""
+    """Pack the n-gram at each position of token ids [K,L] into one number: uint64 [K,L-n+1]."""
     if tokens.max(initial=0) >= MOST_WORDS:
         raise UserError(f"--consensus takes vocabularies of up to {MOST_WORDS:,} words")
     width = tokens.shape[1] - n + 1
@@ -145,8 +150,8 @@ def name_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
 
 
 def place_of(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
-    """Where n-grams begin in captions of `lengths` [K] of at most `width` words: bool
-    [K,width-n+1].
+    """Mask of the positions where n-grams begin in captions of `lengths` [K], padded to `width`
+    words: bool [K,width-n+1].
     """
     return np.arange(max(width - n + 1, 0)) < (lengths - n + 1)[:, None]
 
@@ -154,8 +159,8 @@ def place_of(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
 def cider_of_pairs(
     candidates: np.ndarray, samples: np.ndarray, frequencies: Frequencies
 ) -> np.ndarray:
-    """CIDEr-D of each of `candidates` [C,L] against each of `samples` [S,L], ids that are read up
-    to their <eos>: [C,S] float64.
+    """CIDEr-D of each of `candidates` [C,L] against each of `samples` [S,L]: [C,S] float64.
+    Captions end at their <eos>.
     """
     tokens = np.concatenate([candidates, samples])
     lengths = np.where((tokens == EOS).any(1), (tokens == EOS).argmax(1), tokens.shape[1])
@@ -168,7 +173,7 @@ def cider_of_pairs(
         ).reshape(len(tokens), len(names))
         idf = frequencies.idf(names)
         norms = np.sqrt(((counts * idf) ** 2).sum(1))
-        there = counts[own].any(0)  # what no candidate has adds to lengths alone
+        there = counts[own].any(0)  # n-grams that no candidate has only enter the norms
         mine, theirs, weights = (
             counts[own][:, there],
             counts[len(candidates) :][:, there],

@@ -1,6 +1,4 @@
-"""How captions are found: the options that evaluate and caption share, by the names that Hugging
-Face's `generate` has.
-"""
+"""Decoding options shared by evaluate and caption, named as in Hugging Face's generate."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 from models import MOST_CAPTIONS, ModelError
 from pipeline.cli import Settings, UserError, flag_of, setting
 
-# option: its name in models.generation.options.Generation, where it is another one
+# names of options in models.generation.options.Generation, where they differ
 NAMES = {
     "beam": "num_beams",
     "sample": "do_sample",
@@ -28,7 +26,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class DecodingOptions(Settings):
-    """Options of beam search and sampling; None is the run's own, or Generation's default."""
+    """Options of beam search and sampling. None: the run's own value, or the default of Generation."""
 
     beam: int | None = setting(None, "beams  [the run's]", at_most=MOST_CAPTIONS, group="decoding")
     length_penalty: float | None = setting(
@@ -86,7 +84,7 @@ class DecodingOptions(Settings):
     )
 
     def given(self) -> dict[str, Any]:
-        """Those that were set, by option."""
+        """The options that were set, by name."""
         values = {
             item.name: getattr(self, item.name)
             for item in fields(DecodingOptions)
@@ -111,7 +109,7 @@ class DecodingOptions(Settings):
 
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
-    """What cannot be decoded as asked, said by the names of the options."""
+    """Rewrite the argument names in a ModelError as option names."""
     flags = {
         NAMES.get(item.name, item.name): flag_of(item.name) for item in fields(DecodingOptions)
     }

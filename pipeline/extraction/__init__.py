@@ -1,1 +1,1 @@
-"""Photographs to shards of a feature cache, and the care of a cache that exists."""
+"""Extraction of photographs into the shards of a feature cache, and maintenance of caches."""

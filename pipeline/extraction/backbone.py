@@ -1,7 +1,7 @@
-"""Any backbone on a machine: placed, kept with a cache, and run over photographs.
+"""Run a backbone on a machine and store its weights with a cache.
 
-`extract_regions` is the only way pixels become features, so a captioned photograph is seen as the
-cache saw it.
+Extraction and captioning both use `extract_regions`, so a photograph gets the same features in
+both.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ MAX_PIXELS_HELP = (
 
 
 def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
-    """How photographs become this backbone's input."""
+    """Return how photographs are resized and cropped to this backbone's input."""
     return Framing(**backbone.framing(), max_pixels=max_pixels)
 
 
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
-    """Keep the weights once as backbone.safetensors, so that the folder needs no other file."""
+    """Save the weights once as backbone.safetensors, so that the folder needs no other file."""
     target = folder / "backbone.safetensors"
     if not target.exists():
         save_tensors(target, backbone.weights())
 
 
 def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
-    """Move a backbone to the machine's device in the memory layout that its convolutions run
-    fastest in.
-    """
+    """Move a backbone to the machine's device, in the fastest memory layout for convolutions."""
     # torch's stubs lack the call with a device and a memory format at once
     return backbone.to(  # type: ignore[call-overload]
         machine.device, memory_format=torch.channels_last
@@ -48,15 +46,16 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
 def extract_regions(
     backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None
 ) -> Regions:
-    """Regions of uint8 `pixels` [B,3,H,W] as a cache keeps them: features [B,R,C] float16 on the
+    """Compute the regions of photographs as a cache stores them: features [B,R,C] float16, on the
     machine's device.
 
-    view_boxes: [B,4] on the host, the part of the photograph that each shows; None: all of it.
+    pixels: [B,3,H,W] uint8. view_boxes: [B,4] on the host, the part of the photograph that the
+    pixels show, x0 y0 x1 y1 in 0..1; None: the whole photograph.
     """
     if view_boxes is not None and torch.equal(
         view_boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(view_boxes)
     ):
-        view_boxes = None  # no cell is cut or filling, and none needs sorting out
+        view_boxes = None  # all cells are whole: no box has to be clipped
     with torch.inference_mode(), machine.autocast():
         images = pixels.to(machine.device, non_blocking=True).contiguous(
             memory_format=torch.channels_last

@@ -1,7 +1,4 @@
-"""Grid regions: the cells of a CNN's last feature map.
-
-The backbone with its weights: opened, checked and restored.
-"""
+"""Grid regions: the cells of a CNN's last feature map. Opens, checks and restores the backbone."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from pipeline.terminal import say
 
 # arguments of timm's create_model that open files or name other weights
 FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-LARGEST = 2048  # of a side of a backbone's input
+LARGEST = 2048  # pixels of a side of the input
 # names that training programs give the state dict of a model; of several in one file the first here
 # is read
 STATE_DICTS = (
@@ -88,7 +85,9 @@ class GridOptions:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """`--backbone-arg` by name, values read as Python literals where they are, else as text."""
+        """The arguments of `--backbone-arg` by name. Values are Python literals where possible,
+        else text.
+        """
         found = {}
         for text in self.backbone_arg:
             key, sign, value = text.partition("=")
@@ -102,7 +101,7 @@ class GridOptions:
 
 
 def cells(option: str, text: str | None) -> tuple[int, int] | None:
-    """(height, width) of `N` or `HxW`; UserError for anything else."""
+    """Parse `N` or `HxW` into (height, width); UserError for anything else."""
     if text is None:
         return None
     parts = str(text).lower().split("x")
@@ -112,7 +111,9 @@ def cells(option: str, text: str | None) -> tuple[int, int] | None:
 
 
 def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
-    """The backbone that the options name; the embedded sample has the package's own small one."""
+    """Open the backbone that the options name. The embedded sample uses Onceover's own small
+    backbone.
+    """
     if dataset == "sample" and options.backbone is None:
         options = replace(options, backbone=SCENES_BACKBONE, weights=options.weights or "scenes")
     size, grid = cells("size", options.size), cells("grid", options.grid)
@@ -121,11 +122,10 @@ def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors or .pth (read without unpickling code); UserError where it is
-    not one.
+    """Read a state dict from .safetensors or .pth, without unpickling code.
 
-    Of a checkpoint with more around it, as of Lightning or timm: its one state dict, or the first
-    of STATE_DICTS.
+    A checkpoint with more content (Lightning, timm) gives its only state dict, or the first of
+    STATE_DICTS. Raises UserError for any other file.
     """
     if not path.is_file():
         raise UserError(
@@ -171,8 +171,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def state_dicts(
     value: Any, name: str = "", depth: int = 4
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Where in a checkpoint tensors stand by name, without those of optimisers:
-    ("model.state_dict", tensors), ...
+    """Yield the state dicts inside a checkpoint with their names, such as "model.state_dict";
+    optimizers are skipped.
     """
     if (
         not isinstance(value, dict)
@@ -201,7 +201,7 @@ def state_dicts(
 
 
 def scenes_weights() -> Path:
-    """The package's own small backbone weights, made by `models/weights/pretrain.py`."""
+    """Path of Onceover's own small backbone weights, made by `models/weights/pretrain.py`."""
     return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
 
 
@@ -255,7 +255,7 @@ def open_backbone(
 
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
-    """What cannot be built as asked, said by the names of the options."""
+    """Rewrite the argument names in a ModelError as option names."""
     names = {
         "grid ": "--grid ",
         "arguments:": "--backbone-arg:",
@@ -276,9 +276,12 @@ def by_option() -> Iterator[None]:
 
 
 def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
-    """UserError where an identity that came with a checkpoint is not one that `backbone_identity`
-    gives, or would have more done than build a network of timm's or torchvision's: open files of
-    this machine, fetch weights by a hub's name."""
+    """Raise UserError for an identity from a checkpoint that is not a valid record of
+    `backbone_identity`.
+
+    This keeps a foreign checkpoint from opening files of this machine or fetching weights by a hub
+    name.
+    """
 
     def pair(value: Any) -> bool:
         return (
@@ -320,8 +323,8 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
 
 
 def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
-    """The backbone that made a cache: its kept weights, else the hub's, checked against the
-    identity's digest.
+    """Rebuild the backbone of a cache from its saved weights, else from the hub, and check the
+    weights against the digest in the identity.
     """
     check_identity(f"{folder}/config.json", identity)
     kept = folder / "backbone.safetensors"

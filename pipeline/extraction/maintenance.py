@@ -1,4 +1,4 @@
-"""Looking after a cache that is there: check it, mend it, show it, pack it."""
+"""Maintenance of an existing cache: verify, repair, inspect and pack."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.cli import UserError
 from pipeline.runtime import Machine, refuse_what_cannot_fit
 from pipeline.terminal import human_bytes, progress, say
 
-SHOWN, LOOKED_AT = 3, 500  # sample rows that are shown, rows that the statistics are of
+SHOWN, LOOKED_AT = 3, 500  # rows that are shown, rows that the statistics use
 
 
 def check(path: Path) -> dict[Path, list[str]]:
-    """What is wrong with each shard of a cache (or with a packed file), by file; every row is read.
+    """Read every row and list the problems of each shard (or of a packed file).
 
-    UserError where the file system does not let a file be read: nothing is known of it then.
+    Raises UserError where the file system fails to read a file: its content is then unknown.
     """
     files = [path] if path.is_file() else shard_paths(path)
     if not files:
@@ -53,7 +53,9 @@ def check(path: Path) -> dict[Path, list[str]]:
 
 
 def most_common_identity(files: Sequence[Path]) -> dict | None:
-    """The identity that most files of a cache have: a file of another is foreign there."""
+    """The identity that most files of a cache have. A file with another identity does not belong to
+    it.
+    """
     found: Counter[str] = Counter()
     for file in files:
         with contextlib.suppress(DataError, OSError), reading_shard(file) as opened:
@@ -62,7 +64,7 @@ def most_common_identity(files: Sequence[Path]) -> dict | None:
 
 
 def verify_cache(path: Path) -> None:
-    """Read every row; exit with 1, naming shards and rows, where one is not as it was written."""
+    """Read every row; exit with 1 and name the shards and rows whose checksum differs."""
     problems = check(path)
     for found in problems.values():
         for line in found:
@@ -74,10 +76,9 @@ def verify_cache(path: Path) -> None:
 
 
 def repair_cache(path: Path, machine: Machine) -> None:
-    """Put bad shards aside (shard-00000.h5.bad), so that the extraction that follows makes them
-    again.
+    """Rename damaged shards to shard-00000.h5.bad, so that the next extraction makes them again.
 
-    Nothing is put aside unless all bytes of every shard were read.
+    Nothing is renamed unless every shard could be read completely.
     """
     if machine.world > 1:
         raise UserError(
@@ -88,7 +89,7 @@ def repair_cache(path: Path, machine: Machine) -> None:
         return
     problems = check(path)
     if problems:
-        # of rows that are gone it would read zeros; it is made again
+        # it would read zeros for missing rows; it is written again
         (path / "features.h5").unlink(missing_ok=True)
     for file, found in problems.items():
         aside = unused_name(file)
@@ -97,7 +98,7 @@ def repair_cache(path: Path, machine: Machine) -> None:
 
 
 def unused_name(shard: Path) -> Path:
-    """shard-00000.h5.bad, or .bad2, .bad3, ... where an earlier repair has put one aside."""
+    """The next free name: shard-00000.h5.bad, then .bad2, .bad3, ..."""
     names = itertools.chain(["bad"], (f"bad{number}" for number in itertools.count(2)))
     return next(
         path for name in names if not (path := shard.with_name(f"{shard.name}.{name}")).exists()
@@ -105,7 +106,7 @@ def unused_name(shard: Path) -> Path:
 
 
 def inspect_cache(path: Path) -> None:
-    """Identity, provenance, rows, size, statistics and three sample rows of a cache."""
+    """Print the identity, provenance, rows, size, statistics and three sample rows of a cache."""
     cache = FeatureCache(path)
     size = sum(file.stat().st_size for file in cache.paths)
     regions, channels = cache.shape
@@ -136,7 +137,7 @@ def inspect_cache(path: Path) -> None:
 
 
 def pack_cache(cache: Path, target: Path) -> None:
-    """One plain HDF5 file of a whole cache."""
+    """Write a whole cache into one plain HDF5 file."""
     if cache_header(cache) is None:
         raise UserError(
             f"--pack writes the cache that --out names, and {cache} is none; pass --out CACHE"

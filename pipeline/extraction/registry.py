@@ -1,4 +1,4 @@
-"""The kinds of regions by name."""
+"""Registry of the kinds of regions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbo
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:
-    """The backbone that made the features of `identity`; UserError where this version cannot build
-    it.
-    """
+    """Rebuild the backbone that made the features of `identity`; UserError if this version cannot."""
     kind = identity.get("regions")
     if kind not in REGIONS:
         raise UserError(

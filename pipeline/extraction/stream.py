@@ -39,9 +39,7 @@ from pipeline.extraction.views import view_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
-AHEAD = (
-    4  # batches that threads decode before the backbone runs: few waits for the slowest photograph
-)
+AHEAD = 4  # batches that threads decode before the backbone runs, so that it rarely waits
 BEHIND = 2  # batches whose rows may still be on their way back from a GPU
 WRITING = (
     1  # finished shards that may wait for the disk: memory does not grow with the number of images
@@ -49,7 +47,7 @@ WRITING = (
 
 
 class Work(NamedTuple):
-    """One batch of a shard's images, and whether it is the shard's last."""
+    """A batch of a shard's images. last: whether it is the last batch of the shard."""
 
     shard: Shard
     images: tuple[Image, ...]
@@ -57,9 +55,11 @@ class Work(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A batch of photographs: pixels uint8 [n,3,H,W] and view_boxes [n,4] of the n readable ones,
-    (height, width) of their originals, and for all of the batch the reason, empty where
-    readable."""
+    """A decoded batch of photographs.
+
+    pixels [n,3,H,W] uint8, view_boxes [n,4] and originals (height, width) of the n readable ones;
+    reasons: for each photograph of the batch why it is unreadable, "" for readable ones.
+    """
 
     pixels: Tensor
     view_boxes: Tensor
@@ -69,7 +69,7 @@ class Decoded(NamedTuple):
 
 @dataclass
 class Recipe:
-    """How rows are made, and what is recorded of it."""
+    """How rows are made, and what the cache records about it."""
 
     backbone: Backbone
     machine: Machine
@@ -78,7 +78,7 @@ class Recipe:
     batch: int
     workers: int
     strict: bool = False
-    missing: frozenset[int] = frozenset()  # ids of photographs that the disk lacks, and may
+    missing: frozenset[int] = frozenset()  # ids of absent photographs, with --allow-missing
     max_pixels: int | None = None  # as Framing has it
 
     @property
@@ -87,12 +87,14 @@ class Recipe:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Regions an image at most and channels, (R, C)."""
+        """Largest number of regions of an image and number of channels, (R, C)."""
         return self.backbone.shape
 
 
 class ShardRows:
-    """A shard's rows as they come, a `Rows` a view: the first `len(kept)` of each array."""
+    """The rows of a shard while it is extracted: one `Rows` per view, of which the first
+    `len(kept)` entries are filled.
+    """
 
     def __init__(self, shard: Shard, recipe: Recipe) -> None:
         images, cells, channels = len(shard.images), *recipe.shape
@@ -112,7 +114,7 @@ class ShardRows:
     def add(
         self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool
     ) -> None:
-        """Take a batch; `found` are features, boxes and counts of each view after the other."""
+        """Add a batch. found: features, boxes and counts of each view in turn."""
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
                 raise UserError(f"--strict: {image.path} cannot be read: {reason}")
@@ -138,8 +140,8 @@ class ShardRows:
 def extract_shards(
     shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress
 ) -> list[Path]:
-    """Make every shard that is not there and that nobody else is making; the paths of those
-    made.
+    """Extract every shard that does not exist and that no other process has claimed. Yields the
+    paths of the new shards.
     """
     framing = framing_of(recipe.backbone, recipe.max_pixels)
     work = _batches(shards, claims, recipe)
@@ -164,7 +166,9 @@ def extract_shards(
 
 
 def _batches(shards: Iterable[Shard], claims: Claims, recipe: Recipe) -> Iterator[Work]:
-    """Batches never cross shards, so they are the same after a resume, and so are the rows."""
+    """Cut shards into batches. A batch never crosses shards, so batches and rows are the same after
+    a resume.
+    """
     for shard in shards:
         if claims.take(shard):
             pieces = list(iterate(shard.images, recipe.batch))
@@ -216,12 +220,14 @@ def _read_in_processes(
 
 
 class _ByPath(Photographs):
-    """Photographs by path in place of a number: what is to be read is decided while reading."""
+    """A dataset indexed by path instead of by number, so that the reading order is decided while
+    reading.
+    """
 
     def __init__(self, framing: Framing) -> None:
         super().__init__([], framing)
 
-    # the loader hands over what `batch_sampler` gives: here paths, no numbers
+    # the batch_sampler yields paths, not indices
     def __getitem__(self, path: str) -> tuple[Photo | None, str]:  # type: ignore[override]
         return try_image(Path(path), self.framing) if path else (None, "missing")
 
@@ -244,8 +250,8 @@ def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> De
 def _seen(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Each batch with its rows: features float16 [n,R,C], boxes [n,R,4], counts [n] of each view,
-    on the host.
+    """Yield each batch with its rows on the host: features [n,R,C] float16, boxes [n,R,4] and
+    counts [n] of each view.
     """
     gpu = recipe.machine.device.type == "cuda"
     coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
@@ -292,7 +298,7 @@ def _arrived(
 
 
 def decoding_workers(asked: int | None) -> int:
-    """Threads or processes that decode: as asked, else one a core that this process may use."""
+    """Number of decoding threads or processes: `asked`, else one per usable core."""
     if asked is not None:
         return asked
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

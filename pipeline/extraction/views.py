@@ -24,7 +24,7 @@ COLOR_FACTOR = 0.6, 1.4  # of brightness, contrast and saturation; no other hues
 
 
 def parse_views(text: str) -> tuple[str, ...]:
-    """The names of the views that `--views` asks for; UserError where it is not one."""
+    """Parse `--views` into the names of the views; UserError for an unknown view."""
     names: list[str] = []
     for part in () if text == "none" else text.split(","):
         match = re.fullmatch(r"(flip)|(crop|color):(\d{1,4})", part.strip())
@@ -42,8 +42,8 @@ def parse_views(text: str) -> tuple[str, ...]:
 def view_of(
     view: str, pixels: Tensor, view_boxes: Tensor, image_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [B,3,H,W] uint8 and view_boxes [B,4] of a view of photographs; "" is the photograph as
-    it is.
+    """Pixels [B,3,H,W] uint8 and view_boxes [B,4] of a view of photographs. The view "" is the
+    unchanged photograph.
 
     view_boxes: the part of the photograph that the pixels show, x0 y0 x1 y1 in 0..1.
     """

@@ -1,1 +1,1 @@
-"""Tasks: what is learnt of an image, one file a task."""
+"""Tasks, one file each."""

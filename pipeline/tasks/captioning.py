@@ -1,4 +1,4 @@
-"""Captioning: an image, no prompt, and the captions that people wrote of it."""
+"""Captioning: an image, no prompt, and its reference captions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 
-FEW_DOCUMENTS = 100  # images below which CIDEr takes the document frequencies of train too
-SIDES = ("left", "right")  # beginnings of words that a mirrored image makes wrong
+FEW_DOCUMENTS = 100  # with fewer images, CIDEr also counts document frequencies in train
+SIDES = ("left", "right")  # words that begin so do not hold for a mirrored image
 
 # Articles, prepositions and conjunctions, after which more must come; not those that are adverbs
 # too ("a dog looks up").
@@ -26,15 +26,12 @@ UNFINISHED = frozenset(_ENDINGS.split())
 
 
 def caption_examples(images: Iterable[Image]) -> list[Example]:
-    """An example of each image, by the image's id: no prompt, its captions."""
+    """One example per image, with the image's id, no prompt and its captions."""
     return [Example(image.id, image.id, "", image.captions) for image in images]
 
 
 class Captioning(Task):
-    """Scores are those of coco-caption: CIDEr, BLEU-1 to 4, ROUGE-L.
-
-    An example's id is its image's.
-    """
+    """Scored as coco-caption does: CIDEr, BLEU-1 to 4, ROUGE-L. An example's id is its image's id."""
 
     name = "captioning"
     metric = "CIDEr"
@@ -51,9 +48,10 @@ class Captioning(Task):
 
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
-        """As coco-caption scores them. Of fewer than FEW_DOCUMENTS images, CIDEr takes the document
-        frequencies of train and these together: of a few images they would say nothing, and of one
-        all CIDEr would be 0.
+        """Score captions as coco-caption does.
+
+        With fewer than FEW_DOCUMENTS images, CIDEr counts document frequencies over train and these
+        images together. With a single image alone, all CIDEr scores would be 0.
         """
         if self._counted is None or self._counted[0] is not examples:
             captions = _by_image(examples)

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""Registry of the tasks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TASKS: dict[str, type[Task]] = {"captioning": Captioning}
 
 
 def task_of(training: Mapping[str, Any], segment: str) -> Task:
-    """The task that a run's config.json records, with its options; UserError for one that this
-    version does not have.
+    """Create the task that a run's config.json records, with its options; UserError for an unknown
+    task.
     """
     name = training.get("task", Captioning.name)
     if name not in TASKS:

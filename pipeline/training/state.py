@@ -1,4 +1,4 @@
-"""A run in memory, where it stands, and how that is saved and restored."""
+"""The state of a run in memory, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainState:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TrainState:
-        """The state that last.safetensors records; TypeError for a value of a wrong type."""
+        """The state recorded in last.safetensors; TypeError for a value of a wrong type."""
         state = cls(**record)
         for item in fields(cls):
             value = getattr(state, item.name)
@@ -62,27 +62,27 @@ class TrainState:
 
 @dataclass
 class Run:
-    """A training run in memory: what the loop changes and what it needs."""
+    """A training run in memory: what the loop reads and changes."""
 
     config: TrainConfig
     folder: Path
     machine: Machine
     task: Task
     train: ImageTexts
-    dev: ImageTexts | None  # None: nothing is chosen
+    dev: ImageTexts | None  # None with --train-on-dev
     checkpoint: Checkpoint
     journal: Journal
-    # the decoder as training calls it: compiled, or wrapped for several processes
+    # the decoder, compiled or wrapped for several processes
     forward: nn.Module = field(init=False)
     objective: Objective = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
-    average: list[Tensor] | None = field(init=False)  # of the weights, by --ema
+    average: list[Tensor] | None = field(init=False)  # moving average of the weights (--ema)
     # [2,M+1] float64: sums of the objective's figures and what was counted, since the last
     # validation and since the last line of the log
     sums: Tensor = field(init=False)
     state: TrainState = field(default_factory=TrainState)
-    reserve: float = 0.0  # seconds that the last validation took: kept back of --minutes
-    stopping: int = 0  # the signal that asked to stop
+    reserve: float = 0.0  # seconds of the last validation, reserved from --minutes
+    stopping: int = 0  # the signal that asked the run to stop, or 0
     started: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
 
@@ -108,7 +108,7 @@ class Run:
 
     @functools.cached_property
     def train_ids(self) -> list[list[list[int]]]:
-        """Train's texts, encoded once."""
+        """Token ids of the train texts."""
         sizes = self.captioner.config
         return self.train.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
@@ -125,12 +125,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps done in all."""
+        """Number of steps done."""
         return self.state.epoch * self.steps_an_epoch + self.state.step
 
     @property
     def seconds(self) -> float:
-        """Spent on the run, by all its starts."""
+        """Seconds spent on the run, over all its starts."""
         return self.state.seconds + time.monotonic() - self.started
 
     @property
@@ -140,7 +140,7 @@ class Run:
 
     @property
     def should_validate(self) -> bool:
-        """Whether dev is to be scored before the next step."""
+        """Whether dev must be scored before the next step."""
         config, step = self.config, self.step
         if self.validated:
             return False
@@ -153,9 +153,9 @@ class Run:
         return step % config.eval_steps == 0
 
     def done(self) -> float:
-        """The share of the training that is over, 0 to 1: of steps or of time, whichever is larger.
+        """Progress of the training in 0..1, by steps or by time, whichever is larger.
 
-        It is that of the middle of a step, so that no step has a learning rate of zero.
+        It is measured at the middle of a step, so that no step has a learning rate of zero.
         """
         config, by_step, by_time = self.config, 0.0, 0.0
         if config.epochs:
@@ -167,7 +167,7 @@ class Run:
 
 
 def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, biases, norms and embeddings do not."""
+    """AdamW with weight decay for matrices only, not for biases, norms and embeddings."""
     embeddings = {
         id(p)
         for module in decoder.modules()
@@ -186,7 +186,7 @@ def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def save_progress(run: Run) -> None:
-    """Everything `restore` needs, by the process that writes."""
+    """Save everything that `restore` needs. Only rank 0 writes."""
     run.saved = time.monotonic()
     if run.machine.rank:
         return
@@ -208,8 +208,8 @@ def save_progress(run: Run) -> None:
 
 
 def restore(run: Run) -> None:
-    """Take up weights, optimiser, average, place and journal from last.safetensors; UserError where
-    it is not the run's.
+    """Restore weights, optimizer, average, training state and log from last.safetensors; UserError
+    if they do not fit the run.
     """
     tensors, record = load_training_state(run.folder)
     try:
