@@ -1,11 +1,11 @@
-"""Tensors in, tensors out: the frozen backbones, the captioner, its search and its loss.
+"""Models: tensors in, tensors out. Backbones, decoders, generation and losses.
 
-No paths, files or flags.
+No paths, files or command-line flags.
 """
 
-# beams, samples or captions of an image in commands: more need minutes and gigabytes for each
+# largest number of beams, samples or captions per image: more take minutes and gigabytes
 MOST_CAPTIONS = 1000
 
 
 class ModelError(ValueError):
-    """A model that cannot be built as asked; the message names the thing and what mends it."""
+    """A model that cannot be built; the message names the reason and a fix."""

@@ -1,5 +1,5 @@
-"""Training losses. They sum over tokens and return the count, so that parts of a step add up: one
-process = two.
+"""Training losses. They return a sum and a count, so that the parts of a step add up to the same
+loss.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ ROWS = 256  # of scores in fp32 at a time: they stay in a CPU's cache
 
 @dataclass(frozen=True)
 class Noise:
-    """What training does to a captioner's inputs: the share of an image's `regions` that is left
-    out, of `words` that become `unknown`, and of words that become the captioner's own guess
-    (`sampled`)."""
+    """Noise on a decoder's inputs during training: the share of each image's `regions` that is left
+    out, of `words` that become `unknown`, and of words that become the decoder's own prediction
+    (`sampled`).
+    """
 
     regions: float = 0.0
     words: float = 0.0
@@ -105,7 +106,7 @@ def self_critical_loss(
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """The decoder inside what several processes or a compiler wrapped around it."""
+    """The decoder inside DistributedDataParallel or torch.compile."""
     return getattr(module, "module", module)
 
 

@@ -1,7 +1,7 @@
-"""Regions of an image: what every backbone gives and everything downstream reads.
+"""Regions of an image: the output of every backbone.
 
-B images, R regions an image, C channels. A grid's regions are the cells of the feature map, row by
-row.
+B images, R regions per image, C channels. The regions of a grid are the cells of the feature map,
+row by row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Regions(NamedTuple):
-    """features [B,R,C] zero past counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the upright whole
+    """features [B,R,C], zero after counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the whole upright
     photograph; counts [B].
     """
 
@@ -23,8 +23,8 @@ class Regions(NamedTuple):
 
 
 def grid_boxes(height: int, width: int) -> Tensor:
-    """The cells of a height x width grid over the whole photograph, row by row; [height*width,4]
-    float32 in 0..1.
+    """The boxes of the cells of a height x width grid, row by row: [height*width,4] float32 in
+    0..1.
     """
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x0, y0 = x.flatten() / width, y.flatten() / height
@@ -32,11 +32,11 @@ def grid_boxes(height: int, width: int) -> Tensor:
 
 
 def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regions:
-    """Read a feature map [B,C,h,w] as regions, R = h*w.
+    """Turn a feature map [B,C,h,w] into regions, R = h*w.
 
-    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, beyond 0..1 where
-        there is filling around it; None: the whole photograph. A cell of nothing but filling is no
-        region: those left stand first, zeros after.
+    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, outside of 0..1
+    where there is padding; None: the whole photograph. Cells that show only padding are removed:
+    the other cells come first, followed by zeros.
     """
     batch, _, height, width = feature_map.shape
     features = feature_map.flatten(2).transpose(1, 2)
@@ -48,7 +48,7 @@ def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regio
     boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(
         0, 1
     )
-    there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # less is rounding, no photograph
+    there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # smaller boxes are rounding errors
     order = (~there).int().argsort(dim=1, stable=True)
     there = there.gather(1, order)[..., None]
     features, boxes = (

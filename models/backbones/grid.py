@@ -25,19 +25,18 @@ from models.regions import Regions, grid_regions
 # that are nearly equal, for which bf16 has too few bits. For mobilenetv2_100 the least cosine of a
 # row with fp32's rises from 0.990 to 0.999.
 EDGES = 2
-BF16 = f"bf16, first {EDGES} convolutions fp32"  # what is recorded of it
+BF16 = f"bf16, first {EDGES} convolutions fp32"  # recorded in the provenance
 
 
 class GridBackbone(Backbone):
-    """A frozen network up to its last feature map, with the preprocessing that its weights expect;
-    cells are regions.
+    """A frozen network up to its last feature map, with the preprocessing of its weights. Regions
+    are the cells of the map.
 
-    Attributes: `name`; `size` (H, W) of the input; `mean`, `std` for pixels in 0..1;
+    Attributes: `name`; `size` (H, W) of the input; `mean` and `std` for pixels in 0..1;
     `interpolation` of the resize; `grid` (h, w) and `channels` of the feature map.
 
-    grid: pool the map to so many cells (adaptive average pooling); None: as it comes.
-    arguments: those of timm's create_model that it was built with. resize: one of
-        data.images.RESIZES.
+    grid: pool the map to this many cells (adaptive average pooling); None: no pooling. arguments:
+    those of timm's create_model. resize: one of data.images.RESIZES.
     """
 
     scale: Tensor
@@ -108,7 +107,7 @@ class GridBackbone(Backbone):
         }
 
     def framing(self) -> dict[str, Any]:
-        """Filling around a photograph has its weights' mean colour."""
+        """Padding around a photograph has the mean colour of the weights."""
         fill = tuple(round(255 * mean) for mean in self.mean)
         return {
             "size": self.size,
@@ -128,12 +127,12 @@ class GridBackbone(Backbone):
         return regions._replace(features=regions.features.float())
 
     def without_prefix(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-        """Weights by the backbone's own names, and the prefix taken off for that ("" where none
-        is).
+        """Rename weights to the backbone's own names. Returns the weights and the removed prefix
+        ("" for none).
 
         Wrappers put a prefix before all keys: `_orig_mod.` (torch.compile), `module.`
-        (DataParallel), `model.` (Lightning). Of the prefixes that all keys share, the one goes
-        without which most keys are the backbone's.
+        (DataParallel), `model.` (Lightning). The prefix whose removal gives most of the backbone's
+        keys is removed.
         """
         own = {
             key: value for key, value in tensors.items() if key != "n_averaged"
@@ -149,7 +148,7 @@ class GridBackbone(Backbone):
             "".join(f"{part}." for part, _ in shared[:count]) for count in range(len(shared) + 1)
         ]
         wanted = self.network.state_dict()
-        if not shared:  # other tensors may stand beside the backbone's
+        if not shared:  # the file may hold other tensors too
             needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
             ends = (
                 {key[: -len(needed[0])] for key in own if key.endswith(f".{needed[0]}")}
@@ -176,13 +175,15 @@ class GridBackbone(Backbone):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> list[str]:
-        """Load weights strictly, but for the classifier's tensors, whose names are returned;
+        """Load weights strictly, except for the classifier's tensors, whose names are returned;
         ModelError on a mismatch.
         """
         left_out = sorted(filter(self._of_classifier, tensors))
         wanted = self.network.state_dict()
         found = {key: value for key, value in tensors.items() if key not in left_out}
-        for key in wanted:  # a counter that older files lack and that a frozen network never reads
+        for (
+            key
+        ) in wanted:  # batch norm's counter: absent from older files, unused by a frozen network
             if key.endswith("num_batches_tracked"):
                 found.setdefault(key, wanted[key])
         problems = [f"lacks {key}" for key in wanted if key not in found]
@@ -215,8 +216,8 @@ class GridBackbone(Backbone):
         return left_out
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and values of the weights, first 16 hex digits: the same from
-        a file or the hub.
+        """First 16 hex digits of the SHA-256 over names, shapes and values of the weights. Equal
+        for a file and the hub.
         """
         digest = hashlib.sha256()
         for key, value in sorted(self.network.state_dict().items()):

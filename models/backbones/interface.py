@@ -1,4 +1,4 @@
-"""What every backbone offers. Extraction, caches and captioning use nothing else."""
+"""The interface of backbones. Extraction, caches and captioning use nothing else."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from models.regions import Regions
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen network that gives the regions of photographs.
+    """A frozen network that computes the regions of photographs.
 
-    name: as messages call it.
-    from_hub: whether its weights can be fetched again by its identity; if not, caches keep a copy.
+    name: the name in messages. from_hub: whether the hub has the weights; if not, caches store a
+    copy.
     """
 
     name: str
@@ -24,28 +24,28 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Regions R of an image at most, and channels C."""
+        """Largest number of regions R of an image, and number of channels C."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows to be used together, as JSON has it; `regions` is the kind's
-        name in its registry.
+        """A JSON record that must be equal for rows to be used together. `regions` is the name of
+        the kind in its registry.
         """
 
     @abstractmethod
     def framing(self) -> dict[str, Any]:
-        """How a photograph becomes its input: size (H, W), interpolation, resize, fill (RGB), as
-        data.images.Framing has them.
+        """How a photograph becomes the input: size (H, W), interpolation, resize, fill (RGB), as in
+        data.images.Framing.
         """
 
     @abstractmethod
     def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
-        """Regions of uint8 `pixels` [B,3,H,W], RGB, of the framing's size; features [B,R,C]
-        float32.
+        """Regions of photographs, features [B,R,C] float32.
 
-        view_boxes: [B,4] the part of the photograph that each shows; None: the whole photograph.
+        pixels: [B,3,H,W] uint8 RGB of the framing's size. view_boxes: [B,4] the part of the
+        photograph that the pixels show; None: the whole photograph.
         """
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights that a cache keeps a copy of."""
+        """The weights, of which a cache stores a copy."""
         return self.state_dict()

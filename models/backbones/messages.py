@@ -1,4 +1,4 @@
-"""Messages about networks and weights that the libraries do not give."""
+"""Error messages about backbone names and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbones by name."""
+"""Create backbones by name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ def create_backbone(
     grid: tuple[int, int] | None = None,
     resize: str = "stretch",
 ) -> GridBackbone:
-    """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the
-    hub's weights.
+    """Build a backbone by name.
 
-    Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the
-    nearest one), an argument that the model does not take, or a hub that cannot be reached.
+    arguments: those of timm's `create_model`. pretrained: fetch the hub's weights; else random
+    weights from `seed`. size: (H, W) of the input; None: that of the weights. grid: pool the
+    feature map to (h, w) cells; None: no pooling. resize: one of data.images.RESIZES.
 
-    size: (H, W) of the input in place of the weights' own.
-    grid: cells (h, w) that the feature map is pooled to; None: as it comes.
-    resize: how a photograph becomes the input, one of data.images.RESIZES.
+    Raises ModelError for an unknown name (with the nearest one), for an argument that the model
+    does not accept, and for an unreachable hub.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,13 +46,17 @@ def create_backbone(
 
 
 def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a backbone's weights, without the memory for them; None where it cannot
+    """Names and shapes of a backbone's weights, without allocating them; None if the network cannot
     be built that way.
     """
     build = torchvision.build_network if name.startswith("torchvision/") else timm.build_network
     try:
         with torch.device("meta"):
             network, _, _ = build(name, dict(arguments), False)
-    except (RuntimeError, NotImplementedError, ModelError):  # some compute while they are built
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ModelError,
+    ):  # some networks compute while they are built
         return None
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}

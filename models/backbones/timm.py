@@ -1,4 +1,4 @@
-"""Networks of timm, by the names of timm."""
+"""Networks of timm."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def build_network(
 
 
 def _check_timm_name(name: str) -> None:
-    """ModelError for a model or a tag (what stands after the first dot) that timm does not have,
-    with the nearest.
+    """Raise ModelError for an unknown model or tag (the part after the first dot), with the nearest
+    one.
     """
     model, dot, tag = name.partition(".")
     if not timm.is_model(name):

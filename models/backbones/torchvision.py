@@ -1,4 +1,4 @@
-"""Classifiers of torchvision up to their last feature map, as `torchvision/NAME`."""
+"""Classifiers of torchvision up to their last feature map, named `torchvision/NAME`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def build_network(
 
 
 def _before_pooling(model: nn.Module) -> tuple[nn.Sequential, tuple[str, ...]]:
-    """What runs before the pooling, under the names its weights have in the whole model, and the
-    names left out.
+    """The layers before the pooling, under their names in the whole model, and the names of the
+    other layers.
     """
     children = dict(model.named_children())
     if "features" in children:

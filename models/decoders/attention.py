@@ -106,7 +106,7 @@ class Packed(Layout):
             self._add_padding_rows()
 
     def _add_padding_rows(self) -> None:
-        """Fill up to a multiple of ROWS with rows of token 0, in places that no token has."""
+        """Fill up to a multiple of ROWS with rows of token 0, in free places."""
         free = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.place.device)
         spare = free.index_fill_(0, self.place, False).nonzero()[: -self.count % self.ROWS, 0]
         self.place = torch.cat([self.place, spare])
@@ -271,7 +271,7 @@ class KVCache(Layout):
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """beam_idx [B,K] int64: which text of the same image each text continues."""
+        """Let each text continue another text of the same image: beam_idx [B,K] int64."""
         self.beam_idx = self.beam_idx.gather(1, beam_idx[:, :, None].expand_as(self.beam_idx))
 
     def regroup(self, image: Tensor, text: Tensor) -> None:
@@ -298,10 +298,9 @@ class KVCache(Layout):
         return moved
 
     def keep(self, images: Tensor) -> None:
-        """Keep only these images, [b] int64, in this order: finished ones leave the batch.
+        """Keep only the images [b] int64, in this order. Used when finished images leave the batch.
 
-        Images that keep their place are not copied; few move where those from the end fill the free
-        places.
+        Images that keep their place are not copied.
         """
         filled = self.length * len(self.texts)
         for stores in (self.keys, self.values):
@@ -331,9 +330,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """softmax(q k^T / sqrt(d) + mask) v for q [B,H,Q,d], k and v [B,H,S,d], mask broadcasting to
     [B,H,Q,S]; S may be 0.
 
-    On a CPU plain products take the place of the fused kernel: for the short sequences of captions
-    and regions they are two to three times as fast (0.7 against 1.8 ms for the beams of 100 images
-    over 49 regions), and four to five times backwards.
+    On a CPU, plain products replace the fused kernel. For the short sequences of captions and
+    regions they are two to three times as fast (0.7 against 1.8 ms for the beams of 100 images over
+    49 regions), and four to five times in the backward pass.
     """
     if q.device.type != "cpu" and k.shape[2]:
         return F.scaled_dot_product_attention(
@@ -346,7 +345,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence to itself, queries, keys and values from one product."""
+    """Multi-head self-attention; one product computes queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -367,8 +366,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of texts to the regions of their image; keys and values are computed once an
-    image.
+    """Multi-head attention of texts to the regions of their image. Keys and values are computed
+    once per image.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -379,9 +378,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [B,H,R,d], of encoded regions [B,R,D]; laid out as the products of
-        every step read them.
-        """
+        """Keys and values, each [B,H,R,d] and contiguous, of encoded regions [B,R,D]."""
         return (
             self.key_value(memory)
             .unflatten(2, (2, self.heads, -1))

@@ -1,5 +1,4 @@
-"""Dropout of activations, of whole regions and of words; masks are cheap on a CPU, where torch's
-own draw costs more than the products beside it."""
+"""Dropout of activations, regions and words, with masks that are cheap on a CPU."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class Dropout(nn.Module):
 
 
 def drop_regions(regions: Regions, p: float) -> Regions:
-    """Leave out a share `p` of each image's regions, others each time; those that stay keep their
-    places (their boxes).
+    """Leave out a random share `p` of each image's regions. The others keep their order and boxes.
     """
     if p == 0:
         return regions
@@ -62,8 +60,8 @@ def drop_regions(regions: Regions, p: float) -> Regions:
 
 
 def replace_words(words: Tensor, replaceable: Tensor, p: float, unknown: int) -> Tensor:
-    """Words [N] where a share `p` of those that are `replaceable` [N] become `unknown` (Bowman et
-    al. 2016).
+    """Replace a random share `p` of the `replaceable` [N] words [N] by `unknown` (Bowman et al.
+    2016).
     """
     if p == 0:
         return words

@@ -23,7 +23,7 @@ from models import ModelError
 from models.decoders.attention import KVCache, Packed
 from models.regions import Regions
 
-MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any that trains; what index arithmetic bears
+MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any real size; still safe for index arithmetic
 
 # some rows, their words [n,M]: scores [n,M] float32
 ExactScores = Callable[[slice, Tensor], Tensor]
@@ -49,11 +49,11 @@ class Memory(Protocol):
         ...
 
 
-OwnMemory = Any  # the Memory that the decoder's own `encode` gave: each decoder reads its own kind
+OwnMemory = Any  # the Memory that the decoder's own `encode` returned
 
 
 class DecodingCache(Protocol):
-    """What a decoder keeps of the texts that grow, K an image."""
+    """The state of growing texts, K per image."""
 
     def reorder(self, beam_idx: Tensor) -> None:
         """beam_idx [B,K] int64: which text of the same image each text continues."""
@@ -68,8 +68,8 @@ class DecodingCache(Protocol):
 
 
 def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any:
-    """A field of a decoder's config: a whole number within bounds, also an option of the command
-    line.
+    """A field of a decoder's config: a whole number within bounds, which is also a command-line
+    option.
     """
     return dataclasses.field(
         default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most}
@@ -80,8 +80,8 @@ def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any
 class DecoderConfig:
     """The sizes of a decoder. `words` V and `channels` C follow from the vocabulary and the cache.
 
-    max_length: words of a generated text at most. max_prompt: tokens of a prompt at most.
-    Raises ModelError for a value out of its bounds.
+    max_length: largest number of words of a generated text. max_prompt: largest number of tokens of
+    a prompt. Raises ModelError for a value outside its bounds.
     """
 
     words: int
@@ -102,7 +102,7 @@ class DecoderConfig:
                 raise ModelError(f"{item.name} is {value}, it must be at most {high}")
 
     def __str__(self) -> str:
-        """The sizes, as training prints them."""
+        """The sizes as training prints them."""
         own = [
             item.name
             for item in dataclasses.fields(self)
@@ -115,9 +115,9 @@ class DecoderConfig:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecoderConfig:
-        """The config that a checkpoint's config.json records; ModelError where it does not fit.
+        """The config recorded in a checkpoint's config.json; ModelError if it does not fit.
 
-        Fields that were added after the checkpoint was written have their defaults.
+        Fields that were added later have their defaults.
         """
         known = {item.name: item for item in dataclasses.fields(cls)}
         required = {name for name, item in known.items() if item.default is dataclasses.MISSING}
@@ -154,10 +154,10 @@ class Decoder(nn.Module, ABC):
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: OwnMemory
     ) -> Tensor:
-        """What the output layer reads after each of `words` [N], which stand at `positions` [N] of
-        their texts: [N,D].
+        """The states [N,D] from which the output layer scores the word after each of `words` [N],
+        at `positions` [N] of their texts.
 
-        layout.image [N] is each row's image; attention runs through the layout.
+        layout.image [N] is each row's image; attention uses the layout.
         """
 
     @abstractmethod
@@ -166,7 +166,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def init_cache(self, memory: OwnMemory, texts: int, prompts: Tensor | None = None) -> KVCache:
-        """An empty cache for `texts` texts an image; prompts [B,P] int64, padded on the left with
+        """An empty cache for `texts` texts per image. prompts: [B,P] int64, padded on the left with
         0.
         """
 
@@ -189,8 +189,8 @@ class Decoder(nn.Module, ABC):
     ) -> tuple[Tensor, ExactScores | None]:
         """Scores [B*K,V] of the word after `tokens` [B,K,T], as `decode` with a cache.
 
-        The second value is None where the scores are exact; where a bf16 product rounded them, it
-        computes those of given words in float32.
+        The second value is None if the scores are exact. If they were rounded by a bf16 product, it
+        is a function that computes float32 scores of given words.
         """
         states = self.read(tokens, memory, cache)[:, :, -1].flatten(0, 1)
         scores = self.logits(states)
@@ -237,7 +237,7 @@ class Decoder(nn.Module, ABC):
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode (no dropout) within the context."""
+    """Put a module into eval mode (no dropout) inside the block."""
     training = module.training
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""The decoders by name."""
+"""Registry of the decoders."""
 
 from __future__ import annotations
 

@@ -176,13 +176,13 @@ def expand(
     wanted: Tensor | None,
     count: int,
 ) -> Candidates:
-    """The `count` likeliest words that are not barred, and after them those `wanted` [N,C] (-1:
-    none), no word twice.
+    """The `count` most likely words that are not banned, followed by the `wanted` words [N,C] (-1:
+    none), without duplicates.
 
-    scores [N,V] of the word after `words` [N,l]. Log-probabilities exist for some rows at a time,
-    never for all. Where scores are rounded to bf16 (a step of 0.03 at 8), the words found are
-    compared by `exact` ones, without which one caption in ten of Flickr8k val is another one than
-    in fp32, with which one in fifty is.
+    scores [N,V] of the word after `words` [N,l]. Log-probabilities are computed for some rows at a
+    time. If scores are rounded to bf16 (a step of 0.03 at 8), the best words are compared by
+    `exact` scores: without them one caption in ten of Flickr8k val differs from fp32, with them one
+    in fifty.
     """
     found = []
     rows = max(1, SCORES // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
@@ -217,11 +217,11 @@ def expand(
 def choose(
     top: Tensor, words: Tensor, groups: int, diversity: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The beams to go on with, by candidates' scores top [b,K,M]: live [b,A,K/A], origin [b,K],
-    words [b,K].
+    """Choose the live beams from the candidates' scores top [b,K,M]. Returns live [b,A,K/A],
+    beam_idx [b,K] and words [b,K].
 
-    With several groups each chooses after the ones before it, a word of theirs costing it
-    `diversity` each time; scores stay log p (Vijayakumar et al. 2016).
+    With several groups, each group chooses after the previous ones; a word that they chose costs it
+    `diversity` each time. Scores stay log p (Vijayakumar et al. 2016).
     """
     beams, count = top.shape[1:]
     each = beams // groups
@@ -274,8 +274,8 @@ def choose_by_progress(
 
 
 def close_up(going: Tensor) -> Tensor:
-    """Places [b] of the images that go on: those from the end in the places of those that leave, so
-    that few move.
+    """New order [b] of the images that stay: images from the end fill the free places, so that few
+    move.
     """
     places = going.nonzero()[:, 0]
     count = len(places)
@@ -285,7 +285,7 @@ def close_up(going: Tensor) -> Tensor:
 
 
 class BeamHypotheses:
-    """The best finished captions of each image and group: tokens [B,G,P,L], scores [B,G,P], best
+    """The best finished texts of each image and group: tokens [B,G,P,L], scores [B,G,P], best
     first.
     """
 
@@ -299,8 +299,8 @@ class BeamHypotheses:
         self.scores = torch.full((images, groups, size), NEG_INF, device=device)
 
     def add(self, where: Tensor, scores: Tensor, words: Tensor) -> None:
-        """Captions of the images `where` [b]: scores [b,G,n], words [b,G*n,L]; those stay that are
-        among the best.
+        """Add texts of the images `where` [b]: scores [b,G,n], words [b,G*n,L]. The best ones are
+        kept.
         """
         words = words.unflatten(1, scores.shape[1:])
         scores = torch.cat([self.scores[where], scores], 2)
@@ -312,7 +312,7 @@ class BeamHypotheses:
         )
 
     def best(self, count: int, penalty: float) -> Captions:
-        """The `count` best of all groups, no caption twice."""
+        """The `count` best texts over all groups, without duplicates."""
         tokens, scores = self.tokens.flatten(1, 2), self.scores.flatten(1)
         if self.tokens.shape[1] > 1:
             same = (tokens[:, :, None] == tokens[:, None, :]).all(3).tril(-1).any(2)
@@ -323,11 +323,11 @@ class BeamHypotheses:
 
 
 def blockwise_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row of scores [N,V] and where they stand, as topk: [N,count]
-    both.
+    """The `count` largest values of each row of scores [N,V] and their indices, as torch.topk:
+    [N,count] both.
 
-    The largest of each block of words come first, by a pass that is as fast as memory; the answers
-    stand in the `count` best blocks. topk itself goes through a row several times.
+    The maximum of each block is computed first, at memory speed. The result lies in the `count`
+    best blocks, which are sorted. torch.topk reads each row several times.
     """
     rows, words = scores.shape
     blocks = words // BLOCK

@@ -1,7 +1,6 @@
-"""Rules that captions keep while they are found: words that may not come next, and phrases that
-must come.
+"""Constraints on generated texts: banned words and required phrases.
 
-N captions that grow side by side, L words at most, V words.
+N growing texts, L words, V words in the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ NEG_INF = float("-inf")
 
 
 def bar(scores: Tensor, words: Iterable[int]) -> None:
-    """Set the scores [N,V] of some words to -inf in place, without the index on the host that a GPU
-    would wait for.
+    """Set the scores [N,V] of some words to -inf in place, without an index tensor that a GPU would
+    wait for.
     """
     for word in words:
         scores[:, word] = NEG_INF
 
 
 class BannedWords:
-    """Sets the scores of words that may not come next to -inf: too early an end, repeated n-grams,
-    unwanted phrases.
+    """Sets the scores of banned next words to -inf: an early end, repeated n-grams, forbidden
+    phrases.
     """
 
     def __init__(
@@ -91,25 +90,23 @@ class PhrasalConstraint:
         self.whole = torch.tensor(self.lengths, device=device)
 
     def start(self, shape: Sequence[int]) -> Tensor:
-        """The states of captions without words: zeros [*shape,C] of C phrases."""
+        """The states of empty texts: zeros [*shape,C] for C phrases."""
         return torch.zeros(*shape, len(self.lengths), dtype=torch.int64, device=self.words.device)
 
     def next(self, states: Tensor) -> Tensor:
-        """The word that brings each phrase on, -1 where it is whole: states [...,C] to ids
+        """The word that continues each phrase, -1 if the phrase is complete: states [...,C] to ids
         [...,C].
         """
         return self.words[torch.arange(len(self.lengths), device=states.device), states]
 
     def after(self, states: Tensor, words: Tensor) -> Tensor:
-        """states [...,1,C] and words [...,M] to the states after them [...,M,C]."""
+        """The states [...,M,C] after adding words [...,M] to states [...,1,C]."""
         phrase = torch.arange(len(self.lengths), device=states.device)
         is_there = words[..., None, None] == self.words[:, :-1]  # [...,M,C,P]
         found = (self.back[phrase, states] * is_there).amax(-1)
         return torch.where(states == self.whole, states, found)
 
     def progress(self, states: Tensor) -> Tensor:
-        """Words of whole phrases and of the longest one begun, [...]: `total` less it is what can
-        bring in the rest.
-        """
+        """Number of words of complete phrases plus those of the longest started phrase, [...]."""
         whole = states == self.whole
         return (states * whole).sum(-1) + (states * ~whole).amax(-1)

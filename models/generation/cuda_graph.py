@@ -1,6 +1,4 @@
-"""Beam search as CUDA graphs: on a GPU the host starts a whole search and is not asked again until
-its end.
-"""
+"""Beam search as CUDA graphs: the host launches a whole search at once."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from models.generation.options import Captions, Generation
 
 
 class CapturedSearch:
-    """Beam search over memories of one shape as one graph (the loop has fixed shapes where no CPU
-    runs it).
+    """Beam search over memories of one shape, captured as one graph (the loop has fixed shapes on a
+    GPU).
     """
 
     @torch.inference_mode()
@@ -25,7 +23,9 @@ class CapturedSearch:
         self.prompts = None if prompts is None else prompts.to(memory.device).clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # a first run outside: libraries set themselves up
+        with torch.cuda.stream(
+            aside
+        ):  # a first run outside of the graph, in which libraries initialise
             beam_search(decoder, self.memory, options, self.prompts)
         torch.cuda.current_stream().wait_stream(aside)
         # casts made before would be gone by then, and those made here hold only after a replay
@@ -47,11 +47,11 @@ class CapturedSearch:
 
 
 class BeamSearch:
-    """`beam_search` of a decoder by options; on a GPU each shape is captured when it comes a second
-    time.
+    """`beam_search` of a decoder with fixed options. On a GPU each shape is captured when it occurs
+    for the second time.
 
-    The decoder's weights may change, but neither move nor change their type; autocast stays as it
-    was.
+    The decoder's weights may change in place, but must keep their address and dtype; autocast must
+    not change.
     """
 
     def __init__(self, decoder: Decoder, options: Generation) -> None:

@@ -21,7 +21,7 @@ from models.regions import Regions
 
 
 class Memories(tuple[Memory, ...]):
-    """Each decoder's encoding of the same images."""
+    """The encoding of the same images by each decoder."""
 
     @property
     def images(self) -> int:
@@ -39,7 +39,7 @@ class Memories(tuple[Memory, ...]):
 
 
 class Caches(tuple[KVCache, ...]):
-    """Each decoder's captions so far."""
+    """The decoding cache of each decoder."""
 
     def reorder(self, beam_idx: Tensor) -> None:
         for cache in self:
@@ -55,7 +55,7 @@ class Caches(tuple[KVCache, ...]):
 
 
 class Ensemble(nn.Module):
-    """The mean of several decoders' probabilities; captions as long as all of them can write."""
+    """The mean of several decoders' probabilities. Texts are as long as all decoders allow."""
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Ensemble(nn.Module):
     def next_words(
         self, tokens: Tensor, memory: Memories, cache: Caches
     ) -> tuple[Tensor, ExactScores | None]:
-        """As Decoder.next_words, of the logs of the mean probabilities."""
+        """As Decoder.next_words, for the log of the mean probabilities."""
         outputs = [
             one.next_words(tokens, part, own)
             for one, part, own in zip(self._each(), memory, cache, strict=True)

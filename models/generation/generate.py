@@ -1,4 +1,4 @@
-"""Texts of a decoder by `GenerationOptions`: beam search or samples."""
+"""Generate texts by beam search or sampling."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def generate(
 ) -> Captions:
     """Texts for each image of `memory`, best first.
 
-    prompts: [B,P] int64, padded on the left; None: no prompts.
-    search: does what beam_search does by the same options (models.generation.cuda_graph).
-    Raises ModelError where no text was found that keeps the constraints.
+    prompts: [B,P] int64, padded on the left; None: no prompts. search: replaces beam_search
+    (models.generation.cuda_graph). Raises ModelError if no text satisfies the constraints.
     """
     if options.do_sample:
         found = sample(decoder, memory, options, generator, prompts=prompts)
@@ -55,8 +54,8 @@ def generate_from_regions(
     prompts: Tensor | None = None,
     **names: Any,
 ) -> Captions:
-    """As `generate`, from regions and in eval mode; `names` are fields of Generation, those of
-    Hugging Face's `generate`.
+    """`generate` from regions, in eval mode. names: fields of Generation, named as in Hugging
+    Face's `generate`.
     """
     with evaluating(decoder), torch.inference_mode():
         options = replace(options or Generation(), **names)

@@ -1,8 +1,7 @@
-"""What is asked of a captioner, and what it gives: how captions are found, and captions with their
-scores.
+"""Options of generation and its results.
 
-A caption scores sum(log p) / words**length_penalty, its <eos> counted as a word (0: the plain sum;
-1: the mean). B images, L words of a caption at most, N captions asked for.
+A text scores sum(log p) / words**length_penalty, where <eos> counts as a word (0: the plain sum; 1:
+the mean). B images, L words of a text at most, N texts per image.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Generation:
-    """How captions are found, by the names of Hugging Face's `generate`; lengths are in words, the
-    <eos> not counted.
+    """Options of generation, named as in Hugging Face's `generate`. Lengths are in words without
+    <eos>.
     """
 
     num_beams: int = 5
@@ -104,8 +103,8 @@ class Generation:
             )
 
     def limit(self, most: int) -> int:
-        """Words of a text at most, for a decoder that writes `most`; ModelError where that is too
-        few.
+        """Largest number of words of a text, for a decoder that writes up to `most`; ModelError if
+        the options need more.
         """
         limit = self.max_length or most
         if limit > most:
@@ -128,7 +127,7 @@ class Generation:
 
     @property
     def forced(self) -> list[tuple[int, ...]]:
-        """The phrases of force_words_ids, without those that stand in another one."""
+        """The phrases of force_words_ids that are not part of another one."""
         phrases = list(dict.fromkeys(map(tuple, self.force_words_ids)))
         return [
             one
@@ -144,19 +143,22 @@ def stands_in(phrase: tuple[int, ...], words: tuple[int, ...]) -> bool:
 def first_tokens(
     images: int, bos: int, device: torch.device, prompts: Tensor | None = None
 ) -> Tensor:
-    """What a decoder reads first: the prompts [B,P] and then <bos>, [B,P+1] int64."""
+    """The first tokens that a decoder reads: the prompts [B,P] and then <bos>, [B,P+1] int64."""
     begin = torch.full((images, 1), bos, dtype=torch.int64, device=device)
     return begin if prompts is None else torch.cat([prompts.to(device), begin], dim=1)
 
 
 def lengths(tokens: Tensor, eos: int) -> Tensor:
-    """Words of captions [...,L] that end with <eos> or at the limit, the <eos> counted: [...]."""
+    """Number of words of texts [...,L], <eos> included: [...]."""
     return ((tokens != eos).sum(-1) + 1).clamp(max=tokens.shape[-1])
 
 
 class Captions(NamedTuple):
-    """N captions of each image, best first (samples: as drawn): tokens [B,N,L] int64, <eos> after
-    their end; scores and log_p [B,N] float32, both -inf where fewer than N were found."""
+    """N texts of each image, best first (samples: in the order of drawing).
+
+    tokens [B,N,L] int64, <eos> after their end; scores and log_p [B,N] float32, both -inf if fewer
+    than N were found.
+    """
 
     tokens: Tensor
     scores: Tensor

@@ -1,4 +1,4 @@
-"""Texts drawn from a decoder's own probabilities. B images, N samples an image, V words."""
+"""Random samples from a decoder. B images, N samples per image, V words."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from models.decoders.interface import Decoder, Memory
 from models.generation.constraints import NEG_INF, bar
 from models.generation.options import Captions, Generation, first_tokens, lengths
 
-GROUP = 8  # texts whose attention is one product; its mask grows with their square
-DISTINCT = 0.8  # share of distinct texts among the samples, from which on each has its own row
-DENSE = 0.75  # share of the groups of rows, at which so few suffice for the live samples
-BLOCK = 128  # words whose probabilities are added up before one of them is chosen
+GROUP = 8  # texts that share one attention product; its mask grows with their square
+DISTINCT = 0.8  # share of distinct texts above which every sample gets a row of its own
+DENSE = 0.75  # regroup if the live samples need fewer than this share of the groups
+BLOCK = 128  # words per block whose probabilities are summed first
 
 
 @torch.no_grad()
@@ -25,18 +25,17 @@ def sample(
     uniforms: Tensor | None = None,
     prompts: Tensor | None = None,
 ) -> Captions:
-    """num_return_sequences N samples of each image.
+    """Draw num_return_sequences N samples of each image.
 
-    Each word is drawn from softmax(logits / temperature), of which only the `top_k` likeliest words
-    (0: all; more where they tie) and then the likeliest that together reach `top_p` (Holtzman et
-    al. 2020) are left; log p is under the distribution drawn from, the <eos> included, and -inf
-    where the rules leave no word.
+    Each word is drawn from softmax(logits / temperature), restricted to the `top_k` most likely
+    words (0: all; more if they tie) and then to the most likely words that together reach `top_p`
+    (Holtzman et al. 2020). log p is under that distribution, <eos> included, and -inf if the
+    constraints leave no word.
 
-    On a CPU, samples that have the same words so far share a row of the decoder's batch, and the
-    rows of ended samples are removed. On a GPU all shapes are fixed and the host does not wait.
+    On a CPU, samples with equal words so far share a row of the batch, and rows of ended samples
+    are removed. On a GPU all shapes are fixed after the first word.
 
-    uniforms [B,N,L] float32 in [0,1): what each word is drawn by, and all that is drawn; None: from
-    `generator`.
+    uniforms: [B,N,L] float32 in [0,1), one random number per word; None: from `generator`.
     """
     device, eos = memory.device, options.eos_token_id
     on_cpu = device.type == "cpu"
@@ -86,7 +85,8 @@ def sample(
 
 
 class Rows:
-    """The rows of a decoder's batch: texts in groups of `size`, all texts of a group of one image.
+    """The rows of a decoder's batch: texts in groups of `size`, all texts of a group from one
+    image.
 
     The attention of a group is one product. Unused rows of a group are padding.
     """
@@ -118,7 +118,7 @@ class Rows:
         self.newest = newest.view(-1, self.size, 1)
 
     def groups_of(self, row: Tensor) -> int:
-        """How many groups the texts in the rows `row` need."""
+        """Number of groups that the texts in the rows `row` need."""
         image = self.image[row // self.newest.shape[1]]
         return int(self._groups(image.bincount()).sum())
 
@@ -126,9 +126,9 @@ class Rows:
         return (texts + self.size - 1) // self.size
 
     def regroup(self, parent: Tensor, words: Tensor) -> Tensor:
-        """Lay out texts anew: text m of M has the words of row parent[m], then words[m].
+        """Rearrange the texts: text m of M gets the words of row parent[m], then words[m].
 
-        parent [M] int64, in the order of the images. Returns the rows of the texts, [M] int64.
+        parent [M] int64, in the order of the images. Returns the new rows of the texts, [M] int64.
         """
         rows_before = self.newest.shape[1]
         image = self.image[parent // rows_before]
@@ -148,12 +148,11 @@ class Rows:
 
 
 def inverse_cdf(p: Tensor, uniforms: Tensor, row: Tensor) -> Tensor:
-    """Draw words [N] from the distributions p [M,V], each from its `row` [N], by uniforms [N] in
-    [0,1).
+    """Draw words [N] from distributions p [M,V], sample n from row[n], by uniforms [N] in [0,1).
 
-    The word drawn is the first whose cumulative probability is above the uniform; its probability
-    is never 0. First the block of words that holds it is found, then the word in the block, so that
-    p is read once and only short rows are added up in order.
+    The drawn word is the first whose cumulative probability is above the uniform; its probability
+    is never 0. The block of words is found first and then the word inside it, so that p is read
+    once and only short rows are summed in order.
     """
     exact = torch.float32 if p.device.type == "mps" else torch.float64  # mps has no float64
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
@@ -169,8 +168,8 @@ def inverse_cdf(p: Tensor, uniforms: Tensor, row: Tensor) -> Tensor:
 def first_above(sums: Tensor, point: Tensor) -> Tensor:
     """Index [N,1] of the first of the rising sums [N,M] that is above point [N,1].
 
-    A point that rounding put at the last sum, or beyond it, is taken to be just below it. NaN rows
-    return an arbitrary index; the NaN log-probability reports them.
+    A point that rounding put at or above the last sum counts as just below it. NaN rows return an
+    arbitrary index; the NaN log-probability reports them.
     """
     last = sums[:, -1:]
     below_last = torch.nextafter(last, torch.zeros_like(last))
@@ -179,9 +178,10 @@ def first_above(sums: Tensor, point: Tensor) -> Tensor:
 
 
 def nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [...,V] with -inf for all but the top_k words, and of them those that reach top_p.
+    """Logits [...,V] with -inf for all words except the top_k, and of those the ones that reach
+    top_p.
 
-    The likeliest word always stays (Holtzman et al. 2020).
+    The most likely word always stays (Holtzman et al. 2020).
     """
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]

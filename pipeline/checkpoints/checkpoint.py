@@ -57,7 +57,7 @@ LARGEST_JSON = 1 << 26
 
 @dataclass
 class Checkpoint:
-    """A captioner with all that captioning needs: its vocabulary, the identity of its features,
+    """A decoder with everything that captioning needs: vocabulary, identity of the features,
     decoding defaults.
     """
 
@@ -83,7 +83,7 @@ class Checkpoint:
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write config.json, vocab.json and, of pieces, tokenizer.json: all of a checkpoint but its
+    """Write config.json, vocab.json and, for subwords, tokenizer.json: a checkpoint without its
     weights.
     """
     config = {
@@ -109,7 +109,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_record(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; UserError where it is of another format or no training's."""
+    """Read a checkpoint's config.json; UserError for another format or an invalid record."""
     config = _read_json(folder, "config.json", dict)
     path = folder / "config.json"
     if config.get("format") != FORMAT:
@@ -139,8 +139,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder strictly; UserError names what is missing, foreign or does not
-    fit.
+    """Open a checkpoint folder strictly; UserError names what is missing, unknown or does not fit.
     """
     config = load_record(folder)
     captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
@@ -165,8 +164,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatures) -> None:
-    """A checkpoint reads only features of the identity it was trained on; other provenance is one
-    warning.
+    """Raise UserError if the cache has another identity than the checkpoint's. Other provenance is
+    one warning.
     """
     if found := differences(checkpoint.identity, cache.identity):
         raise UserError(
@@ -174,7 +173,7 @@ def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatur
             f"{cache.path} holds other features "
             f"({'; '.join(found)}); pass the --features it was trained on"
         )
-    # those are not read here
+    # views are not read here
     own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))
     if found := differences(own, other):
         say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
@@ -186,8 +185,8 @@ def name_of(decoder: Decoder) -> str:
 
 
 def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
-    """The decoder of `sizes` with its weights; no memory is taken for sizes that the weights' file
-    does not have.
+    """Create the decoder of `sizes` with its weights. Sizes that the file does not have are refused
+    before memory is allocated.
     """
     path, weights = folder / "config.json", folder / "model.safetensors"
     if name not in DECODERS:
@@ -225,7 +224,7 @@ def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """A checkpoint's words, or pieces of words."""
+    """A checkpoint's vocabulary of words or subwords."""
     words = _read_json(folder, "vocab.json", list)
     if not all(isinstance(word, str) for word in words):
         raise UserError(f"{folder}/vocab.json has an entry that is not a word")
@@ -236,7 +235,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def segment_of(training: Mapping[str, Any]) -> str:
-    """What a word was in the training that config.json records, as `data.segmentation` has it."""
+    """The --segment that config.json records."""
     return "characters" if training.get("segment") == "characters" else "words"
 
 
@@ -256,7 +255,7 @@ def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
 
 
 def copy_backbone(cache: Path, folder: Path) -> None:
-    """Take the cache's kept backbone weights, where it has them, into a checkpoint folder."""
+    """Copy the backbone weights from a cache into a checkpoint folder, if the cache has them."""
     kept, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
     weights = (
         packed_backbone(cache) if cache.is_file() else kept.read_bytes() if kept.exists() else None
@@ -272,8 +271,7 @@ def copy_backbone(cache: Path, folder: Path) -> None:
 def save_training_state(
     folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Where training stands, in one file by one rename: last.safetensors, with `record` as JSON in
-    its header.
+    """Write the training state into last.safetensors with one rename. record: JSON in its header.
     """
     save_tensors(folder / "last.safetensors", tensors, {"record": json.dumps(record)})
 
@@ -289,7 +287,7 @@ def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in a run."""
+    """Remove incomplete files that a killed process left in a run."""
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
 
@@ -313,7 +311,7 @@ def _read_json(folder: Path, name: str, kind: type) -> Any:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # not UTF-8, broken, a number of thousands of digits, lists in lists
+    ) as error:  # not UTF-8, invalid, a number of thousands of digits, deep nesting
         raise UserError(f"{folder / name} is not JSON: {error}") from error
     if not isinstance(found, kind):
         raise UserError(f"{folder / name} holds {type(found).__name__}, not {kind.__name__}")

@@ -74,7 +74,9 @@ def checkpoint_folder(name: Path | str, **options: Any) -> Path:
 
 
 def copy_shared(source: Path, target: Path) -> None:
-    """Copy a checkpoint's files but those that only training needs; each whole or not at all."""
+    """Copy a checkpoint's files except those that only training needs, each completely or not at
+    all.
+    """
     for name in SHARED:
         if (source / name).is_file():
             with atomic_write(target / name) as temporary:
@@ -84,8 +86,8 @@ def copy_shared(source: Path, target: Path) -> None:
 
 
 def do_not_wait_for_an_absent_hub() -> None:
-    """Where the hub's host does not answer, use its local cache or fail at once: its client retries
-    for a minute.
+    """If the hub's host does not answer, use the local cache or fail at once; the hub's client
+    would retry for a minute.
     """
     host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if urllib.request.getproxies():

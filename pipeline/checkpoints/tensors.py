@@ -1,5 +1,5 @@
-"""safetensors files, written whole or not at all and read strictly: the only format weights are
-kept in.
+"""safetensors files, written completely or not at all and read strictly. Weights are stored in no
+other format.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pipeline.cli import UserError
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors under a temporary name, fsync, rename; `header` is text by name beside them."""
+    """Write tensors under a temporary name, fsync, rename. header: text by name, stored with them.
+    """
     require_utf8(path)
     # clones, because tensors that share memory (a tied layer) are refused otherwise
     own = {
@@ -57,7 +58,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def require_utf8(path: Path) -> None:
-    """UserError for a path that safetensors cannot open."""
+    """Raise UserError for a path that safetensors cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -76,7 +77,7 @@ def _require(path: Path) -> None:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; UserError where it is missing or broken."""
+    """Tensors and header of a file; UserError if it is missing or damaged."""
     _require(path)
     try:
         with safe_open(path, "pt") as file:

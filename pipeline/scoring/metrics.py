@@ -98,8 +98,8 @@ def score(
 def cider(
     references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """CIDEr [S] of each of S `captions` (strings or their tokens) against its image's references;
-    an image may come often.
+    """CIDEr [S] of each of S `captions` (strings or tokens) against the references of its image. An
+    image may occur several times.
     """
     ids = list(image_ids)
     rows = np.array([references.row_of(int(image_id)) for image_id in ids], np.int64)

@@ -214,8 +214,7 @@ def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
 
 
 def compare(card: Card, other: Card) -> dict[str, Any]:
-    """The paired bootstrap of two captioners over the same images: difference, its interval and p,
-    by score.
+    """Paired bootstrap of two captioners over the same images: difference, interval and p by score.
     """
     mine, theirs = card.resampled, other.resampled  # of one seed, so of the same images
     found: dict[str, Any] = {
@@ -274,7 +273,7 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
 
 
 def _missing(card: Card) -> list[str]:
-    """Why scores that belong to the card are not there."""
+    """The reasons why requested scores are missing."""
     return [
         f"{name} not computed: {why}"
         for name, why in card.not_computed.items()
@@ -283,7 +282,7 @@ def _missing(card: Card) -> list[str]:
 
 
 def _names(cards: Sequence[Card]) -> list[str]:
-    """The scores that were asked for."""
+    """The names of the requested scores."""
     return [name for name in NAMES if any(name in card.values for card in cards)]
 
 
