@@ -295,7 +295,7 @@ def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words
     (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
     (["--reward", "nothing"], "is not one of CIDEr"), (["--min-count", 3], "--min-count is of "
                                                                            "a new vocabulary"),
-    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "goes with no --init"),
+    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "cannot be used with --init"),
     (["--decoder-layers", 3], "--decoder-layers is 3"),
 ])  # fmt: skip
 def test_what_the_run_it_begins_with_is_not_is_refused(world, begun, tmp_path, more, complaint):
