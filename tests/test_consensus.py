@@ -90,7 +90,7 @@ def test_one_caption_is_chosen_with_fewer_samples_where_the_choice_is_settled(wo
     """The caption is the first of the order that all samples give, for nearly all images."""
     captioner = load_captioner(world / "run", precision="fp32")
     cache = FeatureCache(world / "cache")
-    regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:40].tolist())))
+    regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:20].tolist())))
     drawn = []
 
     def counting(decoder, memory, options, **rest):
@@ -99,12 +99,12 @@ def test_one_caption_is_chosen_with_fewer_samples_where_the_choice_is_settled(wo
 
     monkeypatch.setattr(captioner_module, "sample", counting)
     every = captioner.generate(regions, num_beams=6, num_return_sequences=6, consensus=200, seed=1)
-    assert sum(drawn) == 40 * 200
+    assert sum(drawn) == 20 * 200
     drawn.clear()
     one = captioner.generate(regions, num_beams=6, consensus=200, seed=1)
-    assert sum(drawn) < 0.8 * 40 * 200
+    assert sum(drawn) < 0.8 * 20 * 200
     same = sum(a[0].text == b[0].text for a, b in zip(one, every, strict=True))
-    assert same >= 38
+    assert same >= 19
 
 
 def test_frequencies_are_kept_with_a_run_and_read_back_the_same(tmp_path):

@@ -162,11 +162,13 @@ def test_the_server_gets_both_files_by_its_names_and_zipped(tmp_path, server):
 def test_what_the_server_would_refuse_is_an_error_before_anything_is_written(
     tmp_path, server, monkeypatch
 ):
+    monkeypatch.setattr(results, "SERVER_IMAGES", {"val": 404, "test": 407})
+    server = {split: of[: results.SERVER_IMAGES[split]] for split, of in server.items()}
     whole = captions(server["val"])
     for given, of, message in (
         ({k: v for k, v in whole.items() if k != 12}, server["val"], "1 lack one, as 12"),
         (whole | {99_999: "a"}, server["val"], "1 are not among them, as 99999"),
-        (whole, server["val"][:-1], "all 40,504 images of val2014"),
+        (whole, server["val"][:-1], "all 404 images of val2014"),
         (whole, [Image(0, "val2017/000000000000.jpg", Path("a"), "all", ())], "of val2014"),
         (whole, [*server["val"][:-1], server["test"][-1]], "of val2014"),
     ):

@@ -40,24 +40,29 @@ def search(captioner, regions, beams, max_length=7, never=(PAD, BOS, UNK), penal
 
 def brute_force(captioner, regions, words, max_length, penalty):
     """The best of all captions over `words`, ended by EOS or cut at the limit."""
-    memory = captioner.encode(regions)
-    best, best_score = None, float("-inf")
-    captions = [
-        [*body, EOS]
-        for length in range(max_length)
-        for body in itertools.product(words, repeat=length)
-    ] + [list(body) for body in itertools.product(words, repeat=max_length)]
-    for caption in captions:
-        tokens = torch.tensor([[[BOS, *caption[:-1]]]])
-        logits = captioner.decode(tokens, memory)[0, 0].detach()
-        logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
-        scores = logits.log_softmax(-1)
-        score = (
-            sum(scores[t, word].item() for t, word in enumerate(caption)) / len(caption) ** penalty
-        )
-        if score > best_score:
-            best, best_score = caption, score
-    return best, best_score
+    found = [
+        (sum(log_p) / len(caption) ** penalty, caption)
+        for caption, log_p in log_p_of_all(captioner, regions, words, max_length)
+    ]
+    score, best = max(found)
+    return best, score
+
+
+def log_p_of_all(captioner, regions, words, max_length):
+    """Every caption over `words`, ended by EOS or cut at the limit, with the log p of each of its
+    words by a plain softmax; captions of one length are read together.
+    """
+    memory, found = captioner.encode(regions), []
+    for length in range(max_length + 1):
+        bodies = itertools.product(words, repeat=length)
+        captions = [[*body, EOS][:max_length] for body in bodies]
+        tokens = torch.tensor([[[BOS, *caption[:-1]] for caption in captions]])
+        logits = captioner.decode(tokens, memory)[0].detach()
+        logits[..., [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
+        chosen = torch.tensor(captions)[..., None]
+        log_p = logits.log_softmax(-1).gather(-1, chosen)[..., 0]
+        found += zip(captions, log_p.tolist(), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
@@ -237,17 +242,11 @@ def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(severa
 
 def all_captions(captioner, regions, words, max_length, penalty, keep=lambda body: True):
     """Every caption over `words` whose words pass `keep`, with its score and log p, best first."""
-    memory = captioner.encode(regions)
     found = []
-    for length in range(max_length + 1):
-        for body in itertools.product(words, repeat=length):
-            if not keep(list(body)):
-                continue
-            caption = [*body, EOS][:max_length]
-            logits = captioner.decode(torch.tensor([[[BOS, *caption[:-1]]]]), memory)[0, 0].detach()
-            logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
-            log_p = logits.log_softmax(-1)[range(len(caption)), caption].sum().item()
-            found.append((log_p / len(caption) ** penalty, log_p, list(body)))
+    for caption, log_p in log_p_of_all(captioner, regions, words, max_length):
+        body = caption[:-1] if caption[-1] == EOS else caption
+        if keep(body):
+            found.append((sum(log_p) / len(caption) ** penalty, sum(log_p), body))
     return sorted(found, reverse=True)
 
 
