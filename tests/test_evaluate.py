@@ -369,11 +369,11 @@ def test_limit_takes_the_first_captions_of_the_file(at):
 
 def test_broken_and_missing_files_are_refused_by_name(at):
     (at / "res.json").write_text('[{"image_id": 1, "capt')
-    assert f"{at}/res.json is not whole JSON" in refused(evaluate.main, *files(at))
+    assert f"{at}/res.json is not complete JSON" in refused(evaluate.main, *files(at))
     assert f"{at}/no.json: No such file" in refused(evaluate.main, *files(at, "no.json"))
     put(at / "res.json", CAPTIONS)
     (at / "refs.json").write_text(json.dumps(COCO)[:300])
-    assert f"{at}/refs.json is not whole JSON" in refused(evaluate.main, *files(at))
+    assert f"{at}/refs.json is not complete JSON" in refused(evaluate.main, *files(at))
     (at / "refs.json").write_text(json.dumps({**COCO, "annotations": []}))
     assert "has images but no captions" in refused(evaluate.main, *files(at))
 

@@ -46,7 +46,7 @@ def test_results_are_read_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"image_id": 1, "capt', "is not whole JSON"),
+        ('[{"image_id": 1, "capt', "is not complete JSON"),
         ({"images": []}, "not in COCO results format"),
         ([1, 2], "not in COCO results format"),
         ([], "holds no captions"),
@@ -56,10 +56,10 @@ def test_results_are_read_as_they_are_written(tmp_path):
         ([{"image_id": 7, "caption": ["a"]}], r'image 7: the caption is \["a"\], not a string'),
         (
             [{"image_id": 7, "caption": "a \ud800 dog"}],
-            "image 7: the caption .* has half a character",
+            "image 7: the caption .* contains a lone surrogate, which is half a character",
         ),
-        ("[" * 100_000, "is not whole JSON"),
-        ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not whole JSON"),
+        ("[" * 100_000, "is not complete JSON"),
+        ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not complete JSON"),
         ([{"image_id": 7, "caption": None}], "image 7: the caption is null, not a string"),
         (
             [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}],

@@ -376,12 +376,12 @@ def test_karpathy_wants_one_dataset_file_or_its_name(tmp_path):
         ({"sentences": [{"raw": 5}]}, "the caption is 5, not a string"),
         ({"sentences": [{}]}, '"raw" text or "tokens"'),
         ({"sentences": 7}, '"raw" text or "tokens"'),
-        ({"split": "trian"}, "no split 'trian'"),
-        ({"split": None}, "no split None"),
+        ({"split": "trian"}, "unknown split 'trian'"),
+        ({"split": None}, "unknown split None"),
         ({"imgid": "7"}, "image id '7' is not"),
-        ({"imgid": 2**63}, "is not a whole number of 64 bits"),
-        ({"filename": "../a.jpg"}, "leads out of the root"),
-        ({"filepath": "/etc"}, "leads out of the root"),
+        ({"imgid": 2**63}, "is not an integer of 64 bits"),
+        ({"filename": "../a.jpg"}, "is outside the root"),
+        ({"filepath": "/etc"}, "is outside the root"),
     ],
 )
 def test_a_karpathy_entry_that_is_wrong_is_named(tmp_path, entry, message):
@@ -449,11 +449,11 @@ def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
         ({"images": [{"id": 1.5, "file_name": "a.jpg"}]}, "image id 1.5"),
         (
             {"images": [{"id": 1, "file_name": "a/../../b.jpg"}]},
-            "'a/../../b.jpg' leads out of the root",
+            "'a/../../b.jpg' is outside the root",
         ),
         (
             {"images": [{"id": 1, "file_name": "/etc/passwd"}]},
-            "'/etc/passwd' leads out of the root",
+            "'/etc/passwd' is outside the root",
         ),
         ({"images": [{"id": 1, "file_name": ""}]}, "'' is not a file name"),
         ({"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "is not UTF-8"),
@@ -483,7 +483,7 @@ def test_two_images_with_one_id_are_both_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [('{"images": [', "not whole JSON"), ("[]", "no list of objects")]
+    "content, message", [('{"images": [', "not complete JSON"), ("[]", "no list of objects")]
 )
 @pytest.mark.parametrize("dataset", ["coco", "karpathy"])
 def test_broken_json_is_named(tmp_path, dataset, content, message):
@@ -670,8 +670,8 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
             '{"file_name": "a.jpg", "captions": ["x", 3]}',
             "line 1: the caption is 3, not a string",
         ),
-        ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
-        ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: unknown split 'trian'"),
+        ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' is outside the root"),
         (
             "metadata.jsonl",
             '{"file_name": "a.jpg", "split": "val"}\n{"file_name": "a.jpg", "split": "test"}',
@@ -1097,7 +1097,7 @@ def test_a_name_that_may_mean_two_photographs_is_missing(tmp_path, names, there,
 def test_backslashes_do_not_lead_out_of_the_root(tmp_path):
     touch(tmp_path, "a.jpg", "root/b.jpg")
     write(tmp_path / "root/metadata.jsonl", json.dumps({"file_name": "..\\a.jpg", "text": "x"}))
-    assert "leads out of the root" in refusal("folder", tmp_path / "root")
+    assert "is outside the root" in refusal("folder", tmp_path / "root")
 
 
 def test_images_without_captions_are_counted_and_five_are_named(tmp_path):
