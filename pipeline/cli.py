@@ -309,7 +309,8 @@ class _Command(click.Command):
             raise
 
     def _chosen(self, ctx: click.Context, args: Sequence[str]) -> dict[str, str]:
-        """The extension names chosen by the command line, else by --config, else by the defaults.
+        """The extension names chosen by the command line, else by --config, else by the
+        defaults.
         """
         recorded: Mapping[str, Any] = {}
         if path := _value_of("--config", args):
@@ -374,7 +375,8 @@ class _Command(click.Command):
 
 
 def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The last value of an option on the command line, given as `--flag value` or `--flag=value`.
+    """The last value of an option on the command line, given as `--flag value` or
+    `--flag=value`.
     """
     found = None
     for number, text in enumerate(args):

@@ -225,7 +225,8 @@ def prepare_folder(cache: Path, recipe: Recipe) -> None:
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
-    """The record beside the identity. A difference in it changes at most the last digits of a row.
+    """The record beside the identity. A difference in it changes at most the last digits of a
+    row.
     """
     return {
         "precision": BF16 if machine.precision == "bf16" else machine.precision,

@@ -577,7 +577,7 @@ def test_captioning_from_python_takes_a_photograph_in_any_form_and_gives_one_cap
     assert [captioner.caption(form) for form in forms] == captioner.caption(forms) == [text] * 5
     assert captioner.caption([path]) == [text] and captioner.caption([]) == []
     with pytest.raises(
-        TypeError, match="photograph number 1 is of type NoneType; taken are a path"
+        TypeError, match="photograph number 1 is of type NoneType; accepted: a path"
     ):
         captioner.caption([path, None])
     with pytest.raises(DataError, match=r"photograph number 1 \(bytes\): not an image"):

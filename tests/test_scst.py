@@ -70,6 +70,7 @@ def through(world, begun, tmp_path_factory) -> Path:
 
 
 GREEDY = pytest.param(["--baseline", "greedy"], marks=pytest.mark.slow)
+BEAMS = pytest.param(["--samples", "beam", "--accumulate", 2], marks=pytest.mark.slow)
 NOISY = ["--dropout", 0.1, "--ema", 0.9, "--accumulate", 2]
 
 
@@ -99,6 +100,7 @@ def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp
     )
 
 
+@pytest.mark.slow
 def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     works(
         train.main,
@@ -110,7 +112,9 @@ def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # two fifths of the steps against two fifths
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 6, 11])
+@pytest.mark.parametrize(
+    "step", [0, 4, 6, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 11))]
+)
 def test_a_run_stopped_at_any_step_goes_on_exactly(
     world, begun, through, tmp_path, monkeypatch, step
 ):
@@ -160,7 +164,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     assert_same_run(through, tmp_path / "run")
 
 
-@pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], GREEDY])
+@pytest.mark.parametrize("more", [[], BEAMS, GREEDY])
 def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
     """A last batch that leaves a rank without an image; fp32."""
     plain = [
@@ -295,7 +299,7 @@ def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words
     (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
     (["--reward", "nothing"], "is not one of CIDEr"), (["--min-count", 3], "--min-count is of "
                                                                            "a new vocabulary"),
-    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "goes with no --init"),
+    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "cannot be used with --init"),
     (["--decoder-layers", 3], "--decoder-layers is 3"),
 ])  # fmt: skip
 def test_what_the_run_it_begins_with_is_not_is_refused(world, begun, tmp_path, more, complaint):

@@ -259,7 +259,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(world, tmp_path):
 # -------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--cache-in", "ram"]])
+BY_TORCHRUN = pytest.param(["--accumulate", "2", "--cache-in", "ram"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [[], BY_TORCHRUN])
 def test_two_processes_train_as_one_does(world, tmp_path, more):
     """Captions of unequal number and length a rank, a last batch that leaves a rank without an
     image, fp32, no dropout. The second case is begun by torchrun itself.

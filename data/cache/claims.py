@@ -72,7 +72,9 @@ class Claims:
             _claim_path(shard).unlink(missing_ok=True)
 
     def _put_aside(self, path: Path) -> None:
-        """Remove an abandoned claim. A claim that another process has just taken over is put back."""
+        """Remove an abandoned claim. A claim that another process has just taken over is put
+        back.
+        """
         owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.rename(aside)

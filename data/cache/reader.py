@@ -322,7 +322,10 @@ class FeatureCache:
                 self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
-        # The cells of whole photographs are the same for each: no need to read them row by row.
+        # All whole photographs have the same cells: they are not read row by row.
+        self._crops = {
+            view for view, name in enumerate(self.views, start=1) if name.startswith("crop")
+        }
         self._cells = (
             self._maps[0][0][1][0].copy() if has_same_cells(self.identity) and self._files else None
         )
@@ -415,10 +418,12 @@ class FeatureCache:
         if not tables_only:
             for target, (parts, row) in zip(rows.features, places, strict=True):
                 target[...] = parts[0][row]
+        own_boxes: Iterable[int] = range(len(places))
         if self._cells is not None:
             rows.boxes[:], rows.counts[:] = self._cells, len(self._cells)
-            return rows
-        for at, (parts, row) in enumerate(places):
+            own_boxes = [at for at, view in enumerate(views or ()) if view in self._crops]
+        for at in own_boxes:
+            parts, row = places[at]
             rows.boxes[at], rows.counts[at] = parts[1][row], parts[2][row]
         return rows
 

@@ -41,7 +41,8 @@ class Dropout(nn.Module):
 
 
 def drop_regions(regions: Regions, p: float) -> Regions:
-    """Leave out a random share `p` of each image's regions. The others keep their order and boxes.
+    """Leave out a random share `p` of each image's regions. The others keep their order and
+    boxes.
     """
     if p == 0:
         return regions

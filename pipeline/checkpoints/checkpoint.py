@@ -139,7 +139,8 @@ def load_record(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder strictly; UserError names what is missing, unknown or does not fit.
+    """Open a checkpoint folder strictly; UserError names what is missing, unknown or does not
+    fit.
     """
     config = load_record(folder)
     captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
@@ -271,7 +272,8 @@ def copy_backbone(cache: Path, folder: Path) -> None:
 def save_training_state(
     folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write the training state into last.safetensors with one rename. record: JSON in its header.
+    """Write the training state into last.safetensors with one rename. record: JSON in its
+    header.
     """
     save_tensors(folder / "last.safetensors", tensors, {"record": json.dumps(record)})
 

@@ -20,7 +20,8 @@ from pipeline.cli import UserError
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors under a temporary name, fsync, rename. header: text by name, stored with them.
+    """Write tensors under a temporary name, fsync, rename. header: text by name, stored with
+    them.
     """
     require_utf8(path)
     # clones, because tensors that share memory (a tied layer) are refused otherwise

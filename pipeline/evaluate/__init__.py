@@ -98,7 +98,8 @@ def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | 
 
 
 def write_card(job: Job, card: Card) -> None:
-    """Write scores.json and the scores of each image; nothing for a file of captions without --out.
+    """Write scores.json and the scores of each image; nothing for a file of captions without
+    --out.
     """
     if job.out is None:
         return

@@ -28,7 +28,8 @@ class Statistic:
 
 
 def mean_of(name: str, per_image: np.ndarray) -> Statistic:
-    """The statistic of a score that is a mean over images. Images whose score is NaN are left out.
+    """The statistic of a score that is a mean over images. Images whose score is NaN are left
+    out.
     """
     there = ~np.isnan(per_image)
     sums = np.stack([np.where(there, per_image, 0), there], axis=1)

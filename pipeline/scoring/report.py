@@ -214,7 +214,8 @@ def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
 
 
 def compare(card: Card, other: Card) -> dict[str, Any]:
-    """Paired bootstrap of two captioners over the same images: difference, interval and p by score.
+    """Paired bootstrap of two captioners over the same images: difference, interval and p by
+    score.
     """
     mine, theirs = card.resampled, other.resampled  # of one seed, so of the same images
     found: dict[str, Any] = {

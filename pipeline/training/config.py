@@ -386,7 +386,8 @@ class TrainConfig(SourceOptions):
         )
 
     def _refuse_changed(self, what: str, *names: str) -> None:
-        """Raise UserError if one of these settings, which would have no effect, is not its default.
+        """Raise UserError if one of these settings, which would have no effect, is not its
+        default.
         """
         defaults = {item.name: item.default for item in fields(self)}
         for name in names:

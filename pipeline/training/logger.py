@@ -41,7 +41,8 @@ class Journal:
     def begin(
         self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None
     ) -> None:
-        """Start the log, or continue it: later lines that a killed start had written are removed.
+        """Start the log, or continue it: later lines that a killed start had written are
+        removed.
         """
         within = (
             [line for line in self._read() if "seconds" not in line and line["step"] <= step]

@@ -287,7 +287,8 @@ def averaged(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM finishes the step and saves; the second ends the process at once.
+    """The first Ctrl-C or SIGTERM finishes the step and saves; the second ends the process at
+    once.
     """
 
     def restore(signum: int) -> None:
