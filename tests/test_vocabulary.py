@@ -107,7 +107,7 @@ def test_a_caption_cut_at_the_limit_has_no_end(tmp_path):
 def test_an_image_without_captions_or_without_a_word_is_named(tmp_path):
     with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) has no caption"):
         captioned(tmp_path, {0: ("a dog",), 1: ()})
-    with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) hold no word"):
+    with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) contain no words"):
         captioned(tmp_path, {0: ("a dog",), 1: ("...",)})
 
 
