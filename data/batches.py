@@ -81,7 +81,7 @@ class Batch:
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """Move the regions to a device. The tokens stay on the CPU: their lengths are read there."""
+        """Move the regions to a device. The tokens stay on the CPU, where they are packed."""
         features, boxes, counts = (
             part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
         )

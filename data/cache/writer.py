@@ -31,7 +31,6 @@ from data.cache.reader import (
     Rows,
     Unreadable,
     datasets_of,
-    endings,
     has_same_cells,
     iterate,
     open_shard,
@@ -39,6 +38,7 @@ from data.cache.reader import (
     reading_shard,
     shard_paths,
     system_errors,
+    view_suffixes,
     views_of,
 )
 from data.files import atomic_write, atomic_write_text
@@ -200,7 +200,7 @@ def write_shard(
     disk that is full.
     """
     arrays: dict[str, np.ndarray] = {}
-    for end, part in zip(endings(views_of(provenance)), rows, strict=True):
+    for end, part in zip(view_suffixes(views_of(provenance)), rows, strict=True):
         features = part.features.astype(np.float16, copy=False)
         for photo, row in zip(kept, features, strict=True):
             if not np.isfinite(row).all():
@@ -412,7 +412,7 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
                 )
             if identity is not None and found != identity:
                 problems.append(f"{path}: it belongs to another cache")
-            for row, end in itertools.product(range(rows), endings(views_of(provenance))):
+            for row, end in itertools.product(range(rows), view_suffixes(views_of(provenance))):
                 if (
                     zlib.crc32(np.ascontiguousarray(file[f"features{end}"][row]).data)
                     != file[f"crc32{end}"][row]
