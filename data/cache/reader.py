@@ -57,7 +57,12 @@ PER_VIEW = ("features", "boxes", "counts", "crc32")
 
 
 class Rows(NamedTuple):
-    """Rows of n images: features [n,R,C] float16, boxes [n,R,4] float32 in 0..1, counts [n] int16."""
+    """Rows of n images.
+
+    features: [n,R,C] float16.
+    boxes: [n,R,4] float32, x0 y0 x1 y1 in 0..1.
+    counts: [n] int16, number of regions.
+    """
 
     features: np.ndarray
     boxes: np.ndarray
@@ -351,10 +356,8 @@ class FeatureCache:
                 )
         _check_layout(path, file, len(ids), self.shape, self.views)
         for maps, suffix in zip(self._maps, view_suffixes(self.views), strict=True):
-            features, boxes = (
-                _map(file[f"features{suffix}"], path),
-                _map(file[f"boxes{suffix}"], path),
-            )
+            features = _map(file[f"features{suffix}"], path)
+            boxes = _map(file[f"boxes{suffix}"], path)
             counts = file[f"counts{suffix}"][:]
             if counts.min() < 0 or counts.max() > self.shape[0]:
                 raise ValueError(f"counts{suffix} are not all in 0 to {self.shape[0]}")
