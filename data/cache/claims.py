@@ -25,7 +25,7 @@ TOUCH_SECONDS, LEASE_SECONDS = 10, 120  # seconds
 
 
 class Claims:
-    """The shards that this process writes. A context manager, which releases all of them at exit."""
+    """The shards that this process writes. A context manager; it releases all of them at exit."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -74,18 +74,15 @@ class Claims:
             _claim_path(shard).unlink(missing_ok=True)
 
     def _remove_abandoned(self, path: Path) -> None:
-        """Remove an abandoned claim. A claim that another process has just taken over is put
-        back.
-        """
+        """Remove an abandoned claim. If another process has just taken it over, restore it."""
         owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.rename(aside)
         except FileNotFoundError:  # another process removed it first
             return
         if _owner(aside) != owner:
-            with contextlib.suppress(
-                OSError
-            ):  # it exists again, or the file system has no hard links
+            # OSError: the claim exists again, or the file system has no hard links.
+            with contextlib.suppress(OSError):
                 os.link(aside, path)
         aside.unlink()
 
@@ -156,7 +153,7 @@ def _alive(pid: int, start: str) -> bool:
 
 
 def sweep(cache: Path) -> None:
-    """Remove files that killed processes left: claims of finished shards and old temporary files."""
+    """Remove files of killed processes: claims of finished shards and old temporary files."""
     for claim in cache.glob(".shard-*.claim"):
         if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
             claim.unlink(missing_ok=True)

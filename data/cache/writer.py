@@ -65,9 +65,9 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
 
     The plan depends only on the images and the existing shards, so that every process computes the
     same plan at any time. The digest of its images identifies a plan. Images that shards of other
-    plans contain (another split, a smaller folder) are omitted. An image may be in no shard although
-    the file of its planned shard exists: another plan used the file name, or its shard was removed.
-    Such images get additional shards, numbered after all others.
+    plans contain (another split, a smaller folder) are omitted. An image may be in no shard
+    although the file of its planned shard exists: another plan used the file name, or the image's
+    own shard was removed. Such images get additional shards, numbered after all others.
     """
     digest, total = _digest(images), _shard_count(images)
     existing = _read_existing(cache)
@@ -232,7 +232,7 @@ def write_shard(
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)
             file.attrs["crc32"] = _tables_crc32(file)
     except FileNotFoundError:
-        # Another process may have taken over the shard, written it, and removed this temporary file.
+        # Another process may have taken over the shard and removed this temporary file.
         if not shard.path.exists():
             raise
 
