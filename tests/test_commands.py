@@ -352,7 +352,7 @@ def test_a_server_s_files_are_refused_before_decoding_where_the_split_is_not_who
         "--out",
         tmp_path / "scores.json",
     ]
-    assert "the server takes all 40,504" in refused(
+    assert "the server accepts all 40,504" in refused(
         evaluate.main, *at(world), *options, "--server", "ours"
     )
     assert "no --limit" in refused(

@@ -514,7 +514,7 @@ def test_a_png_with_megabytes_of_text_is_read_up_to_a_bound(tmp_path):
         halves().save(tmp_path / "p.png", pnginfo=info)
         reason = Photographs([tmp_path / "p.png"], PLAIN)[0][1]
         assert (reason == "") is fits and (
-            fits or "more than 64 MB; save it without metadata" in reason
+            fits or "larger than 64 MB; save the PNG without metadata" in reason
         )
 
 

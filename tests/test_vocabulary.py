@@ -294,7 +294,7 @@ def test_a_vocabulary_of_pieces_is_never_larger_than_asked(size):
 def test_a_tokenizer_of_other_pieces_is_refused():
     pytest.importorskip("tokenizers")
     one, two = (Subwords.build([words] * 3, 30) for words in (["a", "dog"], ["the", "cats"]))
-    with pytest.raises(DataError, match="other pieces"):
+    with pytest.raises(DataError, match="other subwords"):
         Subwords(one.words, two.tokenizer).encode(["a"])
 
 
