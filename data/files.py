@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
-    """Context manager: yields a temporary path in the same folder, and renames it to `path` at exit.
+    """Context manager: yields a temporary path in the same folder and renames it to `path` at exit.
 
     Readers never see an incomplete file. After an error, `path` is unchanged.
 

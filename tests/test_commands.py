@@ -721,7 +721,7 @@ def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(
     for name, source in zip(("a.jfif", "b.JPE"), photos(world, 2), strict=True):
         shutil.copy(source, tmp_path / name)
     (tmp_path / "c.heic").write_bytes(b"x")
-    line = "1 file left out: .heic 1; pip install -e '.[heic]' reads .heic"
+    line = "1 file ignored: .heic 1; to read .heic: pip install -e '.[heic]'"
     output = works(caption.main, tmp_path, "--checkpoint", world / "run")
     assert line in output and "a.jfif: " in output and "b.JPE: " in output
     small = ["--dataset", "folder", *LOOK]
