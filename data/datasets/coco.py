@@ -143,7 +143,7 @@ def _entries(file: Path) -> list[tuple[int, str, object, tuple[str, ...]]]:
                 "remove the annotation or add the image"
             )
         check_caption(entry.get("caption"), where)
-    # COCO(file) is not used, because it reads with the locale's encoding. Categories are not passed,
+    # COCO(file) is not used: it reads with the encoding of the locale. Categories are not passed,
     # because COCO fails on the categories that some converters write.
     coco = COCO()
     coco.dataset = {"images": content["images"], "annotations": annotations}
