@@ -33,7 +33,7 @@ from data import DataError
 
 FORMAT = 2
 WIDTH, HEIGHT = 256, 192
-# Minimum distance of two centres: more than two large shapes, and than a cell of a 5x5 feature grid.
+# Minimum distance of two centres: more than two large shapes or a cell of a 5x5 feature grid.
 MIN_DISTANCE = 0.28 * WIDTH
 MIN_OFFSET = 10  # a relation is true if the centres differ by at least this many pixels
 CLEAR_RATIO = 1.3  # minimum ratio of the two axes in a caption, so that no relation is ambiguous
@@ -179,7 +179,7 @@ def _apart(a: Thing, b: Thing) -> bool:
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Return the RGB picture: a gradient, antialiased things in shades of their colours, and noise."""
+    """Return the RGB picture: a gradient, antialiased things in shades of their colours, noise."""
     # one colour per corner, close to grey
     tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3))
     picture = Image.fromarray(tones.astype(np.uint8)).resize(
@@ -269,11 +269,14 @@ _MEANING |= {colour: ("colour", colour) for colour in COLOURS} | {
 }
 _RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
 _ATTRIBUTES = " (?:and |in |of )?".join([_either(_MEANING)] * 3) + "(?: size)?"
+_GROUPS = {
+    "a": f"(?:a|an|the) (?P<a>{_ATTRIBUTES})",
+    "b": f"(?:a|an|the) (?P<b>{_ATTRIBUTES})",
+    "relation": f"(?P<relation>{_either(_RELATION_OF)})",
+}
 _GRAMMAR = [
-    re.compile(sentence.format(a=f"(?:a|an|the) (?P<a>{_ATTRIBUTES})", b=f"(?:a|an|the) (?P<b>{_ATTRIBUTES})",
-                               relation=f"(?P<relation>{_either(_RELATION_OF)})").replace(",", ""))
-    for sentence in _PARSED_SENTENCES
-]  # fmt: skip
+    re.compile(sentence.format(**_GROUPS).replace(",", "")) for sentence in _PARSED_SENTENCES
+]
 
 
 def is_true(caption: str, scene: Scene) -> bool:
