@@ -3,7 +3,7 @@
     python -m benchmarks.cache [--json FILE]
 
 The simple file has one fp32 dataset per image and is opened for each read. A batch is 64 random
-rows of 49 x 2048; the cache has 10,000 rows (2 GB in float16). The page cache is warm, because every
+rows of 49 x 2048; the cache has 10,000 rows (2 GB in float16). The page cache is warm because every
 row is read once before, as in a first epoch. The destination is reused. The same reads are then
 timed in four processes at once.
 """
