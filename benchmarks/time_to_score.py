@@ -22,7 +22,18 @@ import click
 from benchmarks.measure import header, real_option, report
 from pipeline.cli import UserError
 
-RECIPE = "--preset small --epochs 4 --dropout 0.1 --lr 0.0006 --ema 0.99".split()
+RECIPE = [
+    "--preset",
+    "small",
+    "--epochs",
+    "4",
+    "--dropout",
+    "0.1",
+    "--lr",
+    "0.0006",
+    "--ema",
+    "0.99",
+]
 
 
 @click.command(context_settings={"show_default": True})
