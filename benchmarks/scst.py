@@ -243,7 +243,7 @@ def twin_loss(captioner: Transformer, batch: Batch, rewards: Rewards, samples: i
     words = torch.full((len(regions.features), 1, 1), BOS, device=regions.features.device)
     log_p = []
     for _ in range(LIMIT):
-        drawn, likely = draw(captioner.logits(captioner.read(words, memory)[:, 0, -1]))
+        drawn, likely = draw(captioner.logits(captioner.decode_states(words, memory)[:, 0, -1]))
         words = torch.cat([words, drawn[:, None, None]], 2)
         log_p.append(likely)
     return reinforce(words[:, 0, 1:], torch.stack(log_p, 1), batch, rewards, samples)

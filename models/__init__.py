@@ -1,11 +1,11 @@
-"""Tensors in, tensors out: the frozen backbones, the captioner, its search and its loss.
+"""Models that map tensors to tensors: backbones, decoders, text generation and losses.
 
-No paths, files or flags.
+This package reads no files and no command-line options.
 """
 
-# beams, samples or captions of an image in commands: more need minutes and gigabytes for each
-MOST_CAPTIONS = 1000
+# Largest number of beams, samples or captions of one image. More need minutes and gigabytes each.
+MAX_CAPTIONS = 1000
 
 
 class ModelError(ValueError):
-    """A model that cannot be built as asked; the message names the thing and what mends it."""
+    """A model cannot be built or run. The message names the setting and a fix."""

@@ -1,4 +1,4 @@
-"""The decoders by name."""
+"""The registry of decoders, by name."""
 
 from __future__ import annotations
 

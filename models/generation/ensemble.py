@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decoders.attention import KVCache
-from models.decoders.interface import Decoder, ExactScores, Memory
+from models.decoders.interface import Decoder, ExactLogits, Memory
 from models.regions import Regions
 
 
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
 
     def next_words(
         self, tokens: Tensor, memory: Memories, cache: Caches
-    ) -> tuple[Tensor, ExactScores | None]:
+    ) -> tuple[Tensor, ExactLogits | None]:
         """As Decoder.next_words, of the logs of the mean probabilities."""
         outputs = [
             one.next_words(tokens, part, own)

@@ -33,7 +33,7 @@ from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
-from models import MOST_CAPTIONS, ModelError
+from models import MAX_CAPTIONS, ModelError
 from models.decoders.interface import Decoder
 from models.decoders.registry import DECODERS
 from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
@@ -244,13 +244,13 @@ def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
     beam, penalty = decoding.get("beam"), decoding.get("length_penalty")
     fits = (
         type(beam) is int
-        and 1 <= beam <= MOST_CAPTIONS
+        and 1 <= beam <= MAX_CAPTIONS
         and (type(penalty) is int or type(penalty) is float)
         and abs(penalty) <= 10
     )
     if not fits or len(decoding) != 2:
         raise UserError(
-            f"{path}: decoding must be a beam of 1 to {MOST_CAPTIONS} and a length_penalty of "
+            f"{path}: decoding must be a beam of 1 to {MAX_CAPTIONS} and a length_penalty of "
             f"-10 to 10: {decoding}"
         )
 
