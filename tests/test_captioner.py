@@ -178,7 +178,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_way(smoothing, monkeyp
     """One caption a row with its own copy of the regions, padded, F.cross_entropy, torch's own
     gradients.
     """
-    monkeypatch.setattr(losses, "ROWS", 4)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 4)
     captioner, regions = tiny(), some_regions(3)
     regions = regions._replace(counts=torch.tensor([5, 3, 4]))
     tokens = some_tokens(3, 4, 7)

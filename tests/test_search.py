@@ -358,7 +358,7 @@ def test_every_rule_holds_on_every_caption_of_every_way_to_decode(seed):
 
 def test_rules_that_no_caption_keeps_are_an_error():
     captioner = tiny()
-    with pytest.raises(ModelError, match="no caption was found that keeps all rules"):
+    with pytest.raises(ModelError, match="no caption satisfies all constraints"):
         generate_from_regions(
             captioner, some_regions(2), force_words_ids=((4,),), bad_words_ids=((4,),)
         )
@@ -367,7 +367,7 @@ def test_rules_that_no_caption_keeps_are_an_error():
 def test_samples_that_the_rules_leave_no_word_are_an_error_or_left_out():
     captioner, regions = tiny(), some_regions(2)
     rules = {"do_sample": True, "no_repeat_ngram_size": 1, "num_return_sequences": 5}
-    with pytest.raises(ModelError, match="no caption was found"):
+    with pytest.raises(ModelError, match="no caption satisfies all constraints"):
         generate_from_regions(
             captioner, regions, min_length=7, suppress_tokens=(PAD, BOS, UNK, 7, 8, 9, 10), **rules
         )
@@ -522,7 +522,7 @@ def plain_samples(captioner, regions, uniforms, options):
 @pytest.mark.parametrize("distinct", [0.0, 0.8, 2.0])
 def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, count, distinct):
     """distinct: 0: each sample has its own row at once; 2: equal ones share a row to the end."""
-    monkeypatch.setattr(sampling, "DISTINCT", distinct)
+    monkeypatch.setattr(sampling, "MAX_DISTINCT_SHARE", distinct)
     captioner, regions = tiny(), some_regions(3)
     captioner.output_bias.data[EOS] = 1.0  # captions of all lengths
     options = Generation(
