@@ -119,7 +119,7 @@ def unwrapped(module: nn.Module) -> Any:
 class OutputLoss(torch.autograd.Function):
     """Output layer and cross-entropy with label smoothing in one function, with its own gradient.
 
-    With logits z = states @ weight.T + bias, target t, smoothing e and V words, the loss of a row is
+    With logits z = states @ weight.T + bias, target t, smoothing e and V words, each row has
 
         loss = logsumexp(z) - (1 - e) z[t] - e mean(z)
         d loss / d z = softmax(z) - e/V - (1 - e) onehot(t)

@@ -1,4 +1,4 @@
-"""What every backbone offers. Extraction, caches and captioning use nothing else."""
+"""The interface of backbones, used by extraction, caches and captioning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from models.regions import Regions
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen network that gives the regions of photographs.
+    """A frozen network that computes the regions of photographs.
 
-    name: as messages call it.
-    from_hub: whether its weights can be fetched again by its identity; if not, caches keep a copy.
+    name: the name for messages.
+    from_hub: whether the identity is enough to download the weights again. If not, each cache keeps
+        a copy of the weights.
     """
 
     name: str
@@ -24,28 +25,31 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Regions R of an image at most, and channels C."""
+        """(R, C): the maximum number of regions per image, and the number of channels."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows to be used together, as JSON has it; `regions` is the kind's
-        name in its registry.
+        """The properties that must be equal so that rows can be used together, as JSON values.
+
+        The entry `regions` is the name of the kind of regions in its registry.
         """
 
     @abstractmethod
     def framing(self) -> dict[str, Any]:
-        """How a photograph becomes its input: size (H, W), interpolation, resize, fill (RGB), as
-        data.images.Framing has them.
+        """The preprocessing of photographs: size (H, W), interpolation, resize and fill (RGB).
+
+        These are the fields of data.images.Framing.
         """
 
     @abstractmethod
     def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
-        """Regions of uint8 `pixels` [B,3,H,W], RGB, of the framing's size; features [B,R,C]
-        float32.
+        """Compute the regions of images; the features are [B,R,C] float32.
 
-        view_boxes: [B,4] the part of the photograph that each shows; None: the whole photograph.
+        pixels: [B,3,H,W] uint8, RGB, with the size of `framing`.
+        view_boxes: [B,4], the part of the photograph that each image shows, x0 y0 x1 y1; None: the
+            whole photograph.
         """
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights that a cache keeps a copy of."""
+        """The weights that are copied into caches."""
         return self.state_dict()

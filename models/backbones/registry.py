@@ -1,4 +1,4 @@
-"""Backbones by name."""
+"""The registry of grid backbones, by name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def create_backbone(
     grid: tuple[int, int] | None = None,
     resize: str = "stretch",
 ) -> GridBackbone:
-    """Build a backbone by name; `arguments` go to timm's `create_model`; `pretrained` fetches the
-    hub's weights.
+    """Build a backbone by name.
 
-    Without `pretrained` the weights are drawn from `seed`. ModelError for an unknown name (with the
-    nearest one), an argument that the model does not take, or a hub that cannot be reached.
+    name: a model of timm, or `torchvision/NAME`.
+    arguments: arguments of the library's model constructor.
+    pretrained: download the pretrained weights. Otherwise the weights are random.
+    seed: seed of the random weights.
+    size: (H, W) of the input; None: the size that belongs to the weights.
+    grid: (h, w), pool the feature map to this size; None: no pooling.
+    resize: how a photograph is resized, one of data.images.RESIZES.
 
-    size: (H, W) of the input in place of the weights' own.
-    grid: cells (h, w) that the feature map is pooled to; None: as it comes.
-    resize: how a photograph becomes the input, one of data.images.RESIZES.
+    Raises ModelError for an unknown name, for arguments that the model does not accept, and if the
+    weights cannot be downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,13 +50,14 @@ def create_backbone(
 
 
 def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a backbone's weights, without the memory for them; None where it cannot
-    be built that way.
+    """Names and shapes of the weights of a backbone, without memory for the weights.
+
+    Returns None if the backbone cannot be built on torch's meta device.
     """
     build = torchvision.build_network if name.startswith("torchvision/") else timm.build_network
     try:
         with torch.device("meta"):
             network, _, _ = build(name, dict(arguments), False)
-    except (RuntimeError, NotImplementedError, ModelError):  # some compute while they are built
+    except (RuntimeError, NotImplementedError, ModelError):  # some constructors compute values
         return None
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
