@@ -30,14 +30,14 @@ from models.losses import caption_loss
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
+    check_features,
     copy_backbone,
     load_checkpoint,
     load_record,
     load_vocabulary,
-    refuse_other_features,
+    remove_temporary_files,
     save_description,
     save_weights,
-    sweep,
 )
 from pipeline.checkpoints.hub import checkpoint_folder
 from pipeline.checkpoints.tensors import require_utf8
@@ -127,7 +127,7 @@ def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeature
     if config.resume and (folder / "last.safetensors").exists():
         return Begun(load_record(folder)["model"], load_vocabulary(folder), None)
     found = load_checkpoint(checkpoint_folder(config.init))
-    refuse_other_features(found, cache)
+    check_features(found, cache)
     if found.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
             f"--init {config.init} was trained on dev too, so dev cannot choose the best epoch: "
@@ -593,7 +593,7 @@ def resume(run: Run) -> Run:
             "--resume"
         )
     if run.machine.rank == 0:
-        sweep(run.folder)
+        remove_temporary_files(run.folder)
     if not (run.folder / "last.safetensors").exists():
         say(f"{run.folder} ended before its first save: starting it again")
         run.journal.begin()

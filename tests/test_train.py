@@ -536,7 +536,7 @@ def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
         (tmp_path / "run" / name).write_text(kept)
     state = load_file(tmp_path / "run" / "last.safetensors")
     save_file(state, tmp_path / "run" / "last.safetensors")
-    assert "last.safetensors is not what a run saved" in refused(train.main, *again)
+    assert "last.safetensors has no valid record of a run" in refused(train.main, *again)
     save_file(
         state,
         tmp_path / "run" / "last.safetensors",

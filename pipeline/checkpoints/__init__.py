@@ -1,1 +1,1 @@
-"""Checkpoint folders, tensor files and the hub: records that check themselves."""
+"""Checkpoint folders, safetensors files, and the Hugging Face hub."""
