@@ -317,6 +317,6 @@ def test_a_run_trained_on_dev_too_is_not_begun_with_where_dev_chooses(world, tmp
 
 
 def test_a_checkpoint_that_is_not_there_is_named(world, tmp_path):
-    assert "is not there" in refused(
+    assert "does not exist" in refused(
         train.main, *critical(world, tmp_path / "nothing", tmp_path / "run")
     )
