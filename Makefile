@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-slow fuzz install
+.PHONY: demo lint test test-slow test-oldest fuzz install
 
 demo: install
 	$(BIN)/python -m pipeline.demo
@@ -18,6 +18,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -n auto -m slow
+
+# the default tests with the oldest versions that setup.cfg allows, in an environment of its own
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -e ".[test]" -c tests/oldest.txt
+	.venv-oldest/bin/python -m pytest -q -n auto -m "not slow"
 
 fuzz: install
 	ONCEOVER_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q -s tests/test_fuzz.py

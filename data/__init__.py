@@ -5,4 +5,4 @@ No model, no device.
 
 
 class DataError(ValueError):
-    """Input that cannot be used; the message names the thing, the place and what mends it."""
+    """Invalid input; the message names the file, the place and a fix."""

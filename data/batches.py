@@ -23,13 +23,15 @@ from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 @dataclass
 class Batch:
-    """features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64,
-    image_ids (B of them).
+    """A batch of B images with K texts each, padded to T tokens.
 
-    A text of `tokens` is its prompt, <bos>, its target and <eos> (none where the target was cut at
-    the length limit); <pad> fills T, and whole texts where an image has fewer than K. Only tokens
-    after <bos> count in the loss. `counted` is False where a process has no image of a step and
-    takes another's, whose loss is not to count.
+    features [B,R,C] float16, boxes [B,R,4] float32, counts [B] int64, tokens [B,K,T] int64,
+    image_ids (B of them). A text consists of its prompt, <bos>, its target and <eos> (no <eos> if
+    the target was cut at the length limit); <pad> fills the rest, and whole texts of images with
+    fewer than K. Only tokens after <bos> count in the loss.
+
+    counted: False if this process has no image of the step; it then runs another process's image,
+    whose loss is not counted.
     """
 
     features: Tensor
@@ -41,14 +43,14 @@ class Batch:
 
     @functools.cached_property
     def prompt_lengths(self) -> Tensor | None:
-        """Tokens before each text's <bos>, [B,K] int64; None where no text has any."""
+        """Number of tokens before each text's <bos>, [B,K] int64; None if no text has a prompt."""
         if bool((self.tokens[:, :, 0] <= BOS).all()):
             return None
         return (self.tokens == BOS).int().argmax(2)
 
     @property
     def words(self) -> int:
-        """How many tokens count in the loss."""
+        """Number of tokens that count in the loss."""
         if not self.counted:
             return 0
         after_first = int((self.tokens[:, :, 1:] != PAD).sum())
@@ -63,7 +65,7 @@ class Batch:
         return int((self.tokens[:, :, 0] != PAD).sum()) if self.counted else 0
 
     def split(self, parts: int) -> list[Batch]:
-        """The same images in at most `parts` batches of about one size."""
+        """Split into at most `parts` batches of about the same size."""
         size = -(-len(self.image_ids) // parts)
         cut = zip(
             self.features.split(size),
@@ -79,8 +81,8 @@ class Batch:
         ]
 
     def to(self, device: torch.device) -> Batch:
-        """The regions on a device; tokens stay, since where words stand is found out without
-        keeping a device waiting.
+        """Move the regions to a device. Tokens stay on the CPU, where their positions are looked
+        up.
         """
         features, boxes, counts = (
             part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
@@ -89,13 +91,11 @@ class Batch:
 
 
 class ImageTexts:
-    """The images of one split with the texts to learn of them, ready to be drawn in batches from a
-    cache.
+    """The images and texts of one split, drawn in batches from a cache.
 
-    images: of the examples, in their order, without those that the cache lists as unreadable
-        (`left_out` of them).
-    image_ids: the same by id; None for an example without an image.
-    tokens, prompts: by image and text, the words of the target and of the prompt.
+    images: those of the examples, in their order, without the `left_out` ones that the cache lists
+    as unreadable. image_ids: their ids; None for an example without an image. tokens, prompts: by
+    image and text, the words of the target and of the prompt.
     """
 
     def __init__(
@@ -156,9 +156,9 @@ class ImageTexts:
     def encode(
         self, vocabulary: Vocabulary, max_length: int, max_prompt: int = 0
     ) -> list[list[list[int]]]:
-        """Ids by image and text: the prompt, <bos>, the target, <eos>.
+        """Token ids by image and text: the prompt, <bos>, the target, <eos>.
 
-        A longer prompt loses its first tokens, a longer target its last ones and its <eos>.
+        A longer prompt loses its first tokens; a longer target loses its last tokens and its <eos>.
         """
         found = []
         for prompts, targets in zip(self.prompts, self.tokens, strict=True):
@@ -174,9 +174,7 @@ class ImageTexts:
         return found
 
     def keep_on(self, device: torch.device, views: int = 0) -> None:
-        """Keep the features of all images, as they are and in the first `views` views, on a
-        device.
-        """
+        """Keep the features of all images and of their first `views` views on a device."""
         ids = [image.id for image in self.images]
         kept = torch.empty(
             (1 + views) * len(ids), *self.cache.shape, dtype=torch.float16, device=device
@@ -268,7 +266,7 @@ class ImageTexts:
 
     @functools.cached_property
     def mirrored(self) -> list[list[int]]:
-        """By image the texts that hold of it mirrored."""
+        """For each image, the indices of the texts that hold for the mirrored image."""
         return [
             [k for k, words in enumerate(texts) if self.holds_mirrored([*prompts[k], *words])]
             for prompts, texts in zip(self.prompts, self.tokens, strict=True)
@@ -282,7 +280,7 @@ def zeros_elsewhere(values: Tensor, rows: Sequence[int], count: int) -> Tensor:
 
 
 def last_tokens(ids: Sequence[int], most: int) -> list[int]:
-    """The last `most` ids: a prompt that is too long loses its first tokens."""
+    """The last `most` ids. A longer prompt loses its first tokens."""
     return [*ids[max(0, len(ids) - most) :]]
 
 
@@ -298,7 +296,7 @@ def pad(texts: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def prefetch(batches: Iterator[Batch], ahead: int = 4) -> Iterator[Batch]:
-    """The same batches, read by a thread while the model works on the one before."""
+    """Yield the same batches, read by a thread while the model works on the previous one."""
     ready: queue.Queue = queue.Queue(ahead)
     stop = threading.Event()
 
@@ -314,7 +312,7 @@ def prefetch(batches: Iterator[Batch], ahead: int = 4) -> Iterator[Batch]:
                 if stop.is_set():
                     return
             ready.put(None)
-        except BaseException as error:  # handed to the reader, who raises it
+        except BaseException as error:  # raised again by the consumer
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()

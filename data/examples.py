@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One thing to learn or to answer.
+    """One example of a task.
 
-    id: unique in its split; results are kept by it (two questions on one image are two examples).
-    image_id: the image's id in the cache; None for a text without an image.
-    prompt: the text that is read (a question, a dialogue so far); empty for captions.
-    targets: the texts that are right (captions, answers); empty where nobody knows them.
+    id: unique in its split; results are stored by it (two questions on one image are two examples).
+    image_id: the image's id in the cache; None for a text without an image. prompt: the input text
+    (a question, a dialogue so far); empty for captions. targets: the correct texts (captions,
+    answers); empty if they are unknown.
     """
 
     id: int | str

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def _fsync(descriptor: int) -> None:
-    """Wait until a file is on the disk, where the file system has such a call (some have not)."""
+    """Wait until a file is on disk, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -37,6 +37,6 @@ def _fsync(descriptor: int) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
+    """Write a small text file completely or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

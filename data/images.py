@@ -50,11 +50,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class UnreadableImage(DataError):
-    """A photograph that cannot be decoded; the message is the reason, without the name."""
+    """A photograph that cannot be decoded. The message is the reason, without the file name."""
 
 
 class NotAPhotograph(DataError, TypeError):
-    """A value of a type that no photograph is given as."""
+    """A value of a type that is not a photograph."""
 
 
 @dataclass(frozen=True)

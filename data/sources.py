@@ -347,8 +347,9 @@ def check_id(value: object, where: str) -> int:
 
 
 def check_name(name: object, where: str) -> str:
-    """`name` as a clean POSIX path below a root; DataError where it is not one, climbs out, or is not
-    UTF-8.
+    """Return `name` as a clean POSIX path below a root.
+
+    Raises DataError if it is invalid, leads out of the root, or is not UTF-8.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(

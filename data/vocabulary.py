@@ -1,4 +1,4 @@
-"""Words and their numbers: built on the scorer's tokens, so what is trained is what is scored."""
+"""Vocabulary: built on the scorer's tokens, so that training and scoring use the same words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Vocabulary:
             )
         self._ids = {
             word: number for number, word in enumerate(self.words) if number > UNK
-        }  # an "<eos>" in a text is none
+        }  # an "<eos>" in a text is an ordinary word
 
     @classmethod
     def build(

@@ -1,4 +1,4 @@
-"""Caption photographs with a checkpoint folder alone."""
+"""Caption photographs with a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.terminal import progress, say
 
 @dataclass(frozen=True)
 class CaptionConfig(DecodingOptions):
-    """Which photographs, with which checkpoint."""
+    """The options of pipeline.caption."""
 
     photographs: tuple[Path, ...] = setting(
         (), "photographs, and folders of them", name="PHOTO_OR_FOLDER..."
@@ -79,7 +79,7 @@ class Photo(NamedTuple):
 
 @command(CaptionConfig)
 def main(config: CaptionConfig) -> None:
-    """Caption photographs, and folders of them: one line a photograph, and JSON with --out."""
+    """Caption photographs or folders of photographs: one line per photograph, JSON with --out."""
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
@@ -119,7 +119,7 @@ def caption_all(
 
 
 class Texts:
-    """The .txt files beside photographs: what was written and what was not, and why."""
+    """The .txt files beside photographs: which were written, and which could not be."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix, self.kept = prefix.split(), 0
@@ -128,9 +128,8 @@ class Texts:
         self.failed: list[str] = []
 
     def write(self, photograph: Path, caption: str) -> None:
-        """Write the caption on one line.
-
-        A .txt that is there stays as it is, and a failure does not end the run.
+        """Write the caption on one line. An existing .txt is kept, and a failure does not stop the
+        run.
         """
         path = photograph.with_suffix(".txt")
         if other := self.written.get(path):
@@ -161,9 +160,7 @@ class Texts:
 
 
 def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
-    """Print a photograph's caption, or its captions with their log-probabilities; its record for
-    --out.
-    """
+    """Print the captions of a photograph and return its record for --out."""
     record = {"file_name": photo.name, "image_id": photo.id, "caption": captions[0].text}
     if not all_of_them:
         print(f"{photo.name}: {captions[0].text}", flush=True)
@@ -174,8 +171,8 @@ def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
 
 
 def find_photographs(places: Sequence[Path]) -> list[Photo]:
-    """Photographs by name and id as a cache of the same folder has them; UserError for an id that
-    comes twice.
+    """Find the photographs, with names and ids as a cache of the same folder has them; UserError
+    for a duplicate id.
     """
     photos: dict[int, Photo] = {}
     for place in places:
@@ -209,7 +206,7 @@ def find_photographs(places: Sequence[Path]) -> list[Photo]:
 
 
 def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) -> None:
-    """Write the JSON, list what could not be read; UserError where nothing could."""
+    """Write the JSON and list the unreadable photographs; UserError if none could be read."""
     if unreadable and not records:
         raise UserError(f"none of the photographs can be read: {'; '.join(unreadable[:5])}")
     for line in unreadable:

@@ -59,7 +59,9 @@ KINDS = {
 
 
 class UserError(click.ClickException):
-    """What was wrong, where, and what mends it; the command prints it and exits with 2."""
+    """A user's mistake: what is wrong, where, and what fixes it. The command prints it and exits
+    with 2.
+    """
 
     exit_code = 2
 
@@ -101,10 +103,11 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """What all configurations have: bounds that are checked, and the options of the chosen
+    """Base class of all command configurations: checks bounds, and holds the options of the chosen
     extensions.
 
-    extensions: by the setting that chooses one (as "task"), the options that were given, by name.
+    extensions: for each setting that chooses an extension (such as "task"), the given options by
+    name.
     """
 
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
@@ -125,18 +128,18 @@ class Settings:
                         f"{flag_of(item.name)} is {getattr(self, item.name)!r}, not one of "
                         f"{', '.join(registry)}"
                     )
-                self.options(item.name)  # raises what is wrong with them
+                self.options(item.name)  # raises UserError for invalid options
 
     def options(self, name: str) -> Any:
         """The options of the extension that setting `name` chooses, as an instance of its
-        `Options`; None: it has none.
+        `Options`; None if it has none.
         """
         item = next(item for item in fields(self) if item.name == name)
         kind = _options_class(item, getattr(self, name))
         return kind(**self.extensions.get(name, {})) if kind else None
 
     def record(self) -> dict[str, Any]:
-        """All settings and the extensions' options by name, as JSON has them."""
+        """All settings and extension options by name, as JSON values."""
         values = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -154,7 +157,7 @@ def flag_of(name: str) -> str:
 
 
 def _options_class(item: Any, chosen: Any) -> type | None:
-    """The `Options` of entry `chosen` in a setting's registry; None where it has none."""
+    """The `Options` class of entry `chosen` in a setting's registry, or None."""
     registry = item.metadata.get("registry")
     return getattr(registry.get(chosen), "Options", None) if registry else None
 
@@ -166,7 +169,7 @@ def options_of(item: Any, chosen: Any) -> list[Any]:
 
 
 def extension_options(items: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
-    """All options of all entries of the registries of `items`: setting, entry, option."""
+    """All options of all entries in the registries of `items`: (setting, entry name, option)."""
     for item in items:
         for entry in item.metadata.get("registry") or ():
             for option in options_of(item, entry):
@@ -174,7 +177,7 @@ def extension_options(items: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def check_bounds(item: Any, value: Any) -> None:
-    """UserError unless a number is within the bounds of its field."""
+    """Raise UserError if a number is outside the bounds of its field."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     at_least, above, at_most, below = (
@@ -199,7 +202,7 @@ def command(
 ) -> Callable[[Callable], click.Command]:
     """Turn `main(config)` into a click command whose options are the fields of `config_class`.
 
-    sections: further sections of its help, rows of a name and a text by heading.
+    sections: further sections of --help, as rows of a name and a text by heading.
     """
 
     def decorate(main: Callable) -> click.Command:
@@ -218,7 +221,7 @@ def command(
             main(config_class(**values, **({"extensions": extensions} if extensions else {})))
 
         types_of = typing.get_type_hints(config_class)
-        # what a command shares with another stands after its own
+        # options shared with other commands come last
         own = config_class.__annotations__
         items = [item for item in fields(config_class) if item.name != "extensions"]
         options = [
@@ -243,7 +246,7 @@ def command(
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistakes and what the system refuses, as UserError; a mistake of ours keeps its
+    """Turn users' mistakes and system errors into UserError. Programming errors keep their
     traceback.
     """
     try:
@@ -274,7 +277,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is numpy's or torch's (on a CPU or a GPU) for arrays that are too large."""
+    """Whether numpy or torch (on a CPU or a GPU) failed to allocate an array."""
     return (
         isinstance(error, MemoryError)
         or "alloc" in str(error)
@@ -291,7 +294,7 @@ class _Command(click.Command):
             return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        # a character that the terminal does not have ends nothing
+        # a character that the terminal cannot print must not stop the command
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         with plain_errors():
@@ -306,7 +309,9 @@ class _Command(click.Command):
             raise
 
     def _chosen(self, ctx: click.Context, args: Sequence[str]) -> dict[str, str]:
-        """The names that the command line, else --config, else the defaults choose."""
+        """The extension names chosen by the command line, else by --config, else by the
+        defaults.
+        """
         recorded: Mapping[str, Any] = {}
         if path := _value_of("--config", args):
             recorded = _read_once(ctx, Path(path))
@@ -334,8 +339,8 @@ class _Command(click.Command):
         ]
 
     def _extension_options(self, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
-        """The options of each chosen extension that has some, with their heading; they are the same
-        for one context.
+        """Yield the heading and the options of each chosen extension. They are created once per
+        context.
         """
         made = ctx.meta.setdefault("extension options", {})
         for name, chosen in ctx.meta.get("extensions", {}).items():
@@ -370,7 +375,9 @@ class _Command(click.Command):
 
 
 def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The last value that the command line gives an option, as `--flag value` or `--flag=value`."""
+    """The last value of an option on the command line, given as `--flag value` or
+    `--flag=value`.
+    """
     found = None
     for number, text in enumerate(args):
         if text == "--":
@@ -383,7 +390,7 @@ def _value_of(flag: str, args: Sequence[str]) -> str | None:
 
 
 def _kind_of(annotation: Any) -> tuple[type, bool]:
-    """The type of an option's value, and whether it may be given several times."""
+    """The type of an option's value, and whether the option may be repeated."""
     members = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
     kind = members[0] if union else annotation
@@ -415,15 +422,13 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
         option = click.Option(
             [flag], type=reader, default=item.default, multiple=multiple, help=metadata["help"]
         )
-    # an attribute of our own: the command groups its help by it
+    # our own attribute: --help is grouped by it
     option.group = metadata.get("group", "")  # type: ignore[attr-defined]
     return option
 
 
 def _extension_option(item: Any, annotation: Any) -> click.Parameter:
-    """As `_option`, with None for what was not given: then a preset, or the extension's own
-    default, holds.
-    """
+    """As `_option`, with None as default: a preset or the extension's own default applies."""
     option = _option(item, annotation)
     option.default = () if option.multiple else None
     if item.default not in (None, ()):
@@ -450,9 +455,7 @@ class _Float(click.types.FloatParamType):
 
 
 class _Choice(click.Choice):
-    """A choice whose error names the nearest one: click lists them all, which helps less where
-    there are many.
-    """
+    """A choice whose error names the nearest value; click would list all values."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         near = difflib.get_close_matches(str(value), list(self.choices), n=1)
@@ -515,8 +518,8 @@ def _config_option(config_class: type) -> click.Option:
 
 
 def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
-    """Whether a setting is an option of an extension that is not chosen, with its default: an older
-    run records all.
+    """Whether a recorded setting is the default of an extension that is not chosen; older runs
+    recorded all options.
     """
     return any(
         option.name == name and option.default == value
@@ -525,7 +528,7 @@ def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
 
 
 def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:
-    """What a setting's value is in place of what it should be; "" where it is right."""
+    """Describe a value of a wrong type; "" for a valid one."""
     if multiple and isinstance(value, list):
         return next(
             (
@@ -561,7 +564,7 @@ def _encodes(text: str) -> bool:
 
 
 def _read_once(ctx: click.Context, path: Path) -> Mapping[str, Any]:
-    """As `read_config`, read once for a command line: it chooses extensions and sets options."""
+    """`read_config`, cached for one command line: it chooses extensions and sets options."""
     kept = ctx.meta.setdefault("configs", {})
     if path not in kept:
         kept[path] = read_config(path)
@@ -569,8 +572,8 @@ def _read_once(ctx: click.Context, path: Path) -> Mapping[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, or of the config.json that an earlier run wrote (its `training`
-    part).
+    """Read the settings from a TOML file, or from the `training` part of an earlier run's
+    config.json.
     """
     if not path.is_file():
         raise UserError(
@@ -582,7 +585,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # of both languages, of the encoding, of numbers with 5,000 digits
+    ) as error:  # JSON, TOML or encoding errors, and numbers with 5,000 digits
         raise UserError(f"{path} cannot be read: {error}") from error
     found = found.get("training", found) if isinstance(found, dict) else found
     if not isinstance(found, dict):

@@ -52,14 +52,14 @@ def main(work: Path) -> None:
 
 
 def stage(command: click.Command, *arguments: str) -> None:
-    """Run a stage as its command line would."""
+    """Run a stage as from the command line."""
     click.secho(f"\n$ python -m {command.name} {' '.join(arguments)}", bold=True)
     command.main(list(arguments), standalone_mode=False)
 
 
 def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -> None:
-    """The table of scores, the paths of what was made, the time since `start`, and the two shares
-    of scene-true captions.
+    """Print the scores, the paths of the results, the time since `start`, and the two shares of
+    scene-true captions.
     """
     scores = json.loads((run / "scores-test.json").read_text())
     written = {
@@ -94,9 +94,7 @@ def scene_true(sample: Path, captions: dict[int, str]) -> float:
 
 
 def caption_shuffled(cache_path: Path, run: Path, image_ids: list[int]) -> dict[int, str]:
-    """Captions by image id, each made from the features of the next image: what a decoder that
-    looks gets wrong.
-    """
+    """Captions by image id, each generated from the features of the next image."""
     machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
     others = [*image_ids[1:], image_ids[0]]
     captioner = checkpoint.captioner.to(machine.device)

@@ -225,7 +225,9 @@ def prepare_folder(cache: Path, recipe: Recipe) -> None:
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
-    """The record beside the identity. A difference in it changes at most the last digits of a row."""
+    """The record beside the identity. A difference in it changes at most the last digits of a
+    row.
+    """
     return {
         "precision": BF16 if machine.precision == "bf16" else machine.precision,
         "decode": DECODE_PATH,
@@ -251,8 +253,7 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     if found:
         raise UserError(
             f"{cache} was made with other options ({'; '.join(found)}); pass another --out, or the "
-            f"same "
-            "options"
+            "same options"
         )
     if other := differences(provenance, header[1]):
         say(f"warning: {cache} was begun with {'; '.join(other)}")

@@ -1,7 +1,7 @@
-"""What every stage asks of the machine: device, precision, threads, rank and free disk.
+"""Device, precision, threads, rank and free disk space.
 
-Precision is chosen by the hardware and said: bf16 on a GPU that has it and on CPUs with avx512_bf16
-or AMX, else fp32.
+Precision is chosen by the hardware and printed: bf16 on GPUs that support it and on CPUs with
+avx512_bf16 or AMX, else fp32.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipeline.terminal import human_bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a stage runs: `device`, the autocast `precision` (bf16 or fp32), this process's `rank`
-    of `world`.
+    """Where a stage runs: device, autocast precision (bf16 or fp32), and this process's `rank` of
+    `world`.
     """
 
     device: torch.device
     precision: str
     rank: int
     world: int
-    setup: str = ""  # what was set up for speed, as said
+    setup: str = ""  # settings made for speed, as printed
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -46,8 +46,8 @@ class Machine:
 
 
 def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -> Machine:
-    """Choose device and precision, seed every generator, set up allocator and threads; UserError
-    where it is not there.
+    """Choose device and precision, seed all generators, and configure allocator and threads;
+    UserError if the device is not available.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}, it must be at least 0 and below 2**63")
@@ -92,12 +92,11 @@ def _best_precision(device: torch.device) -> str:
 
 
 def _keep_freed_memory() -> str:
-    """Ask glibc to keep freed blocks: giving each step's tensors back and faulting them in again
-    costs a CPU run 3-10x.
+    """Configure glibc to keep freed memory. Returning the tensors of each step and faulting them in
+    again makes a CPU run 3 to 10 times slower.
 
-    The same as the variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_
-    before the start, which win where they are set. Elsewhere than on glibc it does nothing. Returns
-    what is to be said.
+    Equals setting MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, which win if
+    they are set. No effect without glibc. Returns a text for the log.
     """
     done = False
     with contextlib.suppress(OSError, AttributeError):
@@ -113,9 +112,11 @@ def _keep_freed_memory() -> str:
 
 
 def _keep_to_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
-    """No more threads than the processors that a container may use (cgroup v2): torch counts those
-    of the machine, and threads that wait for each other's turn cost up to 10x. OMP_NUM_THREADS
-    wins. Returns what is to be said."""
+    """Limit the number of threads to the CPU quota of a container (cgroup v2), which torch ignores.
+
+    Threads beyond the quota wait for each other and cost up to 10 times the time. OMP_NUM_THREADS
+    wins. Returns a text for the log.
+    """
     try:
         quota, period = group.read_text().split()
     except (OSError, ValueError):
@@ -132,8 +133,8 @@ def _keep_to_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
 
 
 def refuse_what_cannot_fit(path: Path, need: int) -> str:
-    """Compare `need` bytes with the free space where `path` will be; returns both as text,
-    UserError if it lacks.
+    """Compare `need` bytes with the free disk space at `path`. Returns both as text; UserError if
+    the space is too small.
     """
     place = path
     while not place.exists():
@@ -148,7 +149,7 @@ def refuse_what_cannot_fit(path: Path, need: int) -> str:
 
 
 def free_memory() -> int:
-    """Bytes of RAM that can be had without swapping; all of it where the system does not say."""
+    """Bytes of RAM available without swapping, or all RAM if the system does not report it."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return (

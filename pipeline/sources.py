@@ -1,4 +1,4 @@
-"""The options that say which photographs and captions a command reads."""
+"""The dataset options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_ROOT = Path("datasets/sample")
 
 @dataclass(frozen=True)
 class SourceOptions(Settings):
-    """A dataset, by its layout and its folder."""
+    """A dataset, by its format and its root folder."""
 
     dataset: str = setting("sample", "dataset format", registry=DATASETS, group="data")
     root: Path | None = setting(
@@ -47,8 +47,8 @@ class SourceOptions(Settings):
         return FeatureCache(features or Path("cache") / self.dataset)
 
     def open_source(self) -> Source:
-        """Open the dataset and say what its reader left out; the embedded sample is drawn where it
-        is absent.
+        """Open the dataset and print the reader's notes. The embedded sample is drawn if it is
+        absent.
         """
         root = self.root
         if self.dataset == "sample":

@@ -185,7 +185,7 @@ def test_options_of_captions_and_rewards_are_refused_for_another_task(drawn, tmp
         drawn / "cache",
         "--meteor",
     )
-    assert "--meteor is of captions" in answer
+    assert "--meteor is an option of captioning" in answer
     asked = over(
         drawn, tmp_path / "scst", "--task", "counting", "--init", tmp_path / "run", "--scst"
     )

@@ -1,7 +1,7 @@
 """Random and spoilt files and options: a command ends with 0, 1 or 2, with no traceback, no hang
 and no changed input.
 
-One test a kind of input. The default run takes some 20 seconds with a fixed seed; `make fuzz` takes
+One test a kind of input. The default run takes some 10 seconds with a fixed seed; `make fuzz` takes
 ten minutes with a new one: ONCEOVER_FUZZ_SECONDS is how long, ONCEOVER_FUZZ_SEED the seed, which a
 failure names, ONCEOVER_FUZZ_KEEP a folder for the files of cases that failed. Each case has a
 folder of its own with `in` (what the user hands over) and `out` (where the command runs and
@@ -65,7 +65,7 @@ from tests.mutations import (
 from tests.test_commands import LOOK
 
 LONG = "ONCEOVER_FUZZ_SECONDS" in os.environ
-SECONDS = float(os.environ.get("ONCEOVER_FUZZ_SECONDS", 20))
+SECONDS = float(os.environ.get("ONCEOVER_FUZZ_SECONDS", 10))
 SEED = int(os.environ.get("ONCEOVER_FUZZ_SEED", secrets.randbits(32) if LONG else 0))
 CPU_SECONDS, WALL_SECONDS, MEMORY = (
     10,

@@ -346,12 +346,12 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
     ("settings", "complaint"),
     [
         ({"init": None}, "--scst needs --init"),
-        ({"num_samples": 1}, "--num-samples 1 leaves no others"),
-        ({"samples": "beam", "baseline": "greedy"}, "no --baseline greedy"),
+        ({"num_samples": 1}, "--num-samples 1 leaves no other samples"),
+        ({"samples": "beam", "baseline": "greedy"}, "not with --baseline greedy"),
         ({"word_dropout": 0.1}, "not of --scst"),
         ({"num_samples": 0}, "must be at least 1"),
         ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
-        ({"num_samples": 1, "samples": "beam"}, "leaves no others"),
+        ({"num_samples": 1, "samples": "beam"}, "leaves no other samples"),
         ({"label_smoothing": 0.2}, "not of --scst"),
         ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"),
         ({"scst": False, "num_samples": 9}, "is of --scst"),
@@ -359,7 +359,7 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
         ({"temperature": 0.0}, "--temperature is 0.0, it must"),
         ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"),
         ({"temperature": -1.0}, "must be above 0"),
-        ({"preset": "small"}, "--preset small goes with no --init"),
+        ({"preset": "small"}, "--preset small cannot be used with --init"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, complaint):

@@ -293,10 +293,10 @@ def test_a_sample_that_exists_is_left_alone_and_one_that_differs_is_an_error(sam
     with pytest.raises(DataError, match="exists"):
         draw_sample(sample, COUNT, SEED)
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(DataError, match="no drawn sample"):
+    with pytest.raises(DataError, match="not a drawn sample"):
         ensure_sample(tmp_path)
     assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
-    with pytest.raises(DataError, match="no drawn sample"):
+    with pytest.raises(DataError, match="not a drawn sample"):
         load_scenes(tmp_path)
 
 

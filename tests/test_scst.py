@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline import train
 from pipeline.training import loop as trainer
+from pipeline.training import setup, validation
 from pipeline.training.rewards import Rewards
 from tests.processes import run_ranks
 from tests.test_commands import at, refused, run, works
@@ -70,6 +71,7 @@ def through(world, begun, tmp_path_factory) -> Path:
 
 
 GREEDY = pytest.param(["--baseline", "greedy"], marks=pytest.mark.slow)
+BEAMS = pytest.param(["--samples", "beam", "--accumulate", 2], marks=pytest.mark.slow)
 NOISY = ["--dropout", 0.1, "--ema", 0.9, "--accumulate", 2]
 
 
@@ -99,6 +101,7 @@ def test_what_is_kept_is_the_best_on_dev_the_first_weights_too(world, begun, tmp
     )
 
 
+@pytest.mark.slow
 def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     works(
         train.main,
@@ -110,7 +113,9 @@ def test_it_raises_the_reward_of_what_it_draws(world, begun, tmp_path):
     assert sum(rewards[-8:]) > 1.1 * sum(rewards[:8])  # two fifths of the steps against two fifths
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 6, 11])
+@pytest.mark.parametrize(
+    "step", [0, 4, 6, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 11))]
+)
 def test_a_run_stopped_at_any_step_goes_on_exactly(
     world, begun, through, tmp_path, monkeypatch, step
 ):
@@ -121,7 +126,7 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
     assert result.exit_code == 130 and "saved after step" in result.output
     monkeypatch.undo()
     again = result.output[result.output.index("--config") :].split("\n")[0].split()
-    monkeypatch.setattr(train, "load_checkpoint", None)
+    monkeypatch.setattr(setup, "load_checkpoint", None)
     assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
     assert_same_run(through, tmp_path / "run")
 
@@ -129,14 +134,14 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
 def test_a_run_killed_while_it_looks_at_dev_looks_again(
     world, begun, through, tmp_path, monkeypatch
 ):
-    plain = train.dev_scores
+    plain = validation.dev_scores
 
     def killed(run):
         if run.step == 4:
             raise ZeroDivisionError
         return plain(run)
 
-    monkeypatch.setattr(train, "dev_scores", killed)
+    monkeypatch.setattr(validation, "dev_scores", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     monkeypatch.undo()
@@ -150,7 +155,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     def killed(run):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(train, "save_progress", killed)
+    monkeypatch.setattr(validation, "save_progress", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     monkeypatch.undo()
@@ -160,7 +165,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     assert_same_run(through, tmp_path / "run")
 
 
-@pytest.mark.parametrize("more", [[], ["--samples", "beam", "--accumulate", 2], GREEDY])
+@pytest.mark.parametrize("more", [[], BEAMS, GREEDY])
 def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
     """A last batch that leaves a rank without an image; fp32."""
     plain = [
@@ -242,7 +247,7 @@ def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(
     epoch's end, within the next. A run that is killed in that last look takes it again."""
     monkeypatch.setattr(trainer.Run, "done", lambda run: float(run.step >= up_at))
     plain, asked = (
-        train.dev_scores,
+        validation.dev_scores,
         [*critical(world, begun, tmp_path / "run"), "--eval-steps", "5", "--minutes", "60"],
     )
 
@@ -251,10 +256,10 @@ def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(
             raise ZeroDivisionError
         return plain(run)
 
-    monkeypatch.setattr(train, "dev_scores", killed)
+    monkeypatch.setattr(validation, "dev_scores", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *asked)
-    monkeypatch.setattr(train, "dev_scores", plain)
+    monkeypatch.setattr(validation, "dev_scores", plain)
     assert "best: " in works(train.main, *asked, "--resume")
     scored = [line for line in told(tmp_path / "run") if "dev" in line]
     assert [line["step"] for line in scored] == steps and [
@@ -295,7 +300,7 @@ def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words
     (["--width", 96], r"--width is 96, .* has 32"), (["--max-length", 9], "--max-length is 9"),
     (["--reward", "nothing"], "is not one of CIDEr"), (["--min-count", 3], "--min-count is of "
                                                                            "a new vocabulary"),
-    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "goes with no --init"),
+    (["--vocabulary", "bpe"], "has words"), (["--preset", "small"], "cannot be used with --init"),
     (["--decoder-layers", 3], "--decoder-layers is 3"),
 ])  # fmt: skip
 def test_what_the_run_it_begins_with_is_not_is_refused(world, begun, tmp_path, more, complaint):

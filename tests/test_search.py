@@ -518,7 +518,7 @@ def plain_samples(captioner, regions, uniforms, options):
     return [list(part) for part in zip(*samples, strict=True)]
 
 
-@pytest.mark.parametrize("count", [3, 8, 40])
+@pytest.mark.parametrize("count", [3, 20])
 @pytest.mark.parametrize("distinct", [0.0, 0.8, 2.0])
 def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, count, distinct):
     """distinct: 0: each sample has its own row at once; 2: equal ones share a row to the end."""
@@ -537,13 +537,13 @@ def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, cou
     )
     uniforms = torch.rand(3, count, 7, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
+        wanted_tokens, wanted_log_p = plain_samples(captioner, regions, uniforms, options)
         for decoder in (captioner, Ensemble([captioner, captioner])):
             memory = decoder.encode(regions)
             tokens, _, log_p = sample(decoder, memory, options, uniforms=uniforms)
-            wanted_tokens, wanted_log_p = plain_samples(captioner, regions, uniforms, options)
             assert tokens.flatten(0, 1).tolist() == wanted_tokens
             assert log_p.flatten().tolist() == pytest.approx(wanted_log_p, abs=1e-4)
-    if count == 40:
+    if count == 20:
         lengths = {words.index(EOS) if EOS in words else 7 for words in wanted_tokens}
         assert len(lengths) > 3
 

@@ -24,10 +24,7 @@ TOUCH_SECONDS, LEASE_SECONDS = 10, 120  # seconds
 
 
 class Claims:
-    """The shards that this process is writing.
-
-    A context manager: leaving it gives all of them back.
-    """
+    """The shards that this process is writing. A context manager: its end releases all of them."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -45,9 +42,7 @@ class Claims:
             self.release(shard)
 
     def take(self, shard: Shard) -> bool:
-        """Whether this process is to write `shard`: it is not there, and nobody else alive is at
-        it.
-        """
+        """Claim `shard`: True if it does not exist and no other live process is writing it."""
         path = _claim_path(shard.path)
         for _ in range(2):
             if shard.path.exists():
@@ -61,10 +56,10 @@ class Claims:
                 self._put_aside(path)
                 continue
             self.held.add(shard.path)
-            if shard.path.exists():  # finished and given back since
+            if shard.path.exists():  # finished and released in the meantime
                 self.release(shard.path)
                 return False
-            # of a process that was killed
+            # left by a killed process
             for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):
                 left.unlink(missing_ok=True)
             return True
@@ -72,12 +67,12 @@ class Claims:
 
     def release(self, shard: Path) -> None:
         self.held.discard(shard)
-        # another's, where this one was silent for too long
+        # taken over by another process, because this one was silent for too long
         if _owner(_claim_path(shard)) == self.me:
             _claim_path(shard).unlink(missing_ok=True)
 
     def _put_aside(self, path: Path) -> None:
-        """Take an abandoned claim away; one that another process has taken over this moment is put
+        """Remove an abandoned claim. A claim that another process has just taken over is put
         back.
         """
         owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -86,7 +81,9 @@ class Claims:
         except FileNotFoundError:  # another was quicker
             return
         if _owner(aside) != owner:
-            with contextlib.suppress(OSError):  # it exists again, or there are no hard links
+            with contextlib.suppress(
+                OSError
+            ):  # it exists again, or the file system has no hard links
                 os.link(aside, path)
         aside.unlink()
 
@@ -113,8 +110,8 @@ class Claims:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """What a claim says; nothing where it was created this moment, or by a process that was killed
-    at it.
+    """The content of a claim; empty if it was just created, or its process was killed while
+    creating it.
     """
     try:
         found = json.loads(path.read_text())
@@ -128,9 +125,7 @@ def _claim_path(shard: Path) -> Path:
 
 
 def _host() -> str:
-    """This machine since its last start, and the process numbers that count here (containers have
-    their own).
-    """
+    """This machine since its last boot, and its process namespace (containers have their own)."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -140,8 +135,8 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, so that a later one with its number is told apart; empty where the
-    system does not say.
+    """The start time of a process, which distinguishes it from a later one with the same number;
+    empty if the system does not report it.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -160,9 +155,7 @@ def _alive(pid: int, start: str) -> bool:
 
 
 def sweep(cache: Path) -> None:
-    """Remove what killed processes left beside finished work: claims of shards that are there, old
-    temporary files.
-    """
+    """Remove what killed processes left: claims of finished shards and old temporary files."""
     for claim in cache.glob(".shard-*.claim"):
         if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
             claim.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from data.sources import Image
 
 
 class NoFeatures:
-    """Stands in for a `FeatureCache` where a decoder reads no image (`--features none`): R is 0."""
+    """Replaces a `FeatureCache` if a decoder reads no images (`--features none`): R is 0."""
 
     path = Path("none")
     shape = (0, 1)

@@ -41,7 +41,7 @@ from data.sources import Image, same_photograph
 
 FORMAT = 1
 PER_IMAGE = ("features", "boxes", "counts", "image_ids", "names", "sizes", "crc32")
-# What h5py, json and the checks here raise for a file that is not what extraction writes.
+# Errors of h5py, json and the checks below for a file that extraction did not write.
 BROKEN = (
     OSError,
     RuntimeError,
@@ -66,12 +66,12 @@ class Rows(NamedTuple):
 
 
 class NewerFormat(DataError):
-    """A file that a newer version of this program wrote: nothing is wrong with it."""
+    """A file written by a newer version of this program. It is not damaged."""
 
 
 class Unreadable(NamedTuple):
-    """A photograph without a row, as a line of unreadable.jsonl; `size` and `mtime_ns` of the file
-    then, -1 without one.
+    """A photograph without a row, as a line of unreadable.jsonl. `size` and `mtime_ns` of the file
+    at that time, -1 if there was none.
     """
 
     image_id: int
@@ -82,19 +82,19 @@ class Unreadable(NamedTuple):
 
 
 def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
-    """The views that a cache's rows have besides the photographs as they are."""
+    """The names of the views in a cache besides the photographs as they are."""
     return tuple(provenance.get("views", ()))
 
 
 def endings(views: Iterable[str]) -> tuple[str, ...]:
-    """What the names of PER_VIEW's datasets end with: for the photographs as they are nothing, then
-    each view.
+    """The suffixes of the datasets in PER_VIEW: "" for the photographs as they are, then one per
+    view.
     """
     return "", *(f"_{view}" for view in views)
 
 
 def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of all datasets with a row an image."""
+    """The names of all datasets with one row per image."""
     return *PER_IMAGE, *(
         name + end for end in endings(views_of(provenance))[1:] for name in PER_VIEW
     )
@@ -199,7 +199,7 @@ def _heap_with_empty_block(content: bytes) -> bool:
 
 
 def _attribute(file: h5py.File, name: str) -> Any:
-    """An attribute as a Python value; "none" where it is absent or cannot be read."""
+    """An attribute as a Python value; "none" if it is absent or cannot be read."""
     try:
         value = file.attrs[name]
     except (KeyError, OSError, RuntimeError, TypeError, ValueError):
@@ -209,9 +209,7 @@ def _attribute(file: h5py.File, name: str) -> Any:
 
 @contextlib.contextmanager
 def reading_shard(path: Path) -> Iterator[h5py.File]:
-    """`open_shard` to read it whole; DataError where something in it is not what extraction
-    writes.
-    """
+    """Open a shard to read all of it; DataError if some content is not what extraction writes."""
     with open_shard(path) as file:
         try:
             with system_errors(path):
@@ -229,7 +227,7 @@ def reading_shard(path: Path) -> Iterator[h5py.File]:
 
 
 def cache_header(cache: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Identity and provenance of a cache by its first shard, None where it has no shard yet."""
+    """Identity and provenance of a cache, from its first shard; None if it has no shard yet."""
     for path in shard_paths(cache):
         with reading_shard(path) as file:
             return read_object(file, "identity"), read_object(file, "provenance")
@@ -237,7 +235,7 @@ def cache_header(cache: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def read_object(file: h5py.File, name: str) -> dict[str, Any]:
-    """The JSON object of an attribute; ValueError where it is not one."""
+    """The JSON object of an attribute; ValueError if it is not one."""
     found = json.loads(file.attrs[name])
     if not isinstance(found, dict):
         raise ValueError(f"its attribute {name} is no JSON object")
@@ -247,7 +245,7 @@ def read_object(file: h5py.File, name: str) -> dict[str, Any]:
 def differences(
     wanted: Mapping[str, Any], found: Mapping[str, Any], fields: Iterable[str] = ()
 ) -> list[str]:
-    """Where two identities (or provenances) differ, one `field: found, not wanted` for each."""
+    """The differences between two identities (or provenances), as `field: found, not wanted`."""
     keys = list(fields) or list(dict.fromkeys([*wanted, *found]))
     return [
         f"{key}: {found.get(key)}, not {wanted.get(key)}"
@@ -257,12 +255,14 @@ def differences(
 
 
 def has_same_cells(identity: Mapping[str, Any]) -> bool:
-    """Whether all rows of a cache have the same boxes and as many: cells of whole photographs."""
+    """Whether all rows of a cache have the same boxes and counts, as grid cells of whole
+    photographs do.
+    """
     return (identity.get("regions"), identity.get("resize")) == ("grid", "stretch")
 
 
 def packed_backbone(file: Path) -> bytes | None:
-    """The backbone's weights that a packed cache carries, as the bytes of a safetensors file."""
+    """The backbone's weights inside a packed cache, as the bytes of a safetensors file."""
     with reading_shard(file) as opened:
         if "backbone" not in opened:
             return None
@@ -322,11 +322,16 @@ class FeatureCache:
                 self._add(path, file)
                 for record in json.loads(file.attrs["unreadable"]):
                     self.unreadable[record[0]] = Unreadable(*record)
-        # The cells of whole photographs are the same for each: no need to read them row by row.
+        # All whole photographs have the same cells: they are not read row by row.
+        self._crops = {
+            view for view, name in enumerate(self.views, start=1) if name.startswith("crop")
+        }
         self._cells = (
             self._maps[0][0][1][0].copy() if has_same_cells(self.identity) and self._files else None
         )
-        for image_id in self._where.keys() & self.unreadable.keys():  # a later plan could read it
+        for image_id in (
+            self._where.keys() & self.unreadable.keys()
+        ):  # a later plan was able to read it
             del self.unreadable[image_id]
         self.ids = np.fromiter(self._where, np.int64, len(self._where))
 
@@ -354,12 +359,12 @@ class FeatureCache:
             self._names[image_id] = name
 
     def where(self, image_id: int) -> tuple[Path, int]:
-        """The file and the row that hold an image."""
+        """The file and row of an image."""
         number, row = self._where[image_id]
         return self._files[number], row
 
     def name_of(self, image_id: int) -> str:
-        """The photograph's path relative to the root it was extracted from."""
+        """The photograph's path relative to the root of its extraction."""
         return self._names[image_id]
 
     def dataset(self, captions: Mapping[int, Sequence[str]]) -> Any:
@@ -370,7 +375,7 @@ class FeatureCache:
         DataError here for an image without a row.
         """
         from data.cache.torch_dataset import (
-            CachedImages,  # here, since reading a cache needs no torch
+            CachedImages,  # imported here: reading a cache does not need torch
         )
 
         return CachedImages(self, captions)
@@ -413,23 +418,25 @@ class FeatureCache:
         if not tables_only:
             for target, (parts, row) in zip(rows.features, places, strict=True):
                 target[...] = parts[0][row]
+        own_boxes: Iterable[int] = range(len(places))
         if self._cells is not None:
             rows.boxes[:], rows.counts[:] = self._cells, len(self._cells)
-            return rows
-        for at, (parts, row) in enumerate(places):
+            own_boxes = [at for at, view in enumerate(views or ()) if view in self._crops]
+        for at in own_boxes:
+            parts, row = places[at]
             rows.boxes[at], rows.counts[at] = parts[1][row], parts[2][row]
         return rows
 
     @property
     def feature_bytes(self) -> int:
-        """How much memory all features of all views take."""
+        """Memory of all features of all views, in bytes."""
         return sum(features.nbytes for maps in self._maps for features, _, _ in maps)
 
     def keep_in_memory(self, memory: np.ndarray | None = None, filled: bool = False) -> None:
         """Read all features from memory from now on (a pickled cache opens its files again).
 
-        memory: float16 of `feature_bytes` in all to keep them in, None: new; filled: another
-            process has copied them there.
+        memory: a float16 buffer of `feature_bytes`; None: a new one. filled: another process has
+        already filled it.
         """
         memory, start = (
             np.empty(self.feature_bytes // 2, np.float16) if memory is None else memory,
@@ -444,7 +451,7 @@ class FeatureCache:
                 start += features.size
 
     def empty_rows(self, count: int) -> Rows:
-        """Arrays for `count` rows."""
+        """Uninitialised arrays for `count` rows."""
         regions, channels = self.shape
         return Rows(
             np.empty((count, regions, channels), np.float16),
@@ -476,7 +483,7 @@ class FeatureCache:
         return kept, left_out
 
     def require(self, image_id: int) -> None:
-        """DataError where the cache has no row of an image."""
+        """Raise DataError if the cache has no row for an image."""
         if image_id not in self._where:
             raise DataError(self._absent(image_id))
 
@@ -498,7 +505,7 @@ class FeatureCache:
 
 
 def _shape_of(file: h5py.File) -> tuple[int, int]:
-    """(R, C) of a shard's features; ValueError where they are not [N,R,C]."""
+    """(R, C) of a shard's features; ValueError if they are not [N,R,C]."""
     shape = file["features"].shape
     if len(shape) != 3 or not shape[2] >= 1:
         raise ValueError(f"features are {shape}, not [images, regions, channels]")
@@ -508,7 +515,9 @@ def _shape_of(file: h5py.File) -> tuple[int, int]:
 def _check_layout(
     path: Path, file: h5py.File, rows: int, shape: tuple[int, int], views: Iterable[str]
 ) -> None:
-    """DataError unless a file's datasets have the types and shapes that extraction gives them."""
+    """Raise DataError unless the datasets of a file have the types and shapes that extraction
+    writes.
+    """
     regions, channels = shape
     if file["features"].shape != (rows, regions, channels):
         raise DataError(f"{path}: its rows are not the {regions} regions x {channels} of its cache")
@@ -530,8 +539,8 @@ def _check_layout(
 
 
 def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
-    """The dataset's bytes in its file; a plain array over them, since each index of a memmap costs
-    microseconds.
+    """Map a dataset of a file into memory. Returns a plain array, because each index of a
+    numpy.memmap costs microseconds.
     """
     if data.is_virtual:
         raise DataError(
@@ -555,6 +564,6 @@ def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
 
 
 def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive pieces of `size`, the last one shorter."""
+    """Consecutive pieces of length `size`; the last one may be shorter."""
     for start in range(0, len(sequence), size):
         yield sequence[start : start + size]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class CachedImages(torch.utils.data.Dataset):
-    """The images of `captions` over a cache, one an item, as `FeatureCache.dataset` says; workers
-    open the cache anew.
+    """The images of `captions` over a cache, one per item (see `FeatureCache.dataset`). Workers
+    open the cache again.
     """
 
     def __init__(self, cache: Any, captions: Mapping[int, Sequence[str]]) -> None:

@@ -1,7 +1,6 @@
-"""Writing a feature cache: which shard holds which images, who writes it, how it is written,
-checked and joined.
+"""Write a feature cache: plan shards, write, check and join them.
 
-A shard is written under a temporary name, fsynced and renamed; `data.cache.claims` says which
+A shard is written under a temporary name, fsynced and renamed. `data.cache.claims` decides which
 process writes it.
 """
 
@@ -51,9 +50,7 @@ TABLES = ("boxes", "counts", "image_ids", "names", "sizes")
 
 @dataclass(frozen=True)
 class Shard:
-    """One planned file of a cache and the images that it will hold; `plan` is its record in the
-    file.
-    """
+    """One planned file of a cache and its images. plan: its record in the file."""
 
     path: Path
     plan: Mapping[str, Any]
@@ -91,14 +88,14 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
         return shards
     if len(orphans) < len(images):
         return shards + plan_shards(orphans, cache)
-    # no file that exists is of this plan: all of its images get new shards
+    # no existing file belongs to this plan: all of its images get new shards
     plan = {"digest": _digest(orphans), "first": after_all, "shards": _shard_count(orphans)}
     groups = iterate(orphans, SHARD_IMAGES)
     return [Shard(_shard_path(cache, after_all + n), plan, tuple(g)) for n, g in enumerate(groups)]
 
 
 class _Existing(NamedTuple):
-    """A shard that exists: its plan, and the ids of the images with a row and of those without."""
+    """An existing shard: its plan, and the ids of its images with and without a row."""
 
     digest: str
     first: int
@@ -127,7 +124,7 @@ def _shard_count(images: Sequence[Image]) -> int:
 
 
 def _read_plan(file: h5py.File) -> dict[str, Any]:
-    """The plan that a shard was written by; ValueError where it is not one."""
+    """The plan recorded in a shard; ValueError if it is invalid."""
     plan = read_object(file, "plan")
     if not all(type(plan[name]) is int and 0 <= plan[name] < 2**31 for name in ("first", "shards")):
         raise ValueError(f"its plan is {plan}")
@@ -137,8 +134,9 @@ def _read_plan(file: h5py.File) -> dict[str, Any]:
 def plan_retry(
     images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()
 ) -> list[Shard]:
-    """One more shard for photographs that could not be read and have changed on disk since
-    (`every`: all such), but for those that unfinished shards of `planned` will try anyway."""
+    """Plan one more shard for unreadable photographs that have changed on disk (`every`: for all of
+    them), except those in unfinished shards of `planned`.
+    """
     paths = shard_paths(cache)
     if not paths:
         return []
@@ -168,8 +166,8 @@ def plan_retry(
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change (ns) of a file, by which a later run sees that it is
-    another; -1, -1 without one.
+    """Size and modification time (ns) of a file, by which a later run detects a change; -1, -1
+    without a file.
     """
     try:
         found = path.stat()
@@ -256,7 +254,7 @@ def _new_file(path: Path, **options: Any) -> Iterator[h5py.File]:
 
 
 def _tables_crc32(file: h5py.File) -> int:
-    """Over all that a shard holds besides features: tables and attributes."""
+    """CRC-32 of everything in a shard except features: tables and attributes."""
     crc = 0
     for name in (*TABLES, *(name for name in file if name.startswith(("boxes_", "counts_")))):
         values = file[name][:]
@@ -375,7 +373,7 @@ def verify_shard(path: Path, identity: Mapping[str, Any] | None = None) -> list[
 
 
 def _read_through(path: Path) -> None:
-    """Read all bytes of a file; OSError with its path where the file system does not give them."""
+    """Read all bytes of a file; OSError with its path if the file system fails."""
     try:
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 24):

@@ -488,7 +488,9 @@ class PhotoCaptioner(
         return load_captioner(folder, device, precision)
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
-        """Write the checkpoint's files, without those that only training needs, and a model card."""
+        """Write the checkpoint's files, without those that only training needs, and a model
+        card.
+        """
         if Path(save_directory).resolve() == self.folder.resolve():
             raise UserError(f"{save_directory} is the checkpoint itself; name another folder")
         return super().save_pretrained(save_directory, **options)

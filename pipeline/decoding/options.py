@@ -26,7 +26,9 @@ NAMES = {
 
 @dataclass(frozen=True)
 class DecodingOptions(Settings):
-    """Options of beam search and sampling. None: the run's own value, or the default of Generation."""
+    """Options of beam search and sampling. None: the run's own value, or the default of
+    Generation.
+    """
 
     beam: int | None = setting(None, "beams  [the run's]", at_most=MAX_CAPTIONS, group="decoding")
     length_penalty: float | None = setting(

@@ -1,6 +1,4 @@
-"""Score captions: those of a checkpoint or several, made over cached features, or anybody's from a
-file.
-"""
+"""Score captions: of one or several checkpoints over cached features, or from a file."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ from pipeline.terminal import say
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    """Caption a split over cached features and score the captions; or score a file of captions.
+    """Caption a split over cached features and score the captions, or score a file of captions.
 
-    Without options: the embedded sample, with the run and the cache that bare commands made of it.
-    A file: --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
+    Without options it evaluates the run and the cache of the embedded sample. To score a file:
+    --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
     """
     if config.captions:
         return score_captions(config, list(jobs_of_files(config)))
@@ -71,7 +69,7 @@ def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
 
 @contextlib.contextmanager
 def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
-    """METEOR's program, for all captions of this command; or why it cannot run."""
+    """The METEOR program for all captions of this command, or the reason why it cannot run."""
     if not wanted:
         yield None
         return
@@ -85,7 +83,7 @@ def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
 
 
 def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
-    """The card of --against, over exactly the images of `job`."""
+    """The scores of --against, over exactly the images of `job`."""
     assert config.against is not None and job.scorer is not None  # else nothing is compared
     captions = read_results(config.against)
     missing = [image_id for image_id in job.captions if image_id not in captions]
@@ -100,8 +98,8 @@ def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | 
 
 
 def write_card(job: Job, card: Card) -> None:
-    """scores.json, and beside it the scores of each image; nothing where no --out is given for a
-    file of captions.
+    """Write scores.json and the scores of each image; nothing for a file of captions without
+    --out.
     """
     if job.out is None:
         return
@@ -122,9 +120,7 @@ def send_to_server(config: EvaluateConfig, job: Job) -> None:
 
 
 def refuse_silence(cards: Iterable[Card]) -> None:
-    """A score that was asked for by its option and is not there ends in an error, after all others
-    are written.
-    """
+    """Raise UserError if a requested score could not be computed, after all others are written."""
     found: Mapping[str, str] = {
         name: why
         for card in cards

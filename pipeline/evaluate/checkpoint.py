@@ -1,4 +1,4 @@
-"""Captions of a checkpoint, or of several, over cached features."""
+"""Evaluation of a checkpoint, or of an ensemble, over cached features."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pipeline.tasks.captioning import caption_examples
 from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
-if TYPE_CHECKING:  # torch takes seconds to import, and scoring a file needs none of it
+if TYPE_CHECKING:  # importing torch takes seconds, and scoring a file does not need it
     from pipeline.checkpoints.checkpoint import Checkpoint
     from pipeline.decoding.captioner import Caption
 
 
 class Opened(NamedTuple):
-    """What is evaluated: checkpoints (several: their ensemble) of one task, over a cache, and where
-    results are written.
+    """What is evaluated: checkpoints of one task (several form an ensemble), their cache, and the
+    output file.
     """
 
     checkpoints: list[Checkpoint]
@@ -43,7 +43,7 @@ class Opened(NamedTuple):
 
 
 def open_checkpoints(config: EvaluateConfig) -> Opened:
-    """Open the checkpoints and the cache; UserError where they do not belong together."""
+    """Open the checkpoints and the cache; UserError if they do not fit together."""
     from pipeline.checkpoints.checkpoint import check_features, load_checkpoint
     from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 
@@ -78,7 +78,7 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
 
 
 def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tuple[Source, str]:
-    """The dataset, and the split to score."""
+    """Open the dataset and choose the split to score."""
     source = config.open_source()
     split = config.split or choose_split(source, checkpoints[0])
     if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
@@ -90,7 +90,7 @@ def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tup
 
 
 def score_task(config: EvaluateConfig, opened: Opened) -> None:
-    """Answer the examples of a split, write the answers and their scores, and print the scores."""
+    """Generate the answers of a split, write them and their scores, and print the scores."""
     checkpoints, task, cache, folder = opened
     captions_only = {
         "ids": config.ids,
@@ -142,7 +142,7 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
 
 
 def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
-    """Caption the split over the cache; the captions are written at once, before any score."""
+    """Caption the split over the cache. The captions are written before they are scored."""
     checkpoints, _, cache, folder = opened
     checkpoint = checkpoints[0]
     source, split = open_split(config, checkpoints)
@@ -150,7 +150,7 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
     if config.ids:
         wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
     if config.server:
-        server_split(wanted)  # refused before hours of decoding, not after
+        server_split(wanted)  # checked before decoding, which may take hours
     examples = caption_examples(wanted[: config.limit])
     examples, images, left_out = with_rows(examples, source.by_id, cache, split)
     scored = not config.server or any(image.captions for image in images)
@@ -182,8 +182,8 @@ def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
 
 
 def choose_split(source: Source, checkpoint: Checkpoint) -> str:
-    """The split to report, said: test, else val, else what was not trained on of a source that
-    names no splits.
+    """The split to score: test, else val, else (for a source without splits) what was not trained
+    on.
     """
     split = source.reported()
     if split == "all" and checkpoint.trained_on == source.digest:
@@ -191,7 +191,7 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
     if split in ("dev", "all"):
         try:
             source.select(split)
-        except DataError as error:  # one photograph, which is train
+        except DataError as error:  # a single photograph, which is in train
             raise UserError(f"{error}; to score what was trained on, pass --split train") from error
         say(
             f"{source.root} names no test or val: scoring {split}; dev is what pipeline.train "
@@ -206,7 +206,7 @@ def decode(
     cache: FeatureCache | NoFeatures,
     examples: Sequence[Example],
 ) -> tuple[dict[Any, list[Caption]], dict[str, Any]]:
-    """Texts by example id, and the options that they were found with."""
+    """Texts by example id, and the decoding options."""
     from models.generation.ensemble import Ensemble
     from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_writer
     from pipeline.runtime import open_machine
@@ -233,7 +233,7 @@ def decode(
 
 
 def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:
-    """All captions of each image as JSON, an image a line."""
+    """All captions of each image as JSON, one image per line."""
     lines = [
         json.dumps(
             {"image_id": image_id, "captions": [caption.record() for caption in captions]},

@@ -1,4 +1,4 @@
-"""The options of pipeline.evaluate, and what both of its sides prepare to be scored."""
+"""The options of pipeline.evaluate, and the jobs that are scored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.tasks.captioning import UNFINISHED
 
 @dataclass(frozen=True)
 class EvaluateConfig(DecodingOptions, SourceOptions):
-    """Which checkpoint, over which cache, on which captions; or which file of captions."""
+    """The options of pipeline.evaluate."""
 
     checkpoint: tuple[Path, ...] = setting(
         (),
@@ -142,13 +142,11 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
 
 @dataclass(frozen=True)
 class Job:
-    """Captions with what they are scored against; `scorer` is None where the images have no
-    references.
-    """
+    """Captions and their references. scorer: None if the images have no references."""
 
     name: str
     captions: dict[int, str]
-    # for the server: all that should have a caption; empty where not needed
+    # for --server: all images that need a caption
     images: Sequence[Image]
     scorer: Scorer | None
     out: Path | None

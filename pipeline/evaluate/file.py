@@ -1,4 +1,4 @@
-"""Captions from files, and the references that they are scored against."""
+"""Evaluation of files of captions against reference files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.terminal import say
 
 
 def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
-    """Each file of captions with the references of its images."""
+    """A job for each file of captions, with the references of its images."""
     if config.out and len(config.captions) > 1 and (config.out.suffix or config.out.is_file()):
         raise UserError(
             f"--out {config.out} with several --captions must be a folder: each gets its own "
@@ -54,8 +54,8 @@ def match(
     captions: dict[int, str],
     opened: dict[tuple[int, ...], References],
 ) -> tuple[dict[int, str], References]:
-    """The captions to score and their references, one set for files that caption the same images;
-    the rest is counted.
+    """Match captions with references. Files over the same images share one set of references; the
+    rest is counted.
     """
     if () not in opened:
         opened[()] = open_references(config)
@@ -99,8 +99,8 @@ def match(
 
 
 def open_references(config: EvaluateConfig) -> References:
-    """The counted references of the whole file, or of --ids: read from the cache folder, else
-    counted and kept there.
+    """The reference statistics of the whole file, or of --ids, from the cache folder if they are
+    there.
     """
     folder = config.cache_dir or user_cache()
     if folder is None:

@@ -28,7 +28,9 @@ REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbo
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:
-    """Rebuild the backbone that made the features of `identity`; UserError if this version cannot."""
+    """Rebuild the backbone that made the features of `identity`; UserError if this version
+    cannot.
+    """
     kind = identity.get("regions")
     if kind not in REGIONS:
         raise UserError(

@@ -31,7 +31,9 @@ def caption_examples(images: Iterable[Image]) -> list[Example]:
 
 
 class Captioning(Task):
-    """Scored as coco-caption does: CIDEr, BLEU-1 to 4, ROUGE-L. An example's id is its image's id."""
+    """Scored as coco-caption does: CIDEr, BLEU-1 to 4, ROUGE-L. An example's id is its image's
+    id.
+    """
 
     name = "captioning"
     metric = "CIDEr"

@@ -103,16 +103,16 @@ SCST: Mapping[str, Any] = {
 # A data set of few images is passed over until it had so many steps, of a twentieth of its images
 # each.
 SMALL_SET_STEPS, SMALLEST_BATCH = 1000, 8
-VALIDATION_STEPS = 50  # at least so many steps lie between two validations of a small set
+VALIDATION_STEPS = 50  # smallest number of steps between two validations of a small data set
 PATIENT_STEPS = 500  # steps before which --patience does not end a run
 SCHEDULES = ("cosine", "noam", "constant")
-# What no preset and no size of the data decides.
+# Defaults that depend on neither the preset nor the size of the data.
 DEFAULTS: Mapping[str, Any] = {"region_dropout": 0.0, "ema": 0.0, "schedule": "cosine"}
 
 
 @dataclass(frozen=True)
 class TrainConfig(SourceOptions):
-    """What to train, on what, and how; None is chosen from the size of the data, and said."""
+    """The options of pipeline.train. None: chosen by `resolve` from the size of the data."""
 
     features: Path | None = setting(
         None,
@@ -358,7 +358,7 @@ class TrainConfig(SourceOptions):
 
     @property
     def decoder_options(self) -> Mapping[str, Any]:
-        """The options of the decoder that were given or resolved, by name."""
+        """The decoder options that were given or resolved, by name."""
         return self.extensions.get("decoder", {})
 
     def _check_scst(self) -> None:
@@ -386,7 +386,9 @@ class TrainConfig(SourceOptions):
         )
 
     def _refuse_changed(self, what: str, *names: str) -> None:
-        """UserError where one of these settings, which would do nothing, is not its default."""
+        """Raise UserError if one of these settings, which would have no effect, is not its
+        default.
+        """
         defaults = {item.name: item.default for item in fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
@@ -406,11 +408,11 @@ def resolve(
     sizes: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> TrainConfig:
-    """The settings with a value for each that the options leave open (None).
+    """Fill in each setting that the options leave open (None).
 
-    Later ones win: DEFAULTS, the preset, what --init has, SCST, what follows from the size of the
-    data, and what was given.
-    sizes, vocabulary: those of --init, which stay; UserError where an option has another.
+    Later sources win: DEFAULTS, the preset, the --init run, SCST, the size of the data, the given
+    options. sizes, vocabulary: those of --init, which cannot change; UserError if an option
+    contradicts them.
     """
     captions, images = train.texts, len(train)
     preset = config.preset or choose_preset(config, captions)
@@ -447,8 +449,8 @@ def resolve(
 def _with_words_of_init(
     config: TrainConfig, sizes: Mapping[str, Any], vocabulary: Vocabulary | None
 ) -> TrainConfig:
-    """The settings with the kind of words of --init; UserError where an option contradicts its
-    sizes or words.
+    """Fill in the vocabulary settings of --init; UserError if an option contradicts its sizes or
+    vocabulary.
     """
     given = {**config.decoder_options, "max_length": config.max_length}
     for name, value in given.items():
@@ -466,7 +468,7 @@ def _with_words_of_init(
 def _values_by_size(
     config: TrainConfig, values: Mapping[str, Any], captions: int, images: int
 ) -> dict[str, Any]:
-    """Batch, epochs and steps between validations, by the size of the data."""
+    """Batch, epochs and steps between validations, from the size of the data."""
     found: dict[str, Any] = {"batch": values["batch"], "epochs": None}
     if not config.minutes or (config.preset and "epochs" in values):
         found["epochs"] = values.get("epochs") or min(60, max(12, round(300_000 / captions)))
@@ -485,9 +487,11 @@ def _values_by_size(
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The learning rate where `done` (0 to 1) of the training is over: a straight rise over its
-    first `warmup`, then half a cosine to zero, or noam's inverse square root of the time (Vaswani
-    et al. 2017), or no change."""
+    """Learning rate at progress `done` in 0..1.
+
+    Linear warm-up over the first `warmup`, then cosine decay to zero, noam (inverse square root of
+    the progress, Vaswani et al. 2017), or constant.
+    """
     assert config.lr is not None  # by `resolve`
     if done < config.warmup:
         return config.lr * done / config.warmup

@@ -1,8 +1,7 @@
-"""One run as several processes: torchrun starts them, here they join, add up and wait for each
-other.
+"""Several processes of one run, started by torchrun: join, reduce, gather and wait.
 
-Every function does the plain thing where there is one process. Tensors that are added lie on the
-CPU, so that no device waits.
+With one process, every function returns its input. Reduced tensors are on the CPU, so that no
+device waits.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ import torch.distributed as dist
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 
-# for a process that is alive: scoring a large dev split takes its time
+# how long to wait for a live process: scoring a large dev split takes minutes
 PATIENCE = timedelta(hours=1)
 LOST = ("Connection closed", "Connection reset", "gloo", "NCCL", "Timed out", "Broken pipe")
 
 
 @contextlib.contextmanager
 def joined(machine: Machine) -> Iterator[None]:
-    """Join the run's other processes, and leave them at the end; UserError where one of them is
-    lost.
-    """
+    """Join the process group and leave it at the end; UserError if a process is lost."""
     if machine.world == 1:
         yield
         return
@@ -69,7 +66,7 @@ def all_reduce(*numbers: float) -> list[float]:
 
 
 def broadcast(value: Any) -> Any:
-    """What the first process has."""
+    """The value of rank 0, in every process."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -78,7 +75,7 @@ def broadcast(value: Any) -> Any:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """What each process has, by rank."""
+    """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -87,13 +84,13 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     all_gather(None)
 
 
 @contextlib.contextmanager
 def first_alone(machine: Machine) -> Iterator[None]:
-    """The first process does what is inside before the others: it may write what they then find."""
+    """Rank 0 runs the block before the other processes, which may then read what it wrote."""
     if machine.rank:
         barrier()
     yield
@@ -102,10 +99,12 @@ def first_alone(machine: Machine) -> Iterator[None]:
 
 
 def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
-    """float16 of `size` bytes that all processes of a machine share, and whether this one is to
-    fill it; None where the system has no such memory. It is a file without a name, which goes when
-    the last process does, however it ends, and is no part of /dev/shm, of which containers have
-    little. Call `barrier` once it is filled."""
+    """A buffer of `size` bytes as float16 that all processes of a machine share, and whether this
+    process must fill it; None if the system has no such memory.
+
+    It is an anonymous file (memfd): it disappears with the last process, and does not count as
+    /dev/shm, which is small in containers. Call `barrier` once it is filled.
+    """
     if not hasattr(os, "memfd_create"):
         return None
     first = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,8 +1,7 @@
-"""What a run tells while it trains: metrics.jsonl always, TensorBoard where it is installed,
-Weights & Biases where asked for.
+"""The log of a run: metrics.jsonl always, TensorBoard if installed, Weights & Biases with --wandb.
 
-A line within an epoch has `step`, `epoch` (a fraction) and `train`; at an epoch's end also `dev`
-and `seconds`.
+A line within an epoch has `step`, `epoch` (a fraction) and `train`. A line of a validation also has
+`dev` and `seconds`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipeline.terminal import say
 
 
 class Journal:
-    """The lines of a run in `folder`; `enabled` only in the process that writes."""
+    """The log lines of a run in `folder`. enabled: True only in the process that writes."""
 
     def __init__(self, folder: Path, record: Mapping[str, Any], wandb: bool, enabled: bool) -> None:
         self.folder, self.record, self.enabled = folder, record, enabled
@@ -31,19 +30,19 @@ class Journal:
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """The lines of epochs' ends."""
+        """The lines of validations."""
         return [line for line in self.lines if "seconds" in line]
 
     @property
     def scored(self) -> list[dict[str, Any]]:
-        """Those with scores on dev."""
+        """The lines with scores on dev."""
         return [line for line in self.lines if "dev" in line]
 
     def begin(
         self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None
     ) -> None:
-        """Start, or go on after `step` with the lines of `epochs`: what a run that was killed told
-        later is taken back.
+        """Start the log, or continue it: later lines that a killed start had written are
+        removed.
         """
         within = (
             [line for line in self._read() if "seconds" not in line and line["step"] <= step]
@@ -75,7 +74,9 @@ class Journal:
                     dir=str(self.folder),
                     config=dict(self.record),
                 )
-            except Exception as error:  # not logged in, no network: its errors are of many kinds
+            except (
+                Exception
+            ) as error:  # not logged in, or no network: wandb raises many kinds of errors
                 raise UserError(
                     f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, usually fixes it"
                 ) from error
@@ -106,8 +107,9 @@ class Journal:
             self.wandb.finish()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines on the disk; what is no line of a journal, as a last one that a killed process
-        left half-written, is left out."""
+        """The lines on disk. Invalid lines, such as a last one that a killed process left
+        incomplete, are skipped.
+        """
         found = []
         for text in (
             self.path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,7 +1,7 @@
 """The training loop: steps over the images of a cache.
 
-All that is drawn in a step follows from (seed, step, rank), and the order of an epoch from (seed,
-epoch): a run that is killed goes on from its last save as if nothing had been.
+All random draws of a step follow from (seed, step, rank), and the order of an epoch from (seed,
+epoch). A killed run therefore continues from its last save exactly as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.training.state import Run, save_progress
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop (Ctrl-C, or a scheduler's SIGTERM); `signum` is the signal."""
+    """The run was asked to stop by Ctrl-C or SIGTERM; `signum` is the signal."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -39,8 +39,8 @@ class Stopped(Exception):
 def train_until_validation(run: Run) -> dict[str, float]:
     """Train until `run.should_validate`: every --eval-steps, else at each epoch's end.
 
-    Returns the means of the objective's figures since the last validation, the learning rate, and
-    of this epoch texts/s and the share of time waiting for data; {} before the first step.
+    Returns the mean figures since the last validation, the learning rate, and for this epoch
+    texts/s and the share of time spent waiting for data; {} before the first step.
     """
     while True:
         trained = train_epoch(run)
@@ -53,9 +53,9 @@ def train_until_validation(run: Run) -> dict[str, float]:
 
 
 def train_epoch(run: Run) -> dict[str, float]:
-    """Train to the epoch's end, or until `run.should_validate`; returns as train_until_validation.
+    """Train to the epoch's end, or until `run.should_validate`. Returns as train_until_validation.
 
-    Raises Stopped between two steps, and UserError for a figure or a gradient that is not finite.
+    Raises Stopped between two steps, and UserError for a loss or gradient that is not finite.
     """
     config, state, objective, first = run.config, run.state, run.objective, run.machine.rank == 0
     run.captioner.train()
@@ -98,7 +98,7 @@ def train_epoch(run: Run) -> dict[str, float]:
 
 
 def means(run: Run, row: int) -> dict[str, float]:
-    """The mean of each of the objective's figures, of a row of the sums."""
+    """The mean of each of the objective's figures, from a row of the sums."""
     *figures, counted = run.sums[row].tolist()
     return {
         name: figure / max(counted, 1)
@@ -107,7 +107,7 @@ def means(run: Run, row: int) -> dict[str, float]:
 
 
 def train_batches(run: Run) -> Iterator[Batch]:
-    """The rest of the epoch's batches, in an order that follows from seed and epoch alone."""
+    """The remaining batches of the epoch. Their order follows from seed and epoch alone."""
     config, machine = run.config, run.machine
     order = np.random.default_rng((config.seed, run.state.epoch))
     views = config.views and bool(run.train.cache.views)
@@ -120,14 +120,15 @@ def train_batches(run: Run) -> Iterator[Batch]:
         run.state.step,
         machine.rank,
         machine.world,
-        whole=config.scst,  # a reward is of all captions
+        whole=config.scst,  # a reward compares with all captions of an image
     )
 
 
 def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tensor, Tensor]:
-    """One update by the mean loss over what the step counts in all processes and parts.
+    """One update by the mean loss over all tokens (or samples) of the step, in all processes and
+    accumulation parts.
 
-    Returns this process's sums of the objective's figures [M] and the norm of the gradient.
+    Returns this process's sums of the objective's figures [M] and the gradient norm.
     """
     config, machine, objective = run.config, run.machine, run.objective
     for group in run.optimizer.param_groups:
@@ -139,7 +140,7 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
     )
     run.optimizer.zero_grad(set_to_none=True)
     figures, parts = [], batch.split(config.accumulate)
-    several = cast(DistributedDataParallel, run.forward)  # where there are several processes
+    several = cast(DistributedDataParallel, run.forward)  # only used with several processes
     for number, part in enumerate(parts):
         ready = number + 1 == len(parts) or machine.world == 1
         with contextlib.nullcontext() if ready else several.no_sync():
@@ -157,7 +158,7 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
     run.optimizer.step()
     if run.average is not None:
         decay = cast(float, config.ema)  # set by `resolve`
-        if not config.init:  # at first there is little to average
+        if not config.init:  # a shorter average in the first steps
             decay = min(decay, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(
             run.average, [weight.detach() for weight in run.captioner.parameters()], 1 - decay
@@ -186,7 +187,9 @@ def refuse_not_finite(
 
 
 class StepLog:
-    """Figures of steps, read from the device only when a line or a save is due: no step waits."""
+    """Collects the figures of steps. They are read from the device only for a log line or a save,
+    so that no step waits.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.norm = run, 0.0
@@ -216,7 +219,7 @@ class StepLog:
         )
 
     def collect(self) -> None:
-        """Add what is pending to the run's sums; UserError where a loss is not finite."""
+        """Add the pending figures to the run's sums; UserError if a loss is not finite."""
         if not self.pending:
             return
         table = torch.stack(
@@ -232,7 +235,7 @@ class StepLog:
         self.norm, self.pending = norm, []
 
     def line(self) -> dict[str, float]:
-        """The figures of a line, since the one before."""
+        """The figures since the previous log line."""
         self.collect()
         found = means(self.run, 1)
         self.run.sums[1] = 0
@@ -259,7 +262,7 @@ def speed(captions: float, training: float, waited: float) -> dict[str, float]:
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that were spent waiting for it."""
+    """Yield each batch with the seconds spent waiting for it."""
     while True:
         start = time.monotonic()
         batch = next(batches, None)
@@ -270,7 +273,7 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 @contextlib.contextmanager
 def averaged(run: Run) -> Iterator[None]:
-    """The captioner with its averaged weights for a while, where there are any."""
+    """Use the moving average of the weights inside the block, if there is one."""
     weights = [weight.data for weight in run.captioner.parameters()]
     if run.average is not None:
         for weight, mean in zip(run.captioner.parameters(), run.average, strict=True):
@@ -284,7 +287,7 @@ def averaged(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets the step end and be saved; a second one ends the process at
+    """The first Ctrl-C or SIGTERM finishes the step and saves; the second ends the process at
     once.
     """
 

@@ -32,8 +32,8 @@ from pipeline.training.rewards import Rewards
 
 
 class Sums(NamedTuple):
-    """`loss`, with its gradient, and detached figures [M] by the objective's `names`, the loss
-    first.
+    """loss: with its gradient. figures [M]: detached, in the order of the objective's `names`, the
+    loss first.
     """
 
     loss: Tensor
@@ -41,7 +41,7 @@ class Sums(NamedTuple):
 
 
 class CrossEntropy:
-    """The next word of each reference, teacher-forced; nats a word."""
+    """Cross-entropy of the next word of each reference, teacher-forced, in nats per word."""
 
     names, shown = ("loss",), "loss"
 
@@ -49,7 +49,7 @@ class CrossEntropy:
         self.config, self.machine, self.unit = config, machine, unit
 
     def counted(self, batch: Batch) -> int:
-        """What a batch adds to what the loss is the mean over."""
+        """How many items of a batch the mean loss divides by."""
         return batch.words
 
     def units(self, batch: Batch) -> int:
@@ -144,7 +144,7 @@ class SelfCritical:
         return Sums(loss, torch.stack([figure.to(loss.device, torch.float32) for figure in told]))
 
     def draw(self, memory: Memory, image_ids: Sequence[int], step: int) -> Tensor:
-        """K captions of each image: [B,K,L] int64 on the device, <eos> after their end."""
+        """Sample K captions of each image: [B,K,L] int64 on the device, <eos> after their end."""
         with torch.no_grad(), self.machine.autocast():
             if self.config.samples == "beam":
                 return beam_search(self.captioner, memory, self.policy).tokens.clone()
@@ -160,7 +160,7 @@ class SelfCritical:
     def baseline(
         self, memory: Memory, rewards: Tensor, image_ids: Sequence[int], step: int
     ) -> Tensor:
-        """What the rewards [B,K] are held against, [B,1] or [B,K]."""
+        """The baseline of the rewards [B,K]: [B,1] or [B,K]."""
         if self.config.samples == "beam":
             return rewards.mean(1, keepdim=True)
         if self.config.baseline == "greedy":

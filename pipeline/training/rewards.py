@@ -44,7 +44,7 @@ BUILT_IN = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 
 
 def parse_rewards(text: str) -> list[tuple[str, float]]:
-    """Names with their weights, as --reward has them; UserError where a weight is none."""
+    """Parse --reward into names and weights; UserError for an invalid weight."""
     found = []
     for part in text.split(","):
         name, _, last = part.strip().rpartition(":")
@@ -62,8 +62,8 @@ def parse_rewards(text: str) -> list[tuple[str, float]]:
 
 
 def find_callable(name: str) -> Callable[..., Any]:
-    """The callable that --reward names: in the entry point group, or `module:attribute`; UserError
-    where there is none.
+    """The callable that --reward names: an entry point, or `module:attribute`; UserError if there
+    is none.
     """
     installed = {point.name: point for point in metadata.entry_points(group=GROUP)}
     known = ", ".join([*BUILT_IN, *installed])
@@ -75,7 +75,7 @@ def find_callable(name: str) -> Callable[..., Any]:
         else:
             module, _, attribute = name.partition(":")
             found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module may fail in any way while it is imported
+    except Exception as error:  # importing a user's module may raise any error
         raise UserError(
             f"--reward: {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -87,7 +87,7 @@ def find_callable(name: str) -> Callable[..., Any]:
         raise UserError(
             f"--reward: {name!r} must take captions, references and image_ids: {error}"
         ) from error
-    except ValueError:  # some that are written in C do not tell
+    except ValueError:  # callables written in C may have no signature
         pass
     return found
 
@@ -120,10 +120,10 @@ class Rewards:
             self.references = self.cider.references
 
     def __call__(self, image_ids: Sequence[int], samples: Tensor) -> Tensor:
-        """[B,K] float32, on the CPU, for `samples` [B,K,L] int64, each read up to its <eos>.
+        """Rewards [B,K] float32, on the CPU, of `samples` [B,K,L] int64, which end at their <eos>.
 
-        UserError for a callable that does not give a number for each sample; one that is not finite
-        is given back as it is.
+        Raises UserError if a callable does not return one number per sample. Numbers that are not
+        finite are returned as they are.
         """
         tokens = samples.cpu()
         each = np.repeat(
@@ -150,7 +150,7 @@ class Rewards:
         return found
 
     def _compare_words(self, each: np.ndarray, tokens: Tensor) -> Matches:
-        """As TokenCider.compare, on the words that pieces make."""
+        """As TokenCider.compare, over whole words instead of subwords."""
         end, known = self.vocabulary.words[EOS], self.references.vocabulary
         captions = [
             [*self._words(row), *([end] if EOS in row else [])]
@@ -158,7 +158,7 @@ class Rewards:
         ]
         before = len(known)
         matches = self.references.compare(each, self.references.number_words(captions))
-        while len(known) > before:  # pieces make ever new words, none of which any reference has
+        while len(known) > before:  # subwords form new words that no reference has
             known.popitem()
         return matches
 
