@@ -131,7 +131,7 @@ class DecoderConfig:
         missing, unknown = sorted({*required} - {*record}), sorted({*record} - {*known})
         if missing or unknown:
             problems = ", ".join(missing + unknown)
-            raise ModelError(f"{cls.__name__} has other sizes; missing or unknown: {problems}")
+            raise ModelError(f"the sizes of {cls.__name__} differ; missing or unknown: {problems}")
         for name, value in record.items():
             types = (int, float) if isinstance(known[name].default, float) else (int,)
             if type(value) not in types or not math.isfinite(value):
