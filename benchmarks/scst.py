@@ -234,7 +234,9 @@ def twin_loss(captioner: Transformer, batch: Batch, rewards: Rewards, samples: i
     words = torch.full((len(regions.features), 1, 1), BOS, device=regions.features.device)
     log_p = []
     for _ in range(LIMIT):
-        new_words, log_p_word = draw(captioner.logits(captioner.read(words, memory)[:, 0, -1]))
+        new_words, log_p_word = draw(
+            captioner.logits(captioner.decode_states(words, memory)[:, 0, -1])
+        )
         words = torch.cat([words, new_words[:, None, None]], 2)
         log_p.append(log_p_word)
     return reinforce(words[:, 0, 1:], torch.stack(log_p, 1), batch, rewards, samples)

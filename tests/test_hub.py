@@ -74,7 +74,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("pipeline.checkpoints.hub.do_not_wait_for_an_absent_hub", lambda: None)
+    monkeypatch.setattr("pipeline.checkpoints.hub.go_offline_if_hub_is_unreachable", lambda: None)
     return folder
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_declares_more_than_it_holds_is_refused(copy):
     ).encode()
     for head in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 2**62) + header):
         (copy / "model.safetensors").write_bytes(head)
-        with pytest.raises(UserError, match=r"model\.safetensors is broken"):
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
             load_checkpoint(copy)
 
 

@@ -53,9 +53,9 @@ def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
     forced = PhrasalConstraint(phrases, torch.device("cpu"))
     assert forced.total == sum(map(len, phrases))
     for words in itertools.product((3, 4, 5, 6), repeat=5):
-        states = forced.start((1,))
+        states = forced.initial_states((1,))
         for end, word in enumerate(words, 1):
-            states = forced.after(states[:, None], torch.tensor([[word]]))[:, 0]
+            states = forced.advance(states[:, None], torch.tensor([[word]]))[:, 0]
             so_far = list(words[:end])
             for phrase, state in zip(phrases, states[0].tolist(), strict=True):
                 if holds(so_far, phrase):
@@ -74,6 +74,6 @@ def test_progress_leaves_as_many_words_as_can_bring_in_the_rest():
     forced = PhrasalConstraint(((3, 4, 5), (4, 6)), torch.device("cpu"))
     assert forced.progress(torch.tensor([2, 1])).item() == 2
     assert forced.progress(torch.tensor([3, 1])).item() == 4
-    assert forced.next(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next(
+    assert forced.next_words(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next_words(
         torch.tensor([3, 2])
     ).tolist() == [-1, -1]

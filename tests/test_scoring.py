@@ -11,7 +11,7 @@ import pytest
 
 from data import DataError
 from data.tokens import tokenize, tokenize_all
-from pipeline.scoring.metrics import _common, cider, score
+from pipeline.scoring.metrics import _common_lengths, cider, score
 from pipeline.scoring.ngrams import References
 
 OUTPUTS = {
@@ -406,5 +406,5 @@ def test_the_longest_common_subsequence_is_that_of_the_whole_table(most: int):
         for captions in (ours, theirs)
     ]
     counts = [np.array([len(words) for words in captions]) for captions in (ours, theirs)]
-    found = _common(flat[0], counts[0], np.array(of), flat[1], counts[1])
+    found = _common_lengths(flat[0], counts[0], np.array(of), flat[1], counts[1])
     assert found.tolist() == [table(ours[i], words) for i, words in zip(of, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""Registry of the decoders."""
+"""The registry of decoders, by name."""
 
 from __future__ import annotations
 
