@@ -817,7 +817,7 @@ def test_captions_from_txt_are_trained_on_and_scored(tmp_path):
         "--out",
         tmp_path / "cache",
     )
-    assert "4 photographs have a .txt beside them" in output
+    assert "4 photographs have a .txt file of their name" in output
     common += ["--features", tmp_path / "cache"]
     told = refused(train.main, *common, "--out", tmp_path / "none", *QUICK)
     assert "3 images have no caption in split 'train'" in told and "--captions-from txt" in told
