@@ -105,6 +105,7 @@ def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shard_paths(cache: Path) -> list[Path]:
+    """Return the complete shards of a cache, in order."""
     return sorted(cache.glob("shard-*.h5"))
 
 
