@@ -63,6 +63,7 @@ def main(work: Path, count: int, single: int, out: Path | None) -> None:
 
 
 def measure(work: Path, count: int, single: int) -> dict:
+    """Write the cache and the simple file to `work`, and return the figures."""
     make_cache(work, count)
     with h5py.File(work / "single.h5", "w") as file:
         for row in range(single):
@@ -90,6 +91,7 @@ def measure(work: Path, count: int, single: int) -> dict:
 
 
 def make_cache(work: Path, count: int) -> None:
+    """Write a cache of `count` rows of random features."""
     images = [
         Image(number, f"{number}.jpg", Path(f"{number}.jpg"), "train", ())
         for number in range(count)
@@ -127,6 +129,7 @@ def copy_and_cache(work: Path, count: int) -> tuple[float, float]:
 
 
 def seconds_of(read: Callable[[np.ndarray], object], count: int) -> float:
+    """Return the seconds of reading a batch of random rows of `count` rows."""
     ids = rng.integers(0, count, BATCH)
     start = time.perf_counter()
     read(ids)

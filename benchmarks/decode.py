@@ -194,6 +194,7 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
 
 
 def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory:
+    """Encode regions without gradients, in the machine's precision."""
     with torch.inference_mode(), machine.autocast():
         return captioner.encode(regions)
 

@@ -47,9 +47,9 @@ def why_fp32(machine: Machine) -> dict[str, str]:
     """Return the line of the report that explains fp32; empty if the machine supports bf16."""
     if machine.precision == "bf16":
         return {}
-    lacks = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
+    missing = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
     return {
-        "precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 "
+        "precision": f"fp32 on both sides: this {machine.device.type} has no {missing}, bf16 "
         "would only be emulated"
     }
 

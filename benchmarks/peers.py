@@ -53,6 +53,7 @@ def flickr8k_tokens(real: Path, images: int, seed: int = 0) -> Tensor:
 
 
 def random_regions(images: int) -> Regions:
+    """Return random features [images,49,2048] with the boxes of a 7x7 grid."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(images, REGIONS, CHANNELS, generator=generator).half()
     return Regions(

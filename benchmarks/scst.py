@@ -247,7 +247,7 @@ class Growing(Layout):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.keys_values: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def pad(self, rows: Tensor) -> Tensor:
         return rows[:, None]
@@ -256,11 +256,12 @@ class Growing(Layout):
         return sequences[:, 0]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept[layer] is not None:
+        if self.keys_values[layer] is not None:
             keys, values = (
-                torch.cat(pair, 2) for pair in zip(self.kept[layer], (keys, values), strict=True)
+                torch.cat(pair, 2)
+                for pair in zip(self.keys_values[layer], (keys, values), strict=True)
             )
-        self.kept[layer] = keys, values
+        self.keys_values[layer] = keys, values
         return keys, values
 
 

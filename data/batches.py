@@ -212,14 +212,14 @@ class ImageTexts:
             rows = self.cache.rows(ids, views=views)
             features = torch.from_numpy(rows.features)
         else:
-            kept, row_of = self.on_device
+            all_features, row_of = self.on_device
             rows = self.cache.rows(ids, tables_only=True, views=views)
             image_count = len(self.images)
             indices = [
                 row_of[i] + view * image_count
                 for i, view in zip(ids, views or [0] * len(ids), strict=True)
             ]
-            features = kept[torch.tensor(indices).to(kept.device)]
+            features = all_features[torch.tensor(indices).to(all_features.device)]
         return (
             features,
             torch.from_numpy(rows.boxes),

@@ -129,6 +129,7 @@ class Source:
 
     @cached_property
     def by_id(self) -> dict[int, Image]:
+        """The images by id."""
         return {image.id: image for image in self.images}
 
     @cached_property

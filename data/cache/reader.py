@@ -105,6 +105,7 @@ def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shard_paths(cache: Path) -> list[Path]:
+    """Return the complete shards of a cache, in order."""
     return sorted(cache.glob("shard-*.h5"))
 
 
@@ -471,7 +472,7 @@ class FeatureCache:
         Raises DataError for any other image without a row, and if cache and source have different
         file names for one id.
         """
-        kept, left_out = [], 0
+        selected, left_out = [], 0
         for image in images:
             if image.id in self.unreadable:
                 left_out += 1
@@ -484,8 +485,8 @@ class FeatureCache:
                     f"{image.name} in the captions; the cache was made from other photographs: "
                     "pass the --features that belong to these captions"
                 )
-            kept.append(image)
-        return kept, left_out
+            selected.append(image)
+        return selected, left_out
 
     def require(self, image_id: int) -> None:
         """Raise DataError if the cache has no row for an image."""

@@ -183,7 +183,7 @@ def _digest(images: Sequence[Image]) -> str:
 
 def write_shard(
     shard: Shard,
-    kept: Sequence[Image],
+    readable: Sequence[Image],
     rows: Sequence[Rows],
     sizes: np.ndarray,
     unreadable: Sequence[Unreadable],
@@ -192,8 +192,8 @@ def write_shard(
 ) -> None:
     """Write a shard atomically, in the format of `data.cache.reader`.
 
-    kept: the images with rows.
-    rows: the rows of `kept`: of the originals, then of each view in the provenance.
+    readable: the images with rows.
+    rows: the rows of `readable`: of the originals, then of each view in the provenance.
     sizes: (height, width) of the originals, [N,2].
 
     Raises DataError if features are not finite in float16, and OSError if the disk is full.
@@ -201,7 +201,7 @@ def write_shard(
     arrays: dict[str, np.ndarray] = {}
     for suffix, part in zip(view_suffixes(views_of(provenance)), rows, strict=True):
         features = part.features.astype(np.float16, copy=False)
-        for photo, row in zip(kept, features, strict=True):
+        for photo, row in zip(readable, features, strict=True):
             if not np.isfinite(row).all():
                 raise DataError(
                     f"the features of {photo.path} (image {photo.id}) are not finite in float16; "
@@ -222,11 +222,11 @@ def write_shard(
             file.attrs["unreadable"] = json.dumps(unreadable)
             for name, array in arrays.items():
                 file[name] = array
-            file["image_ids"] = np.array([image.id for image in kept], np.int64)
+            file["image_ids"] = np.array([image.id for image in readable], np.int64)
             file.create_dataset(
                 "names",
-                data=[image.name for image in kept],
-                shape=len(kept),
+                data=[image.name for image in readable],
+                shape=len(readable),
                 dtype=h5py.string_dtype(),
             )
             file["sizes"] = sizes.astype(np.int32).reshape(-1, 2)

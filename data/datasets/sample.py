@@ -126,6 +126,7 @@ class Thing:
 
     @property
     def words(self) -> tuple[str, str, str]:
+        """Size, colour and shape."""
         return self.size, self.colour, self.shape
 
 
