@@ -106,7 +106,7 @@ def test_a_hub_that_is_not_there_is_a_plain_error(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         checkpoint_folder("hf-hub:someone/captions", cache_dir=tmp_path)
-    with pytest.raises(UserError, match="no repository of that name"):
+    with pytest.raises(UserError, match="no repository with this name"):
         checkpoint_folder("hf-hub:../../etc", cache_dir=tmp_path)
 
 
@@ -271,5 +271,5 @@ def test_a_checkpoint_of_a_newer_format_says_so(copy):
     (copy / "config.json").write_text(
         json.dumps({**record, "format": FORMAT + 1, "model": "of another kind"})
     )
-    with pytest.raises(UserError, match="newer version: update"):
+    with pytest.raises(UserError, match="a newer version of Onceover wrote it: update"):
         load_checkpoint(copy)

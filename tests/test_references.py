@@ -158,7 +158,7 @@ def test_document_frequencies_of_other_captions_are_those_of_the_larger_set():
 
 
 def test_no_documents_to_take_frequencies_from_is_an_error():
-    with pytest.raises(DataError, match="no captions to take document frequencies from"):
+    with pytest.raises(DataError, match="no captions for document frequencies"):
         References(REFERENCES, frequencies={})
 
 
