@@ -343,13 +343,13 @@ def test_references_may_be_any_collection_of_captions():
         (
             {1: ["A dog.", "A brown dog."]},
             {1: ["a"]},
-            "image 1: 2 sentences where one caption belongs, list .*A brown dog",
+            "image 1: 2 sentences instead of one caption, list .*A brown dog",
         ),
-        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences instead of one caption"),
         (
             {1: "a"},
             {1: [["A dog.", "A brown dog."]]},
-            "image 1: 2 sentences where one caption belongs",
+            "image 1: 2 sentences instead of one caption",
         ),
         ({1: 3.5}, {1: ["a"]}, "image 1: a caption is float 3.5, not a string"),
         ({1: float("nan")}, {1: ["a"]}, "image 1: a caption is float nan, not a string"),
