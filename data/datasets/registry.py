@@ -1,4 +1,4 @@
-"""The datasets by name."""
+"""The registry of datasets, and `open_source`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from data.sources import Source
 
 
 class Dataset(NamedTuple):
-    """How a dataset is read: read(dataset, root, annotations, images, **options) -> Source;
-    Options: its own, or None.
+    """A reader of a dataset.
+
+    read: read(dataset, root, annotations, images, **options) -> Source.
+    Options: the dataclass of the dataset's own options; None if it has none.
     """
 
     read: Callable[..., Source]
@@ -39,44 +41,47 @@ def open_source(
     images: Path | None = None,
     **options: Any,
 ) -> Source:
-    """Open `dataset` (one of DATASETS) under `root`.
+    """Open a dataset.
 
-    annotations: the caption file, where it is not the one found under the root (coco needs it; for
-        coco2014 and coco2017 the folder of the two).
-    images: the folder of the photographs, where that is not the root.
-    options: those of the dataset itself, as `captions_from` of a folder.
-    Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that
-    a caption file names and the disk lacks are no error here: see `Source.missing`.
+    dataset: a key of DATASETS.
+    root: the folder of the photographs and captions.
+    annotations: the caption file (for coco2014 and coco2017: the folder of the two caption files);
+        None: find it under the root. `coco` requires it.
+    images: the folder of the photographs; None: the root.
+    options: the dataset's own options, for example `captions_from` of `folder`.
+
+    Raises DataError if a path does not exist or a caption file is invalid. Photographs that are not
+    on disk are no error: see `Source.missing`.
     """
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
-    own = DATASETS[dataset].Options
-    known = {item.name for item in fields(own)} if own else set()
-    if foreign := [name for name in options if name not in known]:
-        having = [
-            name
-            for name, each in DATASETS.items()
-            if each.Options and foreign[0] in {f.name for f in fields(each.Options)}
-        ]
-        hint = f"; it is one of --dataset {', '.join(having)}" if having else ""
-        raise DataError(f"dataset {dataset!r} has no option {foreign[0]!r}{hint}")
+        raise DataError(f"unknown dataset {dataset!r}; {hint}known datasets: {', '.join(DATASETS)}")
+    for name in options:
+        if name not in _option_names(dataset):
+            others = [other for other in DATASETS if name in _option_names(other)]
+            hint = f"; it is an option of --dataset {', '.join(others)}" if others else ""
+            raise DataError(f"dataset {dataset!r} has no option {name!r}{hint}")
     if root is None and images is None:
         raise DataError(
-            f"{dataset} needs a root: pass --root, the folder of the photographs and their captions"
+            f"{dataset} needs a root: pass the folder of the photographs and captions to --root"
         )
     try:
-        for place, flag in ((root, "--root"), (images, "--images")):
-            if place is not None and not Path(place).is_dir():
-                raise DataError(f"{place} is not a folder; {flag} names the folder of {dataset}")
+        for folder, flag in ((root, "--root"), (images, "--images")):
+            if folder is not None and not Path(folder).is_dir():
+                raise DataError(f"{folder} is not a folder; {flag} must be a folder of {dataset}")
         if annotations is not None and not Path(annotations).exists():
             raise DataError(
-                f"{annotations} does not exist; --annotations names the captions of {dataset}"
+                f"{annotations} does not exist; --annotations must be the captions of {dataset}"
             )
-        places = [None if place is None else Path(place) for place in (root, annotations, images)]
-        return DATASETS[dataset].read(dataset, *places, **options)
+        paths = [None if path is None else Path(path) for path in (root, annotations, images)]
+        return DATASETS[dataset].read(dataset, *paths, **options)
     except OSError as error:
         raise DataError(
             f"{dataset}: {error.filename or root or images}: {error.strerror or error}"
         ) from error
+
+
+def _option_names(dataset: str) -> set[str]:
+    options = DATASETS[dataset].Options
+    return {item.name for item in fields(options)} if options else set()
