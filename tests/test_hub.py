@@ -271,5 +271,5 @@ def test_a_checkpoint_of_a_newer_format_says_so(copy):
     (copy / "config.json").write_text(
         json.dumps({**record, "format": FORMAT + 1, "model": "of another kind"})
     )
-    with pytest.raises(UserError, match="newer version of Onceover wrote it: update"):
+    with pytest.raises(UserError, match="a newer version of Onceover wrote it: update"):
         load_checkpoint(copy)
