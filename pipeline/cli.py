@@ -147,9 +147,13 @@ class Settings:
         }
         for given in self.extensions.values():
             values |= given
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-        }
+        return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_json(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def flag_of(name: str) -> str:
@@ -502,6 +506,8 @@ def _config_option(config_class: type) -> click.Option:
                 near = difflib.get_close_matches(name, kinds, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
                 raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
+            if kinds[name][1] and isinstance(value, str):  # of a version without repetition
+                found[name] = value = [value]
             if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
                 raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")
         ctx.default_map = {
