@@ -153,10 +153,8 @@ def _pairs(
                 f"{dataset}: {len(questions)} --questions and {len(annotations)} --annotations; "
                 "pass one --annotations for each --questions, in the same order, or none at all"
             )
-        return [
-            _Pair("all", file, other)
-            for file, other in zip(questions, annotations or [None] * len(questions), strict=True)
-        ]
+        others: Sequence[Path | None] = annotations or [None] * len(questions)
+        return [_Pair("all", file, other) for file, other in zip(questions, others, strict=True)]
     if annotations:
         raise DataError(f"{dataset}: --annotations {annotations[0]} needs its --questions file")
     pairs = []

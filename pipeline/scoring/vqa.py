@@ -13,9 +13,19 @@ from typing import Literal
 Variant = Literal["vqa", "okvqa", "equality"]
 
 NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 ARTICLES = {"a", "an", "the"}
 # in the order of the official list; colon, apostrophe and period are not in it
 PUNCTUATION = r';/[]"{}()=+\_-><@`,?!'
