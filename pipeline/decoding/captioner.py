@@ -455,6 +455,33 @@ class PhotoCaptioner(
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
 
+    def answers(
+        self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
+    ) -> list[list[Caption]]:
+        """The `count` best answers to each question about a photograph, best first.
+
+        The photograph is encoded once. Raises UnreadableImage, and UserError for a checkpoint that
+        was not trained on questions.
+        """
+        if not self.captioner.config.max_prompt:
+            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        read, reason = Photographs([photo], framing_of(self.backbone, self.max_pixels))[0]
+        if read is None:
+            raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
+        pixels, frames = stack([read])
+        regions = extract_regions(self.backbone, pixels, self.machine, frames)
+        if not self.checkpoint.answers:
+            options = {"num_beams": max(count, self.checkpoint.decoding["beam"]), **options}
+        options["num_return_sequences"] = count
+        generator = make_writer(self.captioner, self.checkpoint, self.machine, options)
+        return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
+
+    def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
+        """The best answer to a question about a photograph, or those to a list of questions."""
+        questions = [question] if isinstance(question, str) else question
+        best = [found[0].text for found in self.answers(photo, questions, 1)]
+        return best[0] if isinstance(question, str) else best
+
     # the mixin's own arguments, as `revision`, are among `options`
     @classmethod
     def from_pretrained(  # type: ignore[override]
