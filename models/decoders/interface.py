@@ -152,8 +152,8 @@ class Decoder(nn.Module, ABC):
     # A frozen dataclass of the options that this decoder adds. Config has the same fields.
     Options: type | None = None
     config: DecoderConfig
-    # scores of the config's `classes`, from the state after a prompt; None without classes
-    head: nn.Linear | None = None
+    # scores of the classes, from the state after a prompt; only if the config has classes
+    head: nn.Linear
 
     @abstractmethod
     def encode(self, regions: Regions) -> Memory:
@@ -222,7 +222,6 @@ class Decoder(nn.Module, ABC):
 
         tokens: [B,1,P+1], prompts padded on the left and then <bos>; cache: of the same prompts.
         """
-        assert self.head is not None
         return self.head(self.decode_states(tokens, memory, cache)[:, 0, -1])
 
     def decode_states(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
