@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data import DataError
 from data.datasets.registry import open_source
+from data.datasets.sample import draw_sample
+from data.datasets.scene_questions import write_questions
 from data.sources import image_id
+from data.vocabulary import BOS, PAD
+from models.decoders.registry import create_decoder
+from models.decoders.transformer import Transformer, TransformerConfig
+from models.losses import class_loss
+from models.regions import Regions
+from pipeline import ask, evaluate, extract, train
+from pipeline.cli import UserError
+from pipeline.decoding.captioner import load_captioner
+from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
+from tests.test_captioner import WORDS, some_regions
+from tests.test_commands import LOOK, refused, run, works
 from tests.test_images import halves
+from tests.test_train import interrupt_at
 
 ANSWERS = ["yes"] * 6 + ["no"] * 4
 
@@ -168,3 +185,159 @@ def test_other_datasets_take_one_file_of_annotations(tmp_path, photographs):
     table.write_text("{}")
     with pytest.raises(DataError, match="coco takes one --annotations; 2 are given"):
         open_source("coco", None, [table, table], photographs)
+
+
+# ------------------------------------------------------------------------------------- classes
+
+
+def with_classes(classes: int = 5, **sizes) -> Transformer:
+    config = TransformerConfig(
+        WORDS, 6, max_length=7, max_prompt=4, classes=classes, width=16, heads=2,
+        encoder_layers=1, decoder_layers=2, feedforward=32, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return create_decoder("transformer", config).eval()
+
+
+PROMPTS = ([4, 5, 6], [7], [], [8, 9, 4, 5])
+
+
+def test_class_logits_with_a_cache_are_those_of_whole_texts():
+    """Prompts of different lengths: packed, as in training; padded on the left, as in use."""
+    decoder, regions = with_classes(), some_regions(4)
+    tokens = torch.zeros(4, 1, 5, dtype=torch.int64)
+    padded = torch.zeros(4, 4, dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, 0, : len(prompt) + 1] = torch.tensor([*prompt, BOS])
+        if prompt:
+            padded[row, -len(prompt) :] = torch.tensor(prompt)
+    lengths = torch.tensor([[len(prompt)] for prompt in PROMPTS])
+    labels = torch.rand(4, 5)
+    with torch.no_grad():
+        memory = decoder.encode(regions)
+        first = torch.cat([padded, torch.full((4, 1), BOS)], 1)[:, None]
+        logits = decoder.class_logits(first, memory, decoder.init_cache(memory, 1, padded))
+        loss, count = class_loss(decoder, regions, tokens, labels, PAD, prompt_lengths=lengths)
+    wanted = -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).sum()
+    assert count == 4 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_questions_of_one_image_share_its_encoding_and_answer_as_each_alone():
+    decoder, regions = with_classes(), some_regions(2)
+    tokens = torch.tensor([[[4, 5, BOS], [6, BOS, 0]], [[7, BOS, 0], [0, 0, 0]]])
+    lengths, labels = torch.tensor([[2, 1], [1, 0]]), torch.rand(3, 5)
+    with torch.no_grad():
+        together, count = class_loss(decoder, regions, tokens, labels, PAD, prompt_lengths=lengths)
+        alone = [
+            class_loss(
+                decoder,
+                Regions(*(part[b : b + 1] for part in regions)),
+                tokens[b, k][None, None],
+                labels[row : row + 1],
+                PAD,
+                prompt_lengths=lengths[b, k][None, None],
+            )[0]
+            for row, (b, k) in enumerate([(0, 0), (0, 1), (1, 0)])
+        ]
+    assert count == 3 and together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+
+
+def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, photographs):
+    answers = ["red"] * 4 + ["Blue."] * 2 + ["green"] * 2 + ["a cat", "dog"]
+    pair = files(
+        tmp_path,
+        [question(1, 7), question(2, 7), question(3, 8), question(4, 9)],
+        [
+            annotation(1, 7, answers),
+            annotation(2, 7, ["red"]),
+            annotation(3, 8, ["blue"]),
+            annotation(4, 9, ["blue"]),
+        ],
+    )
+    source = opened(photographs, [pair])
+    task = VisualQuestionAnswering(VqaOptions())
+    examples = task.examples(source, "all")
+    assert "2 answers; 100.0% of the train questions" in task.choose_answers(examples)
+    assert task.answers == ("blue", "red")
+    assert sorted(task.labels(examples[0])) == [(0, 0.6), (1, 1.0)]
+    assert task.labels(examples[1]) == [(1, 1.0)]
+    scores = task.score({1: "Red", 2: "red", 3: "red", 4: "blue"}, examples)
+    assert scores["accuracy"] == pytest.approx((1 + 1 + 0 + 1) / 4)
+    assert scores["by_question_type"] == {"is it": pytest.approx(0.75)}
+    with pytest.raises(UserError, match="lower --min-answer-count"):
+        VisualQuestionAnswering(VqaOptions(min_answer_count=9)).choose_answers(examples[:0])
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> Path:
+    """A drawn sample with questions, its cache, and a run of each output."""
+    folder = tmp_path_factory.mktemp("vqa")
+    draw_sample(folder / "sample", count=120, seed=3)
+    source = open_source("sample", folder / "sample")
+    for split, count in (("train", 40), ("test", 6)):
+        write_questions(source, split, folder, count)
+    works(extract.main, "--dataset", "sample", "--root", folder / "sample", *LOOK,
+          "--out", folder / "cache")  # fmt: skip
+    for output in ("classes", "words"):
+        works(train.main, "--task", "vqa", "--output", output, *over(folder, "train"),
+              "--out", folder / output, "--preset", "tiny", "--epochs", 2)  # fmt: skip
+    return folder
+
+
+def over(folder: Path, split: str) -> list:
+    return [
+        "--dataset", "vqa", "--questions", folder / f"questions_{split}.json",
+        "--annotations", folder / f"annotations_{split}.json", "--images", folder / "sample",
+        "--features", folder / "cache",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("output", ["classes", "words"])
+def test_a_run_is_evaluated_and_answers_about_a_photograph_by_its_folder_alone(
+    asked, tmp_path, output
+):
+    out = tmp_path / "scores.json"
+    works(evaluate.main, "--checkpoint", asked / output, *over(asked, "test"), "--out", out)
+    record = json.loads(out.read_text())
+    assert record["task"] == "vqa" and 0 <= record["scores"]["accuracy"] <= 1
+    assert len(record["scores"]["by_answer_type"]) == 6
+    lines = [json.loads(line) for line in (tmp_path / "outputs-all.jsonl").read_text().splitlines()]
+    shutil.copytree(asked / output, tmp_path / "moved")
+    captioner = load_captioner(tmp_path / "moved")
+    source = open_source("sample", asked / "sample")
+    for line in lines[:10]:
+        path = source.by_id[line["image_id"]].path
+        assert captioner.answer(path, line["prompt"]) == line["output"]
+    told = works(
+        ask.main, "--checkpoint", tmp_path / "moved", path, lines[9]["prompt"], "is there a zebra?"
+    )
+    assert lines[9]["output"] in told and "does not know: zebra" in told and "%" in told
+
+
+def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
+    source = open_source("sample", asked / "sample")
+    image = source.images[0]
+    entries = [{"file_name": str(image.path), "question": f"is there a {c} circle?"}
+               for c in ("red", "blue")]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    works(ask.main, "--checkpoint", asked / "classes", "--questions", tmp_path / "q.jsonl",
+          "--out", tmp_path / "a.jsonl")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == [entry["question"] for entry in entries]
+    assert all(len(line["answers"]) == 5 for line in lines)
+    assert sum(answer["probability"] for answer in lines[0]["answers"]) <= 1 + 1e-5
+    assert "pass a photograph and questions" in refused(ask.main)
+    assert "no question about x.jpg" in refused(ask.main, "x.jpg")
+
+
+def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path, monkeypatch):
+    options = ["--task", "vqa", *over(asked, "train"), "--preset", "tiny", "--epochs", 2]
+    interrupt_at(3, monkeypatch)
+    assert run(train.main, *options, "--out", tmp_path / "run").exit_code == 130
+    monkeypatch.undo()
+    works(train.main, *options, "--out", tmp_path / "run", "--resume")
+    one, two = (load_file(f / "model.safetensors") for f in (asked / "classes", tmp_path / "run"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
