@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file
 from data import DataError
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
-from data.datasets.scene_questions import write_questions
 from data.sources import image_id
 from data.vocabulary import BOS, PAD
 from models.decoders.registry import create_decoder
@@ -271,28 +271,28 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
 # ------------------------------------------------------------------------------------ the commands
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_sample_of_any_size() -> Iterator[None]:
+    """Scenes that were drawn for a test are read as the embedded sample is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory) -> Path:
-    """A drawn sample with questions, its cache, and a run of each output."""
+def asked(a_sample_of_any_size, tmp_path_factory) -> Path:
+    """A drawn sample, its cache, and a run of each output on its questions."""
     folder = tmp_path_factory.mktemp("vqa")
     draw_sample(folder / "sample", count=120, seed=3)
-    source = open_source("karpathy", folder / "sample")
-    for split, count in (("train", 40), ("test", 6)):
-        write_questions(source, split, folder, count)
-    works(extract.main, "--dataset", "karpathy", "--root", folder / "sample", *LOOK,
-          "--out", folder / "cache")  # fmt: skip
+    works(extract.main, *over(folder)[:4], *LOOK, "--out", folder / "cache")
     for output in ("classes", "words"):
-        works(train.main, "--task", "vqa", "--output", output, *over(folder, "train"),
+        works(train.main, "--task", "vqa", "--output", output, *over(folder),
               "--out", folder / output, "--preset", "tiny", "--epochs", 2)  # fmt: skip
     return folder
 
 
-def over(folder: Path, split: str) -> list:
-    return [
-        "--dataset", "vqa", "--questions", folder / f"questions_{split}.json",
-        "--annotations", folder / f"annotations_{split}.json", "--images", folder / "sample",
-        "--features", folder / "cache",
-    ]  # fmt: skip
+def over(folder: Path) -> list:
+    return ["--dataset", "sample", "--root", folder / "sample", "--features", folder / "cache"]
 
 
 @pytest.mark.parametrize("output", ["classes", "words"])
@@ -300,11 +300,14 @@ def test_a_run_is_evaluated_and_answers_about_a_photograph_by_its_folder_alone(
     asked, tmp_path, output
 ):
     out = tmp_path / "scores.json"
-    works(evaluate.main, "--checkpoint", asked / output, *over(asked, "test"), "--out", out)
+    works(evaluate.main, "--checkpoint", asked / output, *over(asked), "--split", "test",
+          "--out", out)  # fmt: skip
     record = json.loads(out.read_text())
     assert record["task"] == "vqa" and 0 <= record["scores"]["accuracy"] <= 1
     assert len(record["scores"]["by_answer_type"]) >= 4
-    lines = [json.loads(line) for line in (tmp_path / "outputs-all.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "outputs-test.jsonl").read_text().splitlines()
+    ]
     shutil.copytree(asked / output, tmp_path / "moved")
     captioner = load_captioner(tmp_path / "moved")
     source = open_source("karpathy", asked / "sample")
@@ -334,7 +337,7 @@ def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
 
 
 def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path, monkeypatch):
-    options = ["--task", "vqa", *over(asked, "train"), "--preset", "tiny", "--epochs", 2]
+    options = ["--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 2]
     interrupt_at(3, monkeypatch)
     assert run(train.main, *options, "--out", tmp_path / "run").exit_code == 130
     monkeypatch.undo()

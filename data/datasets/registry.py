@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import DataError
-from data.datasets import coco, folder, karpathy, vqa
+from data.datasets import coco, folder, karpathy, scene_questions, vqa
 from data.sources import Source
 
 
@@ -32,7 +32,7 @@ DATASETS: dict[str, Dataset] = {
     "coco": Dataset(coco.read),
     "karpathy": Dataset(karpathy.read),
     "folder": Dataset(folder.read, folder.Options),
-    "sample": Dataset(karpathy.read),
+    "sample": Dataset(scene_questions.read),
     "vqa": Dataset(vqa.read, vqa.Options, several=True),
 }
 

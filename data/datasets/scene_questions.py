@@ -6,14 +6,16 @@ split for which the same text has another answer. So the text alone says nothing
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.datasets import karpathy
 from data.datasets.sample import (
     COLOURS,
     SHAPES,
@@ -22,9 +24,10 @@ from data.datasets.sample import (
     clear_relation,
     load_scenes,
 )
-from data.files import atomic_write_text
+from data.datasets.vqa import Question
 from data.sources import Source
 
+PER_TYPE = 9  # questions of each type for ten scenes
 RELATIONS = {
     "left": "to the left of",
     "right": "to the right of",
@@ -111,35 +114,36 @@ def balanced_questions(
     return chosen
 
 
-def write_questions(
-    source: Source, split: str, folder: Path, per_type: int, seed: int = 0
-) -> tuple[Path, Path]:
-    """Write questions about a split of a drawn sample in the official VQA format.
+@dataclass(frozen=True)
+class SampleSource(Source):
+    """The embedded sample, whose scenes have questions too."""
 
-    Returns the paths of the questions and of the annotations.
-    """
-    scenes = load_scenes(source.root)
-    chosen = balanced_questions(
-        {image.id: scenes[image.id] for image in source.select(split)}, per_type, seed
-    )
-    questions, annotations = [], []
-    for number, (image_id, question) in enumerate(sorted(chosen), start=1):
-        ids = {"question_id": number, "image_id": image_id}
-        questions.append({**ids, "question": f"{question.text}?"})
-        answer = {"answer": question.answer, "answer_confidence": "yes", "answer_id": 1}
-        annotations.append(
-            {
-                **ids,
-                "question_type": question.type,
-                "answer_type": question.type,
-                "multiple_choice_answer": question.answer,
-                "answers": [answer],
-            }
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"questions_{split}.json", folder / f"annotations_{split}.json"
-    for path, key, entries in zip(
-        paths, ("questions", "annotations"), (questions, annotations), strict=True
-    ):
-        atomic_write_text(path, json.dumps({key: entries}))
-    return paths
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """At most PER_TYPE questions of each type for each ten scenes of a split, at least 4."""
+        scenes = load_scenes(self.root)
+        questions: list[Question] = []
+        for split in self.splits:
+            chosen = {image.id: scenes[image.id] for image in self.images if image.split == split}
+            per_type = max(4, PER_TYPE * len(chosen) // 10)
+            for image_id, question in sorted(balanced_questions(chosen, per_type)):
+                questions.append(
+                    Question(
+                        len(questions) + 1,
+                        image_id,
+                        f"{question.text}?",
+                        (question.answer,),
+                        question.answer,
+                        question.type,
+                        question.type,
+                    )
+                )
+        return tuple(questions)
+
+
+def read(
+    dataset: str, root: Path | None, annotations: Path | None, images: Path | None
+) -> SampleSource:
+    """Read the embedded sample: its captions as `karpathy` does, its questions from its scenes."""
+    source = karpathy.read(dataset, root, annotations, images)
+    return SampleSource(**{item.name: getattr(source, item.name) for item in fields(source)})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.datasets.vqa import Question, QuestionSource
+from data.datasets.vqa import Question
 from data.examples import Example
 from data.results import read_text_list
 from data.sources import Source
@@ -66,11 +66,12 @@ class VisualQuestionAnswering(Task):
         self._class_of: dict[str, int] = {}
 
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
-        if not isinstance(source, QuestionSource):
+        questions: Sequence[Question] | None = getattr(source, "questions", None)
+        if questions is None:
             raise DataError(f"--task vqa needs questions; dataset {source.dataset} has none")
         images = {image.id for image in source.select(split)[:limit]}
         by_image: dict[int, list[Question]] = defaultdict(list)
-        for question in source.questions:
+        for question in questions:
             if question.image_id in images:
                 by_image[question.image_id].append(question)
         examples = []
