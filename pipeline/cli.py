@@ -407,8 +407,8 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
     kind, multiple = _kind_of(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        reader = click.Path(path_type=Path) if kind is Path else kind
-        return click.Argument([item.name], nargs=-1, type=reader, metavar=metadata["name"])
+        paths = click.Path(path_type=Path) if kind is Path else None
+        return click.Argument([item.name], nargs=-1, type=paths, metavar=metadata["name"])
     flag = flag_of(item.name)
     if kind is bool:
         option = click.Option(
