@@ -1,4 +1,4 @@
-"""Write docs/extract.md, train.md, evaluate.md, caption.md and ask.md from the classes of the options.
+"""Write the option pages docs/{extract,train,evaluate,caption,ask}.md from the option classes.
 
     python docs/write_options.py
 

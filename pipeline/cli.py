@@ -505,7 +505,7 @@ def _config_option(config_class: type) -> click.Option:
                 near = difflib.get_close_matches(name, kinds, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
                 raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
-            if kinds[name][1] and isinstance(value, str):  # of a version without repetition
+            if kinds[name] == (Path, True) and isinstance(value, str):  # of older versions
                 found[name] = value = [value]
             if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
                 raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")

@@ -470,9 +470,8 @@ class PhotoCaptioner(
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
         pixels, frames = stack([read])
         regions = extract_regions(self.backbone, pixels, self.machine, frames)
-        if not self.checkpoint.answers:
-            options = {"num_beams": max(count, self.checkpoint.decoding["beam"]), **options}
-        options["num_return_sequences"] = count
+        beams = max(count, self.checkpoint.decoding["beam"])
+        options = {"num_beams": beams, **options, "num_return_sequences": count}
         generator = make_writer(self.captioner, self.checkpoint, self.machine, options)
         return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
 
