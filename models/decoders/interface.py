@@ -99,7 +99,10 @@ class DecoderConfig:
     channels: int
     max_length: int = size(20, "maximum number of words in a text")
     max_prompt: int = size(0, "maximum number of tokens in a prompt", at_least=0)
-    classes: int = size(0, "number of answers of the classifier", at_least=0)
+    # the number of answers of the classifier; keyword-only, so that positional sizes stay valid
+    classes: int = dataclasses.field(
+        default=0, kw_only=True, metadata={"at_least": 0, "at_most": MAX_SIZE}
+    )
 
     def __post_init__(self) -> None:
         bounds = {"words": (1, MAX_SIZE), "channels": (1, MAX_SIZE)}
