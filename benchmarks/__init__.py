@@ -1,1 +1,1 @@
-"""One script a claim: `python -m benchmarks.NAME [--json FILE]`."""
+"""Benchmarks, one script per claim: `python -m benchmarks.NAME [--json FILE]`."""

@@ -1,11 +1,11 @@
-"""Random rows by `FeatureCache` against a copy from memory and against one fp32 dataset an image,
-opened per read.
+"""Random reads by `FeatureCache`, compared with a copy in memory and with a simple HDF5 file.
 
     python -m benchmarks.cache [--json FILE]
 
-Batches of 64 new random rows of 49 x 2048, 10,000 rows (2 GB in float16), warm page cache, every
-row read once before, as in a first epoch, the destination reused; then the same from four processes
-at once.
+The simple file has one fp32 dataset per image and is opened for each read. A batch is 64 random
+rows of 49 x 2048; the cache has 10,000 rows (2 GB in float16). The page cache is warm because every
+row is read once before, as in a first epoch. The destination is reused. The same reads are then
+timed in four processes at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IDENTITY = {
     "resize": "stretch",
 }
 rng = np.random.default_rng(os.getpid())
-meeting = None  # where four processes wait for each other, so that all read at once
+barrier = None  # synchronizes the four processes, so that they read at the same time
 
 
 @click.command(context_settings={"show_default": True})
@@ -46,12 +46,13 @@ meeting = None  # where four processes wait for each other, so that all read at 
     "--work",
     type=click.Path(path_type=Path),
     default=Path(tempfile.gettempdir()) / "onceover-benchmark-cache",
+    help="folder for temporary files",
 )
-@click.option("--rows", "count", default=10_000)
-@click.option("--single", default=1000, help="images of the fp32 file with a dataset each")
-@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option("--rows", "count", default=10_000, help="rows of the cache")
+@click.option("--single", default=1000, help="images of the fp32 file with one dataset per image")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(work: Path, count: int, single: int, out: Path | None) -> None:
-    """Measure reads in one run; all files are removed after it."""
+    """Measure reads. All files are removed afterwards."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -62,33 +63,35 @@ def main(work: Path, count: int, single: int, out: Path | None) -> None:
 
 
 def measure(work: Path, count: int, single: int) -> dict:
+    """Write the cache and the simple file to `work`, and return the figures."""
     make_cache(work, count)
     with h5py.File(work / "single.h5", "w") as file:
         for row in range(single):
             file[str(row)] = np.full((REGIONS, CHANNELS), row, np.float32)
-    plain, cache = copy_and_cache(work, count)
+    copy, cache = copy_and_cache(work, count)
     file_per_read = statistics.median(
         seconds_of(lambda ids: open_per_read(work / "single.h5", ids % single), count)
         for _ in range(10)
     )
     context = multiprocessing.get_context("spawn")
-    with context.BeamHypotheses(4, meet_at, (context.Barrier(4),)) as pool:
+    with context.Pool(4, set_barrier, (context.Barrier(4),)) as pool:
         pairs = pool.starmap(copy_and_cache, [(work, count)] * 4, chunksize=1)
-    four_plain, four = (statistics.mean(pair[which] for pair in pairs) for which in (0, 1))
+    four_copy, four_cache = map(statistics.mean, zip(*pairs, strict=True))
     return header() | {
         "rows": count,
-        "copy from an array in memory, ms a batch of 64": plain * 1e3,
+        "copy from an array in memory, ms a batch of 64": copy * 1e3,
         "FeatureCache.rows, ms": cache * 1e3,
-        "... times the copy": cache / plain,
+        "... times the copy": cache / copy,
         "fp32 dataset an image, opened per read, ms": file_per_read * 1e3,
         "... times FeatureCache": file_per_read / cache,
-        "four processes, copy from memory, ms": four_plain * 1e3,
-        "four processes, FeatureCache.rows, ms": four * 1e3,
-        "... times the copy in four": four / four_plain,
+        "four processes, copy from memory, ms": four_copy * 1e3,
+        "four processes, FeatureCache.rows, ms": four_cache * 1e3,
+        "... times the copy in four": four_cache / four_copy,
     }
 
 
 def make_cache(work: Path, count: int) -> None:
+    """Write a cache of `count` rows of random features."""
     images = [
         Image(number, f"{number}.jpg", Path(f"{number}.jpg"), "train", ())
         for number in range(count)
@@ -104,28 +107,29 @@ def make_cache(work: Path, count: int) -> None:
 
 
 def copy_and_cache(work: Path, count: int) -> tuple[float, float]:
-    """Median seconds of a numpy copy of 64 random rows in memory and of a read by FeatureCache, in
-    turn, after each row has been read once, as in a first epoch."""
+    """Return the median seconds of a numpy copy of 64 random rows and of a read by FeatureCache.
+
+    Both take turns. Each row has been read once before, as in a first epoch.
+    """
     cache = FeatureCache(work)
     memory = cache.rows(cache.ids.tolist()).features
     out = cache.empty_rows(BATCH)
-    if meeting is not None:
-        meeting.wait()
-    pairs = [
-        (
-            seconds_of(
-                lambda ids: np.take(memory, ids, axis=0, out=out.features, mode="clip"), count
-            ),  # unbuffered
-            seconds_of(lambda ids: cache.rows(ids.tolist(), out), count),
-        )
-        for _ in range(READS)
-    ]
-    return statistics.median(pair[0] for pair in pairs), statistics.median(
-        pair[1] for pair in pairs
-    )
+    if barrier is not None:
+        barrier.wait()
+
+    def copy(ids: np.ndarray) -> None:
+        np.take(memory, ids, axis=0, out=out.features, mode="clip")  # "clip": without a buffer
+
+    def read(ids: np.ndarray) -> None:
+        cache.rows(ids.tolist(), out)
+
+    pairs = [(seconds_of(copy, count), seconds_of(read, count)) for _ in range(READS)]
+    copy_seconds, read_seconds = zip(*pairs, strict=True)
+    return statistics.median(copy_seconds), statistics.median(read_seconds)
 
 
 def seconds_of(read: Callable[[np.ndarray], object], count: int) -> float:
+    """Return the seconds of reading a batch of random rows of `count` rows."""
     ids = rng.integers(0, count, BATCH)
     start = time.perf_counter()
     read(ids)
@@ -138,9 +142,9 @@ def open_per_read(path: Path, ids: np.ndarray) -> None:
             file[str(row)][()]
 
 
-def meet_at(barrier: object) -> None:
-    global meeting
-    meeting = barrier
+def set_barrier(shared: object) -> None:
+    global barrier
+    barrier = shared
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""A picture of training runs, from their metrics.jsonl: CIDEr on dev, and the loss or the reward on
-train.
+"""Plot training runs from their metrics.jsonl: CIDEr on dev, and the loss or reward on train.
 
     python -m benchmarks.curves runs/f8k-scst [runs/OTHER ...] --out docs/scst_flickr8k.svg
 
-matplotlib draws it: pip install -e ".[bench]".
+Needs matplotlib: pip install -e ".[bench]".
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ import click
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="an image; .svg, .png and others by its name",
+    help="the image file; the suffix selects the format (.svg, .png, ...)",
 )
 def main(runs: tuple[Path, ...], out: Path) -> None:
-    """Draw the curves of RUNS over their minutes."""
+    """Plot the curves of RUNS over minutes."""
     try:
         import matplotlib as mpl
     except ImportError as error:
         raise click.ClickException(
-            "curves are drawn by matplotlib: pip install -e '.[bench]'"
+            "plotting needs matplotlib: pip install -e '.[bench]'"
         ) from error
     mpl.use("Agg")
     mpl.rcParams |= {
@@ -41,30 +40,32 @@ def main(runs: tuple[Path, ...], out: Path) -> None:
     }
     from matplotlib import pyplot
 
-    figure, (score, train) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (score_axes, train_axes) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for run in runs:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "seconds" in line]  # those of validations have the time
+        lines = [
+            line for line in lines if "seconds" in line
+        ]  # only lines of validations contain the time
         minutes = [line["seconds"]["elapsed"] / 60 for line in lines]
-        scored = [
+        scores = [
             (minute, line["dev"]["CIDEr"])
             for minute, line in zip(minutes, lines, strict=True)
             if "dev" in line
         ]
-        score.plot(*zip(*scored, strict=True), marker=".", label=run.name)
-        what = "reward" if any("reward" in line["train"] for line in lines) else "loss"
-        trained = [
-            (minute, line["train"][what])
+        score_axes.plot(*zip(*scores, strict=True), marker=".", label=run.name)
+        metric = "reward" if any("reward" in line["train"] for line in lines) else "loss"
+        training = [
+            (minute, line["train"][metric])
             for minute, line in zip(minutes, lines, strict=True)
             if line["train"]
         ]
-        train.plot(*zip(*trained, strict=True), marker=".", label=run.name)
-    score.set(title="CIDEr on dev", xlabel="minutes")
-    train.set(title=f"{what} on train", xlabel="minutes")
-    for axes in (score, train):
+        train_axes.plot(*zip(*training, strict=True), marker=".", label=run.name)
+    score_axes.set(title="CIDEr on dev", xlabel="minutes")
+    train_axes.set(title=f"{metric} on train", xlabel="minutes")
+    for axes in (score_axes, train_axes):
         axes.grid(alpha=0.3)
     if len(runs) > 1:
-        score.legend(frameon=False)
+        score_axes.legend(frameon=False)
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     click.echo(out)
 

@@ -1,16 +1,17 @@
-"""Beam search against its plain twin, Hugging Face's `generate` and the limit of the machine's
-products.
+"""Beam search, compared with a plain twin, Hugging Face's `generate` and the hardware's limit.
 
     python -m benchmarks.decode [--checkpoint RUN --features CACHE] [--json FILE]
 
-Beam 5, exactly 20 words, 10,000 words, random weights, from given encoder states; each at its best
-batch of 50, 100 or 200 images, at one thread and at as many as there are cores (ours then decodes a
-batch in each). All take turns in one process; figures are medians, ratios medians of the rounds'
-ratios, of the thread setting that is the better one for ours. `of_limit` is the share of the
-operations a second of the best product with the rows of one step. Ours and the twin run in bf16
-where the machine computes in it; else all is in fp32, over fewer images, and the report says so.
-With --checkpoint also a trained captioner over real photographs, where captions end by themselves,
-against the same with 20 words each.
+All use beam 5, captions of exactly 20 words, a vocabulary of 10,000 words, random weights and
+precomputed encoder states. Each uses its best batch size of 50, 100 and 200 images. On a CPU all
+run with one thread and with all cores; with all cores, ours decodes one batch per core. All take
+turns in one process. Rates are medians; ratios are medians of the ratios of the rounds, for the
+number of threads that is better for ours. `of_limit` is the achieved share of the operations per
+second of the fastest matrix product with the rows of one step. Ours and the twin run in bf16 if the
+hardware supports it. Otherwise all run in fp32 over fewer images, and the report says so.
+
+With --checkpoint, a trained captioner also decodes real photographs: captions that end by
+themselves, compared with captions of exactly 20 words.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ FORCED = Generation(num_beams=BEAMS, min_length=LENGTH, max_length=LENGTH)
 
 
 class Sizes(NamedTuple):
-    """Images of a round of ours, of Hugging Face and of the twin, and the batches that are
-    tried.
-    """
+    """Images per round of ours, of Hugging Face and of the twin, and the batch sizes to try."""
 
     ours: int
     theirs: int
@@ -80,14 +79,14 @@ SIZES = {"bf16": Sizes(400, 200, 50, (50, 100, 200)), "fp32": Sizes(50, 25, 5, (
 @click.option(
     "--checkpoint",
     type=click.Path(exists=True, path_type=Path),
-    help="a trained run, to decode by itself",
+    help="a trained run to decode in addition",
 )
 @click.option(
-    "--features", type=click.Path(exists=True, path_type=Path), help="the cache that it reads"
+    "--features", type=click.Path(exists=True, path_type=Path), help="the cache of --checkpoint"
 )
-@click.option("--rounds", default=3)
-@click.option("--device", default="auto")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
+@click.option("--rounds", default=3, help="timed rounds")
+@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 @click.option("--only-memory", is_flag=True, hidden=True)
 def main(
     checkpoint: Path | None,
@@ -97,32 +96,32 @@ def main(
     out: Path | None,
     only_memory: bool,
 ) -> None:
-    """Time beam search, and measure the memory that a batch of 64 takes."""
+    """Time beam search, and measure the peak memory of a batch of 64."""
     machine = open_machine(device)
     if only_memory:
         click.echo(peak_memory(machine))
         return
     figures = header() | {"machine": str(machine), "torch": torch.__version__, **why_fp32(machine)}
     cores = torch.get_num_threads()
-    found = {}
+    figures_of: dict[int, dict[str, float]] = {}  # by number of threads
     for threads in sorted({1, cores}) if machine.device.type == "cpu" else [cores]:
         torch.set_num_threads(threads)
-        found[threads] = measure(machine, rounds)
-        figures |= {f"{name} ({threads} threads)": value for name, value in found[threads].items()}
-    for name in found[cores]:
+        measured = figures_of[threads] = measure(machine, rounds)
+        figures |= {f"{name} ({threads} threads)": value for name, value in measured.items()}
+    for name in figures_of[cores]:
         if name.startswith(("ratio_", "of_limit")):
-            figures[name] = max(of[name] for of in found.values())
+            figures[name] = max(measured[name] for measured in figures_of.values())
     if sys.platform == "linux":
         command = [sys.executable, "-m", "benchmarks.decode", "--only-memory", "--device", "cpu"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        figures["memory beyond the weights, batch 64, GB"] = float(done.stdout.split()[-1])
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures["memory beyond the weights, batch 64, GB"] = float(result.stdout.split()[-1])
     if checkpoint:
         figures |= trained(checkpoint, features, machine, rounds)
     report(figures, out)
 
 
 def measure(machine: Machine, rounds: int) -> dict[str, float]:
-    """Images a second of each at its best batch, and ratios."""
+    """Return the images per second of each at its best batch size, and the ratios."""
     device = machine.device
     sizes = SIZES[machine.precision]
     captioner, twin = our_captioner().to(device).eval(), our_captioner().to(device).eval()
@@ -132,12 +131,17 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
     encoded = torch.randn(sizes.theirs, 49, 512, device=device)
 
     def ours(batch: int, with_encoder: bool = False) -> Callable[[], object]:
-        parts = [Regions(*(part.to(device) for part in group)) for group in
-                 zip(*(part.split(batch) for part in regions), strict=True)]  # fmt: skip
-        given = parts if with_encoder else [encode(captioner, part, machine) for part in parts]
+        chunks = zip(*(part.split(batch) for part in regions), strict=True)
+        batches = [Regions(*(part.to(device) for part in chunk)) for chunk in chunks]
         search = searcher(captioner, machine, FORCED)
-        work = (lambda part: search(encode(captioner, part, machine))) if with_encoder else search
-        return lambda: list(on_every_core(work, given, machine))
+        if with_encoder:
+            return lambda: list(
+                on_every_core(
+                    lambda part: search(encode(captioner, part, machine)), batches, machine
+                )
+            )
+        memories = [encode(captioner, part, machine) for part in batches]
+        return lambda: list(on_every_core(search, memories, machine))
 
     def theirs(precision: str, batch: int) -> Callable[[], object]:
         def run() -> None:
@@ -147,50 +151,50 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
 
         return run
 
-    def plainly() -> None:
+    def plain_twin() -> None:
         with torch.inference_mode(), machine.autocast():
-            plain_beam_search(twin, few, BEAMS, LENGTH)
+            plain_beam_search(twin, twin_memory, BEAMS, LENGTH)
 
-    few = encode(twin, Regions(*(part[: sizes.twin].to(device) for part in regions)), machine)
+    twin_memory = encode(
+        twin, Regions(*(part[: sizes.twin].to(device) for part in regions)), machine
+    )
     makers = {"ours": ours, "ours_with_encoder": lambda batch: ours(batch, True)}
     makers |= {f"hf_{precision}": functools.partial(theirs, precision) for precision in peers}
     wait = waiter(device)
     best = dict.fromkeys(makers, sizes.batches[0])
     for name, make in makers.items() if len(sizes.batches) > 1 else ():
-        tried = {batch: make(batch) for batch in sizes.batches}
-        tried[sizes.batches[0]]()
-        best[name] = min(
-            sizes.batches, key=lambda batch, tried=tried: seconds_of(tried[batch], wait)
-        )
-    seconds = in_turn(
-        {name: makers[name](batch) for name, batch in best.items()} | {"twin": plainly},
-        rounds,
-        wait,
-    )
+        candidates = {batch: make(batch) for batch in sizes.batches}
+        candidates[sizes.batches[0]]()  # warm-up
+        trial_seconds = {batch: seconds_of(work, wait) for batch, work in candidates.items()}
+        best[name] = min(trial_seconds, key=trial_seconds.__getitem__)
+    works = {name: makers[name](batch) for name, batch in best.items()} | {"twin": plain_twin}
+    seconds = in_turn(works, rounds, wait)
     others = {**{f"hf_{precision}": sizes.theirs for precision in peers}, "twin": sizes.twin}
     for name, count in others.items():
-        seconds[name] = [each * sizes.ours / count for each in seconds[name]]
-    found: dict[str, float] = {}
-    for name, each in seconds.items():
-        found[f"{name}, images/s at batch {best.get(name, sizes.twin)}"] = median_rate(
-            sizes.ours, each
+        seconds[name] = [duration * sizes.ours / count for duration in seconds[name]]
+    figures = {
+        f"{name}, images/s at batch {best.get(name, sizes.twin)}": median_rate(
+            sizes.ours, durations
         )
-    found |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in others}
-    found["ratio_hf_fp32_with_encoder"] = ratio(seconds["hf_fp32"], seconds["ours_with_encoder"])
+        for name, durations in seconds.items()
+    }
+    figures |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in others}
+    figures["ratio_hf_fp32_with_encoder"] = ratio(seconds["hf_fp32"], seconds["ours_with_encoder"])
     rows = best["ours"] * BEAMS
-    top = limit(
+    max_rate = limit(
         [(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], machine
     )
     operations = decoder_operations(captioner.config, (LENGTH - 1) / 2) * (1 + BEAMS * (LENGTH - 1))
     rate = median_rate(sizes.ours, seconds["ours"]) * operations
-    return found | {
+    return figures | {
         "operations a second, GFLOP/s": rate / 1e9,
-        "limit, GFLOP/s": top / 1e9,
-        "of_limit": rate / top,
+        "limit, GFLOP/s": max_rate / 1e9,
+        "of_limit": rate / max_rate,
     }
 
 
 def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory:
+    """Encode regions without gradients, in the machine's precision."""
     with torch.inference_mode(), machine.autocast():
         return captioner.encode(regions)
 
@@ -198,7 +202,7 @@ def encode(captioner: Transformer, regions: Regions, machine: Machine) -> Memory
 def searcher(
     captioner: Transformer, machine: Machine, options: Generation
 ) -> Callable[[Memory], object]:
-    """Memory to captions; on a GPU the whole search of a shape is one CUDA graph."""
+    """Return a function from memory to captions. On a GPU a search is one CUDA graph per shape."""
     search = BeamSearch(captioner, options)
 
     def run(memory: Memory) -> object:
@@ -209,8 +213,9 @@ def searcher(
 
 
 def peak_memory(machine: Machine) -> float:
-    """GB of memory that beam search of 64 images takes at most, beyond what weights and a first
-    small search took.
+    """Return the peak memory in GB of beam search over 64 images.
+
+    The memory of the weights and of a first search over one image is not included.
     """
     captioner = our_captioner().eval()
     cast_linears_to_bf16(captioner, machine)
@@ -222,8 +227,9 @@ def peak_memory(machine: Machine) -> float:
 def trained(
     folder: Path, features: Path, machine: Machine, rounds: int, count: int = 3200, batch: int = 200
 ) -> dict:
-    """A trained captioner over the cache's first photographs: captions that end by themselves
-    against 20 words each.
+    """Time a trained captioner on the first `count` photographs of a cache.
+
+    Captions that end by themselves are compared with captions of exactly 20 words.
     """
     checkpoint, cache = load_checkpoint(folder), FeatureCache(features)
     captioner = checkpoint.captioner.to(machine.device)
@@ -232,24 +238,20 @@ def trained(
     memories = []
     for start in range(0, len(ids), batch):
         rows = cache.rows(ids[start : start + batch])
-        memories.append(
-            encode(
-                captioner,
-                Regions(*(torch.from_numpy(part).to(machine.device) for part in rows)),
-                machine,
-            )
-        )
-    by_itself, forced = (
-        searcher(captioner, machine, options) for options in (Generation(num_beams=BEAMS), FORCED)
-    )
-    seconds = in_turn({"by_itself": lambda: list(on_every_core(by_itself, memories, machine)),
-                       "forced": lambda: list(on_every_core(forced, memories, machine))}, rounds,
-                      waiter(machine.device))  # fmt: skip
+        regions = Regions(*(torch.from_numpy(part).to(machine.device) for part in rows))
+        memories.append(encode(captioner, regions, machine))
+    free = searcher(captioner, machine, Generation(num_beams=BEAMS))
+    forced = searcher(captioner, machine, FORCED)
+    works = {
+        "free": lambda: list(on_every_core(free, memories, machine)),
+        "forced": lambda: list(on_every_core(forced, memories, machine)),
+    }
+    seconds = in_turn(works, rounds, waiter(machine.device))
     return {
         "trained, photographs": len(ids),
-        "trained, images/s": median_rate(len(ids), seconds["by_itself"]),
+        "trained, images/s": median_rate(len(ids), seconds["free"]),
         "trained, 20 words each, images/s": median_rate(len(ids), seconds["forced"]),
-        "ratio_forced_length": ratio(seconds["forced"], seconds["by_itself"]),
+        "ratio_forced_length": ratio(seconds["forced"], seconds["free"]),
     }
 
 

@@ -1,11 +1,12 @@
-"""The extraction stage against its own ceiling and against the loop people write.
+"""The extraction stage, compared with its upper bound and with a plain loop.
 
     python -m benchmarks.extract [--json FILE]
 
-The ceiling of a CPU is 1 / (1/d + 1/f): d photographs decoded and resized a second on all cores, f
-seen a second by the backbone at its best batch on all cores, each alone. Of a GPU it is the least
-of decoding, looking and writing, each alone. The stage is all of it: JPEG on disk to complete,
-fsynced shards on disk. The plain loop is Pillow, fp32, contiguous, one photograph at a time.
+The stage reads JPEGs from disk and writes complete, fsynced shards. Its upper bound ("ceiling") on
+a CPU is 1 / (1/d + 1/f): d is the rate of decoding and resizing on all cores, f is the rate of the
+backbone at its best batch size on all cores, each alone. On a GPU the upper bound is the minimum of
+the rates of decoding, forward pass and writing, each alone. The plain loop uses Pillow, fp32,
+contiguous memory, and one photograph at a time.
 """
 
 from __future__ import annotations
@@ -46,51 +47,64 @@ from pipeline.terminal import progress
 
 @click.command(context_settings={"show_default": True})
 @click.option(
-    "--real", type=click.Path(path_type=Path), envvar="ONCEOVER_REAL", default="../shared/real"
+    "--real",
+    type=click.Path(path_type=Path),
+    envvar="ONCEOVER_REAL",
+    default="../shared/real",
+    help="folder of real photographs; drawn ones if it does not exist",
 )
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
     default=Path(tempfile.gettempdir()) / "onceover-benchmark",
-    help="folder for photographs (kept) and caches (removed)",
+    help="folder for photographs (kept) and caches (removed afterwards)",
 )
-@click.option("--count", default=1000, help="photographs of 640x480; as many of 224x224")
-@click.option("--backbone", "names", multiple=True, default=("mobilenetv2_100", "resnet50"))
-@click.option("--device", default="auto")
-@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option(
+    "--count", default=1000, help="photographs of 640x480, and the same number of 224x224"
+)
+@click.option(
+    "--backbone",
+    "names",
+    multiple=True,
+    default=("mobilenetv2_100", "resnet50"),
+    help="may be repeated",
+)
+@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(
     real: Path, work: Path, count: int, names: tuple[str, ...], device: str, out: Path | None
 ) -> None:
-    """Measure decoding, looking and the whole stage in one run."""
+    """Measure decoding, the forward pass and the whole stage."""
     machine = open_machine(device)
-    made, what = make_photographs(work / f"coco-{count}", count, real)
-    sets = {what: made}
+    photographs, description = make_photographs(work / f"coco-{count}", count, real)
+    sets = {description: photographs}
     if small := sorted((real / "flickr8k" / "images").glob("*.jpg"))[:count]:
         sets[f"{len(small)} JPEGs of 224x224, as found"] = small
-    first = header() | {"machine": str(machine), "torch": torch.__version__}
-    click.echo(json.dumps(first))
+    report_header = header() | {"machine": str(machine), "torch": torch.__version__}
+    click.echo(json.dumps(report_header))
     figures = [
         measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()
     ]
-    large, what = make_photographs(work / "large-64", 64, real, 2560, 1920)
-    figures += [reduced_scale(name, what, large, real, machine) for name in names]
+    large, description = make_photographs(work / "large-64", 64, real, 2560, 1920)
+    figures += [reduced_scale(name, description, large, real, machine) for name in names]
     if out:
-        out.write_text(json.dumps({**first, "figures": figures}, indent=2) + "\n")
+        out.write_text(json.dumps({**report_header, "figures": figures}, indent=2) + "\n")
 
 
 def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machine) -> dict:
+    """Return the rates in photographs per second: of each part, of the stage, and of the bound."""
     backbone = place_backbone(open_backbone(name, "random", {}), machine)
     identity = backbone.identity()
     images = [Image(number, path.name, path, "all", ()) for number, path in enumerate(paths)]
-    recipe = Recipe(backbone, machine, "stretch", identity, {}, 32, decoding_workers(None))
+    recipe = Recipe(backbone, machine, identity, {}, 32, decoding_workers(None))
     gpu = machine.device.type == "cuda"
-    found: dict = {"backbone": name, "photographs": kind, "decode": rate(recipe, images)}
-    forward = {
+    figures: dict = {"backbone": name, "photographs": kind, "decode": rate(recipe, images)}
+    forward_rates = {
         batch: forward_rate(recipe, batch)
         for batch in ((32, 64, 128, 256) if gpu else (8, 16, 32, 64))
     }
-    recipe.batch = found["batch"] = max(forward, key=forward.get) if gpu else 32
-    found["forward"] = max(forward.values())
+    recipe.batch = figures["batch"] = max(forward_rates, key=forward_rates.get) if gpu else 32
+    figures["forward"] = max(forward_rates.values())
     cache = work / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
@@ -98,58 +112,64 @@ def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machin
     with Claims(cache) as claims, progress(len(images), "images", name) as bar:
         extract_shards(plan_shards(images, cache), claims, recipe, bar)
     seconds = time.perf_counter() - start
-    found["stage"] = len(images) / seconds
+    figures["stage"] = len(images) / seconds
     if gpu:
-        found["write"] = write_rate(recipe, cache)
-        found["ceiling"] = min(found["decode"], found["forward"], found["write"])
+        figures["write"] = write_rate(recipe, cache)
+        figures["ceiling"] = min(figures["decode"], figures["forward"], figures["write"])
     else:
-        found["ceiling"] = 1 / (1 / found["decode"] + 1 / found["forward"])
-    found["of the ceiling"] = found["stage"] / found["ceiling"]
+        figures["ceiling"] = 1 / (1 / figures["decode"] + 1 / figures["forward"])
+    figures["of the ceiling"] = figures["stage"] / figures["ceiling"]
     shutil.rmtree(cache)
-    found["plain loop"] = plain_rate(name, backbone.size, paths[: 60 if not gpu else 500], machine)
-    found["times the plain loop"] = found["stage"] / found["plain loop"]
+    figures["plain loop"] = plain_rate(
+        name, backbone.size, paths[: 60 if not gpu else 500], machine
+    )
+    figures["times the plain loop"] = figures["stage"] / figures["plain loop"]
     if machine.precision == "bf16":
-        found["cosine of bf16 and fp32 rows, least"] = cosine(recipe, paths[:64])
-    for key, value in found.items():
+        figures["cosine of bf16 and fp32 rows, least"] = cosine(recipe, paths[:64])
+    for key, value in figures.items():
         click.echo(f"  {key:<38} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
-    return found
+    return figures
 
 
-def reduced_scale(name: str, what: str, paths: list[Path], real: Path, machine: Machine) -> dict:
-    """What decoding large JPEGs at a reduced scale gains, and what it costs in the features."""
+def reduced_scale(
+    name: str, description: str, paths: list[Path], real: Path, machine: Machine
+) -> dict:
+    """Return how fast large JPEGs are decoded at a reduced scale, and how the features change."""
     weights = real / "weights" / "mobilenetv2_100_onnx7_features.pth"
-    known = name == "mobilenetv2_100" and weights.exists()
-    backbone = place_backbone(open_backbone(name, str(weights) if known else "random", {}), machine)
+    is_trained = name == "mobilenetv2_100" and weights.exists()
+    backbone = place_backbone(
+        open_backbone(name, str(weights) if is_trained else "random", {}), machine
+    )
     recipe = Recipe(backbone, machine, backbone.identity(), {}, 32, decoding_workers(None))
-    found: dict = {
+    figures: dict = {
         "backbone": name,
-        "photographs": what,
-        "weights": "trained" if known else "random",
+        "photographs": description,
+        "weights": "trained" if is_trained else "random",
     }
     rows, gap = [], decoding.GAP
-    images_of = tuple(
-        Image(number, path.name, path, "all", ()) for number, path in enumerate(paths)
-    )
-    for label, decoding.GAP in (("decode, reduced scale", gap), ("decode, full scale", 10**6)):
-        found[label] = rate(recipe, list(images_of))
+    images = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
+    for label, minimum_ratio in (("decode, reduced scale", gap), ("decode, full scale", 10**6)):
+        decoding.GAP = minimum_ratio
+        figures[label] = rate(recipe, list(images))
         framing = framing_of(backbone)
-        (_, batch), *_ = _read_in_threads(iter([Work(None, images_of, True)]), framing, recipe)
+        (_, batch), *_ = _read_in_threads(iter([Work(None, images, True)]), framing, recipe)
         rows.append(
             extract_regions(backbone, batch.pixels, Machine(machine.device, "fp32", 0, 1))
             .features.float()
             .flatten(1)
         )
     decoding.GAP = gap
-    found["cosine of rows, least"] = float(torch.nn.functional.cosine_similarity(*rows).min())
-    found["cosine of rows, mean"] = float(torch.nn.functional.cosine_similarity(*rows).mean())
-    for key, value in found.items():
+    figures["cosine of rows, least"] = float(torch.nn.functional.cosine_similarity(*rows).min())
+    figures["cosine of rows, mean"] = float(torch.nn.functional.cosine_similarity(*rows).mean())
+    for key, value in figures.items():
         click.echo(f"  {key:<38} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
-    return found
+    return figures
 
 
 def rate(recipe: Recipe, images: list[Image]) -> float:
-    """Photographs decoded a second, as the stage decodes, with nothing else running; a first pass
-    warms the disk's cache.
+    """Return the photographs decoded per second, as in the stage, with nothing else running.
+
+    A first pass warms the page cache.
     """
     framing = framing_of(recipe.backbone)
     read = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
@@ -167,6 +187,7 @@ def rate(recipe: Recipe, images: list[Image]) -> float:
 
 
 def forward_rate(recipe: Recipe, batch: int, seconds: float = 4.0) -> float:
+    """Return the images per second of the backbone alone, measured for `seconds` seconds."""
     pixels = torch.randint(0, 256, (batch, *recipe.backbone.size, 3), dtype=torch.uint8).permute(
         0, 3, 1, 2
     )
@@ -183,7 +204,7 @@ def forward_rate(recipe: Recipe, batch: int, seconds: float = 4.0) -> float:
 
 
 def write_rate(recipe: Recipe, cache: Path) -> float:
-    """Rows a second of one shard written again, fsynced."""
+    """Return the rows per second when the first shard is written again, with fsync."""
     path = sorted(cache.glob("shard-*.h5"))[0]
     rows = path.read_bytes()
     with h5py.File(path) as file:
@@ -197,6 +218,7 @@ def write_rate(recipe: Recipe, cache: Path) -> float:
 
 
 def plain_rate(name: str, size: tuple[int, int], paths: list[Path], machine: Machine) -> float:
+    """Return the photographs per second of the plain loop."""
     import timm
     from torchvision import transforms
 
@@ -213,7 +235,7 @@ def plain_rate(name: str, size: tuple[int, int], paths: list[Path], machine: Mac
 
 
 def cosine(recipe: Recipe, paths: list[Path]) -> float:
-    """The least cosine of a photograph's row, flattened, in bf16 and in fp32."""
+    """Return the minimum cosine similarity of the flattened rows in bf16 and in fp32."""
     machine = recipe.machine
     images = tuple(Image(number, path.name, path, "all", ()) for number, path in enumerate(paths))
     framing = framing_of(recipe.backbone)

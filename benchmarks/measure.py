@@ -1,4 +1,4 @@
-"""What benchmarks share: the hardware's name, medians of works that take turns, the report."""
+"""Shared functions of the benchmarks: hardware, interleaved timing, memory, the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.runtime import Machine
 
 
 def real_option(help: str) -> Callable:
-    """The option --real: the folder of real photographs and captions."""
+    """Return the option --real: the folder of real photographs and captions."""
     return click.option(
         "--real",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -30,23 +30,26 @@ def real_option(help: str) -> Callable:
 
 
 def header() -> dict[str, object]:
-    """Hardware and date, for the report's first lines."""
+    """Return the hardware and the date for the report."""
     return {"hardware": f"{_processor()}, {os.cpu_count()} cores", "date": str(date.today())}
 
 
 def precisions(machine: Machine) -> tuple[str, ...]:
-    """What to measure in: fp32, and bf16 where the machine computes in it. A CPU that only emulates
-    bf16 takes many times as long as in fp32, which says nothing of either side."""
+    """Return the precisions to measure: fp32, and bf16 if the hardware supports it.
+
+    A CPU without bf16 instructions emulates bf16. The emulation is many times slower than fp32, so
+    that such a comparison is meaningless.
+    """
     return ("fp32", "bf16") if machine.precision == "bf16" else ("fp32",)
 
 
 def why_fp32(machine: Machine) -> dict[str, str]:
-    """The line of the report that says why all is in fp32, where it is."""
+    """Return the line of the report that explains fp32; empty if the machine supports bf16."""
     if machine.precision == "bf16":
         return {}
-    lacks = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
+    missing = "avx512_bf16 or amx_bf16" if machine.device.type == "cpu" else "bf16"
     return {
-        "precision": f"fp32 on both sides: this {machine.device.type} has no {lacks}, bf16 "
+        "precision": f"fp32 on both sides: this {machine.device.type} has no {missing}, bf16 "
         "would only be emulated"
     }
 
@@ -59,11 +62,12 @@ def _processor() -> str:
 
 
 def waiter(device: torch.device) -> Callable[[], None]:
-    """What waits until a device has done its work."""
+    """Return a function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def seconds_of(work: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:
+    """Return the seconds of one call of `work`."""
     synchronize()
     start = time.perf_counter()
     work()
@@ -76,44 +80,44 @@ def in_turn(
     rounds: int,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round, after one that is not counted: all see the same busy or
-    idle machine.
+    """Return the seconds of each function of `works` in each round, by name.
+
+    The functions take turns in each round, so that all of them see the same load of the machine. An
+    additional first round is not counted.
     """
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(rounds + 1):
         for name, work in works.items():
             seconds = seconds_of(work, synchronize)
-            click.echo(f"round {number} of {rounds}, {name}: {seconds:.2f} s", err=True)
-            if number:
-                found[name].append(seconds)
-    return found
+            click.echo(f"round {round_number} of {rounds}, {name}: {seconds:.2f} s", err=True)
+            if round_number:
+                seconds_by_name[name].append(seconds)
+    return seconds_by_name
 
 
 def peak_above(work: Callable[[], object]) -> float:
-    """GB of memory that a work takes at most, beyond what this process has in memory before it
-    (Linux).
-    """
-    # what is free goes back, so that what follows is what the work takes
+    """Return the peak memory of `work` in GB, above the memory of this process before (Linux)."""
+    # Return freed memory to the system, so that `work` cannot reuse it unnoticed.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> float:
-    """GB of this process in memory, now (VmRSS) or at most (VmHWM)."""
+    """The memory of this process in GB: current (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e9
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """Median over the rounds of how many times as long the one took."""
+    """Return the median over the rounds of the ratio of two durations."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def report(figures: Mapping[str, object], out: Path | None) -> None:
-    """Print the figures by name, and write them as JSON where asked."""
+    """Print the figures by name. If `out` is given, also write them as JSON."""
     for name, value in figures.items():
         click.echo(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
     if out:

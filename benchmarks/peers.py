@@ -1,9 +1,9 @@
-"""What the decoder is measured against: a plain twin, Hugging Face's GPT-2 with cross-attention,
-and the limit of products.
+"""Baselines of the decoder benchmarks: a plain twin, Hugging Face's GPT-2, the hardware's limit.
 
-The twin has our weights and is written as people write it: one caption a row, each with its own
-copy of the image's encoded regions, padded to the longest, F.cross_entropy; a beam search that
-reads all words again at every step.
+The plain twin has our weights and the usual simple implementation. Each caption is one row, padded
+to the longest caption, with its own copy of the image's encoded regions. The loss is
+F.cross_entropy. The beam search computes all words again at every step. GPT-2 has cross-attention.
+The limit is the speed of matrix products alone.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ REGIONS, CHANNELS, WORDS = 49, 2048, 10_000
 
 
 def flickr8k_tokens(real: Path, images: int, seed: int = 0) -> Tensor:
-    """Captions of Flickr8k's lengths with random words: tokens [images,5,T] int64 of `images` train
-    photographs.
+    """Return tokens [images,5,T] int64: random words with the lengths of Flickr8k's captions.
+
+    The lengths are those of `images` random train photographs.
     """
-    found = json.loads((real / "flickr8k" / "captions_train.json").read_text())
+    captions = json.loads((real / "flickr8k" / "captions_train.json").read_text())
     groups: dict[int, list[str]] = {}
-    for line in found["annotations"]:
-        groups.setdefault(line["image_id"], []).append(line["caption"])
+    for annotation in captions["annotations"]:
+        groups.setdefault(annotation["image_id"], []).append(annotation["caption"])
     rng = random.Random(seed)
-    chosen = [
+    selected = [
         caption for group in rng.sample(list(groups.values()), images) for caption in group[:5]
     ]
-    lengths = [len(words) for words in tokenize_all(chosen)]
+    lengths = [len(words) for words in tokenize_all(selected)]
     tokens = torch.full((images * 5, max(lengths) + 2), PAD)
     generator = torch.Generator().manual_seed(seed)
     for row, length in zip(tokens, lengths, strict=True):
@@ -52,6 +53,7 @@ def flickr8k_tokens(real: Path, images: int, seed: int = 0) -> Tensor:
 
 
 def random_regions(images: int) -> Regions:
+    """Return random features [images,49,2048] with the boxes of a 7x7 grid."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(images, REGIONS, CHANNELS, generator=generator).half()
     return Regions(
@@ -60,8 +62,9 @@ def random_regions(images: int) -> Regions:
 
 
 def our_captioner(dropout: float = 0.0, max_length: int = 40) -> Transformer:
-    """Preset base (3+3 layers, width 512) for features [49,2048] and 10,000 words, random
-    weights.
+    """Return a decoder of preset base (3+3 layers, width 512) with random weights.
+
+    It is for features [49,2048] and 10,000 words.
     """
     torch.manual_seed(0)
     return Transformer(TransformerConfig(WORDS, CHANNELS, dropout=dropout, max_length=max_length))
@@ -71,8 +74,9 @@ def our_captioner(dropout: float = 0.0, max_length: int = 40) -> Transformer:
 
 
 def encoder_operations(config: TransformerConfig) -> float:
-    """Floating point operations of encoding one image, products alone: a multiplication and an
-    addition are two.
+    """Return the floating-point operations for encoding one image.
+
+    Only matrix products count. A multiplication and an addition are two operations.
     """
     width, inner = config.width, config.feedforward
     layer = 2 * width * (4 * width + 2 * inner) + 4 * REGIONS * width
@@ -84,15 +88,19 @@ def encoder_operations(config: TransformerConfig) -> float:
 
 
 def decoder_operations(config: TransformerConfig, before: float) -> float:
-    """Of one word's way through decoder and output layer, `before` words (on average) before it."""
+    """Return the floating-point operations for one word in the decoder and the output layer.
+
+    before: the average number of previous words.
+    """
     width, inner = config.width, config.feedforward
     layer = 2 * width * (6 * width + 2 * inner) + 4 * (REGIONS + before + 1) * width
     return config.decoder_layers * layer + 2 * width * config.words
 
 
 def limit(shapes: list[tuple[int, int, int]], machine: Machine) -> float:
-    """The most operations a second of products [m,k]x[k,n] of these shapes in the machine's
-    precision, best of some runs.
+    """Return the maximum operations per second of matrix products in the machine's precision.
+
+    shapes: (m, k, n) of products [m,k]x[k,n]. The result is the best of several runs.
     """
     dtype, runs = (torch.bfloat16, 20) if machine.precision == "bf16" else (torch.float32, 5)
     best = 0.0
@@ -109,13 +117,13 @@ def limit(shapes: list[tuple[int, int, int]], machine: Machine) -> float:
 
 
 def plain_memory(captioner: Transformer, regions: Regions, copies: int) -> Memory:
-    """Each image's encoded regions once for each of its captions."""
+    """Return the encoded regions of each image, repeated for each of its captions."""
     memory = captioner.encode(regions)
     return memory.keep(torch.arange(memory.images, device=memory.device).repeat_interleave(copies))
 
 
 def plain_loss(captioner: Transformer, regions: Regions, tokens: Tensor) -> Tensor:
-    """Cross-entropy of tokens [B,K,T], each caption by itself, padding and all."""
+    """Return the cross-entropy of tokens [B,K,T]. Each caption is one padded row."""
     rows = tokens.flatten(0, 1)[:, None]
     logits = captioner.decode(rows[:, :, :-1], plain_memory(captioner, regions, tokens.shape[1]))
     targets = rows[:, :, 1:].masked_fill(rows[:, :, 1:] == PAD, -100)
@@ -124,21 +132,22 @@ def plain_loss(captioner: Transformer, regions: Regions, tokens: Tensor) -> Tens
 
 @torch.inference_mode()
 def plain_beam_search(captioner: Transformer, memory: Memory, beams: int, length: int) -> Tensor:
-    """Words [B,K,length] of the best beams after exactly `length` words, all read again for each
-    new one.
+    """Return the words [B,K,length] of the best beams after exactly `length` words.
+
+    Each step computes all previous words again.
     """
     images, device = memory.images, memory.device
     copies = memory.keep(torch.arange(images, device=device).repeat_interleave(beams))
     words = torch.full((images, beams, 1), BOS, device=device)
-    live = torch.full((images, beams), float("-inf"), device=device)
-    live[:, 0] = 0
+    beam_scores = torch.full((images, beams), float("-inf"), device=device)
+    beam_scores[:, 0] = 0
     for _ in range(length):
         logits = captioner.decode(words.flatten(0, 1)[:, None], copies)[:, 0, -1].float()
         logits[:, [PAD, BOS, EOS, 3]] = float("-inf")
-        scores = live[:, :, None] + logits.log_softmax(-1).view(images, beams, -1)
-        live, flat = scores.flatten(1).topk(beams, dim=1)
-        origin = (flat // scores.shape[2])[:, :, None].expand_as(words)
-        words = torch.cat([words.gather(1, origin), (flat % scores.shape[2])[:, :, None]], 2)
+        scores = beam_scores[:, :, None] + logits.log_softmax(-1).view(images, beams, -1)
+        beam_scores, flat_idx = scores.flatten(1).topk(beams, dim=1)
+        beam_idx = (flat_idx // scores.shape[2])[:, :, None].expand_as(words)
+        words = torch.cat([words.gather(1, beam_idx), (flat_idx % scores.shape[2])[:, :, None]], 2)
     return words[:, :, 1:]
 
 
@@ -146,14 +155,15 @@ def plain_beam_search(captioner: Transformer, memory: Memory, beams: int, length
 
 
 def hugging_face(dropout: float = 0.0, max_length: int = 40) -> nn.Module:
-    """GPT-2 with cross-attention of the same width, depth and words; it has no encoder of
-    regions.
+    """Return GPT-2 with cross-attention and the same width, depth and number of words.
+
+    It has no encoder of regions.
     """
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
         raise click.ClickException(
-            "this compares with Hugging Face: pip install -e '.[bench]'"
+            "the comparison needs Hugging Face transformers: pip install -e '.[bench]'"
         ) from error
     torch.manual_seed(0)
     return GPT2LMHeadModel(
@@ -176,20 +186,21 @@ def hugging_face(dropout: float = 0.0, max_length: int = 40) -> nn.Module:
 
 
 def hugging_face_loss(model: nn.Module, encoded: Tensor, tokens: Tensor) -> Tensor:
-    """Loss of tokens [B,K,T], padded to the longest as its collator does; encoded [B,R,D] is
-    repeated for each caption.
+    """Return the loss of tokens [B,K,T], padded to the longest, as in Hugging Face's collator.
+
+    encoded: [B,R,D], repeated for each caption.
     """
     rows = tokens.flatten(0, 1)
-    there = rows != PAD
+    is_token = rows != PAD
     return model(
-        input_ids=rows, attention_mask=there.long(), labels=rows.masked_fill(~there, -100),
+        input_ids=rows, attention_mask=is_token.long(), labels=rows.masked_fill(~is_token, -100),
         encoder_hidden_states=encoded.repeat_interleave(tokens.shape[1], dim=0), use_cache=False,
     ).loss  # fmt: skip
 
 
 @torch.inference_mode()
 def hugging_face_beam_search(model: nn.Module, encoded: Tensor, beams: int, length: int) -> Tensor:
-    """`generate` with exactly `length` words."""
+    """Run Hugging Face's `generate` with exactly `length` words."""
     start = torch.full((len(encoded), 1), BOS, device=encoded.device)
     return model.generate(
         start,
@@ -204,21 +215,22 @@ def hugging_face_beam_search(model: nn.Module, encoded: Tensor, beams: int, leng
 
 
 def median_rate(count: int, seconds: list[float]) -> float:
+    """Return `count` per second for the median duration."""
     return count / statistics.median(seconds)
 
 
 def training_step(
     model: nn.Module, loss: Callable[[], Tensor], machine: Machine
 ) -> Callable[[], None]:
-    """One update by AdamW in the machine's precision, as a work to time."""
+    """Return a function that runs one step of AdamW in the machine's precision."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         with machine.autocast():
-            found = loss()
+            value = loss()
         optimizer.zero_grad(set_to_none=True)
-        found.backward()
+        value.backward()
         optimizer.step()
 
     return step

@@ -1,12 +1,11 @@
-"""Scoring against pycocoevalcap: 5,000 captions against 25,010 references, and CIDEr of 250 samples
-for a training step.
+"""Speed of the scores, compared with pycocoevalcap.
 
     python -m benchmarks.scoring [--json FILE]
 
-Published captions of COCO's Karpathy test split ($ONCEOVER_REAL/results/coco_karpathy_test).
-pycocoevalcap runs its Java tokenizer, BLEU, ROUGE-L and CIDEr, as users do. Both start from
-captions in memory. Figures are medians of their runs, but for `prepare` and pycocoevalcap's CIDEr
-of one training step, which run once.
+The input is 5,000 published captions of COCO's Karpathy test split with 25,010 references
+($ONCEOVER_REAL/results/coco_karpathy_test), in memory. pycocoevalcap runs its Java tokenizer, BLEU,
+ROUGE-L and CIDEr. In addition, CIDEr of the 250 samples of a training step is timed. Figures are
+medians of several runs; `prepare` and pycocoevalcap's CIDEr of a training step run once.
 """
 
 from __future__ import annotations
@@ -34,80 +33,81 @@ from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import References
 from pipeline.scoring.token_cider import TokenCider
 
-IMAGES, SAMPLES, LENGTH = 50, 5, 20  # of one training step
+IMAGES, SAMPLES, LENGTH = 50, 5, 20  # of a training step
 
 
 @click.command(context_settings={"show_default": True})
 @real_option("folder of the published captions")
-@click.option("--runs", default=5, help="runs of ours; pycocoevalcap has three")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
+@click.option("--runs", default=5, help="runs of ours; pycocoevalcap runs three times")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(real: Path, runs: int, out: Path | None) -> None:
-    """Time our scores and pycocoevalcap's in one run, and check that they are the same."""
+    """Time our scores and pycocoevalcap's, and check that they are equal."""
     folder = real / "results" / "coco_karpathy_test"
     captions_file, references_file = folder / "jiahuei_caption_00156000.json", folder / "refs.json"
     captions = read_results(captions_file)
     references = {image.id: image.captions for image in read_references(references_file)}
-    theirs, wanted = measure(lambda: pycocoevalcap(captions, references), 3)
-    ours, scores = measure(lambda: score(captions, References(references)), runs)
+    peer_seconds, peer_scores = measure(lambda: pycocoevalcap(captions, references), 3)
+    our_seconds, scores = measure(lambda: score(captions, References(references)), runs)
     with tempfile.TemporaryDirectory() as work:
-        kept = Path(work) / "kept.npz"
-        References(references).save(kept)
-        prepared, again = measure(lambda: score(captions, References.load(kept)), runs)
-        in_memory = References.load(kept)
-        validation, _ = measure(lambda: score(captions, in_memory), runs)
+        saved = Path(work) / "kept.npz"
+        References(references).save(saved)
+        saved_seconds, saved_scores = measure(lambda: score(captions, References.load(saved)), runs)
+        in_memory = References.load(saved)
+        in_memory_seconds, _ = measure(lambda: score(captions, in_memory), runs)
         os.environ["XDG_CACHE_HOME"] = work
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline.evaluate",
-            "--captions",
-            captions_file,
-            "--references",
-            references_file,
-        ]
-        started, _ = measure(lambda: subprocess.run(command, check=True, capture_output=True), runs)
-    for found in (scores.values, again.values):
-        assert all(abs(found[name] - wanted[name]) < 1e-6 for name in wanted), (found, wanted)
+        command = [sys.executable, "-m", "pipeline.evaluate"]
+        command += ["--captions", captions_file, "--references", references_file]
+        command_seconds, _ = measure(
+            lambda: subprocess.run(command, check=True, capture_output=True), runs
+        )
+    for values in (scores.values, saved_scores.values):
+        assert all(abs(values[name] - peer_scores[name]) < 1e-6 for name in peer_scores), (
+            values,
+            peer_scores,
+        )
     figures = header() | {
         "captions": len(captions),
         "references": sum(map(len, references.values())),
-        "pycocoevalcap_s": theirs,
-        "ours_s": ours,
-        "ratio": theirs / ours,
-        "references_kept_s": prepared,
-        "references_in_memory_s": validation,
-        "command_s": started,
+        "pycocoevalcap_s": peer_seconds,
+        "ours_s": our_seconds,
+        "ratio": peer_seconds / our_seconds,
+        "references_kept_s": saved_seconds,
+        "references_in_memory_s": in_memory_seconds,
+        "command_s": command_seconds,
     }
     figures |= training_step(references)
     report(figures, out)
 
 
 def measure(work: Callable, runs: int) -> tuple[float, object]:
-    """Median seconds, and what the last run gave."""
+    """Return the median seconds of several runs, and the result of the last run."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
-        found = work()
+        result = work()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), found
+    return statistics.median(seconds), result
 
 
 def pycocoevalcap(
     captions: dict[int, str], references: dict[int, tuple[str, ...]]
 ) -> dict[str, float]:
+    """Return pycocoevalcap's scores by name."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = PTBTokenizer().tokenize(
+        reference_tokens = PTBTokenizer().tokenize(
             {i: [{"caption": c} for c in group] for i, group in references.items()}
         )
-        given = PTBTokenizer().tokenize({i: [{"caption": captions[i]}] for i in references})
-        bleu, _ = Bleu().compute_score(truth, given, verbose=0)
-        rouge, _ = Rouge().compute_score(truth, given)
-        cider, _ = Cider().compute_score(truth, given)
+        caption_tokens = PTBTokenizer().tokenize(
+            {i: [{"caption": captions[i]}] for i in references}
+        )
+        bleu, _ = Bleu().compute_score(reference_tokens, caption_tokens, verbose=0)
+        rouge, _ = Rouge().compute_score(reference_tokens, caption_tokens)
+        cider, _ = Cider().compute_score(reference_tokens, caption_tokens)
     return dict(
         zip(
             ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"],
@@ -118,11 +118,10 @@ def pycocoevalcap(
 
 
 def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> dict[str, object]:
-    """Milliseconds for CIDEr of 50 images' 5 samples against their 5 references each, other images
-    every step.
+    """Return the milliseconds for CIDEr of one training step: 50 images with 5 samples each.
 
-    The samples are captions of the image or of another one, half of them with three words changed,
-    up to 20 words.
+    Each image has 5 references, and each step has other images. A sample has up to 20 words: a
+    caption of the image or of another image. Half of the samples have three words replaced.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
@@ -131,11 +130,11 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
     rng, ids = random.Random(0), list(tokens)
     batches = []
     for _ in range(steps):
-        owners = rng.sample(ids, IMAGES)
+        image_ids = rng.sample(ids, IMAGES)
         samples = [
-            [_sample(rng, tokens, ids, i, vocabulary) for _ in range(SAMPLES)] for i in owners
+            [_sample(rng, tokens, ids, i, vocabulary) for _ in range(SAMPLES)] for i in image_ids
         ]
-        batches.append((owners, np.array(samples)))
+        batches.append((image_ids, np.array(samples)))
     figures: dict[str, object] = {}
     for eos in (False, True):
         start = time.perf_counter()
@@ -143,25 +142,25 @@ def training_step(references: dict[int, tuple[str, ...]], steps: int = 100) -> d
         name = f"cider{'_eos' if eos else ''}"
         figures[f"{name}_prepare_s"] = time.perf_counter() - start
         seconds = []
-        for owners, batch in batches:
-            rows = cider.rows(owners)
+        for image_ids, batch in batches:
+            rows = cider.rows(image_ids)
             start = time.perf_counter()
             cider(rows, batch)
             seconds.append(time.perf_counter() - start)
         figures[f"{name}_ms"] = statistics.median(seconds) * 1e3
         figures[f"{name}_ms_90th"] = float(np.percentile(seconds, 90)) * 1e3
-    # the plain way: pycocoevalcap's scorer over the samples, document frequencies at hand
-    owners, batch = batches[-1]
-    counted = CiderScorer()
+    # pycocoevalcap's scorer over the samples, with precomputed document frequencies
+    image_ids, batch = batches[-1]
+    all_references = CiderScorer()
     for group in tokens.values():
-        counted += ("", [" ".join(words) for words in group])
-    counted.compute_doc_freq()
+        all_references += ("", [" ".join(words) for words in group])
+    all_references.compute_doc_freq()
     start = time.perf_counter()
     scorer = CiderScorer()
-    for owner, group in zip(owners, batch.tolist(), strict=True):
+    for image_id, group in zip(image_ids, batch.tolist(), strict=True):
         for sample in group:
-            scorer += (vocabulary.decode(sample), [" ".join(words) for words in tokens[owner]])
-    scorer.document_frequency = counted.document_frequency
+            scorer += (vocabulary.decode(sample), [" ".join(words) for words in tokens[image_id]])
+    scorer.document_frequency = all_references.document_frequency
     scorer.compute_cider()
     figures["cider_pycocoevalcap_ms"] = (time.perf_counter() - start) * 1e3
     return figures

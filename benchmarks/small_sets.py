@@ -1,15 +1,14 @@
-"""What a few photographs are enough for: default options, against the best constant caption.
+"""Training on small datasets, compared with the best constant caption.
 
     python -m benchmarks.small_sets --features cache/f8k --work FOLDER [--sizes 12,30,100,200,500]
     [--seeds 0,1,2]
 
-Takes the first N photographs of Flickr8k's train split by file name, with 1 and with 5 captions
-each, trains on them with the default options of pipeline.train, and scores the captions of the
-1,000 photographs of val against their five references. The constant caption is the one of the train
-captions with the highest mean CIDEr on the train photographs; it is given to every photograph of
-val.
+A dataset is the first N photographs of Flickr8k's train split by file name, with 1 or 5 captions
+each. A decoder is trained with the default options of pipeline.train. Its captions of the 1,000 val
+photographs are scored with their five references. The constant caption is the train caption with
+the highest mean CIDEr on the train photographs; it is used for every val photograph.
 
-Runs that are finished in --work are not made again. The table is printed in Markdown.
+Finished runs in --work are not repeated. The table is printed in Markdown.
 """
 
 from __future__ import annotations
@@ -37,19 +36,21 @@ from pipeline.scoring.ngrams import References
     "--features",
     type=click.Path(exists=True, path_type=Path),
     default="cache/f8k",
-    help="its cache",
+    help="cache of Flickr8k",
 )
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="runs are kept here",
+    help="folder for the runs, which are kept",
 )
-@click.option("--sizes", default="12,30,100,200,500", help="numbers of photographs")
-@click.option("--captions", default="1,5", help="captions of each")
-@click.option("--seeds", default="0,1,2")
+@click.option(
+    "--sizes", default="12,30,100,200,500", help="numbers of photographs, separated by commas"
+)
+@click.option("--captions", default="1,5", help="numbers of captions per photograph")
+@click.option("--seeds", default="0,1,2", help="seeds of the runs")
 def main(real: Path, features: Path, work: Path, sizes: str, captions: str, seeds: str) -> None:
-    """Train on small parts of Flickr8k with default options and score val."""
+    """Train on small subsets of Flickr8k with default options, and score val."""
     images = json.loads((real / "flickr8k" / "dataset_flickr8k.json").read_text())["images"]
     train = sorted(
         (image for image in images if image["split"] == "train"),
@@ -61,25 +62,15 @@ def main(real: Path, features: Path, work: Path, sizes: str, captions: str, seed
     for size in map(int, sizes.split(",")):
         for count in map(int, captions.split(",")):
             part = [{**image, "sentences": image["sentences"][:count]} for image in train[:size]]
-            dataset, constant = (
-                work / f"dataset_{size}_{count}.json",
-                work / f"constant_{size}_{count}.json",
-            )
+            dataset = work / f"dataset_{size}_{count}.json"
+            constant = work / f"constant_{size}_{count}.json"
             dataset.write_text(json.dumps({"images": part + val}))
             caption = best_constant(part)
             constant.write_text(
                 json.dumps([{"image_id": image["imgid"], "caption": caption} for image in val])
             )
-            options = [
-                "--dataset",
-                "karpathy",
-                "--root",
-                str(real / "flickr8k"),
-                "--annotations",
-                str(dataset),
-                "--features",
-                str(features),
-            ]
+            options = ["--dataset", "karpathy", "--root", str(real / "flickr8k")]
+            options += ["--annotations", str(dataset), "--features", str(features)]
             runs = [
                 measure(work / f"run_{size}_{count}_{seed}", options, constant, seed)
                 for seed in seeds.split(",")
@@ -97,7 +88,7 @@ def main(real: Path, features: Path, work: Path, sizes: str, captions: str, seed
 
 
 def best_constant(images: list[dict[str, Any]]) -> str:
-    """The caption with the highest mean CIDEr over the images' own references."""
+    """Return the caption with the highest mean CIDEr over the references of all images."""
     captions = {
         image["imgid"]: [sentence["raw"] for sentence in image["sentences"]] for image in images
     }
@@ -108,35 +99,19 @@ def best_constant(images: list[dict[str, Any]]) -> str:
 
 
 def measure(run: Path, options: list[str], constant: Path, seed: str) -> dict[str, Any]:
-    """Figures of one run: trained, scored and compared in processes of their own, as a user
-    would.
+    """Train and evaluate one run with the commands of a user, and return its figures.
+
+    A finished run is read from its JSON file.
     """
-    kept = run.with_suffix(".json")
-    if kept.exists():
-        return json.loads(kept.read_text())
+    record = run.with_suffix(".json")
+    if record.exists():
+        return json.loads(record.read_text())
     start = time.monotonic()
-    command(
-        "train",
-        *options,
-        "--seed",
-        seed,
-        "--out",
-        str(run),
-        *(["--resume"] if run.exists() else []),
-    )
+    resume = ["--resume"] if run.exists() else []
+    run_command("train", *options, "--seed", seed, "--out", str(run), *resume)
     minutes = (time.monotonic() - start) / 60
-    command(
-        "evaluate",
-        *options,
-        "--checkpoint",
-        str(run),
-        "--split",
-        "val",
-        "--against",
-        str(constant),
-        "--out",
-        str(run / "val.json"),
-    )
+    evaluation = ["--checkpoint", str(run), "--split", "val", "--against", str(constant)]
+    run_command("evaluate", *options, *evaluation, "--out", str(run / "val.json"))
     scores = json.loads((run / "val.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "dev" in line]
@@ -150,20 +125,19 @@ def measure(run: Path, options: list[str], constant: Path, seed: str) -> dict[st
         "constant": against["scores"]["CIDEr"],
         "interval": against["differences"]["CIDEr"]["interval"],
     }
-    kept.write_text(json.dumps(figures))
+    record.write_text(json.dumps(figures))
     return figures
 
 
-def command(stage: str, *options: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", f"pipeline.{stage}", *options], check=True, stdout=subprocess.DEVNULL
-    )
+def run_command(stage: str, *options: str) -> None:
+    command = [sys.executable, "-m", f"pipeline.{stage}", *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def row(size: int, count: int, runs: list[dict[str, Any]]) -> str:
-    """A line of the table: minutes and steps are medians, scores stand for each seed."""
+    """Return a row of the table. Minutes and steps are medians; scores are listed for each seed."""
 
-    def each(name: str) -> str:
+    def scores(name: str) -> str:
         return ", ".join(f"{run[name]:.3f}" for run in runs)
 
     differences = ", ".join("{:+.3f} to {:+.3f}".format(*run["interval"]) for run in runs)
@@ -172,8 +146,8 @@ def row(size: int, count: int, runs: list[dict[str, Any]]) -> str:
         f"{size} x {count}",
         f"{minutes:.1f}",
         f"{steps:,.0f}",
-        each("dev"),
-        each("val"),
+        scores("dev"),
+        scores("val"),
         f"{runs[0]['constant']:.3f}",
         differences,
     ]

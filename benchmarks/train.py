@@ -1,15 +1,15 @@
-"""A training step of our decoder against its plain twin, Hugging Face's GPT-2 and the limit of the
-machine's products.
+"""A training step, compared with a plain twin, Hugging Face's GPT-2 and the hardware's limit.
 
     python -m benchmarks.train [--json FILE]
 
-50 images of 49x2048 features with five captions of Flickr8k's lengths each, random words of 10,000;
-loss, gradient and AdamW. Ours and the twin encode the images; Hugging Face is given encoded
-regions, repeated for each caption, and has no encoder. All take turns in one process; figures are
-medians, ratios medians of the rounds' ratios. `of_limit` is the share of the best product's
-operations a second that went into operations that training needs: padding and repeated images do
-not count. Ours and the twin run in bf16 where the machine computes in it; else all is in fp32, with
-10 images, and the report says so.
+A step computes the loss and the gradient of 50 images with five captions each, and updates the
+weights with AdamW. Features are 49x2048. Captions have the lengths of Flickr8k's captions and
+random words of a vocabulary of 10,000. Ours and the twin encode the images. Hugging Face's model
+has no encoder; its input is encoded regions, repeated for each caption. All take turns in one
+process. Rates are medians; ratios are medians of the ratios of the rounds. `of_limit` is the
+achieved share of the operations per second of the fastest matrix product. Only necessary operations
+count, without padding and repeated images. Ours and the twin run in bf16 if the hardware supports
+it. Otherwise all run in fp32 with 10 images, and the report says so.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from pipeline.runtime import Machine, open_machine
 @click.command(context_settings={"show_default": True})
 @real_option("folder of Flickr8k's captions")
 @click.option(
-    "--images", type=int, help="images a step, five captions each  [50; 10 where all is in fp32]"
+    "--images", type=int, help="images per step, with five captions each  [50; 10 in fp32]"
 )
-@click.option("--rounds", type=int, help="[7; 3 where all is in fp32]")
-@click.option("--device", default="auto")
-@click.option("--compile", "compiled", is_flag=True, help="ours by torch.compile")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="write the figures here too")
+@click.option("--rounds", type=int, help="timed rounds  [7; 3 in fp32]")
+@click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--compile", "compiled", is_flag=True, help="compile ours with torch.compile")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(
     real: Path,
     images: int | None,
@@ -70,10 +70,9 @@ def main(
 ) -> None:
     """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
     machine = open_machine(device)
-    images, rounds = (
-        images or (50 if machine.precision == "bf16" else 10),
-        rounds or (7 if machine.precision == "bf16" else 3),
-    )
+    is_bf16 = machine.precision == "bf16"
+    images = images or (50 if is_bf16 else 10)
+    rounds = rounds or (7 if is_bf16 else 3)
     tokens = flickr8k_tokens(real, images)
     figures = header() | {
         "machine": str(machine),
@@ -84,9 +83,10 @@ def main(
         **why_fp32(machine),
     }
     for dropout in (0.0, 0.1):
-        found = measure(tokens, dropout, rounds, machine, compiled)
+        measured = measure(tokens, dropout, rounds, machine, compiled)
         figures |= {
-            f"{name}{' (dropout 0.1)' if dropout else ''}": value for name, value in found.items()
+            f"{name}{' (dropout 0.1)' if dropout else ''}": value
+            for name, value in measured.items()
         }
     report(figures, out)
 
@@ -94,10 +94,11 @@ def main(
 def measure(
     tokens: torch.Tensor, dropout: float, rounds: int, machine: Machine, compiled: bool
 ) -> dict[str, object]:
+    """Return the captions per second of each implementation, and the ratios."""
     device = machine.device
     images, captions = tokens.shape[0], tokens[:, :, 0].numel()
-    there = random_regions(images)
-    regions = Regions(*(part.to(device) for part in there))
+    regions_on_cpu = random_regions(images)
+    regions = Regions(*(part.to(device) for part in regions_on_cpu))
     encoded, on_device = torch.randn(images, 49, 512, device=device), tokens.to(device)
     captioner, twin = (our_captioner(dropout).to(device) for _ in range(2))
     peers = {precision: hugging_face(dropout).to(device) for precision in precisions(machine)}
@@ -117,27 +118,28 @@ def measure(
             peer, their_loss, replace(machine, precision=precision)
         )
     seconds = in_turn(works, rounds, waiter(device))
-    # rows of the decoder: all but each caption's last token
+    # the decoder computes a row for each token except the last token of each caption
     words = (tokens != PAD).sum().item() - captions
     operations = 3 * (
         images * encoder_operations(captioner.config)
         + words * decoder_operations(captioner.config, words / captions / 2)
     )
-    best = limit([(3000, 512, 2048), (3000, 512, WORDS), (4096, 4096, 4096)], machine)
+    max_rate = limit([(3000, 512, 2048), (3000, 512, WORDS), (4096, 4096, 4096)], machine)
     figures: dict[str, object] = {
-        f"{name}, captions/s": median_rate(captions, found) for name, found in seconds.items()
+        f"{name}, captions/s": median_rate(captions, durations)
+        for name, durations in seconds.items()
     }
     figures |= {
-        f"ratio_{name}": ratio(found, seconds["ours"])
-        for name, found in seconds.items()
+        f"ratio_{name}": ratio(durations, seconds["ours"])
+        for name, durations in seconds.items()
         if name != "ours"
     }
     rate = median_rate(1, seconds["ours"]) * operations
     return figures | {
         "operations a step, GFLOP": operations / 1e9,
         "operations a second, GFLOP/s": rate / 1e9,
-        "limit, GFLOP/s": best / 1e9,
-        "of_limit": rate / best,
+        "limit, GFLOP/s": max_rate / 1e9,
+        "of_limit": rate / max_rate,
     }
 
 

@@ -1,8 +1,8 @@
-"""Files in, arrays out: sources of photographs and captions, the vocabulary, the feature cache.
+"""Read and write data: sources of photographs and captions, vocabularies, the feature cache.
 
-No model, no device.
+This package uses no models and no devices.
 """
 
 
 class DataError(ValueError):
-    """Invalid input; the message names the file, the place and a fix."""
+    """Invalid input. The message names the file and the place, and suggests a fix."""

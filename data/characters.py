@@ -1,18 +1,18 @@
-"""The characters outside ASCII as coco-caption's tokenizer classifies them.
+"""The classes of characters outside ASCII in coco-caption's tokenizer.
 
-Java's tokenizer has its own table of characters. It is the table of Unicode 6.3 for letters and
-digits, and a hand-made list for combining marks and symbols: the marks of Vietnamese, Arabic,
-Hebrew or Hindi belong to a word, those of Burmese, Khmer or Sinhala do not. Python's `unicodedata`
-can give neither, and it changes with Python's version, so the table stands here. Every kind has an
-example character. `classify` replaces each character with the example of its kind, so that a rule
-that names the example holds for the whole kind, and positions stay the same.
+Java's tokenizer has its own table of characters. Letters and digits are those of Unicode 6.3.
+Combining marks and symbols are a hand-written list: the marks of Vietnamese, Arabic, Hebrew or
+Hindi are part of a word, the marks of Burmese, Khmer or Sinhala are not. Python's `unicodedata`
+contains neither table and changes with the Python version, so this module contains the table. Each
+class has an example character. `classify` replaces each character with the example of its class.
+Then a rule for the example applies to the whole class, and the positions stay the same.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
-# Code points in hexadecimal. All lie below U+10000: Java's tokenizer drops every other character.
+# Code points in hexadecimal, all below U+10000. Java's tokenizer removes all other characters.
 LETTERS = """\
 aa b5 ba c0-d6 d8-f6 f8-2c1 2c6-2d1 2e0-2e4 2ec 2ee 370-374 376-377 37a-37d 386 388-38a 38c 38e-3a1
 3a3-3f5 3f7-481 48a-527 531-556 559 561-587 5d0-5ea 5f0-5f2 620-64a 66e-66f 671-6d3 6d5 6e5-6e6
@@ -66,9 +66,8 @@ a1 a6-a9 ac ae-b1 b4 b6-b8 bf d7 f7 37e 387 589 5be 5c0 5c3 5c6 5f3-5f4 600-603 
 213a-213b 2140-2144 214a-214d 214f 2190-2bff 3002 3012 30fb ff01-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff65"""
 
 LETTER, MARK, DIGIT, SYMBOL, SPACE, DROPPED = "é", "\u0301", "\u0661", "©", "\u2003", "\0"
-# A character that is in no table and is not named by a rule is DROPPED, and ends the word before
-# it.
-KINDS = {
+# A character that is in no table and in no rule becomes DROPPED. It ends the word before it.
+CLASSES = {  # example character: code points
     LETTER: LETTERS,
     MARK: MARKS,
     DIGIT: DIGITS,
@@ -87,33 +86,34 @@ KINDS = {
     "…": "85 2026",
     "٫": "66b-66c",  # decimal and thousands separators
 }
-NAMED = "\xa0\xad⁄、"  # a kind of their own each
+OWN_CLASS = "\xa0\xad⁄、"  # each of these characters is its own class
 
 
-class _Classes(dict[int, str]):
-    """The example of each code point's kind; filled as characters are met."""
+class _Examples(dict[int, str]):
+    """The example of each code point's class, filled on demand."""
 
     def __init__(self) -> None:
         super().__init__(
             (code, chr(code)) for code in range(128) if chr(code).isprintable() or chr(code) == "\t"
         )
-        self.update((ord(sign), sign) for sign in NAMED)
-        ends = (
-            (text.split("-"), example) for example, table in KINDS.items() for text in table.split()
+        self.update((ord(character), character) for character in OWN_CLASS)
+        ranges = sorted(
+            (int(text.split("-")[0], 16), int(text.split("-")[-1], 16), example)
+            for example, table in CLASSES.items()
+            for text in table.split()
         )
-        ranges = sorted((int(text[0], 16), int(text[-1], 16), example) for text, example in ends)
         self.firsts, self.lasts, self.examples = zip(*ranges, strict=True)
 
     def __missing__(self, code: int) -> str:
-        place = bisect_right(self.firsts, code) - 1
-        inside = place >= 0 and code <= self.lasts[place]
-        example = self[code] = self.examples[place] if inside else DROPPED
+        index = bisect_right(self.firsts, code) - 1
+        in_range = index >= 0 and code <= self.lasts[index]
+        example = self[code] = self.examples[index] if in_range else DROPPED
         return example
 
 
-_CLASSES = _Classes()
+_EXAMPLES = _Examples()
 
 
 def classify(text: str) -> str:
-    """Replace each character of a text with the example of its kind; the length stays the same."""
-    return text.translate(_CLASSES)
+    """Replace each character of a text with the example of its class. The length is unchanged."""
+    return text.translate(_EXAMPLES)

@@ -1,4 +1,4 @@
-"""What tasks are made of."""
+"""The examples of a task."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class Example:
     """One example of a task.
 
-    id: unique in its split; results are stored by it (two questions on one image are two examples).
-    image_id: the image's id in the cache; None for a text without an image. prompt: the input text
-    (a question, a dialogue so far); empty for captions. targets: the correct texts (captions,
-    answers); empty if they are unknown.
+    id: unique in its split. Results are stored by this id. Two questions about one image are two
+        examples.
+    image_id: the image's id in the cache; None for a text without an image.
+    prompt: the input text (a question, the previous dialogue); empty for captions.
+    targets: the correct texts (captions, answers); empty if unknown.
     """
 
     id: int | str
@@ -36,17 +37,19 @@ def with_rows(
     cache: FeatureCache | NoFeatures,
     split: str,
 ) -> tuple[list[Example], list[Image], int]:
-    """The examples without those whose image the cache lists as unreadable.
+    """Remove the examples whose image the cache lists as unreadable.
 
-    images: by id, of the whole source. Returns the examples, their images in order, and how many
-    images are left out. Raises DataError for an image without a row, and where no example is left.
+    images: all images of the source, by id.
+
+    Returns the remaining examples, their images in order, and the number of omitted images. Raises
+    DataError for an image without a row in the cache, and if no example remains.
     """
     ids = dict.fromkeys(example.image_id for example in examples)
-    kept, left_out = cache.select([images[i] for i in ids if i is not None])
-    rows = {image.id for image in kept}
-    found = [e for e in examples if e.image_id is None or e.image_id in rows]
-    if not found:
+    readable, left_out = cache.select([images[i] for i in ids if i is not None])
+    readable_ids = {image.id for image in readable}
+    remaining = [e for e in examples if e.image_id is None or e.image_id in readable_ids]
+    if not remaining:
         raise DataError(
             f"split {split!r} has no image with features in {cache.path}: all are unreadable"
         )
-    return found, kept, left_out
+    return remaining, readable, left_out

@@ -1,4 +1,4 @@
-"""The feature cache by the path that it had in version 0.1; it is data.cache.reader now."""
+"""The import path of the feature cache in version 0.1. It is now data.cache.reader."""
 
 from data.cache.reader import FeatureCache, Rows
 

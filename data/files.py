@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Atomic writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` to write under; at the end it is renamed, so that nobody ever
-    sees half of a file. sync: not before it is on the disk."""
-    # a name has at most 255 bytes
-    begin = path.name.encode(errors="ignore")[:100].decode(errors="ignore")
-    temporary = path.with_name(f".{begin}.{uuid.uuid4().hex}.tmp")
+    """Context manager: yields a temporary path in the same folder and renames it to `path` at exit.
+
+    Readers never see an incomplete file. After an error, `path` is unchanged.
+
+    sync: flush the file to disk before it is renamed.
+    """
+    # A file name has at most 255 bytes.
+    prefix = path.name.encode(errors="ignore")[:100].decode(errors="ignore")
+    temporary = path.with_name(f".{prefix}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         if sync:
@@ -28,7 +32,7 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
 
 
 def _fsync(descriptor: int) -> None:
-    """Wait until a file is on disk, if the file system supports it."""
+    """Flush a file to disk, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -37,6 +41,6 @@ def _fsync(descriptor: int) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a small text file completely or not at all."""
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The formats of photographs that are read, by suffix. Needs Pillow alone, not torch."""
+"""The suffixes of readable image files. Needs only Pillow, not torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,8 @@ with contextlib.suppress(ImportError):  # the extra [heic]
 
 
 def _readable_suffixes() -> frozenset[str]:
-    """The suffixes of formats that Pillow decodes by itself."""
-    no_decoder = {
-        "BUFR",
-        "EPS",
-        "GRIB",
-        "HDF5",
-        "MPEG",
-        "PDF",
-        "WMF",
-    }  # recognised only, or given to another program
+    """The suffixes of the formats that Pillow decodes without another program."""
+    no_decoder = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
     registered = PillowImage.registered_extensions()
     return frozenset(
         suffix

@@ -1,11 +1,11 @@
-"""Photographs from disk to pixels: any file Pillow reads becomes upright RGB of the backbone's
-size.
+"""Decode photographs to upright RGB pixels of the backbone's input size.
 
-Pillow decodes (JPEGs of more than twice the size that is needed at a reduced scale, as its
-thumbnails are), torch's uint8 kernel resizes: within one step of 255 of Pillow's own, five times as
-fast. Threads do both side by side: neither holds the interpreter. What is transparent shows white;
-greyscale of more than 8 bits is scaled to 8. The decode path recorded in a cache is `DECODE_PATH`:
-rows made by another differ in their last digits.
+Pillow decodes every format that it supports. It decodes JPEGs of more than twice the required size
+at a reduced scale, as it does for thumbnails. torch's uint8 kernel resizes: its result is within
+one step of 255 of Pillow's and it is five times as fast. Both release the interpreter lock, so that
+threads run in parallel. Transparent parts become white. Greyscale of more than 8 bits is scaled to
+8 bits. A cache records the decode path as `DECODE_PATH`: rows of another decode path differ in
+their last digits.
 """
 
 from __future__ import annotations
@@ -31,21 +31,18 @@ from data.image_formats import HEIC_BRANDS, SUFFIXES
 
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
-GAP = 2  # a JPEG is decoded at a reduced scale that is still so many times the size needed
-FILTERS = {
-    "nearest": "nearest-exact",
-    "bilinear": "bilinear",
-    "bicubic": "bicubic",
-}  # lanczos is Pillow's
+GAP = 2  # a JPEG decoded at a reduced scale has at least this many times the required size
+# torch's names of the interpolations; lanczos is done by Pillow
+FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
 
-# Told as UnreadableImage instead; the filter is set here since one set around each photograph is
-# not safe in threads.
+# UnreadableImage reports such images instead. The filters are global because
+# warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", category=PillowImage.DecompressionBombWarning)
-# of broken tags in files that are read all the same
+# Pillow warns of invalid tags in files that it can decode
 warnings.filterwarnings("ignore", module=r"PIL\.")
-# it is only read
+# torch warns about read-only arrays; the arrays are only read
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-# 64 MB: editors keep histories of megabytes as PNG text
+# 64 MB, because image editors store histories of several MB as PNG text
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -54,19 +51,20 @@ class UnreadableImage(DataError):
 
 
 class NotAPhotograph(DataError, TypeError):
-    """A value of a type that is not a photograph."""
+    """A value whose type is not accepted as a photograph."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How a photograph becomes a backbone's input.
+    """How a photograph is resized to a backbone's input.
 
-    stretch: the whole photograph, its sides squeezed to `size` (H, W). crop: the largest part in
-    the middle that has the shape of `size`. letterbox: the whole photograph in its own shape, the
-    rest filled with `fill`
-        (RGB).
-    max_pixels: photographs of more are unreadable; None: Pillow's limit. One takes up to 9 bytes a
-        pixel while it is decoded.
+    size: (H, W) of the input.
+    interpolation: nearest, bilinear, bicubic or lanczos.
+    resize: "stretch" resizes the whole photograph without keeping its aspect ratio; "crop" takes
+        the largest central part with the aspect ratio of `size`; "letterbox" keeps the whole
+        photograph and its aspect ratio, and fills the rest with `fill` (RGB).
+    max_pixels: a photograph of more pixels is unreadable; None: Pillow's limit. Decoding takes up
+        to 9 bytes per pixel.
     """
 
     size: tuple[int, int]
@@ -77,9 +75,13 @@ class Framing:
 
 
 class Photo(NamedTuple):
-    """pixels uint8 [3,H,W] RGB, channels last in memory; (height, width) of the upright original;
-    and the part of it that the pixels show: x0 y0 x1 y1 in 0..1 of the original, beyond that where
-    there is filling."""
+    """A decoded photograph.
+
+    pixels: uint8 [3,H,W] RGB, channels last in memory.
+    original: (height, width) of the upright original.
+    frame: the part of the original that the pixels show: x0 y0 x1 y1, relative to its width and
+        height; outside 0..1 where the input is filled.
+    """
 
     pixels: np.ndarray
     original: tuple[int, int]
@@ -87,42 +89,45 @@ class Photo(NamedTuple):
 
 
 Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
-TAKEN = (
+ACCEPTED = (
     "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or "
     "[H,W,4], or a list of these"
 )
 
 
-def as_photographs(given: object) -> tuple[list[Photograph], bool]:
-    """One photograph or several as a list, and whether it was one. Raises NotAPhotograph."""
-    one = isinstance(given, Photograph | bytearray | memoryview)
-    several = (
-        not one
-        and isinstance(given, Iterable)
-        and not hasattr(given, "read")
-        and not hasattr(given, "shape")
+def as_photographs(value: object) -> tuple[list[Photograph], bool]:
+    """Return the photographs of a value as a list, and whether the value is a single photograph.
+
+    Raises NotAPhotograph if the type is not accepted.
+    """
+    is_single = isinstance(value, Photograph | bytearray | memoryview)
+    is_list = (
+        not is_single
+        and isinstance(value, Iterable)
+        and not hasattr(value, "read")
+        and not hasattr(value, "shape")
     )
-    photographs: list[Any] = list(cast(Iterable[Any], given)) if several else [given]
-    for number, each in enumerate(photographs):
-        if isinstance(each, bytearray | memoryview):
-            photographs[number] = bytes(each)
+    photographs: list[Any] = list(cast(Iterable[Any], value)) if is_list else [value]
+    for index, item in enumerate(photographs):
+        if isinstance(item, bytearray | memoryview):
+            photographs[index] = bytes(item)
             continue
-        what = type(each).__name__
-        if isinstance(each, np.ndarray):
-            if each.dtype == np.uint8 and (
-                each.ndim == 2 or (each.ndim == 3 and each.shape[2] in (3, 4))
+        kind = type(item).__name__
+        if isinstance(item, np.ndarray):
+            if item.dtype == np.uint8 and (
+                item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))
             ):
                 continue
-            what = f"array of {each.dtype} {list(each.shape)}"
-        elif isinstance(each, Photograph):
+            kind = f"array of {item.dtype} {list(item.shape)}"
+        elif isinstance(item, Photograph):
             continue
-        at = f"photograph number {number} is" if several else "the photograph is"
-        raise NotAPhotograph(f"{at} of type {what}; taken are {TAKEN}")
-    return photographs, not several
+        subject = f"photograph number {index} is" if is_list else "the photograph is"
+        raise NotAPhotograph(f"{subject} of type {kind}; accepted: {ACCEPTED}")
+    return photographs, not is_list
 
 
 def describe(photograph: Photograph, number: int) -> str:
-    """A photograph by its path, or by what it is and its place in a list."""
+    """Return the path of a photograph, or its position in the list and its type."""
     if isinstance(photograph, os.PathLike | str):
         return os.fspath(photograph)
     kinds = {bytes: "bytes", np.ndarray: "array"}
@@ -130,8 +135,12 @@ def describe(photograph: Photograph, number: int) -> str:
 
 
 def read_image(photograph: Photograph, framing: Framing) -> Photo:
-    """Decode, turn upright (EXIF) and frame one photograph: a path, the bytes of a file, a PIL
-    image or a uint8 array [H,W], [H,W,3] or [H,W,4]. Raises UnreadableImage."""
+    """Decode a photograph, rotate it upright (EXIF) and resize it.
+
+    photograph: a path, the bytes of a file, a PIL image or a uint8 array [H,W], [H,W,3] or [H,W,4].
+
+    Raises UnreadableImage if it cannot be decoded.
+    """
     try:
         if isinstance(photograph, np.ndarray):
             photograph = PillowImage.fromarray(photograph)
@@ -149,41 +158,42 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
             f"more than {limit:,} pixels ({int(pixels[0]) if pixels else 0:,}); --max-pixels N "
             "raises the limit"
         ) from error
-    # what decoders raise on broken files is past listing: struct.error, MemoryError, ...
+    # Decoders raise errors of many types on damaged files: struct.error, MemoryError, ...
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if "MAX_TEXT" in reason or "text chunks" in reason:
             reason = (
-                "the text or colour profile in the PNG is of more than 64 MB; save it "
+                "the text or colour profile in the PNG is larger than 64 MB; save the PNG "
                 "without metadata"
             )
         raise UnreadableImage(reason or type(error).__name__) from error
 
 
 def _read_file(path: os.PathLike | str, framing: Framing) -> Photo:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block
         raise UnreadableImage("not a regular file")
     for _ in range(3):
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
             photo, original = _decode(file, framing)
             after = os.stat(path)
-        if (before.st_ino, before.st_size, before.st_mtime_ns) == (
-            after.st_ino,
-            after.st_size,
-            after.st_mtime_ns,
-        ):
+        if _version(before) == _version(after):
             return _frame(photo, original, framing)
     raise UnreadableImage("it changed while it was read")
 
 
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]:
-    """The upright photograph in RGB, perhaps at a reduced scale, and the (height, width) it has in
-    full.
+    """Return the upright photograph in RGB, and the (height, width) of the original.
+
+    The photograph may be decoded at a reduced scale.
     """
     if framing.max_pixels and PillowImage.MAX_IMAGE_PIXELS:
-        # Pillow's limit is one for the process, so it is only raised; `_upright` holds each
-        # photograph to its own.
+        # Pillow has one limit per process, so it is only raised here. `_upright` checks the limit
+        # of each photograph.
         PillowImage.MAX_IMAGE_PIXELS = max(PillowImage.MAX_IMAGE_PIXELS, framing.max_pixels)
     try:
         opened = PillowImage.open(file)
@@ -192,9 +202,9 @@ def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]
         head = file.read(12)
         heic = head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS and ".heic" not in SUFFIXES
         hint = (
-            "it is HEIC, which pip install -e '.[heic]' reads"
+            "it is HEIC; to read HEIC: pip install -e '.[heic]'"
             if heic
-            else "not an image that Pillow reads"
+            else "not an image format that Pillow can read"
         )
         raise UnreadableImage(hint) from error
     with opened:
@@ -204,9 +214,9 @@ def _decode(file, framing: Framing) -> tuple[PillowImage.Image, tuple[int, int]]
 def _upright(
     opened: PillowImage.Image, framing: Framing, keep: bool = False
 ) -> tuple[PillowImage.Image, tuple[int, int]]:
-    """An opened photograph upright in RGB, and the (height, width) that it has in full.
+    """Return an opened photograph upright in RGB, and the (height, width) of the original.
 
-    keep: `opened` stays as it is, which takes a copy of it.
+    keep: do not change `opened`; costs a copy.
     """
     width, height = opened.size
     limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
@@ -214,7 +224,7 @@ def _upright(
         raise PillowImage.DecompressionBombError(f"{width * height} pixels")
     needed = GAP * max(framing.size)
     if not keep and min(width, height) >= 2 * needed:
-        opened.draft(None, (needed, needed))  # of JPEGs alone
+        opened.draft(None, (needed, needed))  # has an effect on JPEGs only
     transparent, decoded = _transparent(opened), opened.size
     photo = opened
     if keep:
@@ -229,22 +239,23 @@ def _upright(
 
 
 def _transparent(opened: PillowImage.Image) -> object:
-    """The value that is transparent, if an image has one, on the scale of its pixels: Pillow gives
-    a PNG's as the file has it, in 2, 4 or 16 bits, beside pixels of 8."""
+    """Return the transparent value of an image, if it has one, on the scale of its pixels.
+
+    For a PNG of 2, 4 or 16 bits, Pillow returns the value of the file although the pixels have
+    8 bits.
+    """
     value = opened.info.get("transparency")
-    tiles = getattr(opened, "tile", ())  # none once it is loaded
+    tiles = getattr(opened, "tile", ())  # empty after the image is loaded
     if opened.format != "PNG" or not tiles:
         return value
-    depth = tiles[0][3]
+    raw_mode = tiles[0][3]
     if isinstance(value, tuple):
-        return tuple(each >> 8 for each in value) if depth == "RGB;16B" else value
-    return value * {"L;2": 85, "L;4": 17}.get(depth, 1) if isinstance(value, int) else value
+        return tuple(component >> 8 for component in value) if raw_mode == "RGB;16B" else value
+    return value * {"L;2": 85, "L;4": 17}.get(raw_mode, 1) if isinstance(value, int) else value
 
 
 def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
-    """A photograph of any mode as RGB: on white where it is transparent, scaled where it has more
-    than 8 bits.
-    """
+    """Convert any mode to RGB: transparent parts become white, and more than 8 bits are scaled."""
     if photo.mode.startswith("I") or photo.mode == "F":
         return _eight_bits(photo, kind).convert("RGB")
     if not photo.has_transparency_data:
@@ -256,28 +267,28 @@ def _to_rgb(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
 
 
 def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image:
-    """Greyscale of more than 8 bits (which Pillow's own conversion clips to white) as 8 bits.
+    """Scale greyscale of more than 8 bits to 8 bits. Pillow's own conversion clips it to white.
 
-    16 bits are divided by 257, or where all values are below 4096 scaled from 8, 10 or 12 bits. 32
-    bits, whole or real, are scaled from their least to their greatest value. Those that fill a
-    usual range stay in it: 0..1 (real) or 0..255, where the greatest value is in the upper half.
+    16 bits are divided by 257, or scaled from 8, 10 or 12 bits if all values are below 4096.
+    Integers and floats of 32 bits are scaled from their minimum and maximum to 0..255. Two ranges
+    are kept: 0..1 (floats) and 0..255, if the maximum is in the upper half of the range.
     """
     values = np.asarray(photo)
-    found = values.astype(np.float64)
-    least, greatest = float(found.min()), float(found.max())
-    if kind == "PPM":  # Pillow scales it to 16 bits by the range that the file names
-        found = found / 257
+    scaled = values.astype(np.float64)
+    low, high = float(scaled.min()), float(scaled.max())
+    if kind == "PPM":  # Pillow scales it to 16 bits by the range in the file
+        scaled = scaled / 257
     elif photo.mode.startswith("I;16") or kind == "PNG":  # 16 bits at most
-        found = found * (255 / next((top for top in (255, 1023, 4095) if greatest <= top), 65535))
-    elif not np.isfinite(found).all():
-        raise UnreadableImage("it has values that are infinite or no numbers (NaN)")
+        scaled = scaled * (255 / next((top for top in (255, 1023, 4095) if high <= top), 65535))
+    elif not np.isfinite(scaled).all():
+        raise UnreadableImage("it has values that are infinite or NaN")
     else:
-        if photo.mode == "F" and least >= 0 and (0.5 <= greatest <= 1 or least == greatest <= 1):
-            found = found * 255
-        elif least < greatest and not (least >= 0 and 128 <= greatest <= 255):
-            found = (found - least) * (255 / (greatest - least))
-        found = np.rint(found)
-    pixels = found.clip(0, 255).astype(np.uint8)
+        if photo.mode == "F" and low >= 0 and (0.5 <= high <= 1 or low == high <= 1):
+            scaled = scaled * 255
+        elif low < high and not (low >= 0 and 128 <= high <= 255):
+            scaled = (scaled - low) * (255 / (high - low))
+        scaled = np.rint(scaled)
+    pixels = scaled.clip(0, 255).astype(np.uint8)
     if isinstance(transparent := photo.info.get("transparency"), int):
         pixels[values == transparent] = 255
     return PillowImage.fromarray(pixels)
@@ -287,31 +298,27 @@ def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing
     (height, width), pixels = framing.size, np.asarray(photo)
     h, w = pixels.shape[:2]
     if framing.resize == "stretch":
-        return Photo(
-            _resize(pixels, framing.size, framing).transpose(2, 0, 1),
-            original,
-            (0.0, 0.0, 1.0, 1.0),
-        )
+        stretched = _resize(pixels, framing.size, framing)
+        return Photo(stretched.transpose(2, 0, 1), original, (0.0, 0.0, 1.0, 1.0))
     if framing.resize == "crop":
         scale = max(height / h, width / w)
         part_h, part_w = min(h, max(1, round(height / scale))), min(w, max(1, round(width / scale)))
         y, x = (h - part_h) // 2, (w - part_w) // 2
-        found = _resize(pixels[y : y + part_h, x : x + part_w], framing.size, framing)
-        return Photo(
-            found.transpose(2, 0, 1), original, (x / w, y / h, (x + part_w) / w, (y + part_h) / h)
-        )
+        cropped = _resize(pixels[y : y + part_h, x : x + part_w], framing.size, framing)
+        frame = (x / w, y / h, (x + part_w) / w, (y + part_h) / h)
+        return Photo(cropped.transpose(2, 0, 1), original, frame)
     scale = min(height / h, width / w)
     inner_h, inner_w = max(1, min(height, round(h * scale))), max(1, min(width, round(w * scale)))
     y, x = (height - inner_h) // 2, (width - inner_w) // 2
-    found = np.empty((height, width, 3), np.uint8)
-    found[:] = framing.fill
-    found[y : y + inner_h, x : x + inner_w] = _resize(pixels, (inner_h, inner_w), framing)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = framing.fill
+    canvas[y : y + inner_h, x : x + inner_w] = _resize(pixels, (inner_h, inner_w), framing)
     frame = (-x / inner_w, -y / inner_h, (width - x) / inner_w, (height - y) / inner_h)
-    return Photo(found.transpose(2, 0, 1), original, frame)
+    return Photo(canvas.transpose(2, 0, 1), original, frame)
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.ndarray:
-    """Pixels uint8 [h,w,3] resized to `size`, with antialiasing; [H,W,3], contiguous."""
+    """Resize uint8 pixels [h,w,3] to contiguous [H,W,3] with antialiasing."""
     if pixels.shape[:2] == size:
         return np.ascontiguousarray(pixels)
     if framing.interpolation == "lanczos":
@@ -320,12 +327,12 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.n
     mode = FILTERS[framing.interpolation]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     smooth = {"antialias": True} if mode in ("bilinear", "bicubic") else {}
-    found = torch.nn.functional.interpolate(image, size, mode=mode, **smooth)[0]
-    return np.ascontiguousarray(found.permute(1, 2, 0).numpy())
+    resized = torch.nn.functional.interpolate(image, size, mode=mode, **smooth)[0]
+    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
 
 
 def try_image(photograph: Photograph, framing: Framing) -> tuple[Photo | None, str]:
-    """(photo, "") of a photograph, or (None, reason) for one that cannot be read."""
+    """Return (photo, ""), or (None, reason) if the photograph cannot be read."""
     try:
         return read_image(photograph, framing), ""
     except UnreadableImage as error:
@@ -333,7 +340,7 @@ def try_image(photograph: Photograph, framing: Framing) -> tuple[Photo | None, s
 
 
 class Photographs(Dataset):
-    """Decoded photographs: item i is (Photo, ""), or (None, reason) for one that cannot be read."""
+    """A Dataset of decoded photographs: each item is the result of `try_image`."""
 
     def __init__(self, photographs: Sequence[Photograph], framing: Framing) -> None:
         self.photographs, self.framing = list(photographs), framing
@@ -346,7 +353,7 @@ class Photographs(Dataset):
 
 
 def stack(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Photographs as a batch: pixels uint8 [B,3,H,W], channels last, and frames [B,4] float32."""
+    """Stack photographs: pixels uint8 [B,3,H,W], channels last, and frames [B,4] float32."""
     pixels = np.stack([photo.pixels.transpose(1, 2, 0) for photo in photos])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(
         [photo.frame for photo in photos]

@@ -1,9 +1,9 @@
-"""Captions to score and what to score them against, as files.
+"""Files of generated captions and of reference captions.
 
-COCO results format: [{"image_id": 391895, "caption": "a man rides a motorcycle"}, ...], one caption
-an image. References are a COCO captions file, or one by Karpathy, of which a split is taken. COCO's
-evaluation server takes results of all of val2014 and of all of test2014, by the names that
-`write_server` gives them.
+Generated captions are in COCO results format: [{"image_id": 391895, "caption": "a man rides a
+motorcycle"}, ...], one caption per image. References are a COCO captions file or a split of a
+Karpathy file. COCO's evaluation server accepts results of all images of val2014 and of test2014,
+in the files that `write_server` writes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from data.files import atomic_write, atomic_write_text
 from data.sources import Image, check_caption, check_id, parse_json, read_text
 
 SERVER_IMAGES = {"val": 40_504, "test": 40_775}  # of COCO 2014
-SERVER_ZIP_BYTES = (
-    100_000_000  # far above 81,279 captions, which are some 2 MB, and below what any server took
-)
+# 81,279 captions have about 2 MB. This limit is below the limits of all servers so far.
+SERVER_ZIP_BYTES = 100_000_000
 
 
 def read_results(file: Path) -> dict[int, str]:
-    """The captions of a file in COCO results format, by image id, in its order."""
+    """Return the captions of a file in COCO results format, by image id, in the order of the file.
+
+    Raises DataError if the file is invalid or has two captions for one image.
+    """
     entries = parse_json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(
             f'{file} is not in COCO results format: a list of {{"image_id": 1, "caption": "a dog"}}'
         )
     if not entries:
-        raise DataError(f"{file} holds no captions")
+        raise DataError(f"{file} contains no captions")
     captions: dict[int, str] = {}
     for number, entry in enumerate(entries):
         if "image_id" not in entry or "caption" not in entry:
@@ -53,117 +55,142 @@ def read_results(file: Path) -> dict[int, str]:
 
 
 def write_results(file: Path, captions: Mapping[int, str]) -> None:
-    """Captions by image id in COCO results format, whole or not at all."""
+    """Write captions by image id in COCO results format, atomically."""
     entries = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
     atomic_write_text(file, json.dumps(entries, ensure_ascii=False))
 
 
 def read_references(file: Path, split: str | None = None) -> list[Image]:
-    """The images of a captions file with their captions; of a file that names splits, those of
-    `split`.
+    """Return the images of a captions file with their captions. The image files need not exist.
 
-    split: train (restval is part of it), val or test; None: test, else val. The photographs need
-        not be there.
+    split: the split of a file with splits: train (includes restval), val or test; None: test, else
+        val.
     """
     try:
-        # no caption has it so: there its quotes are escaped
+        # A caption cannot contain this text, because JSON escapes its quotes.
         karpathy = b'"sentences"' in file.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{file}: {error.strerror}; it should be a captions file, COCO's or Karpathy's"
+            f"{file}: {error.strerror}; expected a captions file of COCO or Karpathy"
         ) from error
     read = read_karpathy if karpathy else read_coco
     source = read("karpathy" if karpathy else "coco", file.parent, file, None)
-    if split == "train":  # whole, without the tenth that pipeline.train keeps for dev
+    if split == "train":  # all of it, including the images that pipeline.train uses as dev
         return [image for image in source.images if image.split in ("train", "all")]
     return source.select(split or source.reported())
 
 
 def read_ids(file: Path) -> list[int]:
-    """Image ids, one a line or a JSON list, each once."""
+    """Return the image ids of a file, without repetitions: one id per line, or a JSON list."""
     text = read_text(file).strip()
     try:
-        found = json.loads(text) if text.startswith("[") else [int(line) for line in text.split()]
+        ids = json.loads(text) if text.startswith("[") else [int(line) for line in text.split()]
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{file} is neither one image id a line nor a JSON list of them: {error}"
+            f"{file} is neither one image id per line nor a JSON list of image ids: {error}"
         ) from error
-    if not found:
-        raise DataError(f"{file} holds no image id")
-    return list(dict.fromkeys(check_id(image_id, f"{file}") for image_id in found))
+    if not ids:
+        raise DataError(f"{file} contains no image ids")
+    return list(dict.fromkeys(check_id(image_id, f"{file}") for image_id in ids))
+
+
+def read_text_list(file: Path) -> list[str]:
+    """Texts, a JSON list (or object whose keys or values they are, by number) or one per line."""
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(content, list) and len(content) == 2 and isinstance(content[0], dict):
+        content = content[0]  # openvqa's answer_dict.json: [number by answer, answer by number]
+    if isinstance(content, dict):
+        by_number = all(isinstance(value, int) for value in content.values())
+        numbers = content
+        content = (
+            sorted(numbers, key=lambda text: numbers[text]) if by_number else [*numbers.values()]
+        )
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise DataError(f"{file} is neither a list of texts nor one text per line")
+    return content
 
 
 def choose(images: Sequence[Image], ids: Iterable[int], where: Path, ids_file: Path) -> list[Image]:
-    """The images with these ids, in the order of the ids; DataError for an id that is not among
-    them.
+    """Return the images with these ids, in the order of the ids.
+
+    where, ids_file: the sources of the images and of the ids, for the message.
+
+    Raises DataError if an id is not among the images.
     """
-    known = {image.id: image for image in images}
+    by_id = {image.id: image for image in images}
     chosen = []
     for image_id in ids:
-        if image_id not in known:
+        if image_id not in by_id:
             raise DataError(
-                f"image {image_id} of {ids_file} is not in {where} ({len(known):,} images)"
+                f"image {image_id} of {ids_file} is not in {where} ({len(by_id):,} images)"
             )
-        chosen.append(known[image_id])
+        chosen.append(by_id[image_id])
     return chosen
 
 
 def write_server(
     folder: Path, name: str, captions: Mapping[int, str], images: Sequence[Image]
 ) -> list[Path]:
-    """Write what COCO's caption server takes, after holding it against its rules; the paths of what
-    was written.
+    """Write the files that COCO's caption server accepts, and return their paths.
 
-    images: all of val2014 or of test2014, known by their file names. Every one has one caption, and
-    nothing else has. The results are captions_{val,test}2014_NAME_results.json; once both are in
-    `folder`, they are zipped as well.
+    name: the name of the algorithm, a part of the file names.
+    captions: one caption for each of `images`, by id.
+    images: all images of val2014 or of test2014. The file names identify the split.
+
+    Writes captions_{val,test}2014_NAME_results.json. If both files are in `folder`, also writes a
+    zip archive of them. Raises DataError if the captions violate the rules of the server.
     """
     if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
         raise DataError(
-            f"--server {name!r}: a name of letters, digits, dots and hyphens; it becomes part "
+            f"--server {name!r}: pass a name of letters, digits, dots and hyphens; it becomes part "
             "of file names"
         )
     split = server_split(images)
     missing = [image.id for image in images if image.id not in captions]
     if missing:
         raise DataError(
-            f"the server wants a caption for each image of {split}2014; {len(missing):,} lack "
-            f"one, as {missing[0]}"
+            f"the server requires a caption for each image of {split}2014; images without a "
+            f"caption: {len(missing):,}, for example {missing[0]}"
         )
     extra = captions.keys() - {image.id for image in images}
     if extra:
         raise DataError(
-            f"the server takes only images of {split}2014; {len(extra):,} are not among them, "
-            f"as {min(extra)}"
+            f"the server accepts only images of {split}2014; captions of other images: "
+            f"{len(extra):,}, for example {min(extra)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    both = [folder / f"captions_{each}2014_{name}_results.json" for each in SERVER_IMAGES]
-    written = both[list(SERVER_IMAGES).index(split)]
-    write_results(written, captions)
-    if not all(file.exists() for file in both):
-        return [written]
+    files = {s: folder / f"captions_{s}2014_{name}_results.json" for s in SERVER_IMAGES}
+    write_results(files[split], captions)
+    if not all(file.exists() for file in files.values()):
+        return [files[split]]
     archive = folder / f"{name}_results.zip"
     with atomic_write(archive) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
-            for file in both:
+            for file in files.values():
                 opened.write(file, file.name)
         if (size := temporary.stat().st_size) > SERVER_ZIP_BYTES:
             raise DataError(
-                f"{archive} would have {size:,} bytes, the server takes {SERVER_ZIP_BYTES:,}"
+                f"{archive} would have {size:,} bytes, the server accepts {SERVER_ZIP_BYTES:,}"
             )
-    return [written, archive]
+    return [files[split], archive]
 
 
 def server_split(images: Sequence[Image]) -> str:
-    """Which split the images are all of, val or test; DataError where they are neither."""
+    """Return the split (val or test) of which these are all images.
+
+    Raises DataError if they are not all images of val2014 or of test2014.
+    """
     names = [re.match(r"COCO_(val|test)2014_", image.name.rpartition("/")[2]) for image in images]
-    found = {match[1] if match else "" for match in names}
-    split = found.pop() if len(found) == 1 else ""
+    splits = {match[1] if match else "" for match in names}
+    split = splits.pop() if len(splits) == 1 else ""
     if not split or len(images) != SERVER_IMAGES[split]:
         raise DataError(
-            f"the server takes all {SERVER_IMAGES['val']:,} images of val2014 or all "
-            f"{SERVER_IMAGES['test']:,} of test2014; "
-            f"these are {len(images):,}, as {images[0].name}. For test2014: its "
-            "image_info_test2014.json"
+            f"the server accepts all {SERVER_IMAGES['val']:,} images of val2014 or all "
+            f"{SERVER_IMAGES['test']:,} of test2014; these are {len(images):,} images, for example "
+            f"{images[0].name}. For test2014, pass image_info_test2014.json"
         )
     return split

@@ -1,9 +1,8 @@
-"""Captions of scripts that are written without spaces between words: Chinese, Japanese, Thai and
-others.
+"""Tokens for scripts without spaces between words: Chinese, Japanese, Thai and others.
 
-The scorer's tokens are what stands between blanks, so that a whole Chinese sentence is one token.
-With segment "characters" each character of such a script, with the marks that belong to it, is a
-token of its own; words of other scripts stay whole. Captions are joined again without the blanks.
+The scorer splits a caption at spaces, so that a Chinese sentence is a single token. With segment
+"characters", each character of such a script is a token, together with its combining marks. Words
+of other scripts remain whole. Captions are joined again without these spaces.
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ from data.tokens import tokenize
 
 SEGMENTS = ("words", "characters")
 
-# Thai, Lao, Tibetan, Burmese, Khmer, Tai and Javanese scripts; kana, bopomofo and Han.
+# The scripts without spaces: Thai, Lao, Tibetan, Burmese, Khmer, Tai and Javanese scripts; kana, bopomofo and Han.
 UNSPACED = (
     "\u0e01-\u0e4e\u0e81-\u0edf\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua980-\ua9ff"
     "\uaa60-\uaadf\u2e80-\u2fdf\u3005-\u3007\u3041-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00016ff0-\U00018cff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-WIDE_SIGNS = (
+WIDE_PUNCTUATION = (
     "\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # 。 、 「 ！
 )
 UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 EAST_ASIAN = re.compile(
     "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-BLANK_BESIDE = re.compile(f"(?<=[{UNSPACED}{WIDE_SIGNS}]) | (?=[{UNSPACED}{WIDE_SIGNS}])")
+SPACE_BESIDE = re.compile(
+    f"(?<=[{UNSPACED}{WIDE_PUNCTUATION}]) | (?=[{UNSPACED}{WIDE_PUNCTUATION}])"
+)
 
 
 def segmented(caption: str, segment: str = "words") -> list[str]:
-    """The tokens of a caption; `segment` is one of SEGMENTS."""
+    """Return the tokens of a caption. `segment` is one of SEGMENTS."""
     if segment == "words" or not UNSPACED_RUN.search(caption):
         return tokenize(caption)
     tokens: list[str] = []
@@ -46,55 +47,55 @@ def segmented(caption: str, segment: str = "words") -> list[str]:
 
 
 def characters(run: str) -> list[str]:
-    """The characters of a run of unspaced scripts, each with the marks after it."""
-    found: list[str] = []
-    for sign in run:
-        if found and unicodedata.category(sign).startswith("M"):
-            found[-1] += sign
+    """Return the characters of a run of unspaced scripts, each with its combining marks."""
+    clusters: list[str] = []
+    for character in run:
+        if clusters and unicodedata.category(character).startswith("M"):
+            clusters[-1] += character
         else:
-            found.append(sign)
-    return found
+            clusters.append(character)
+    return clusters
 
 
 def join_characters(text: str) -> str:
-    """Text without the blanks beside characters and punctuation of unspaced scripts."""
-    return BLANK_BESIDE.sub("", text)
+    """Remove the spaces beside characters and punctuation of unspaced scripts."""
+    return SPACE_BESIDE.sub("", text)
 
 
 def without_blanks(captions: Iterable[str]) -> str | None:
-    """A caption that shows that they have no spaces between words; None where they have.
+    """Return an example if the captions have no spaces between words; None if they have spaces.
 
-    What stands between two blanks is a word, of two characters in the mean (Chinese, Japanese) or
-    four (Thai and others), or a clause, which is longer. A quarter of the captions must be of such
-    scripts.
+    The decision uses the mean number of characters between two spaces. A word has about two
+    characters (Chinese, Japanese) or four (Thai and others); a clause has more. At least a quarter
+    of the captions must be in such scripts.
     """
     total = 0
-    found: dict[bool, list[tuple[str, list[int]]]] = {
-        True: [],
-        False: [],
-    }  # by whether of East Asia
+    # by whether the script is East Asian: captions, and the lengths of their parts between spaces
+    groups: dict[bool, list[tuple[str, list[int]]]] = {True: [], False: []}
     for caption in captions:
         total += 1
         if UNSPACED_RUN.search(caption):
-            pieces = [sum(map(_is_character, piece)) for piece in caption.split()]
-            found[EAST_ASIAN.search(caption) is not None].append(
-                (caption, [n for n in pieces if n])
-            )
-    for east_asian, group in found.items():
+            lengths = [sum(map(_is_character, part)) for part in caption.split()]
+            east_asian = EAST_ASIAN.search(caption) is not None
+            groups[east_asian].append((caption, [length for length in lengths if length]))
+    for east_asian, group in groups.items():
         if 4 * len(group) < max(total, 1):
             continue
-        lengths = [length for _, pieces in group for length in pieces]
-        mean = sum(lengths) / max(len(lengths), 1)
-        whole = sum(len(pieces) == 1 for _, pieces in group) > 0.9 * len(group)
-        if mean > (3 if east_asian else 5) or (whole and mean > 2):
-            return max(group, key=lambda each: max(each[1], default=0) / len(each[0]))[0]
+        all_lengths = [length for _, lengths in group for length in lengths]
+        mean = sum(all_lengths) / max(len(all_lengths), 1)
+        one_part = sum(len(lengths) == 1 for _, lengths in group) > 0.9 * len(group)
+        if mean > (3 if east_asian else 5) or (one_part and mean > 2):
+            caption, _ = max(group, key=lambda item: max(item[1], default=0) / len(item[0]))
+            return caption
     return None
 
 
-def _is_character(sign: str) -> bool:
-    return UNSPACED_RUN.match(sign) is not None and not unicodedata.category(sign).startswith("M")
+def _is_character(character: str) -> bool:
+    return UNSPACED_RUN.match(character) is not None and not unicodedata.category(
+        character
+    ).startswith("M")
 
 
 def segmented_all(captions: Sequence[str], segment: str = "words") -> list[list[str]]:
-    """The tokens of each caption, in order."""
+    """Return the tokens of each caption, in order."""
     return [segmented(caption, segment) for caption in captions]

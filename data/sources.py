@@ -1,17 +1,16 @@
-"""Where the photographs and their captions are: one `Source` for COCO, Karpathy's files and plain
-folders.
+"""`Source`: the photographs and captions of a dataset, and the functions that all readers share.
 
-A source lists photographs in a fixed order, each with its id, its name below the root, its split
-and its captions; it opens no photograph. The readers stand beside (`coco`, `karpathy`, `folder`),
-each `read*(dataset, root, annotations, images) -> Source`; what they share is here. Every mistake
-in the input is a `DataError`.
+A source lists photographs in a fixed order. Each photograph has an id, a name relative to the root,
+a split and captions. A source opens no image file. The readers are in `data.datasets` (`coco`,
+`karpathy`, `folder`). Each reader is a function `read*(dataset, root, annotations, images) ->
+Source` and raises `DataError` for invalid input.
 
-A photograph's name is the one that it has on the disk. A caption file may write it in another
-Unicode normal form, in other case, or with backslashes: `on_disk` finds it.
+The name of a photograph is its name on disk. A caption file may write the name in another Unicode
+normal form, in another case or with backslashes; `on_disk` maps it to the name on disk.
 
-Splits are `train`, `val`, `test`, or `all` where a COCO file names none. `dev` is what a run may be
-tuned on: val where there is a test split to report, else about a tenth of the train photographs,
-chosen by their file names.
+The splits are `train`, `val` and `test`, or `all` if a COCO file names no splits. `dev` is the
+split for tuning: val if the dataset has val and test, else about a tenth of the train photographs,
+chosen by a hash of the file name.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from data import DataError
 
-SPLITS = {  # Karpathy's names and those of Hugging Face's imagefolder
+SPLITS = {  # the split names of Karpathy's files and of Hugging Face's imagefolder
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -35,28 +34,26 @@ SPLITS = {  # Karpathy's names and those of Hugging Face's imagefolder
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One photograph and what is known of it."""
+    """One photograph of a source."""
 
-    id: int  # int64: cocoid, imgid, or image_id(name)
+    id: int  # int64: the cocoid or imgid of the file, else image_id(name)
     name: str  # POSIX path relative to the source's root
-    path: Path  # where the file is: root / name
-    split: str  # "train" "val" "test", or "all" where a COCO file names none
-    captions: tuple[str, ...]  # as written; none is allowed, extraction needs none
+    path: Path  # root / name
+    split: str  # "train", "val", "test", or "all" if a COCO file names no splits
+    captions: tuple[str, ...]  # as written in the file; may be empty
 
 
 @dataclass(frozen=True)
 class Source:
-    """The photographs of a dataset, in the order of their caption file (a folder's: of their
-    names).
-    """
+    """The photographs of a dataset, in the order of the caption file (a folder: sorted by name)."""
 
     dataset: str
     root: Path  # the folder that names are relative to
     images: tuple[Image, ...] = field(repr=False)
-    # named by the captions, not on the disk; in `images` too
+    # images that the caption file names and that are not on disk; `images` includes them
     missing: tuple[Image, ...] = field(repr=False)
-    annotations: Path | None  # the caption file, or the folder of COCO's two
-    # what the reader left out, a line each, to be printed
+    annotations: Path | None  # the caption file, or the folder of COCO's two caption files
+    # messages for the user about files that the reader ignored
     notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -64,82 +61,80 @@ class Source:
             raise DataError(
                 f"{self.dataset} has no images in {self.annotations or self.root}; check the path"
             )
-        first: dict[int, Image] = {}
+        by_id: dict[int, Image] = {}
         for image in self.images:
-            other = first.setdefault(image.id, image)
+            other = by_id.setdefault(image.id, image)
             if other is not image:
                 raise DataError(
                     f"{other.name} and {image.name} have the same id, {image.id}, in "
-                    f"{self.annotations or self.root}; "
-                    "give each photograph its own (in a folder the id comes from the name: "
-                    "rename one)"
+                    f"{self.annotations or self.root}; give each photograph a different id (in a "
+                    "folder the id is a hash of the name: rename one of them)"
                 )
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
-        """The splits that the source itself names, of `train`, `val`, `test`, `all`."""
+        """The splits that the images have, of `train`, `val`, `test` and `all`."""
         present = {image.split for image in self.images}
         return tuple(split for split in ("train", "val", "test", "all") if split in present)
 
     @cached_property
-    def _drawn(self) -> frozenset[int]:
-        """Ids of the dev photographs that are taken out of train; none where val serves as dev."""
-        if {"val", "test"} <= set(self.splits):
+    def _dev_is_val(self) -> bool:
+        return {"val", "test"} <= set(self.splits)
+
+    @cached_property
+    def _dev_ids(self) -> frozenset[int]:
+        """The ids of the dev photographs taken out of train; empty if val is used as dev."""
+        if self._dev_is_val:
             return frozenset()
-        hashed = {i: _name_hash(i.name) for i in self.images if i.split in ("train", "all")}
-        drawn = [image for image, value in hashed.items() if int(value[:8], 16) % 10 == 0]
-        if len(drawn) in (
-            0,
-            len(hashed),
-        ):  # a tiny set: one photograph, as long as it leaves another to train on
-            drawn = sorted(hashed, key=lambda i: (hashed[i], i.name))[:1] if len(hashed) > 1 else []
-        return frozenset(image.id for image in drawn)
+        hashes = {i: _name_hash(i.name) for i in self.images if i.split in ("train", "all")}
+        dev = [image for image, digest in hashes.items() if int(digest[:8], 16) % 10 == 0]
+        if len(dev) in (0, len(hashes)):  # a very small dataset
+            by_hash = sorted(hashes, key=lambda image: (hashes[image], image.name))
+            dev = by_hash[:1] if len(hashes) > 1 else []
+        return frozenset(image.id for image in dev)
 
     def select(self, split: str) -> list[Image]:
-        """The photographs of `split` (train dev val test all), in source order; never an empty
-        list.
+        """Return the images of a split (train, dev, val, test or all), in source order.
 
-        `dev` is val where there are val and test. Otherwise it is the train photographs (and those
-        of a COCO file without splits) with int(sha256(file name without folders)[:8], 16) % 10 ==
-        0, and `train` leaves them out. Where that takes none or all of a tiny set, dev is the one
-        with the smallest hash; of one photograph, none.
-        Raises DataError for a split that does not exist or has nobody in it.
+        `dev` equals val if the dataset has val and test. Otherwise `dev` consists of the train
+        images (or the images of a COCO file without splits) with
+        int(sha256(file name without folders)[:8], 16) % 10 == 0, and `train` excludes them. If this
+        rule selects none or all of the images, `dev` is the one image with the smallest hash. A
+        dataset of one image has no `dev`.
+
+        Raises DataError if the split does not exist or has no images.
         """
         if split == "all":
-            chosen = list(self.images)
+            images = list(self.images)
         elif split == "train":
-            chosen = [
-                i for i in self.images if i.split in ("train", "all") and i.id not in self._drawn
+            images = [
+                i for i in self.images if i.split in ("train", "all") and i.id not in self._dev_ids
             ]
-        elif split == "dev" and {"val", "test"} <= set(self.splits):
-            chosen = self.select("val")
-        elif split == "dev":
-            chosen = [i for i in self.images if i.id in self._drawn]
+        elif split == "dev" and not self._dev_is_val:
+            images = [i for i in self.images if i.id in self._dev_ids]
         else:
-            chosen = [i for i in self.images if i.split == split]
-        if not chosen:
+            name = "val" if split == "dev" else split
+            images = [i for i in self.images if i.split == name]
+        if not images:
             raise DataError(
                 f"split {split!r} has no images in {self.dataset} at {self.root}; "
                 f"its splits: {', '.join(self.splits)}"
-                + (" (and dev, taken from train)" if self._drawn else "")
+                + (" (and dev, taken from train)" if self._dev_ids else "")
             )
-        return chosen
+        return images
 
     def reported(self) -> str:
-        """The split to score when none is asked for: test, else val, else all of an unsplit COCO
-        file, else dev.
-        """
+        """The default split to score: test, else val, else all (COCO without splits), else dev."""
         return next((split for split in ("test", "val", "all") if split in self.splits), "dev")
 
     @cached_property
     def by_id(self) -> dict[int, Image]:
+        """The images by id."""
         return {image.id: image for image in self.images}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over the sorted (id, file name) pairs: which photographs these are, in any
-        order or folder.
-        """
+        """SHA-256 (hex) of the sorted (id, file name) pairs, independent of order and folders."""
         pairs = sorted((image.id, _plain(image.name)) for image in self.images)
         return hashlib.sha256(
             "".join(f"{id_}\t{name}\0" for id_, name in pairs).encode()
@@ -147,20 +142,23 @@ class Source:
 
 
 def image_id(name: str) -> int:
-    """The id of a photograph that has no other: the first 63 bits of SHA-256 of its relative POSIX
-    path (UTF-8).
+    """Return the id of an image without one in the dataset: a hash of its relative POSIX path.
+
+    The hash is the first 63 bits of SHA-256 of the path in UTF-8.
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def same_photograph(a: str, b: str) -> bool:
-    """Whether two names can be one photograph: folders, the Unicode normal form and case do not
-    matter, and 2014 and 2017 name a COCO photograph differently."""
+    """Return whether two names may refer to the same photograph.
+
+    Folders, the Unicode normal form, case and the COCO prefix of 2014 are ignored.
+    """
     return _plain(a) == _plain(b) or loose(_plain(_slashes(a))) == loose(_plain(_slashes(b)))
 
 
 def _plain(name: str) -> str:
-    """The name as `Source.digest` counts it, which old runs recorded."""
+    """The name as it enters `Source.digest`. Old runs recorded that digest: do not change."""
     return re.sub(r"^COCO_(train|val|test)20\d\d_", "", name.rpartition("/")[2])
 
 
@@ -168,11 +166,8 @@ def _name_hash(name: str) -> str:
     return hashlib.sha256(name.rpartition("/")[2].encode()).hexdigest()
 
 
-# What the readers share.
-
-
 def _slashes(name: str) -> str:
-    """A name with the slashes of POSIX: metadata made on Windows has backslashes."""
+    """Replace backslashes, which metadata written on Windows contains."""
     return name.replace("\\", "/")
 
 
@@ -186,122 +181,129 @@ def _suffix_lowered(name: str) -> str:
 
 
 def loose(name: str) -> str:
-    """The same for names that differ in case or Unicode normal form."""
+    """Return a key that is equal for names that differ only in case or Unicode normal form."""
     if name.isascii():
         return name.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 class Listing:
-    """Which files are under a root. A folder is listed once, so 100,000 questions need no stat."""
+    """The files under a root. Each folder is listed once, so that a lookup needs no `stat`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folders: dict[str, set[str]] = {}
-        self.real: dict[str, str | None] = {
-            "": ""
-        }  # the folder on the disk of a folder as it is written
-        self.loose: dict[str, dict[str, list[str]]] = {}  # by folder and loose name
+        self._names: dict[str, set[str]] = {}  # by folder
+        self._disk_folders: dict[str, str | None] = {"": ""}  # by the folder as it is written
+        self._by_loose: dict[str, dict[str, list[str]]] = {}  # by folder and loose name
 
     def __contains__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
         return file in self.names(folder)
 
     def find(self, name: str) -> str | None:
-        """The file that `name` means: itself, else the one whose name differs only in the slashes,
-        the Unicode normal form or case. None where there is none, or several that are equally
-        near."""
+        """Return the name on disk of the file `name`.
+
+        If there is no file with exactly this name, return the one whose name differs only in
+        backslashes, Unicode normal form or case. Return None if there is no such file, or if
+        several files match equally well.
+        """
         if name in self:
             return name
         if "\\" in name:
             name = "/".join(part for part in _slashes(name).split("/") if part not in ("", "."))
         folder, _, file = name.rpartition("/")
-        real = self._folder(folder)
-        near = None if real is None else self._nearest(real, file)
-        return None if near is None else f"{real}/{near}" if real else near
+        return self._join(self._folder(folder), file)
 
     def similar(self, name: str) -> list[str]:
-        """Files in the folder of `name` that have its name but for case, normal form and suffix."""
+        """Return the files in the folder of `name` with the same stem.
+
+        Case, Unicode normal form and suffix are ignored.
+        """
         folder, _, file = _slashes(name).rpartition("/")
-        real, stem = self._folder(folder), loose(os.path.splitext(file)[0])
-        names = self.names(real) if real is not None else ()
-        return sorted(each for each in names if loose(os.path.splitext(each)[0]) == stem)
+        disk_folder, stem = self._folder(folder), loose(os.path.splitext(file)[0])
+        names = self.names(disk_folder) if disk_folder is not None else ()
+        return sorted(other for other in names if loose(os.path.splitext(other)[0]) == stem)
 
     def names(self, folder: str) -> set[str]:
-        if folder not in self.folders:
-            self.folders[folder] = self._list(folder)
-        return self.folders[folder]
+        """Return the names of the files in a folder on disk; empty if there is no such folder."""
+        if folder not in self._names:
+            self._names[folder] = self._list(folder)
+        return self._names[folder]
 
     def _list(self, folder: str) -> set[str]:
         try:
-            with os.scandir(self.root / folder) as entries:  # a link that leads nowhere is no file
+            with os.scandir(self.root / folder) as entries:
                 return {
                     entry.name
                     for entry in entries
-                    if not entry.is_symlink() or os.path.exists(entry.path)
+                    if not entry.is_symlink() or os.path.exists(entry.path)  # no broken links
                 }
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
     def _folder(self, name: str) -> str | None:
-        if name not in self.real:
-            written, _, last = name.rpartition("/")
-            above = self._folder(written)
-            found = None if above is None else self._nearest(above, last)
-            self.real[name] = None if found is None else f"{above}/{found}" if above else found
-        return self.real[name]
+        """The folder on disk of a folder as it is written; None if there is no match."""
+        if name not in self._disk_folders:
+            parent, _, last = name.rpartition("/")
+            self._disk_folders[name] = self._join(self._folder(parent), last)
+        return self._disk_folders[name]
 
-    def _nearest(self, folder: str, name: str) -> str | None:
+    def _join(self, folder: str | None, name: str) -> str | None:
+        """The path of the file in `folder` that matches `name`; None if there is no match."""
+        match = None if folder is None else self._match(folder, name)
+        return match if match is None or not folder else f"{folder}/{match}"
+
+    def _match(self, folder: str, name: str) -> str | None:
         names = self.names(folder)
         if name in names or not names:
             return name if name in names else None
-        if folder not in self.loose:
-            self.loose[folder] = {}
-            for each in names:
-                self.loose[folder].setdefault(loose(each), []).append(each)
-        near = self.loose[folder].get(loose(name), ())
-        for form in (
-            _composed,
-            _suffix_lowered,
-            loose,
-        ):  # the normal form alone, the suffix's case too, any case
-            if same := [each for each in near if form(each) == form(name)]:
-                return same[0] if len(same) == 1 else None
+        if folder not in self._by_loose:
+            self._by_loose[folder] = {}
+            for other in names:
+                self._by_loose[folder].setdefault(loose(other), []).append(other)
+        candidates = self._by_loose[folder].get(loose(name), ())
+        # First ignore the normal form, then also the case of the suffix, then all case.
+        for form in (_composed, _suffix_lowered, loose):
+            if matches := [other for other in candidates if form(other) == form(name)]:
+                return matches[0] if len(matches) == 1 else None
         return None
 
 
-def on_disk(wanted: Sequence[Sequence[str]], disk: Listing) -> list[str | None]:
-    """For each photograph, by the names that it may have (likeliest first), its name on the disk;
-    None where it is absent.
+def on_disk(candidates: Sequence[Sequence[str]], disk: Listing) -> list[str | None]:
+    """Return the name on disk of each photograph; None if it is not on disk.
 
-    A name that is there as written comes before one that `Listing.find` finds. Two names that
-    differ in more than the normal form never mean one file: it belongs to the name that is written
-    as it is, else to neither.
+    candidates: for each photograph the names that it may have, the most probable first.
+
+    An exact match comes before a match of `Listing.find`. Two names that differ in more than the
+    Unicode normal form never share one file: the file belongs to the exact name, else to neither.
     """
-    found = [next((name for name in names if name in disk), None) for names in wanted]
-    near: dict[int, tuple[str, str]] = {}  # number: the name that was found, and how it was written
-    for number, names in enumerate(wanted):
-        if found[number] is None:
+    names_on_disk = [next((n for n in names if n in disk), None) for names in candidates]
+    inexact: dict[int, tuple[str, str]] = {}  # by index: the name on disk, the name as written
+    for index, names in enumerate(candidates):
+        if names_on_disk[index] is None:
             for written in names:
                 if name := disk.find(written):
-                    near[number] = name, _composed(_slashes(written))
+                    inexact[index] = name, _composed(_slashes(written))
                     break
-    if near:
-        exact = {name for name in found if name is not None}
-        forms: dict[str, set[str]] = {}
-        for name, form in near.values():
+    if inexact:
+        exact = {name for name in names_on_disk if name is not None}
+        forms: dict[str, set[str]] = {}  # by name on disk: the different names as written
+        for name, form in inexact.values():
             forms.setdefault(name, {_composed(name)} if name in exact else set()).add(form)
-        for number, (name, form) in near.items():
+        for index, (name, form) in inexact.items():
             if len(forms[name]) == 1 or (name in exact and form == _composed(name)):
-                found[number] = name
-    return found
+                names_on_disk[index] = name
+    return names_on_disk
 
 
 def read_text(file: Path) -> str:
-    """The text of a caption file: UTF-8, with or without a byte order mark; else DataError."""
+    """Return the text of a UTF-8 file, without its byte order mark.
+
+    Raises DataError if the file is not UTF-8.
+    """
     with open(file, "rb") as opened:
         start = opened.read(2)
-    # a byte order mark, or a letter of two bytes
+    # a byte order mark of UTF-16, or a character of two bytes
     if start in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
         raise DataError(f"{file} is UTF-16; save it as UTF-8")
     try:
@@ -311,45 +313,50 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(file: Path) -> object:
-    """What a JSON file holds; else DataError naming it."""
+    """Return the content of a JSON file. Raises DataError if it is not valid JSON."""
     try:
         return json.loads(read_text(file))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # broken, a number of thousands of digits, lists in lists in lists
-        raise DataError(f"{file} is not whole JSON: {error}; download or write it again") from error
+    # RecursionError: deeply nested lists. ValueError: also a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file} is not complete JSON: {error}; download or write it again"
+        ) from error
 
 
 def read_json(file: Path) -> dict:
-    """A caption file's JSON object, known to have a list of objects as `images`; else DataError
-    naming the file.
+    """Return the JSON object of a caption file.
+
+    Raises DataError if its `images` is not a list of objects.
     """
     content = parse_json(file)
     check_entries(content, "images", file)
-    assert isinstance(content, dict)  # by check_entries
+    assert isinstance(content, dict)  # check_entries verified it
     return content
 
 
 def check_entries(content: object, key: str, file: Path) -> None:
-    """DataError unless `content` is an object whose `key` is a list of objects."""
+    """Raise DataError unless `content` is an object whose `key` is a list of objects."""
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(
-            f'{file} has no list of objects "{key}"; it is not the caption file this dataset reads'
+            f'{file} has no list of objects "{key}"; it is not a caption file of this dataset'
         )
 
 
 def check_id(value: object, where: str) -> int:
+    """Return an image id. Raises DataError unless it is an integer of 64 bits.
+
+    where: the place in the file, for the message; the same in the functions below.
+    """
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise DataError(f"{where}: the image id {value!r} is not a whole number of 64 bits")
+        raise DataError(f"{where}: the image id {value!r} is not an integer of 64 bits")
     return value
 
 
 def check_name(name: object, where: str) -> str:
-    """Return `name` as a clean POSIX path below a root.
+    """Return a file name as a normalized POSIX path relative to the root.
 
-    Raises DataError if it is invalid, leads out of the root, or is not UTF-8.
+    Raises DataError if the name is invalid, points outside the root, or is not UTF-8.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(
@@ -358,52 +365,50 @@ def check_name(name: object, where: str) -> str:
     parts = name.split("/")
     if not parts[0] or ".." in _slashes(name).split("/"):
         raise DataError(
-            f"{where}: {name!r} leads out of the root; names are relative to the root, without '..'"
+            f"{where}: {name!r} is outside the root; names are relative to the root, without '..'"
         )
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: the file name {name!r} is not UTF-8; rename the file") from error
-    return (
-        "/".join(part for part in parts if part not in ("", "."))
-        if "" in parts or "." in parts
-        else name
-    )
+    if "" in parts or "." in parts:
+        return "/".join(part for part in parts if part not in ("", "."))
+    return name
 
 
 def check_split(value: object, where: str) -> str:
-    """The split that `value` means, one of SPLITS in any case; DataError for an unknown one."""
+    """Return the split of a name, a key of SPLITS in any case. Raises DataError if unknown."""
     split = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if split is None:
-        raise DataError(f"{where}: no split {value!r}; there are {', '.join(SPLITS)}")
+        raise DataError(f"{where}: unknown split {value!r}; known splits: {', '.join(SPLITS)}")
     return split
 
 
 def check_captioned(images: Iterable[Image], split: str) -> None:
-    """DataError where some of `images` have no caption: how many, and the first five."""
-    bare = [image for image in images if not image.captions]
-    if not bare:
+    """Raise DataError if some images have no caption. The message names the first five."""
+    uncaptioned = [image for image in images if not image.captions]
+    if not uncaptioned:
         return
-    first = ", ".join(f"image {image.id} ({image.name})" for image in bare[:5])
-    said = f"{first} has no caption in split {split!r}"
-    if len(bare) > 1:
-        said = (
-            f"{len(bare):,} images have no caption in split {split!r}: "
-            f"{first}{', ...' if len(bare) > 5 else ''}"
+    first = ", ".join(f"image {image.id} ({image.name})" for image in uncaptioned[:5])
+    problem = f"{first} has no caption in split {split!r}"
+    if len(uncaptioned) > 1:
+        problem = (
+            f"{len(uncaptioned):,} images have no caption in split {split!r}: "
+            f"{first}{', ...' if len(uncaptioned) > 5 else ''}"
         )
     raise DataError(
-        f"{said}; give each one (in a folder: a line of metadata.jsonl, or a .txt beside it "
-        "with --captions-from txt), "
-        "or leave it out of the images"
+        f"{problem}; add captions (in a folder: a line of metadata.jsonl, or a .txt file with the "
+        "name of the photograph and --captions-from txt), or remove these images"
     )
 
 
 def check_caption(caption: object, where: str) -> str:
+    """Return a caption. Raises DataError unless it is a string without lone surrogates."""
     if not isinstance(caption, str):
         raise DataError(f"{where}: the caption is {json.dumps(caption)[:80]}, not a string")
-    if any("\ud800" <= sign <= "\udfff" for sign in caption):
+    if any("\ud800" <= character <= "\udfff" for character in caption):
         raise DataError(
-            f"{where}: the caption {ascii(caption)[:80]} has half a character (a lone "
-            "surrogate); write it again"
+            f"{where}: the caption {ascii(caption)[:80]} contains a lone surrogate, "
+            "which is half a character; write the caption again"
         )
     return caption

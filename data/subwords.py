@@ -1,10 +1,9 @@
-"""Pieces of words in place of words: byte-pair encoding (Sennrich et al. 2016) by the `tokenizers`
-package.
+"""Subword vocabularies: byte-pair encoding (Sennrich et al. 2016) with the `tokenizers` package.
 
-Learnt on the scorer's tokens and joined to words again, so what is trained is what is scored. A
-word's first piece begins with START, SentencePiece's sign (the package's own mark of a word's end
-is learnt in another order each time). Only learning and encoding need the package (the extra
-`bpe`); captions are read off the pieces alone.
+The subwords are learned on the tokens of the scorer and are joined to words again, so that training
+and scoring agree. The first subword of a word begins with START, SentencePiece's word marker. (With
+the package's own end-of-word marker, learning is not deterministic.) Learning and encoding need the
+package (the extra `bpe`); decoding does not.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ START = "▁"
 
 
 class Subwords(Vocabulary):
-    """Pieces by id; ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. `tokenizer` is the text of a
-    tokenizer.json.
+    """The subwords by id. Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>.
 
-    With segment "characters" pieces are learnt on the joined text: a piece may be a word of several
-    characters.
+    words: all subwords, in the order of their ids.
+    tokenizer: the content of tokenizer.json.
+    segment: with "characters", subwords are learned on text without spaces, so that a subword may
+        be a word of several characters.
     """
 
     def __init__(self, words: Sequence[str], tokenizer: str, segment: str = "words") -> None:
@@ -36,14 +36,15 @@ class Subwords(Vocabulary):
     def build(
         cls, captions: Iterable[Sequence[str]], size: int, segment: str = "words"
     ) -> Subwords:
-        """Learn at most `size` pieces, the four special ones included, on tokenised captions."""
+        """Learn at most `size` subwords, including the four special ones, on tokenized captions.
+
+        Raises DataError if `size` is too small or the package is not installed.
+        """
         if size <= len(SPECIALS):
-            raise DataError(
-                f"a vocabulary of {size} pieces has no room for one; raise --vocab-size"
-            )
+            raise DataError(f"a vocabulary of {size} has no room for subwords; raise --vocab-size")
         tokenizers = _tokenizers()
-        learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3]))
-        learnt.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(START, "always")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIALS[3]))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(START, "always")
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=list(SPECIALS),
@@ -51,46 +52,46 @@ class Subwords(Vocabulary):
             show_progress=False,
         )
         texts = (" ".join(words) for words in captions)
-        learnt.train_from_iterator(
+        tokenizer.train_from_iterator(
             map(join_characters, texts) if segment == "characters" else texts, trainer
         )
-        pieces = sorted((number, piece) for piece, number in learnt.get_vocab().items())
-        return cls([piece for _, piece in pieces], learnt.to_str(), segment)
+        ids = tokenizer.get_vocab()
+        return cls(sorted(ids, key=ids.__getitem__), tokenizer.to_str(), segment)
 
     def encode(self, tokens: Sequence[str]) -> list[int]:
-        """Ids of the pieces of tokens, without <bos> and <eos>; letters never seen are <unk>."""
+        """Return the subword ids of tokens, without <bos> and <eos>; new letters are <unk>."""
         if self.segment == "characters":
             tokens = join_characters(" ".join(tokens)).split()
-        return [number for token in tokens for number in self._pieces(token)]
+        return [subword_id for token in tokens for subword_id in self._subword_ids(token)]
 
     @functools.cached_property
-    def _pieces(self) -> Any:
+    def _subword_ids(self) -> Any:
+        """A cached function from a token to its subword ids."""
         try:
             loaded = _tokenizers().Tokenizer.from_str(self.tokenizer)
         except DataError:
             raise
-        except Exception as error:  # the package raises bare Exceptions
+        except Exception as error:  # the package raises plain Exception
             raise DataError(
-                f"tokenizer.json is not what the tokenizers package wrote: {error}"
+                f"tokenizer.json is not a valid file of the tokenizers package: {error}"
             ) from error
-        if loaded.get_vocab() != {piece: number for number, piece in enumerate(self.words)}:
+        if loaded.get_vocab() != {subword: index for index, subword in enumerate(self.words)}:
             raise DataError(
-                "tokenizer.json has other pieces than vocab.json; copy both again, or make "
-                "them again"
+                "tokenizer.json has other subwords than vocab.json; copy both files again, or "
+                "train again"
             )
         loaded.no_padding()
         loaded.no_truncation()
 
         @functools.lru_cache(None)
-        def pieces(token: str) -> tuple[int, ...]:
-            return tuple(
-                max(number, UNK) for number in loaded.encode(token, add_special_tokens=False).ids
-            )
+        def subword_ids(token: str) -> tuple[int, ...]:
+            ids = loaded.encode(token, add_special_tokens=False).ids
+            return tuple(max(subword_id, UNK) for subword_id in ids)
 
-        return pieces
+        return subword_ids
 
     def join(self, words: Sequence[str]) -> str:
-        """Words from their pieces."""
+        """Join subwords to a text."""
         return super().join("".join(words).replace(START, " ").split())
 
 
@@ -99,6 +100,6 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError as error:
         raise DataError(
-            "a vocabulary of pieces needs the tokenizers package: pip install 'onceover[bpe]'"
+            "a vocabulary of subwords needs the tokenizers package: pip install 'onceover[bpe]'"
         ) from error
     return tokenizers

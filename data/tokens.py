@@ -1,12 +1,12 @@
-"""The words of a caption, exactly as coco-caption's PTBTokenizer gives them: lower case,
-punctuation gone.
+"""Tokenize captions exactly as coco-caption's PTBTokenizer: lower case, without punctuation.
 
-coco-caption runs Stanford's PTBTokenizer (Java, `-preserveLines -lowerCase`) and drops PUNCTUATION
-from its answer. Both that and nltk's Treebank tokenizer follow the Penn Treebank; they differ in
-what stays whole. So what Java leaves whole (`u.s.`, `1 1/2`, `well-lit`, `and/or`, `r&b`, `!!!`) is
-taken out first, and Treebank splits the words that are left (`do n't`, `can not`, `dog 's`). Of
-several rules that hold, Java takes the longest match; WHOLE is ordered so that the first match is
-the longest. What Java knows of characters outside ASCII stands in data/characters.py.
+coco-caption runs Stanford's PTBTokenizer (Java, `-preserveLines -lowerCase`) and removes
+PUNCTUATION from its output. PTBTokenizer and nltk's Treebank tokenizer both follow the Penn
+Treebank, but they keep different tokens whole. Therefore this module first extracts the tokens that
+Java keeps whole (`u.s.`, `1 1/2`, `well-lit`, `and/or`, `r&b`, `!!!`). Then Treebank splits the
+other words (`do n't`, `can not`, `dog 's`). If several rules match, Java uses the longest match;
+WHOLE is ordered so that its first match is the longest. data/characters.py contains Java's classes
+of characters outside ASCII.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from data.characters import DIGIT, DROPPED, LETTER, MARK, SPACE, classify
 
-# What coco-caption drops. Its bracket names are in upper case, so they never meet a lower-case
-# token: brackets stay.
+# The tokens that coco-caption removes. Its names of brackets are in upper case, so they never equal
+# a lower-case token: brackets are kept.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 TREEBANK = TreebankWordTokenizer()
-# stands in Treebank's text for a token taken out; a private character: Java drops it from captions
-TAKEN = "\ue000"
+# Replaces an extracted token in Treebank's input: a private-use character, which Java removes from
+# captions.
+PLACEHOLDER = "\ue000"
 
-# Java's spelling of single signs, and of quotes that stand together.
+# Java's output for punctuation, entities and currency signs.
 SIGNS = {
     "(": "-lrb-",
     ")": "-rrb-",
@@ -63,9 +64,9 @@ QUOTES = str.maketrans({
 })  # fmt: skip
 PLAIN_QUOTES = str.maketrans("’\x92‘\x91‛", "''```")
 
-# Abbreviations that keep their dot: those that may end a sentence (Java then looks past the next
-# letter), those that may not, those that ask for a capital first, and those that ask for a number
-# after.
+# Abbreviations that keep their dot. ENDING: they may end a sentence (Java then looks past the next
+# letter). TITLE: they do not end a sentence. CAPITAL: they begin with a capital. COUNTED: a number
+# follows.
 ENDING = """al|ala|apr|ariz|assn|aug|bancorp|bhd|bldg|blvd|bros|calif|colo?|conn|corp|cos?|ct|dak|dec|esq|est|etc|ext|
     feb|fla|fri|ga|inc|ind|intl|jan|jr|jul|jun|kans?|ky|ltd|mar|md|mich|minn|mon?|mont|neb|nev|nov|oct|okla|penn|plc|
     pp?t[ey]s?|rd|rt|sept?|seq|sq|sr|sys|tel|tenn|thu|thurs|tues?|univ|va|vt|wed|wisc?|wyo"""
@@ -76,26 +77,22 @@ CAPITAL = "ark|az|del|ill|la|mass|miss|ore|pa|tex|wash"
 SUFFIXES = """bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|
     py|sql|tar|txt|wav|x|xml|zip"""  # of file names
 COUNTED = "art|ca|figs?|nos?|op|pp|prop"
-# A lone letter keeps its dot (`plan b.`) unless one of these opens a sentence after it.
+# A single letter keeps its dot (`plan b.`) unless one of these words begins a sentence after it.
 OPENERS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|
     One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\."""
 
-# The rules read what `classify` makes of a caption: LETTER stands for any letter that is not ASCII,
-# MARK for any combining mark, `“` for any low or double quotation mark, and so on
-# (data/characters.py).
+# The rules match the output of `classify`: LETTER represents every non-ASCII letter, MARK every
+# combining mark, `“` every low or double quotation mark, and so on (data/characters.py).
 B = rf"[a-z{LETTER}]"  # a letter
 D = rf"[0-9{DIGIT}]"  # a digit
-A = rf"[a-z{LETTER}0-9{DIGIT}]"  # what stands between hyphens: Java takes no combining mark there
-L = rf"[a-z{LETTER}{MARK}\xad]"  # a letter of a word: combining marks and soft hyphens too
-LD = (
-    rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"  # what a word goes on with: a letter of a word or a digit
-)
+A = rf"[a-z{LETTER}0-9{DIGIT}]"  # between hyphens, where Java accepts no combining mark
+L = rf"[a-z{LETTER}{MARK}\xad]"  # a letter of a word, including combining marks and soft hyphens
+LD = rf"[a-z{LETTER}{MARK}\xad0-9{DIGIT}]"  # a later character of a word: L or a digit
 S = rf"[\s\xa0{SPACE}]"  # a blank
 Q = "['’`‘]"  # an apostrophe
 ACRONYM = r"[a-z](?:\.[a-z])+"
-STEM = (
-    "['’](?:[smd]|re|ve|ll)"  # of `it's`, `I'm`, `they're`; a plain quote may open a word instead
-)
+# the ending of `it's`, `I'm`, `they're`; a plain quote may also begin a quoted word
+STEM = "['’](?:[smd]|re|ve|ll)"
 REST = rf"(?:{STEM}(?:(?<=’.)|(?<=’..)|(?![a-z])))"
 ELISION = rf"(?:[dol]{Q}(?={A}{A}))?"
 KEPT = r"(?:\.(?=[,;:、]))"  # a dot inside a sentence
@@ -106,8 +103,8 @@ MARKUP = rf"<(?:[!?][a-z-][^>]*|/?{NAME}(?:\ +{NAME}(?:\ *=\ *{VALUE})?)*\ */?)\
 PHONE = r"""(?:\(\d{2,3}\)[\ \xa0]?|(?:\+\+?)?(?:\d{2,4}[-\ \xa0])?\d{2,4}[-\ \xa0])
     \d{3,4}[-\ \xa0]?\d{3,5}"""
 URL = r"""[^\s"<>|()]+[^\s"<>|.!?(){},-]"""
-# Java's range `,-_` leaves capitals, digits and hyphens out of a host; what is not ASCII may stand
-# in it.
+# Java's range `,-_` excludes capitals, digits and hyphens from a host; non-ASCII characters are
+# allowed.
 HOST = rf"""(?!(?<={S})[\xa0{SPACE}])(?:
     (?-i:[^\s"`'$!?(){{}}|,-_]+\.)+(?:com|net|org|edu)
     | www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}})"""
@@ -150,17 +147,17 @@ WORD = rf"""[a-z\xad]*?[a-mo-z]\xad*(?:n['’]t(?!{B})|(?=n{Q}t)) | n{Q}t(?!{B})
   | (?:d'ye|more'n)(?!{L}) | (?P<stem>{L}*){REST} | {L}+"""
 SIGN = rf"""[`‘’“]{{1,2}} | '' | -{{2,}} | \.{{3,}} | [?!]{{2,}} | (?:\\\*)+ | \*+ | @+ | \#+ | _+
   | << | >> | &(?:amp|lt|gt|quot|mdash|ndash|nbsp); | [^\s\xa0{SPACE}]"""
-# ASCII: to Java `İ`, `ı`, `ſ` and `K` are none of [a-z]
+# ASCII: in Java, `İ`, `ı`, `ſ` and `K` are not in [a-z].
 FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII
-# A run of letters before a blank is always a word: tried first, as most tokens are one.
+# A run of letters before a blank is always a word. It is tried first, as most tokens match it.
 SCAN = re.compile(
     rf"(?P<alone>{L}+)(?=[\ \t]|$) | (?P<whole>{WHOLE}) | (?P<word>{WORD}) | {SIGN}", FLAGS
 )
-UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # what Java drops where it stands alone
+UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # Java removes these if they are separate tokens
 
-# The short way. PLAIN, nine captions of ten: letters, spaces, commas, one last full stop. NEARLY,
-# most of the rest: words of two letters or more may also be joined by hyphens, or own something
-# (`man's`). Treebank's contractions and a last word that keeps its dot go the long way.
+# The fast path. PLAIN matches nine of ten captions: letters, spaces, commas and one final full stop.
+# NEARLY matches most others: words of two or more letters may be joined by hyphens or end with `'s`.
+# Treebank's contractions and a last word that keeps its dot take the slow path.
 PLAIN = re.compile(r"([A-Za-z,\s]*)(\.?)\s*")
 NEARLY = re.compile(
     r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|,(?!\S)|\s)*)(\.?)\s*"
@@ -170,80 +167,71 @@ KEEPS_DOT = re.compile(rf"{ENDING}|{TITLE}|{CAPITAL}|[a-z]", re.VERBOSE)
 
 
 def tokenize(caption: str) -> list[str]:
-    """Give the words of one caption."""
-    if plain := PLAIN.fullmatch(caption):
-        words = plain[1].lower().replace(",", " ").split()
-    elif plain := NEARLY.fullmatch(caption):
-        words = plain[1].lower().replace(",", " ").replace("'s", " 's").split()
-    if (
-        plain
-        and words
-        and SPLIT.isdisjoint(words)
-        and not (plain[2] and KEEPS_DOT.fullmatch(words[-1]))
-    ):
-        return words
-    return _tokenize_any(caption)
+    """Return the tokens of a caption."""
+    if match := PLAIN.fullmatch(caption):
+        words = match[1].lower().replace(",", " ").split()
+    elif match := NEARLY.fullmatch(caption):
+        words = match[1].lower().replace(",", " ").replace("'s", " 's").split()
+    if not match or not words or not SPLIT.isdisjoint(words):
+        return _tokenize_any(caption)
+    if match[2] and KEEPS_DOT.fullmatch(words[-1]):
+        return _tokenize_any(caption)
+    return words
 
 
 def tokenize_all(captions: Iterable[str]) -> list[list[str]]:
-    """Give the words of each caption, in order."""
+    """Return the tokens of each caption, in order."""
     return [tokenize(caption) for caption in captions]
 
 
 def _tokenize_any(caption: str) -> list[str]:
-    """Give the words of any caption; some 60 times as slow as the short way."""
+    """Return the tokens of any caption; about 60 times slower than the fast path."""
     caption = caption.translate(LINE_ENDS).replace("&apos;", "'")
-    taken: list[str] = []
+    extracted: list[str] = []
 
-    def take(match: re.Match[str]) -> str:
+    def replace(match: re.Match[str]) -> str:
         token = caption[match.start() : match.end()]
         if (match["alone"] or match["word"]) is not None:
             return split(token, match["stem"])
         if match["whole"] is not None:
             token = token.replace(" ", "\xa0").replace("&amp;", "&")
-            if not token.endswith(">"):  # brackets in mark-up stay, those of :-) do not
+            if not token.endswith(">"):  # brackets in mark-up are kept, those of :-) are not
                 token = token.replace("(", SIGNS["("]).replace(")", SIGNS[")"])
             if token[0] not in "<#" and "/" not in token and "@" not in token:  # a word or a number
                 token = token.replace("\xad", "")
-        elif (
-            match[0] in UNKNOWN
-        ):  # match[0] is what `classify` wrote, token the caption's own characters
+        elif match[0] in UNKNOWN:  # match[0]: the output of `classify`; token: the caption's text
             return " "
         else:
             token = SIGNS.get(token, token).translate(QUOTES)
-        return keep(token)
+        return extract(token)
 
     def split(word: str, stem: str | None) -> str:
-        """Leave an English word to Treebank; other words are whole but for their ending
-        (`café's`).
-        """
+        """Leave English words to Treebank. Other words are only split from `'s` (`café's`)."""
         plain = word.replace("\xad", "").translate(PLAIN_QUOTES)
         if stem:
             stem, _, ending = plain.rpartition("'")
-            return f"{keep(stem)} '{ending.lower()} "
+            return f"{extract(stem)} '{ending.lower()} "
         if plain.isascii() and ("\xad" not in word or plain.lower().endswith("n't")):
             return f" {plain.lower()} "
-        return keep(plain)
+        return extract(plain)
 
-    def keep(token: str) -> str:
+    def extract(token: str) -> str:
         if not token or token in PUNCTUATION or not token.strip("."):
             return " "
-        taken.append(_lower(token))
-        return f" {TAKEN} "
+        extracted.append(_lower(token))
+        return f" {PLACEHOLDER} "
 
-    text = SCAN.sub(take, classify(caption))
-    rest = iter(taken)
+    text = SCAN.sub(replace, classify(caption))
+    tokens = iter(extracted)
     return [
-        next(rest) if word == TAKEN else word
+        next(tokens) if word == PLACEHOLDER else word
         for word in TREEBANK.tokenize(text)
         if word not in PUNCTUATION
     ]
 
 
 def _lower(token: str) -> str:
-    """Java's lower case: where Python ends a word for the final sigma (`ΟΔΟΣ-ΕΡΜΟΥ`), Java may
-    not.
-    """
+    """Lower case as in Java, whose rule for the final sigma (`ΟΔΟΣ-ΕΡΜΟΥ`) differs from Python's."""
     if "Σ" not in token:
         return token.lower()
 

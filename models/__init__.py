@@ -1,11 +1,11 @@
-"""Models: tensors in, tensors out. Backbones, decoders, generation and losses.
+"""Models that map tensors to tensors: backbones, decoders, text generation and losses.
 
-No paths, files or command-line flags.
+This package reads no files and no command-line options.
 """
 
-# largest number of beams, samples or captions per image: more take minutes and gigabytes
-MOST_CAPTIONS = 1000
+# Largest number of beams, samples or captions of one image. More need minutes and gigabytes each.
+MAX_CAPTIONS = 1000
 
 
 class ModelError(ValueError):
-    """A model that cannot be built; the message names the reason and a fix."""
+    """A model cannot be built or run. The message names the setting and a fix."""

@@ -1,7 +1,7 @@
-"""Regions of an image: the output of every backbone.
+"""Regions of images: the output of every backbone and the input of every decoder.
 
-B images, R regions per image, C channels. The regions of a grid are the cells of the feature map,
-row by row.
+The regions of a grid backbone are the cells of its feature map, row by row.
+Letters in shapes: B images, R regions per image, C channels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from torch import Tensor
 
 
 class Regions(NamedTuple):
-    """features [B,R,C], zero after counts; boxes [B,R,4] x0 y0 x1 y1 in 0..1 of the whole upright
-    photograph; counts [B].
+    """The regions of a batch of images.
+
+    features: [B,R,C]. Rows after `counts` are padding with zeros.
+    boxes: [B,R,4], x0 y0 x1 y1 in 0..1, relative to the whole upright photograph.
+    counts: [B] int64, number of regions of each image.
     """
 
     features: Tensor
@@ -23,8 +26,9 @@ class Regions(NamedTuple):
 
 
 def grid_boxes(height: int, width: int) -> Tensor:
-    """The boxes of the cells of a height x width grid, row by row: [height*width,4] float32 in
-    0..1.
+    """Boxes of the cells of a height x width grid over the whole photograph, row by row.
+
+    Returns [height*width,4] float32, x0 y0 x1 y1 in 0..1.
     """
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x0, y0 = x.flatten() / width, y.flatten() / height
@@ -32,11 +36,12 @@ def grid_boxes(height: int, width: int) -> Tensor:
 
 
 def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regions:
-    """Turn a feature map [B,C,h,w] into regions, R = h*w.
+    """Convert a feature map [B,C,h,w] to regions, R = h*w.
 
-    view_boxes: [B,4] the part of the photograph that the map shows, x0 y0 x1 y1, outside of 0..1
-    where there is padding; None: the whole photograph. Cells that show only padding are removed:
-    the other cells come first, followed by zeros.
+    view_boxes: [B,4], x0 y0 x1 y1, the part of the photograph that the map shows. Coordinates
+        outside 0..1 are fill around the photograph. None: the map shows the whole photograph.
+
+    Cells that show only fill are removed: the other cells move to the front, then zeros follow.
     """
     batch, _, height, width = feature_map.shape
     features = feature_map.flatten(2).transpose(1, 2)
@@ -45,13 +50,13 @@ def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regio
     if view_boxes is None:
         return Regions(features, boxes, counts)
     start, size = view_boxes[:, None, :2], view_boxes[:, None, 2:] - view_boxes[:, None, :2]
-    boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2).clamp(
-        0, 1
-    )
-    there = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)  # smaller boxes are rounding errors
-    order = (~there).int().argsort(dim=1, stable=True)
-    there = there.gather(1, order)[..., None]
+    boxes = torch.cat([start + boxes[..., :2] * size, start + boxes[..., 2:] * size], dim=2)
+    boxes = boxes.clamp(0, 1)
+    # A side of at most 1e-4 is a rounding error: the cell shows only fill.
+    shows_photo = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)
+    order = (~shows_photo).int().argsort(dim=1, stable=True)
+    is_region = shows_photo.gather(1, order)[..., None]
     features, boxes = (
-        part.gather(1, order[..., None].expand_as(part)) * there for part in (features, boxes)
+        part.gather(1, order[..., None].expand_as(part)) * is_region for part in (features, boxes)
     )
-    return Regions(features, boxes, there.sum((1, 2)))
+    return Regions(features, boxes, is_region.sum((1, 2)))

@@ -253,8 +253,7 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     if found:
         raise UserError(
             f"{cache} was made with other options ({'; '.join(found)}); pass another --out, or the "
-            f"same "
-            "options"
+            "same options"
         )
     if other := differences(provenance, header[1]):
         say(f"warning: {cache} was begun with {'; '.join(other)}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from models import ModelError, losses
-from models.decoders.attention import Packed, additive, attend
+from models.decoders.attention import Packed, additive_mask, attend
 from models.decoders.dropout import Dropout, drop_regions, replace_words
 from models.decoders.transformer import Transformer, TransformerConfig
 from models.losses import Noise, caption_loss
@@ -178,7 +178,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_way(smoothing, monkeyp
     """One caption a row with its own copy of the regions, padded, F.cross_entropy, torch's own
     gradients.
     """
-    monkeypatch.setattr(losses, "ROWS", 4)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 4)
     captioner, regions = tiny(), some_regions(3)
     regions = regions._replace(counts=torch.tensor([5, 3, 4]))
     tokens = some_tokens(3, 4, 7)
@@ -210,12 +210,12 @@ def test_packed_captions_have_few_shapes_and_what_fills_them_up_changes_nothing(
         assert packed.count == there.sum() and packed.words[: packed.count].equal(tokens[there])
         shapes.add((len(packed.words), packed.shape[1]))
     assert (
-        all(rows % Packed.ROWS == 0 and places % Packed.PLACES == 0 for rows, places in shapes)
+        all(rows % Packed.ROWS == 0 and places % Packed.SLOTS == 0 for rows, places in shapes)
         and len(shapes) < 25
     )
     found = captioner(regions, packed)[: packed.count]
     monkeypatch.setattr(Packed, "ROWS", 1)
-    monkeypatch.setattr(Packed, "PLACES", 1)
+    monkeypatch.setattr(Packed, "SLOTS", 1)
     alone = Packed(tokens, there)
     assert len(alone.words) == packed.count < len(packed.words) and close(
         captioner(regions, alone), found
@@ -301,7 +301,7 @@ def test_dropout_follows_torchs_generator():
 def test_attention_on_a_cpu_equals_the_fused_one(masked):
     q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
     allowed = (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None, :]
-    mask = additive(allowed) if masked else None
+    mask = additive_mask(allowed) if masked else None
     assert close(
         attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, allowed if masked else None)
     )

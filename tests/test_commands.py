@@ -352,7 +352,7 @@ def test_a_server_s_files_are_refused_before_decoding_where_the_split_is_not_who
         "--out",
         tmp_path / "scores.json",
     ]
-    assert "the server takes all 40,504" in refused(
+    assert "the server accepts all 40,504" in refused(
         evaluate.main, *at(world), *options, "--server", "ours"
     )
     assert "no --limit" in refused(
@@ -577,7 +577,7 @@ def test_captioning_from_python_takes_a_photograph_in_any_form_and_gives_one_cap
     assert [captioner.caption(form) for form in forms] == captioner.caption(forms) == [text] * 5
     assert captioner.caption([path]) == [text] and captioner.caption([]) == []
     with pytest.raises(
-        TypeError, match="photograph number 1 is of type NoneType; taken are a path"
+        TypeError, match="photograph number 1 is of type NoneType; accepted: a path"
     ):
         captioner.caption([path, None])
     with pytest.raises(DataError, match=r"photograph number 1 \(bytes\): not an image"):
@@ -721,7 +721,7 @@ def test_files_that_are_no_photographs_are_counted_by_extract_and_caption(
     for name, source in zip(("a.jfif", "b.JPE"), photos(world, 2), strict=True):
         shutil.copy(source, tmp_path / name)
     (tmp_path / "c.heic").write_bytes(b"x")
-    line = "1 file left out: .heic 1; pip install -e '.[heic]' reads .heic"
+    line = "1 file ignored: .heic 1; to read .heic: pip install -e '.[heic]'"
     output = works(caption.main, tmp_path, "--checkpoint", world / "run")
     assert line in output and "a.jfif: " in output and "b.JPE: " in output
     small = ["--dataset", "folder", *LOOK]
@@ -817,7 +817,7 @@ def test_captions_from_txt_are_trained_on_and_scored(tmp_path):
         "--out",
         tmp_path / "cache",
     )
-    assert "4 photographs have a .txt beside them" in output
+    assert "4 photographs have a .txt file of their name" in output
     common += ["--features", tmp_path / "cache"]
     told = refused(train.main, *common, "--out", tmp_path / "none", *QUICK)
     assert "3 images have no caption in split 'train'" in told and "--captions-from txt" in told

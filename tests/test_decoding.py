@@ -107,7 +107,7 @@ def test_options_mean_the_same_by_either_name():
         ({"beam_groups": 2}, "--beam 5 is not a multiple of --beam-groups 2"),
         (
             {"top_p": 0.5},
-            "--temperature, --top-k and --top-p shape what is drawn from: they need --sample",
+            "--temperature, --top-k and --top-p need --sample",
         ),
         ({"force_words": ("a zebra",)}, r"--force-words: 'a zebra': \['zebra'\]"),
         ({"temperature": -1.0, "sample": True}, "--temperature is -1.0"),
@@ -118,7 +118,7 @@ def test_options_mean_the_same_by_either_name():
         ({"force_words": ("<eos>",)}, "<eos>"),
         (
             {"sample": True, "beam_groups": 2},
-            "--sample draws each caption by itself: no --beam-groups",
+            "--sample cannot be combined with --beam-groups",
         ),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_caption_of_100_000_words_is_scored(at):
         ),
         (CAPTIONS | {5: "a dog"}, "image 5 of {at}/res.json has no references in {at}/refs.json"),
         (CAPTIONS | {2: 7}, "{at}/res.json, image 2: the caption is 7, not a string"),
-        ({}, "{at}/res.json holds no captions"),
+        ({}, "{at}/res.json contains no captions"),
     ],
 )
 def test_captions_that_cannot_be_scored_are_refused_by_file_and_image(at, captions, message):
@@ -351,7 +351,7 @@ def test_no_file_that_is_read_is_overwritten(at):
 def test_an_option_that_names_an_empty_file_is_refused_whatever_is_kept(at):
     works(evaluate.main, *files(at))
     (at / "empty").write_text("")
-    assert "holds no image id" in refused(evaluate.main, *files(at), "--ids", at / "empty")
+    assert "contains no image ids" in refused(evaluate.main, *files(at), "--ids", at / "empty")
     (at / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
     for option in ("--df", "--train-captions"):
         assert "has no captions of a train split" in refused(
@@ -369,11 +369,11 @@ def test_limit_takes_the_first_captions_of_the_file(at):
 
 def test_broken_and_missing_files_are_refused_by_name(at):
     (at / "res.json").write_text('[{"image_id": 1, "capt')
-    assert f"{at}/res.json is not whole JSON" in refused(evaluate.main, *files(at))
+    assert f"{at}/res.json is not complete JSON" in refused(evaluate.main, *files(at))
     assert f"{at}/no.json: No such file" in refused(evaluate.main, *files(at, "no.json"))
     put(at / "res.json", CAPTIONS)
     (at / "refs.json").write_text(json.dumps(COCO)[:300])
-    assert f"{at}/refs.json is not whole JSON" in refused(evaluate.main, *files(at))
+    assert f"{at}/refs.json is not complete JSON" in refused(evaluate.main, *files(at))
     (at / "refs.json").write_text(json.dumps({**COCO, "annotations": []}))
     assert "has images but no captions" in refused(evaluate.main, *files(at))
 
@@ -514,6 +514,6 @@ def test_captions_of_all_test_images_become_the_server_s_file_without_scores(tmp
 def test_what_is_not_all_of_a_server_s_split_is_refused(at):
     message = refused(evaluate.main, *files(at), "--server", "ours", "--out", at / "out.json")
     assert (
-        "the server takes all 40,504 images of val2014" in message
+        "the server accepts all 40,504 images of val2014" in message
         and not (at / "out.json").exists()
     )

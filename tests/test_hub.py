@@ -74,7 +74,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr("pipeline.checkpoints.hub.do_not_wait_for_an_absent_hub", lambda: None)
+    monkeypatch.setattr("pipeline.checkpoints.hub.go_offline_if_hub_is_unreachable", lambda: None)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_a_hub_that_is_not_there_is_a_plain_error(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         checkpoint_folder("hf-hub:someone/captions", cache_dir=tmp_path)
-    with pytest.raises(UserError, match="no repository of that name"):
+    with pytest.raises(UserError, match="no repository with this name"):
         checkpoint_folder("hf-hub:../../etc", cache_dir=tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_declares_more_than_it_holds_is_refused(copy):
     ).encode()
     for head in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 2**62) + header):
         (copy / "model.safetensors").write_bytes(head)
-        with pytest.raises(UserError, match=r"model\.safetensors is broken"):
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
             load_checkpoint(copy)
 
 
@@ -271,5 +271,5 @@ def test_a_checkpoint_of_a_newer_format_says_so(copy):
     (copy / "config.json").write_text(
         json.dumps({**record, "format": FORMAT + 1, "model": "of another kind"})
     )
-    with pytest.raises(UserError, match="newer version: update"):
+    with pytest.raises(UserError, match="a newer version of Onceover wrote it: update"):
         load_checkpoint(copy)

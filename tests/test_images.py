@@ -378,7 +378,7 @@ def test_greyscale_of_more_than_8_bits_is_scaled_by_its_range(tmp_path, kind, va
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_no_numbers_are_a_reason(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "p.tif")
-    with pytest.raises(UnreadableImage, match="infinite or no numbers"):
+    with pytest.raises(UnreadableImage, match="infinite or NaN"):
         read_image(tmp_path / "p.tif", PLAIN)
 
 
@@ -521,7 +521,7 @@ def test_a_png_with_megabytes_of_text_is_read_up_to_a_bound(tmp_path):
         halves().save(tmp_path / "p.png", pnginfo=info)
         reason = Photographs([tmp_path / "p.png"], PLAIN)[0][1]
         assert (reason == "") is fits and (
-            fits or "more than 64 MB; save it without metadata" in reason
+            fits or "larger than 64 MB; save the PNG without metadata" in reason
         )
 
 
@@ -588,7 +588,7 @@ def test_an_opened_image_is_turned_by_its_exif_and_stays_as_it_is(tmp_path):
 def test_what_is_no_photograph_is_one_error_that_says_what_is_taken(given):
     with pytest.raises(NotAPhotograph) as told:
         as_photographs(given)
-    assert isinstance(told.value, TypeError) and "taken are a path, a PIL image, the bytes" in str(
+    assert isinstance(told.value, TypeError) and "accepted: a path, a PIL image, the bytes" in str(
         told.value
     )
     assert ("number" in str(told.value)) is isinstance(given, list)

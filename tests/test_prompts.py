@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.decoders.attention import KVCache, Layout, Packed, additive
+from models.decoders.attention import KVCache, Layout, Packed, additive_mask
 from models.generation.beam_search import beam_search
 from models.generation.ensemble import Ensemble
 from models.generation.generate import generate_from_regions
@@ -49,7 +49,7 @@ def twin_states(decoder, regions: Regions, words: list[int], prompt: int) -> tor
         def unpad(self, sequences):
             return sequences[0]
 
-    layout = OneText(additive(sees)[None, None])
+    layout = OneText(additive_mask(sees)[None, None])
     return decoder.states(
         torch.tensor(words), torch.arange(len(words)), layout, decoder.encode(regions)
     )

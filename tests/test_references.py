@@ -13,7 +13,14 @@ import pytest
 from data import DataError, characters, segmentation, tokens
 from pipeline.scoring import ngrams as references
 from pipeline.scoring.metrics import score
-from pipeline.scoring.ngrams import TABLES, References, keep, kept_path, load_kept, user_cache
+from pipeline.scoring.ngrams import (
+    TABLES,
+    References,
+    cached_path,
+    load_cached,
+    save_cached,
+    user_cache,
+)
 
 REFERENCES = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits on 1 1/2 mats"]}
 CANDIDATES = {4: "a dog sits", 9: "a new cat on 1 1/2 mats"}
@@ -40,10 +47,10 @@ def test_a_kept_file_that_is_not_whole_is_an_error_that_names_it(tmp_path):
 
 
 def test_whatever_the_counts_come_from_is_in_the_name(tmp_path):
-    path = kept_path(tmp_path, b"file", b"ids")
-    assert path.parent == tmp_path and kept_path(tmp_path, b"file", b"ids") == path
+    path = cached_path(tmp_path, b"file", b"ids")
+    assert path.parent == tmp_path and cached_path(tmp_path, b"file", b"ids") == path
     others = ([b"file"], [b"file", b"other"], [b"fi", b"leids"], [b"two", b"ids"])
-    assert len({path, *(kept_path(tmp_path, *parts) for parts in others)}) == 5
+    assert len({path, *(cached_path(tmp_path, *parts) for parts in others)}) == 5
 
 
 def test_the_user_s_cache_folder_is_that_of_the_xdg_standard(tmp_path, monkeypatch):
@@ -87,41 +94,41 @@ def of_other_references(path: Path) -> None:
     ],
 )
 def test_kept_counts_that_are_not_as_they_were_left_are_not_used(tmp_path, damage):
-    path = kept_path(tmp_path, b"file")
-    keep(References(REFERENCES), path)
-    assert load_kept(path).rows == References(REFERENCES).rows
+    path = cached_path(tmp_path, b"file")
+    save_cached(References(REFERENCES), path)
+    assert load_cached(path).rows == References(REFERENCES).rows
     damage(path)
-    assert load_kept(path) is None
+    assert load_cached(path) is None
 
 
 def test_a_cache_folder_keeps_what_was_used_last_and_touches_no_other_file(tmp_path, monkeypatch):
-    one, two, three, four = (kept_path(tmp_path, name) for name in (b"1", b"2", b"3", b"4"))
+    one, two, three, four = (cached_path(tmp_path, name) for name in (b"1", b"2", b"3", b"4"))
     (tmp_path / "mine.npz").write_bytes(bytes(10**6))
     for hours, path in enumerate((one, two, three), start=1):
-        keep(References(REFERENCES), path)
+        save_cached(References(REFERENCES), path)
         os.utime(path, (3600 * hours, 3600 * hours))
-    load_kept(one)  # now the newest
+    load_cached(one)  # now the newest
     begun = tmp_path / f".{one.name}.{'0' * 32}.tmp"  # writing that was interrupted
     begun.write_bytes(bytes(100))
     os.utime(begun, (0, 0))
-    monkeypatch.setattr(references, "MOST", int(2.5 * one.stat().st_size))
-    keep(References(REFERENCES), four)
+    monkeypatch.setattr(references, "MAX_CACHE_BYTES", int(2.5 * one.stat().st_size))
+    save_cached(References(REFERENCES), four)
     assert {path.name for path in tmp_path.iterdir()} == {one.name, four.name, "mine.npz"}
-    monkeypatch.setattr(references, "MOST", 0)
-    keep(References(REFERENCES), four)
+    monkeypatch.setattr(references, "MAX_CACHE_BYTES", 0)
+    save_cached(References(REFERENCES), four)
     assert {path.name for path in tmp_path.iterdir()} == {four.name, "mine.npz"}
 
 
 def test_a_place_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("kept")
-    keep(References(REFERENCES), tmp_path / "file" / "below" / "kept.npz")
+    save_cached(References(REFERENCES), tmp_path / "file" / "below" / "kept.npz")
     assert (tmp_path / "file").read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
 
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    keep(References(REFERENCES), kept_path(tmp_path / "full", b""))
+    save_cached(References(REFERENCES), cached_path(tmp_path / "full", b""))
     assert not list((tmp_path / "full").iterdir())
 
 
@@ -151,7 +158,7 @@ def test_document_frequencies_of_other_captions_are_those_of_the_larger_set():
 
 
 def test_no_documents_to_take_frequencies_from_is_an_error():
-    with pytest.raises(DataError, match="no captions to take document frequencies from"):
+    with pytest.raises(DataError, match="no captions for document frequencies"):
         References(REFERENCES, frequencies={})
 
 
@@ -183,6 +190,6 @@ def test_real_references_are_counted_alike_twice(real: Path):
 )
 def test_a_changed_rule_about_words_has_another_name_for_the_counts(tmp_path, monkeypatch, module):
     (tmp_path / "changed.py").write_text("another rule")
-    first = kept_path(tmp_path, b"one")
+    first = cached_path(tmp_path, b"one")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
-    assert kept_path(tmp_path, b"one") != first
+    assert cached_path(tmp_path, b"one") != first

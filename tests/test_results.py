@@ -46,20 +46,20 @@ def test_results_are_read_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"image_id": 1, "capt', "is not whole JSON"),
+        ('[{"image_id": 1, "capt', "is not complete JSON"),
         ({"images": []}, "not in COCO results format"),
         ([1, 2], "not in COCO results format"),
-        ([], "holds no captions"),
+        ([], "contains no captions"),
         ([{"image_id": 1}], "entry 0 has no image_id or no caption"),
-        ([{"image_id": "1", "caption": "a"}], "entry 0: the image id '1' is not a whole number"),
-        ([{"image_id": 1.0, "caption": "a"}], "the image id 1.0 is not a whole number"),
+        ([{"image_id": "1", "caption": "a"}], "entry 0: the image id '1' is not an integer"),
+        ([{"image_id": 1.0, "caption": "a"}], "the image id 1.0 is not an integer"),
         ([{"image_id": 7, "caption": ["a"]}], r'image 7: the caption is \["a"\], not a string'),
         (
             [{"image_id": 7, "caption": "a \ud800 dog"}],
-            "image 7: the caption .* has half a character",
+            "image 7: the caption .* contains a lone surrogate, which is half a character",
         ),
-        ("[" * 100_000, "is not whole JSON"),
-        ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not whole JSON"),
+        ("[" * 100_000, "is not complete JSON"),
+        ('[{"image_id": ' + "9" * 5000 + ', "caption": "a"}]', "is not complete JSON"),
         ([{"image_id": 7, "caption": None}], "image 7: the caption is null, not a string"),
         (
             [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}],
@@ -166,8 +166,12 @@ def test_what_the_server_would_refuse_is_an_error_before_anything_is_written(
     server = {split: of[: results.SERVER_IMAGES[split]] for split, of in server.items()}
     whole = captions(server["val"])
     for given, of, message in (
-        ({k: v for k, v in whole.items() if k != 12}, server["val"], "1 lack one, as 12"),
-        (whole | {99_999: "a"}, server["val"], "1 are not among them, as 99999"),
+        (
+            {k: v for k, v in whole.items() if k != 12},
+            server["val"],
+            "images without a caption: 1, for example 12",
+        ),
+        (whole | {99_999: "a"}, server["val"], "captions of other images: 1, for example 99999"),
         (whole, server["val"][:-1], "all 404 images of val2014"),
         (whole, [Image(0, "val2017/000000000000.jpg", Path("a"), "all", ())], "of val2014"),
         (whole, [*server["val"][:-1], server["test"][-1]], "of val2014"),
@@ -179,6 +183,6 @@ def test_what_the_server_would_refuse_is_an_error_before_anything_is_written(
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(results, "SERVER_ZIP_BYTES", 1000)
     write_server(tmp_path, "ours", whole, server["val"])
-    with pytest.raises(DataError, match="the server takes 1,000"):
+    with pytest.raises(DataError, match="the server accepts 1,000"):
         write_server(tmp_path, "ours", captions(server["test"]), server["test"])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json"]

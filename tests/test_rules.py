@@ -53,10 +53,10 @@ def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
     forced = PhrasalConstraint(phrases, torch.device("cpu"))
     assert forced.total == sum(map(len, phrases))
     captions = list(itertools.product((3, 4, 5, 6), repeat=5))
-    states = forced.start((len(captions),))
+    states = forced.initial_states((len(captions),))
     for end in range(1, 6):
         added = torch.tensor([[words[end - 1]] for words in captions])
-        states = forced.after(states[:, None], added)[:, 0]
+        states = forced.advance(states[:, None], added)[:, 0]
         for words, found in zip(captions, states.tolist(), strict=True):
             so_far = list(words[:end])
             for phrase, state in zip(phrases, found, strict=True):
@@ -76,6 +76,6 @@ def test_progress_leaves_as_many_words_as_can_bring_in_the_rest():
     forced = PhrasalConstraint(((3, 4, 5), (4, 6)), torch.device("cpu"))
     assert forced.progress(torch.tensor([2, 1])).item() == 2
     assert forced.progress(torch.tensor([3, 1])).item() == 4
-    assert forced.next(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next(
+    assert forced.next_words(torch.tensor([2, 1])).tolist() == [5, 6] and forced.next_words(
         torch.tensor([3, 2])
     ).tolist() == [-1, -1]

@@ -17,12 +17,12 @@ from data import DataError
 from data.datasets.sample import (
     COLOURS,
     HEIGHT,
-    NEAREST,
+    MIN_DISTANCE,
+    MIN_OFFSET,
     REACH,
     RELATIONS,
     SHAPES,
     SIZES,
-    TRUE_BY,
     WIDTH,
     Scene,
     Thing,
@@ -78,7 +78,9 @@ def test_things_lie_whole_inside_the_picture_and_apart(captioned):
             reach = REACH * thing.radius
             assert reach < thing.x < WIDTH - reach and reach < thing.y < HEIGHT - reach
         for a, b in combinations(scene.things, 2):
-            assert np.hypot(a.x - b.x, a.y - b.y) >= max(NEAREST, REACH * (a.radius + b.radius))
+            assert np.hypot(a.x - b.x, a.y - b.y) >= max(
+                MIN_DISTANCE, REACH * (a.radius + b.radius)
+            )
 
 
 def test_no_shape_reaches_further_than_said():
@@ -161,7 +163,7 @@ def test_changing_the_relation_makes_a_caption_false_unless_the_centres_differ_t
                 is_true(f"a big blue square with a small red circle {phrase} it", SCENE)
                 == truth[relation]
             )
-    level = Scene((a, Thing(*b.words, b.x, a.y + TRUE_BY - 1, b.radius)))
+    level = Scene((a, Thing(*b.words, b.x, a.y + MIN_OFFSET - 1, b.radius)))
     assert not is_true("a small red circle above a big blue square", level)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from data import DataError
 from data.tokens import tokenize, tokenize_all
-from pipeline.scoring.metrics import _common, cider, score
+from pipeline.scoring.metrics import _common_lengths, cider, score
 from pipeline.scoring.ngrams import References
 
 OUTPUTS = {
@@ -344,13 +344,13 @@ def test_references_may_be_any_collection_of_captions():
         (
             {1: ["A dog.", "A brown dog."]},
             {1: ["a"]},
-            "image 1: 2 sentences where one caption belongs, list .*A brown dog",
+            "image 1: 2 sentences instead of one caption, list .*A brown dog",
         ),
-        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences where one caption belongs"),
+        ({1: ["Dog.", "A dog."]}, {1: ["a"]}, "image 1: 2 sentences instead of one caption"),
         (
             {1: "a"},
             {1: [["A dog.", "A brown dog."]]},
-            "image 1: 2 sentences where one caption belongs",
+            "image 1: 2 sentences instead of one caption",
         ),
         ({1: 3.5}, {1: ["a"]}, "image 1: a caption is float 3.5, not a string"),
         ({1: float("nan")}, {1: ["a"]}, "image 1: a caption is float nan, not a string"),
@@ -407,5 +407,5 @@ def test_the_longest_common_subsequence_is_that_of_the_whole_table(most: int):
         for captions in (ours, theirs)
     ]
     counts = [np.array([len(words) for words in captions]) for captions in (ours, theirs)]
-    found = _common(flat[0], counts[0], np.array(of), flat[1], counts[1])
+    found = _common_lengths(flat[0], counts[0], np.array(of), flat[1], counts[1])
     assert found.tolist() == [table(ours[i], words) for i, words in zip(of, theirs, strict=True)]

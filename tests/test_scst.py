@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline import train
 from pipeline.training import loop as trainer
+from pipeline.training import setup, validation
 from pipeline.training.rewards import Rewards
 from tests.processes import run_ranks
 from tests.test_commands import at, refused, run, works
@@ -125,7 +126,7 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
     assert result.exit_code == 130 and "saved after step" in result.output
     monkeypatch.undo()
     again = result.output[result.output.index("--config") :].split("\n")[0].split()
-    monkeypatch.setattr(train, "load_checkpoint", None)
+    monkeypatch.setattr(setup, "load_checkpoint", None)
     assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
     assert_same_run(through, tmp_path / "run")
 
@@ -133,14 +134,14 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
 def test_a_run_killed_while_it_looks_at_dev_looks_again(
     world, begun, through, tmp_path, monkeypatch
 ):
-    plain = train.dev_scores
+    plain = validation.dev_scores
 
     def killed(run):
         if run.step == 4:
             raise ZeroDivisionError
         return plain(run)
 
-    monkeypatch.setattr(train, "dev_scores", killed)
+    monkeypatch.setattr(validation, "dev_scores", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     monkeypatch.undo()
@@ -154,7 +155,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     def killed(run):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(train, "save_progress", killed)
+    monkeypatch.setattr(validation, "save_progress", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     monkeypatch.undo()
@@ -246,7 +247,7 @@ def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(
     epoch's end, within the next. A run that is killed in that last look takes it again."""
     monkeypatch.setattr(trainer.Run, "done", lambda run: float(run.step >= up_at))
     plain, asked = (
-        train.dev_scores,
+        validation.dev_scores,
         [*critical(world, begun, tmp_path / "run"), "--eval-steps", "5", "--minutes", "60"],
     )
 
@@ -255,10 +256,10 @@ def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(
             raise ZeroDivisionError
         return plain(run)
 
-    monkeypatch.setattr(train, "dev_scores", killed)
+    monkeypatch.setattr(validation, "dev_scores", killed)
     with pytest.raises(ZeroDivisionError):
         run(train.main, *asked)
-    monkeypatch.setattr(train, "dev_scores", plain)
+    monkeypatch.setattr(validation, "dev_scores", plain)
     assert "best: " in works(train.main, *asked, "--resume")
     scored = [line for line in told(tmp_path / "run") if "dev" in line]
     assert [line["step"] for line in scored] == steps and [
@@ -321,6 +322,6 @@ def test_a_run_trained_on_dev_too_is_not_begun_with_where_dev_chooses(world, tmp
 
 
 def test_a_checkpoint_that_is_not_there_is_named(world, tmp_path):
-    assert "is not there" in refused(
+    assert "does not exist" in refused(
         train.main, *critical(world, tmp_path / "nothing", tmp_path / "run")
     )

@@ -112,17 +112,17 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_its_scraps_removed(shard)
         check=True,
     )
     with Claims(shard.path.parent) as claims:
-        record = {**claims.me, "pid": int(run.stdout)}
+        record = {**claims.own_record, "pid": int(run.stdout)}
         for left in (
             record,
-            {**claims.me, "start": "1"},
+            {**claims.own_record, "start": "1"},
         ):  # dead; and its number given to another process since
             claim_of(shard).write_text(json.dumps(left))
             scrap = shard.path.with_name(f".{shard.path.name}.{run.stdout.strip()}.tmp")
             scrap.write_text("half")
             assert claims.take(shard) and not scrap.exists()
             claims.release(shard.path)
-        claim_of(shard).write_text(json.dumps(claims.me))
+        claim_of(shard).write_text(json.dumps(claims.own_record))
         assert not claims.take(shard)  # alive
 
 
@@ -136,7 +136,7 @@ def test_a_claim_from_elsewhere_is_taken_over_after_two_minutes_of_silence(shard
         assert not claims.take(shard)
         os.utime(claim_of(shard), (then - 3, then - 3))
         assert claims.take(shard)
-    assert socket.gethostname() in claims.me["host"]
+    assert socket.gethostname() in claims.own_record["host"]
     assert not list(shard.path.parent.glob(".*"))
 
 
@@ -300,7 +300,7 @@ def test_a_packed_file_reads_as_its_cache_and_in_plain_h5py(cache, tmp_path):
     assert verify_shard(tmp_path / "out" / "packed.h5") == []
     with h5py.File(tmp_path / "out" / "packed.h5") as file:
         assert file["features"].chunks is None and file["names"].asstr()[34] == "photos/34.jpg"
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         shards.pack(FeatureCache(cache), tmp_path / "out" / "packed.h5")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["packed.h5"]
 

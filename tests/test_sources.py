@@ -376,12 +376,12 @@ def test_karpathy_wants_one_dataset_file_or_its_name(tmp_path):
         ({"sentences": [{"raw": 5}]}, "the caption is 5, not a string"),
         ({"sentences": [{}]}, '"raw" text or "tokens"'),
         ({"sentences": 7}, '"raw" text or "tokens"'),
-        ({"split": "trian"}, "no split 'trian'"),
-        ({"split": None}, "no split None"),
+        ({"split": "trian"}, "unknown split 'trian'"),
+        ({"split": None}, "unknown split None"),
         ({"imgid": "7"}, "image id '7' is not"),
-        ({"imgid": 2**63}, "is not a whole number of 64 bits"),
-        ({"filename": "../a.jpg"}, "leads out of the root"),
-        ({"filepath": "/etc"}, "leads out of the root"),
+        ({"imgid": 2**63}, "is not an integer of 64 bits"),
+        ({"filename": "../a.jpg"}, "is outside the root"),
+        ({"filepath": "/etc"}, "is outside the root"),
     ],
 )
 def test_a_karpathy_entry_that_is_wrong_is_named(tmp_path, entry, message):
@@ -449,11 +449,11 @@ def test_a_coco_file_with_a_byte_order_mark_or_categories_is_read(tmp_path):
         ({"images": [{"id": 1.5, "file_name": "a.jpg"}]}, "image id 1.5"),
         (
             {"images": [{"id": 1, "file_name": "a/../../b.jpg"}]},
-            "'a/../../b.jpg' leads out of the root",
+            "'a/../../b.jpg' is outside the root",
         ),
         (
             {"images": [{"id": 1, "file_name": "/etc/passwd"}]},
-            "'/etc/passwd' leads out of the root",
+            "'/etc/passwd' is outside the root",
         ),
         ({"images": [{"id": 1, "file_name": ""}]}, "'' is not a file name"),
         ({"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, "is not UTF-8"),
@@ -483,7 +483,7 @@ def test_two_images_with_one_id_are_both_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [('{"images": [', "not whole JSON"), ("[]", "no list of objects")]
+    "content, message", [('{"images": [', "not complete JSON"), ("[]", "no list of objects")]
 )
 @pytest.mark.parametrize("dataset", ["coco", "karpathy"])
 def test_broken_json_is_named(tmp_path, dataset, content, message):
@@ -670,8 +670,12 @@ def test_metadata_may_name_a_file_that_the_walk_leaves_out(tmp_path):
             '{"file_name": "a.jpg", "captions": ["x", 3]}',
             "line 1: the caption is 3, not a string",
         ),
-        ("metadata.jsonl", '{"file_name": "a.jpg", "split": "trian"}', "line 1: no split 'trian'"),
-        ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' leads out of the root"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "split": "trian"}',
+            "line 1: unknown split 'trian'",
+        ),
+        ("metadata.jsonl", '{"file_name": "../a.jpg"}', "line 1: '../a.jpg' is outside the root"),
         (
             "metadata.jsonl",
             '{"file_name": "a.jpg", "split": "val"}\n{"file_name": "a.jpg", "split": "test"}',
@@ -784,7 +788,7 @@ def test_columns_are_known_with_blanks_capitals_and_a_byte_order_mark(tmp_path, 
             '{"file_name": "a.jpg"}\n{"image": "a.jpg", "text": "x"}',
             "line 2: has no column file_name; its columns: image, text",
         ),
-        ("metadata.csv", "file_name,text,text\na.jpg,one,two\n", "has column text 2 times"),
+        ("metadata.csv", "file_name,text,text\na.jpg,one,two\n", "has the column text 2 times"),
     ],
 )
 def test_metadata_without_the_columns_that_are_needed_names_those_it_has(
@@ -826,9 +830,10 @@ def test_what_is_no_photograph_is_counted_by_suffix_and_captions_are_not_counted
     touch(tmp_path, ".hidden.zip", "dataset_x.json", "notes.txt", "metadata.parquet")
     write(tmp_path / "captions.txt", "image,caption\na.jpg,one\n")
     write(tmp_path / "b/metadata.csv", "file_name,text\nc.png,two\n")
-    files = "6 files left out: .heic 2, .mp4 1, .parquet 1, .txt 1, without suffix 1"
+    files = "6 files ignored: .heic 2, .mp4 1, .parquet 1, .txt 1, without suffix 1"
     assert (
-        open_source("folder", tmp_path).notes[0] == files + "; pip install -e '.[heic]' reads .heic"
+        open_source("folder", tmp_path).notes[0]
+        == files + "; to read .heic: pip install -e '.[heic]'"
     )
 
 
@@ -838,7 +843,7 @@ def test_a_file_that_metadata_names_is_an_image_whatever_its_suffix(tmp_path, mo
     write(tmp_path / "metadata.csv", "file_name,text\nb.heic,one\n")
     source = open_source("folder", tmp_path)
     assert [i.name for i in source.images] == ["a.jpg", "b.heic"] and source.missing == ()
-    assert source.notes == ("1 file left out: .heic 1; pip install -e '.[heic]' reads .heic",)
+    assert source.notes == ("1 file ignored: .heic 1; to read .heic: pip install -e '.[heic]'",)
 
 
 # Kaggle's and Flickr8k's caption files, and captions beside the photographs
@@ -906,7 +911,7 @@ def test_columns_separated_by_another_sign_than_a_comma_are_refused_with_it(
     touch(tmp_path, "a.jpg")
     write(tmp_path / name, header.replace(",", sign) + f"\na.jpg{sign}a dog, running\n")
     told = refusal("folder", tmp_path)
-    assert f"separated by {said}, this reads commas" in told and str(tmp_path / name) in told
+    assert f"separated by {said}; save it with commas" in told and str(tmp_path / name) in told
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -924,7 +929,7 @@ def test_text_in_utf_16_is_refused_by_its_name(tmp_path, name, encoding):
 def test_a_file_of_captions_that_is_not_read_is_named_where_captions_are_missing(tmp_path, name):
     touch(tmp_path, "a.jpg", "b.jpg", name)
     assert (
-        f"1 file may hold captions and is not read: {name}; read are"
+        f"1 file may contain captions but is not read: {name}; captions are read from"
         in open_source("folder", tmp_path).notes[-1]
     )
     write(
@@ -987,9 +992,9 @@ def test_flickr8ks_files_of_splits_say_which_photographs_there_are(tmp_path):
         "gone.jpg": "test",
     }
     assert [i.name for i in source.missing] == ["Flicker8k_Dataset/gone.jpg"]
-    assert source.notes[0].startswith("2 photographs are in none of Flickr_8k's files of splits")
+    assert source.notes[0].startswith("2 photographs are in none of Flickr_8k's split files")
     write(tmp_path / "Flickr8k_text/Flickr_8k.devImages.txt", "0.jpg\n")
-    assert "0.jpg is in Flickr_8k.trainImages.txt too" in refusal("folder", tmp_path)
+    assert "0.jpg is also in Flickr_8k.trainImages.txt" in refusal("folder", tmp_path)
 
 
 def test_flickr8k_without_its_photographs_names_their_folder(tmp_path):
@@ -1026,7 +1031,7 @@ def test_captions_from_txt_are_the_lines_of_the_file_beside_each_photograph(tmp_
     source = open_source("folder", tmp_path)
     assert all(i.captions == () for i in source.images)
     assert source.notes == (
-        "3 photographs have a .txt beside them; train and evaluate read their captions with "
+        "3 photographs have a .txt file of their name; train and evaluate read these captions with "
         "--captions-from txt",
     )
 
@@ -1097,7 +1102,7 @@ def test_a_name_that_may_mean_two_photographs_is_missing(tmp_path, names, there,
 def test_backslashes_do_not_lead_out_of_the_root(tmp_path):
     touch(tmp_path, "a.jpg", "root/b.jpg")
     write(tmp_path / "root/metadata.jsonl", json.dumps({"file_name": "..\\a.jpg", "text": "x"}))
-    assert "leads out of the root" in refusal("folder", tmp_path / "root")
+    assert "is outside the root" in refusal("folder", tmp_path / "root")
 
 
 def test_images_without_captions_are_counted_and_five_are_named(tmp_path):
@@ -1145,7 +1150,7 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
     touch(tmp_path, "notes.txt")
     told = refusal("folder", tmp_path)
-    assert "no images" in told and str(tmp_path) in told and "1 file left out: .txt 1" in told
+    assert "no images" in told and str(tmp_path) in told and "1 file ignored: .txt 1" in told
 
 
 def test_an_unknown_dataset_is_answered_with_the_nearest(tmp_path):

@@ -26,7 +26,7 @@ from data.tokens import tokenize
 from pipeline import caption, extract, train
 from pipeline.checkpoints.checkpoint import load_training_state
 from pipeline.training import loop as trainer
-from pipeline.training import objectives
+from pipeline.training import objectives, validation
 from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
 from tests.processes import begin, command, run_ranks
 from tests.test_commands import LOOK, SMALL, at, photos, refused, run, works
@@ -376,7 +376,9 @@ def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path
     """Six seconds by a clock that goes on by 1/25 s each time that it is looked at."""
     looks = itertools.count()
     monkeypatch.setattr(trainer.Run, "seconds", property(lambda run: next(looks) / 25))
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(looks) / 25))
+    monkeypatch.setattr(
+        validation, "time", types.SimpleNamespace(monotonic=lambda: next(looks) / 25)
+    )
     works(
         train.main,
         *options(
@@ -394,14 +396,14 @@ def test_minutes_end_a_run_in_time_and_its_learning_rate_with_it(world, tmp_path
 def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
     world, tmp_path, monkeypatch
 ):
-    whole = train.dev_scores
+    whole = validation.dev_scores
 
     def stopped(run):
         if run.state.ended:
             raise trainer.Stopped(signal.SIGINT)
         return whole(run)
 
-    monkeypatch.setattr(train, "dev_scores", stopped)
+    monkeypatch.setattr(validation, "dev_scores", stopped)
     # up within the first epoch
     monkeypatch.setattr(trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5)
     timed = options(
@@ -409,7 +411,7 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
     )
     assert run(train.main, *timed).exit_code == 130
     before = told(tmp_path / "run")
-    monkeypatch.setattr(train, "dev_scores", whole)
+    monkeypatch.setattr(validation, "dev_scores", whole)
     works(train.main, *timed, "--resume")
     after = told(tmp_path / "run")
     assert len(after) == len(before) + 1 and after[:-1] == before and "dev" in after[-1]
@@ -543,7 +545,7 @@ def test_a_resumed_run_that_is_not_the_same_run_is_named(world, tmp_path):
         (tmp_path / "run" / name).write_text(kept)
     state = load_file(tmp_path / "run" / "last.safetensors")
     save_file(state, tmp_path / "run" / "last.safetensors")
-    assert "last.safetensors is not what a run saved" in refused(train.main, *again)
+    assert "last.safetensors has no valid record of a run" in refused(train.main, *again)
     save_file(
         state,
         tmp_path / "run" / "last.safetensors",
@@ -821,8 +823,8 @@ def scored(*lines: tuple[int, float, float]) -> list[dict]:
 
 
 def test_of_equal_cider_the_lower_loss_on_dev_is_the_better():
-    assert train.best_of(scored((1, 0.0, 3.0), (2, 0.0, 2.0), (3, 0.0, 2.5)), "CIDEr") == 1
-    assert train.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0)), "CIDEr") == 1
+    assert validation.best_of(scored((1, 0.0, 3.0), (2, 0.0, 2.0), (3, 0.0, 2.5)), "CIDEr") == 1
+    assert validation.best_of(scored((1, 0.0, 1.0), (2, 0.1, 9.0), (3, 0.1, 9.0)), "CIDEr") == 1
 
 
 @pytest.mark.parametrize(
@@ -838,7 +840,7 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
         config=types.SimpleNamespace(patience=5),
         task=types.SimpleNamespace(metric="CIDEr"),
     )
-    assert train.stopped_early(run) is stops
+    assert validation.stopped_early(run) is stops
 
 
 def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(world, tmp_path):

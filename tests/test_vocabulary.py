@@ -107,7 +107,7 @@ def test_a_caption_cut_at_the_limit_has_no_end(tmp_path):
 def test_an_image_without_captions_or_without_a_word_is_named(tmp_path):
     with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) has no caption"):
         captioned(tmp_path, {0: ("a dog",), 1: ()})
-    with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) hold no word"):
+    with pytest.raises(DataError, match=r"image 1 \(photos/1.jpg\) contain no words"):
         captioned(tmp_path, {0: ("a dog",), 1: ("...",)})
 
 
@@ -294,7 +294,7 @@ def test_a_vocabulary_of_pieces_is_never_larger_than_asked(size):
 def test_a_tokenizer_of_other_pieces_is_refused():
     pytest.importorskip("tokenizers")
     one, two = (Subwords.build([words] * 3, 30) for words in (["a", "dog"], ["the", "cats"]))
-    with pytest.raises(DataError, match="other pieces"):
+    with pytest.raises(DataError, match="other subwords"):
         Subwords(one.words, two.tokenizer).encode(["a"])
 
 

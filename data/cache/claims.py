@@ -1,9 +1,10 @@
-"""Claims: which process writes which shard of a cache, by files that only one process can create.
+"""Claim files: they decide which process writes which shard of a cache.
 
-A shard is claimed by a file (`.shard-00000.claim`: host, pid, start), which its owner touches every
-TOUCH_SECONDS seconds. A claim whose process is dead (on this host), or that nobody touched for
-LEASE_SECONDS seconds by the file system's own clock (on another), is taken over. Should two
-processes write one shard all the same, both write the same rows, and the last rename wins.
+A process claims a shard by creating a file (`.shard-00000.claim`: host, pid, start). Only one
+process can create the file. The owner touches it every TOUCH_SECONDS seconds. Another process takes
+over a claim if its process has ended (same host), or if the file was not touched for LEASE_SECONDS
+seconds by the clock of the file system (other host). If two processes still write the same shard,
+both write the same rows, and the last rename wins.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ TOUCH_SECONDS, LEASE_SECONDS = 10, 120  # seconds
 
 
 class Claims:
-    """The shards that this process is writing. A context manager: its end releases all of them."""
+    """The shards that this process writes. A context manager; it releases all of them at exit."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.held: set[Path] = set()
         self.stop = threading.Event()
-        self.me = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
+        self.own_record = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
 
     def __enter__(self) -> Claims:
         threading.Thread(target=self._touch, daemon=True).start()
@@ -42,48 +43,46 @@ class Claims:
             self.release(shard)
 
     def take(self, shard: Shard) -> bool:
-        """Claim `shard`: True if it does not exist and no other live process is writing it."""
+        """Claim a shard. Returns False if it exists or if another live process writes it."""
         path = _claim_path(shard.path)
         for _ in range(2):
             if shard.path.exists():
                 return False
             try:
                 with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w") as file:
-                    json.dump(self.me, file)
+                    json.dump(self.own_record, file)
             except FileExistsError:
                 if not self._abandoned(path):
                     return False
-                self._put_aside(path)
+                self._remove_abandoned(path)
                 continue
             self.held.add(shard.path)
-            if shard.path.exists():  # finished and released in the meantime
+            if shard.path.exists():  # another process finished it in the meantime
                 self.release(shard.path)
                 return False
-            # left by a killed process
-            for left in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):
-                left.unlink(missing_ok=True)
+            # A killed process may have left temporary files.
+            for temporary in shard.path.parent.glob(f".{shard.path.name}.*.tmp"):
+                temporary.unlink(missing_ok=True)
             return True
         return False
 
     def release(self, shard: Path) -> None:
+        """Release the claim of a shard."""
         self.held.discard(shard)
-        # taken over by another process, because this one was silent for too long
-        if _owner(_claim_path(shard)) == self.me:
+        # Another process may have taken over the claim, if this one did not touch it in time.
+        if _owner(_claim_path(shard)) == self.own_record:
             _claim_path(shard).unlink(missing_ok=True)
 
-    def _put_aside(self, path: Path) -> None:
-        """Remove an abandoned claim. A claim that another process has just taken over is put
-        back.
-        """
+    def _remove_abandoned(self, path: Path) -> None:
+        """Remove an abandoned claim. If another process has just taken it over, restore it."""
         owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             path.rename(aside)
-        except FileNotFoundError:  # another was quicker
+        except FileNotFoundError:  # another process removed it first
             return
         if _owner(aside) != owner:
-            with contextlib.suppress(
-                OSError
-            ):  # it exists again, or the file system has no hard links
+            # OSError: the claim exists again, or the file system has no hard links.
+            with contextlib.suppress(OSError):
                 os.link(aside, path)
         aside.unlink()
 
@@ -91,7 +90,7 @@ class Claims:
         if not path.exists():
             return True
         owner = _owner(path)
-        if owner.get("host") == self.me["host"]:
+        if owner.get("host") == self.own_record["host"]:
             return not _alive(owner["pid"], owner["start"])
         clock = self.cache / f".clock.{uuid.uuid4().hex}"
         try:
@@ -110,14 +109,12 @@ class Claims:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """The content of a claim; empty if it was just created, or its process was killed while
-    creating it.
-    """
+    """The content of a claim file; empty if its process is still writing it or was killed."""
     try:
-        found = json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and found.keys() >= {"host", "pid", "start"} else {}
+    return record if isinstance(record, dict) and record.keys() >= {"host", "pid", "start"} else {}
 
 
 def _claim_path(shard: Path) -> Path:
@@ -125,7 +122,7 @@ def _claim_path(shard: Path) -> Path:
 
 
 def _host() -> str:
-    """This machine since its last boot, and its process namespace (containers have their own)."""
+    """An identifier of this machine, its last boot and its process namespace (of a container)."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -135,8 +132,9 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """The start time of a process, which distinguishes it from a later one with the same number;
-    empty if the system does not report it.
+    """The start time of a process; empty if the system does not report it.
+
+    It distinguishes the process from a later one with the same pid.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -155,11 +153,11 @@ def _alive(pid: int, start: str) -> bool:
 
 
 def sweep(cache: Path) -> None:
-    """Remove what killed processes left: claims of finished shards and old temporary files."""
+    """Remove files of killed processes: claims of finished shards and old temporary files."""
     for claim in cache.glob(".shard-*.claim"):
         if (cache / f"{claim.stem.removeprefix('.')}.h5").exists():
             claim.unlink(missing_ok=True)
-    for left in cache.glob(".*.tmp"):
+    for temporary in cache.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 10 * LEASE_SECONDS:
-                left.unlink()
+            if time.time() - temporary.stat().st_mtime > 10 * LEASE_SECONDS:
+                temporary.unlink()

@@ -13,7 +13,7 @@ from data.sources import Image
 
 
 class NoFeatures:
-    """Replaces a `FeatureCache` if a decoder reads no images (`--features none`): R is 0."""
+    """Replaces `FeatureCache` for decoders without images (`--features none`): R is 0."""
 
     path = Path("none")
     shape = (0, 1)
@@ -26,7 +26,7 @@ class NoFeatures:
         return 0
 
     def rows(self, image_ids: Sequence[int], **_: Any) -> Rows:
-        """features [n,0,1] float16, boxes [n,0,4] float32, counts [n] int16, all 0."""
+        """Return features [n,0,1] float16, boxes [n,0,4] float32 and counts [n] int16, all 0."""
         count = len(image_ids)
         return Rows(
             np.empty((count, 0, 1), np.float16),
@@ -35,7 +35,8 @@ class NoFeatures:
         )
 
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
+        """Return all images, and 0 omitted images."""
         return list(images), 0
 
     def keep_in_memory(self, *_: Any) -> None:
-        pass
+        """Do nothing: there are no features."""

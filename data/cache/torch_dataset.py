@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 class CachedImages(torch.utils.data.Dataset):
-    """The images of `captions` over a cache, one per item (see `FeatureCache.dataset`). Workers
-    open the cache again.
+    """A Dataset of the images of `captions`; see `FeatureCache.dataset`.
+
+    Each DataLoader worker opens the cache again.
     """
 
     def __init__(self, cache: Any, captions: Mapping[int, Sequence[str]]) -> None:

@@ -1,28 +1,27 @@
-"""Any folder of photographs, at any depth, in the form of Hugging Face's imagefolder, or with
-caption files of other forms.
+"""Read any folder of photographs: Hugging Face's imagefolder, or caption files of other formats.
 
-    root/**/*.jpg                       every suffix that Pillow reads; hidden files and folders are
-                                        left out; the order is that of the relative path
-    **/train/ validation/ test-2017/    splits, where a folder at any depth has one name of
-                                        `data.sources.SPLITS` in its own, between blanks, digits,
-                                        dots, dashes or underscores
-    **/metadata.jsonl or .csv           captions, and splits in a column, of photographs named
-                                        relative to its own folder
-    **/captions.txt                     Kaggle's: CSV with the columns image and caption
-    **/Flickr8k.token.txt               Flickr8k's: lines `name.jpg#0<TAB>caption`; where
-                                        Flickr_8k.trainImages.txt, devImages or testImages stand
-                                        beside it, they name the splits and the photographs
-    **/*.txt                            with --captions-from txt: the captions of the photograph of
-                                        the same name, one a line
+    root/**/*.jpg                       every suffix that Pillow reads; without hidden files and
+                                        folders; sorted by relative path
+    **/train/ validation/ test-2017/    splits: the name of a folder at any depth contains a name of
+                                        `data.sources.SPLITS`, separated by spaces, digits, dots,
+                                        dashes or underscores
+    **/metadata.jsonl or .csv           captions, and a column of splits; file names are relative to
+                                        the folder of this file
+    **/captions.txt                     Kaggle's format: CSV with the columns image and caption
+    **/Flickr8k.token.txt               Flickr8k's format: lines `name.jpg#0<TAB>caption`. The files
+                                        Flickr_8k.trainImages.txt, devImages and testImages in the
+                                        same folder, if any, define the splits and the photographs
+    **/*.txt                            with --captions-from txt: the captions of the photograph
+                                        with the same name, one per line
 
-A metadata row has `file_name` and, as it likes, `split` and one of `caption`, `captions`, `text`: a
-string, in JSON also a list of strings. Several rows may name one file; a CSV cell under `captions`
-may hold a JSON list. The photographs of captions.txt and Flickr8k.token.txt are beside the file or
-beside its folder, there or in one of PHOTO_FOLDERS. A caption that two files give to one photograph
-counts once.
+A metadata row has `file_name` and optionally `split` and one of `caption`, `captions` and `text`: a
+string, or in JSON also a list of strings. Several rows may have the same file name. A CSV cell of
+`captions` may contain a JSON list. The photographs of captions.txt and Flickr8k.token.txt are in
+the folder of the file or in its parent, or in one of PHOTO_FOLDERS there. If two files contain the
+same caption for a photograph, the caption counts once.
 
-Without splits everything is train. Where only some photographs have a split, the others are train
-as long as nothing is called train; beside photographs called train that is a DataError.
+Without splits, all photographs are train. If only some photographs have a split, the others are
+train; this is a DataError if some photographs are explicitly train.
 """
 
 import csv
@@ -62,19 +61,10 @@ FLICKR8K_SPLITS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-PHOTO_FOLDERS = (
-    "",
-    "Images",
-    "images",
-    "Flicker8k_Dataset",
-    "Flickr8k_Dataset",
-)  # "Flicker" is the official spelling
-CAPTION_SUFFIXES = (
-    ".json",
-    ".jsonl",
-    ".csv",
-)  # of caption files in general: no photographs that were left out
-SIDECARS = (".txt", ".json", ".caption")
+# "Flicker" is the official spelling
+PHOTO_FOLDERS = ("", "Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+CAPTION_SUFFIXES = (".json", ".jsonl", ".csv")  # not reported as ignored files
+SIDECAR_SUFFIXES = (".txt", ".json", ".caption")
 
 
 @dataclass(frozen=True)
@@ -91,43 +81,45 @@ class Options:
 
 
 class Files(NamedTuple):
-    """The files below a folder by relative name, hidden ones left out: `photographs`, by name
-    whether each is a file (a link may lead nowhere), and all `others`."""
+    """The files below a folder by relative name, without hidden files.
+
+    photographs: by name, whether it is a file; False for a broken link.
+    others: the names of all other files.
+    """
 
     photographs: dict[str, bool]
     others: list[str]
 
     def left_out(self, named: Iterable[str] = ()) -> str:
-        """How many files are neither photographs nor captions nor `named`, by suffix, and what
-        would read them; empty where none is."""
+        """Return a message with the number of ignored files by suffix; empty if there are none.
+
+        Ignored files are neither photographs, nor caption files, nor in `named`.
+        """
         stems, named = {loose(_stem(name)) for name in self.photographs}, {*named}
-        flickr8k = {
-            posixpath.dirname(name) for name in self.others if _is(name, FLICKR8K)
-        }  # with more texts beside it
+        # Flickr8k's folder contains other text files too.
+        flickr8k = {posixpath.dirname(name) for name in self.others if _is(name, FLICKR8K)}
         counts: Counter[str] = Counter()
         for name in self.others:
             suffix = _suffix(name)
-            captions = suffix in CAPTION_SUFFIXES or _is(name, KAGGLE)
-            sidecar = suffix in SIDECARS and loose(_stem(name)) in stems
-            if not (
-                name in named
-                or captions
-                or sidecar
-                or (suffix == ".txt" and posixpath.dirname(name) in flickr8k)
-            ):
+            is_captions = suffix in CAPTION_SUFFIXES or _is(name, KAGGLE)
+            is_sidecar = suffix in SIDECAR_SUFFIXES and loose(_stem(name)) in stems
+            in_flickr8k = suffix == ".txt" and posixpath.dirname(name) in flickr8k
+            if not (name in named or is_captions or is_sidecar or in_flickr8k):
                 counts[suffix or "without suffix"] += 1
         if not counts:
             return ""
         total, heic = sum(counts.values()), [suffix for suffix in HEIC if suffix in counts]
-        most = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
-        parts = ", ".join(f"{suffix} {count:,}" for suffix, count in most)
-        hint = f"; pip install -e '.[heic]' reads {', '.join(heic)}" if heic else ""
-        return f"{total:,} file{'' if total == 1 else 's'} left out: {parts}{hint}"
+        by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        suffixes = ", ".join(f"{suffix} {count:,}" for suffix, count in by_count)
+        hint = f"; to read {', '.join(heic)}: pip install -e '.[heic]'" if heic else ""
+        return f"{total:,} file{'' if total == 1 else 's'} ignored: {suffixes}{hint}"
 
 
 class Row(NamedTuple):
-    """What a caption file says of a photograph: the names it may have (likeliest first), captions,
-    perhaps its split.
+    """A row of a caption file.
+
+    where: the file and line, for error messages.
+    names: the names that the photograph may have, the most probable first.
     """
 
     file: Path
@@ -144,14 +136,17 @@ def read(
     images: Path | None,
     captions_from: str = "auto",
 ) -> Source:
-    """Read a folder. An image's id is `image_id` of its relative path; a row without its file is in
-    `missing`.
+    """Read a folder. The id of an image is `image_id` of its relative path.
+
+    captions_from: "auto" finds caption files by name; "txt" reads the .txt file of each photograph.
+
+    Raises DataError if a caption file is invalid, if the splits contradict each other, or if there
+    are no photographs.
     """
     if annotations is not None:
         raise DataError(
-            f"{dataset} reads metadata.jsonl, metadata.csv, captions.txt or "
-            "Flickr8k.token.txt beside the "
-            f"photographs; for {annotations} use --dataset coco or karpathy"
+            f"{dataset} reads metadata.jsonl, metadata.csv, captions.txt or Flickr8k.token.txt "
+            f"in the folder of the photographs; for {annotations} use --dataset coco or karpathy"
         )
     base = images or root
     assert base is not None  # open_source refuses a dataset without any folder
@@ -164,94 +159,104 @@ def read(
     }
 
     caption_files, rows, notes = _metadata(base, files.others)
-    given_splits = False
+    has_split_lists = False
     for file, listed in _caption_lists(base, files.others, notes):
         caption_files.append(file)
         if split_of := _flickr8k_splits(file, base, disk):
-            given_splits, listed = True, _with_splits(file, listed, split_of)
-        rows += _placed(listed, base, disk, notes)
-    first_file: dict[tuple[str, str], Path] = {}
-    for row, there in zip(rows, on_disk([row.names for row in rows], disk), strict=True):
-        name = there or row.names[0]
-        known = captions.setdefault(name, [])
-        known += [
-            each
-            for each in row.captions
-            if first_file.setdefault((name, each), row.file) == row.file
-        ]
-        named = [row.split] if row.split else []
-        named += filter(None, [_folder_split(posixpath.dirname(name), base)])
-        for split in named:
-            if splits.setdefault(name, split) != split:
+            has_split_lists, listed = True, _with_splits(file, listed, split_of)
+        rows += _resolve_names(listed, base, disk, notes)
+    _add_rows(rows, captions, splits, base, disk)
+
+    if has_split_lists and (unsplit := [name for name in captions if name not in splits]):
+        notes.append(
+            f"{_photographs(len(unsplit), 'is', 'are')} in none of Flickr_8k's split files and "
+            f"ignored: {_first(unsplit)}"
+        )
+        captions = {name: texts for name, texts in captions.items() if name in splits}
+    if captions_from == "txt":
+        captions = _sidecar_captions(base, files, disk, captions)
+    elif captions and not any(captions.values()) and (sidecars := _sidecars(files, disk)):
+        verbs = "has a .txt file of its name", "have a .txt file of their name"
+        notes.append(
+            f"{_photographs(len(sidecars), *verbs)}; train and evaluate read these captions with "
+            "--captions-from txt"
+        )
+    if not all(captions.values()) and (unread := _unread(base, files, caption_files)):
+        subject, verb = ("files", "are") if len(unread) > 1 else ("file", "is")
+        notes.append(
+            f"{len(unread):,} {subject} may contain captions but {verb} not read: "
+            f"{_first(unread)}; captions are read from metadata.jsonl, metadata.csv, captions.txt "
+            "and Flickr8k.token.txt"
+        )
+
+    ignored = files.left_out(captions)
+    if not captions:
+        raise DataError(
+            f"{dataset} has no images in {base} ({ignored or 'the folder has no files'}); check "
+            "the path"
+        )
+    unsplit_name = next((name for name in sorted(captions) if name not in splits), None)
+    if unsplit_name is not None and "train" in splits.values():
+        raise DataError(
+            f"{unsplit_name} in {base} is in no split, others are in train; move it into a "
+            "split's folder, add its split to the metadata, or delete it"
+        )
+    photographs = tuple(
+        Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
+        for name in sorted(captions)
+    )
+    missing = tuple(
+        image
+        for image in photographs
+        if not files.photographs.get(image.name) and not image.path.is_file()
+    )
+    annotations = caption_files[0] if len(caption_files) == 1 else None
+    all_notes = tuple(filter(None, [ignored, *notes]))
+    return Source(dataset, base, photographs, missing, annotations, all_notes)
+
+
+def _add_rows(
+    rows: Sequence[Row],
+    captions: dict[str, list[str]],
+    splits: dict[str, str],
+    base: Path,
+    disk: Listing,
+) -> None:
+    """Add the rows to `captions` and `splits` by name. Raises DataError for two splits."""
+    first_file: dict[tuple[str, str], Path] = {}  # by name and caption: the first file with it
+    names_on_disk = on_disk([row.names for row in rows], disk)
+    for row, name_on_disk in zip(rows, names_on_disk, strict=True):
+        name = name_on_disk or row.names[0]
+        captions.setdefault(name, []).extend(
+            caption
+            for caption in row.captions
+            if first_file.setdefault((name, caption), row.file) == row.file
+        )
+        for split in (row.split, _folder_split(posixpath.dirname(name), base)):
+            if split and splits.setdefault(name, split) != split:
                 raise DataError(
                     f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one "
                     "of them"
                 )
 
-    if given_splits and (unchosen := [name for name in captions if name not in splits]):
-        notes.append(
-            f"{_photographs(len(unchosen), 'is', 'are')} in none of Flickr_8k's files "
-            "of splits and left out: "
-            f"{_first(unchosen)}"
-        )
-        captions = {name: of_photo for name, of_photo in captions.items() if name in splits}
-    if captions_from == "txt":
-        captions = _sidecar_captions(base, files, disk, captions)
-    elif captions and not any(captions.values()) and (beside := _sidecars(files, disk)):
-        notes.append(
-            f"{_photographs(len(beside), 'has a .txt beside it', 'have a .txt beside them')}; "
-            "train and evaluate read "
-            "their captions with --captions-from txt"
-        )
-
-    if not all(captions.values()) and (unread := _unread(base, files, caption_files)):
-        what = "may hold captions and are" if len(unread) > 1 else "may hold captions and is"
-        notes.append(
-            f"{len(unread):,} file{'s' if len(unread) > 1 else ''} {what} not read: "
-            f"{_first(unread)}; read are "
-            "metadata.jsonl, metadata.csv, captions.txt and Flickr8k.token.txt"
-        )
-
-    left_out = files.left_out(captions)
-    if not captions:
-        raise DataError(
-            f"{dataset} has no images in {base} ({left_out or 'no file that is one'}); check "
-            "the path"
-        )
-    unsplit = next((name for name in sorted(captions) if name not in splits), None)
-    if unsplit is not None and "train" in splits.values():
-        raise DataError(
-            f"{unsplit} in {base} is in no split, others are in train; move it "
-            "into a split's folder, "
-            "name its split in metadata, or delete it"
-        )
-    found = tuple(
-        Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
-        for name in sorted(captions)
-    )
-    missing = tuple(i for i in found if not files.photographs.get(i.name) and not i.path.is_file())
-    annotations = caption_files[0] if len(caption_files) == 1 else None
-    return Source(
-        dataset, base, found, missing, annotations, tuple(filter(None, [left_out, *notes]))
-    )
-
 
 @functools.lru_cache(1 << 16)
 def _folder_split(folder: str, base: Path) -> str | None:
-    """The split that the names in a folder's path tell, as Hugging Face's imagefolder reads them;
-    DataError for two.
+    """Return the split that a folder's path names, as in Hugging Face's imagefolder.
+
+    Raises DataError if the path names two splits.
     """
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}  # by split
     for name in folder.split("/"):
-        told = {SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLITS}
-        if len(told) == 1:  # "train-test" tells none
-            found[told.pop()] = name
-    if len(found) > 1:
+        splits = {SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in SPLITS}
+        if len(splits) == 1:  # a name such as "train-test" is ambiguous and ignored
+            folders[splits.pop()] = name
+    if len(folders) > 1:
         raise DataError(
-            f"{base / folder} lies in folders of two splits, {' and '.join(found.values())}; "
+            f"{base / folder} is in folders of two splits, {' and '.join(folders.values())}; "
             "rename one of them"
         )
-    return next(iter(found), None)
+    return next(iter(folders), None)
 
 
 def _suffix(name: str) -> str:
@@ -267,14 +272,12 @@ def _is(name: str, file: str) -> bool:
 
 
 def is_caption_list(name: str) -> bool:
-    """Whether a file of this name is read as one of Kaggle's or Flickr8k's, whatever photographs
-    are beside it.
-    """
-    return any(_is(name, each) for each in (KAGGLE, FLICKR8K, *FLICKR8K_SPLITS.values()))
+    """Return whether a file is read as a caption list or split list of Kaggle or Flickr8k."""
+    return any(_is(name, other) for other in (KAGGLE, FLICKR8K, *FLICKR8K_SPLITS.values()))
 
 
 def _photographs(count: int, *verbs: str) -> str:
-    """The count with the noun, and the verb for one or that for several."""
+    """Return the count with its noun and, if given, the singular or the plural verb."""
     return f"{count:,} photograph{'' if count == 1 else 's'}" + (
         f" {verbs[count != 1]}" if verbs else ""
     )
@@ -285,17 +288,19 @@ def _first(names: Sequence[str]) -> str:
 
 
 def list_files(root: Path) -> Files:
-    """The files below `root`. Links to folders are followed, each real folder once and real paths
-    first, so a loop of links ends."""
-    found: dict[str, bool] = {}
-    others, seen, folders = [], set(), [""]
+    """Return the files below `root`, and follow links to folders.
+
+    Each folder is visited once, and real paths come before links, so that cyclic links end.
+    """
+    photographs: dict[str, bool] = {}
+    others, visited, folders = [], set(), [""]
     links: list[str] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         status = os.stat(root / folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         with os.scandir(root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.startswith("."):
@@ -305,24 +310,27 @@ def list_files(root: Path) -> Files:
                 if os.path.isdir(entry.path) if link else entry.is_dir():
                     (links if link else folders).append(name)
                 elif _suffix(name) in SUFFIXES:
-                    found[check_name(name, str(root))] = (
+                    photographs[check_name(name, str(root))] = (
                         os.path.isfile(entry.path) if link else entry.is_file()
                     )
                 else:
                     others.append(name)
-    return Files(found, sorted(others))
+    return Files(photographs, sorted(others))
 
 
 # ----------------------------------------------------------------------------------------- metadata
 
 
 def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row], list[str]]:
-    """The metadata files of all folders, at most one in each, their rows, and notes."""
+    """Return the metadata files (at most one per folder), their rows, and notes for the user."""
     names = [name for name in others if posixpath.basename(name) in METADATA]
     names.sort(key=lambda name: (name.count("/"), name))
     folders = Counter(map(posixpath.dirname, names))
-    for twice in (folder for folder, count in folders.items() if count > 1):
-        raise DataError(f"{base / twice} has metadata.jsonl and metadata.csv; keep one of them")
+    for folder, count in folders.items():
+        if count > 1:
+            raise DataError(
+                f"{base / folder} has metadata.jsonl and metadata.csv; keep one of them"
+            )
     rows, notes = [], []
     for name in names:
         folder = posixpath.dirname(name)
@@ -330,37 +338,28 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
         for where, row in _rows(base / name):
             columns |= dict.fromkeys(row)
             if "file_name" not in row:
-                raise DataError(f"{where}: {_lacks('file_name', row)}")
-            photo = check_name(row["file_name"], where)
+                raise DataError(f"{where}: {_no_column('file_name', row)}")
+            name_in_folder = check_name(row["file_name"], where)
             split = check_split(row["split"], where) if row.get("split") else None
-            rows.append(
-                Row(
-                    base / name,
-                    where,
-                    (posixpath.join(folder, photo),),
-                    tuple(_captions(row, where)),
-                    split,
-                )
-            )
+            path = posixpath.join(folder, name_in_folder)
+            rows.append(Row(base / name, where, (path,), tuple(_captions(row, where)), split))
         if columns.keys() - {"file_name", "split"} and not columns.keys() & {*CAPTION_COLUMNS}:
             notes.append(
-                f"{base / name} gives no captions: it "
-                f"{_lacks('caption, captions or text', columns)}"
+                f"{base / name} contains no captions: it "
+                f"{_no_column('caption, captions or text', columns)}"
             )
     return [base / name for name in names], rows, notes
 
 
-def _lacks(column: str, columns: Iterable[str]) -> str:
+def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"has no column {column}; its columns: {', '.join(columns) or 'none'}"
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a metadata file, columns in small letters, each with "file, line N" for
-    errors.
-    """
+    """Yield "file, line N" and the row by lower-case column, for each row of a metadata file."""
     text = read_text(file)
     if not text.strip():
-        raise DataError(f"{file} is empty; write its rows, or delete it")
+        raise DataError(f"{file} is empty; add rows, or delete it")
     if file.suffix == ".csv":
         yield from _csv_rows(file, io.StringIO(text, newline=""), "file_name")
         return
@@ -377,7 +376,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
                 f'"..."}}'
             )
         columns: dict[str, object] = {}
-        # one that is written so comes first
+        # A lower-case key has priority over the same key in another case.
         for key in sorted(row, key=lambda key: key != key.strip().lower()):
             columns.setdefault(key.strip().lower(), row[key])
         yield f"{file}, line {number}", columns
@@ -388,22 +387,19 @@ def _header(line: str, separator: str) -> list[str]:
 
 
 def _refuse_separator(file: Path, header: str, *needed: str) -> None:
-    """DataError where the first line has the columns that are needed, by another separator than a
-    comma.
-    """
-    for sign in (";", "\t", "|"):
-        if {*needed} <= {*_header(header, sign)}:
-            name = "a tab" if sign == "\t" else repr(sign)
-            raise DataError(
-                f"{file}: its columns are separated by {name}, this reads commas; save it with "
-                "commas"
-            )
+    """Raise DataError if the header has the needed columns, but not separated by commas."""
+    for separator in (";", "\t", "|"):
+        if {*needed} <= {*_header(header, separator)}:
+            name = "a tab" if separator == "\t" else repr(separator)
+            raise DataError(f"{file}: its columns are separated by {name}; save it with commas")
 
 
 def _quoted(lines: Iterable[str]) -> Iterator[str]:
-    """Lines of the CSV columns image and caption, with quotes around captions that have commas and
-    no quotes: there all after the first comma is the caption."""
-    inside = False  # a quoted caption of several lines
+    """Quote captions with commas in CSV lines of the two columns image and caption.
+
+    The caption is everything after the first comma.
+    """
+    inside = False  # a quoted caption that spans several lines
     for line in lines:
         name, _, caption = line.partition(",")
         if inside or name.startswith('"') or caption.startswith('"'):
@@ -415,24 +411,27 @@ def _quoted(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[str, dict]]:
-    """The rows of CSV, columns in small letters; DataError where `needed` is not among them."""
+    """Yield "file, line N" and the row by lower-case column, for each row of CSV lines.
+
+    Raises DataError if the column `needed` is missing.
+    """
     reader = csv.DictReader(lines, strict=True)
     try:
         columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
         if needed not in columns:
             _refuse_separator(file, ",".join(columns), needed)
-            raise DataError(f"{file}: {_lacks(needed, columns)}")
+            raise DataError(f"{file}: {_no_column(needed, columns)}")
         for column, count in Counter(columns).items():
             if column and count > 1:
                 raise DataError(
-                    f"{file} has column {column} {count} times; give each caption its own row"
+                    f"{file} has the column {column} {count} times; write one caption per row"
                 )
         reader.fieldnames = columns
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             if None in row:
                 raise DataError(
-                    f"{where}: more cells than the header has; put a caption with commas in quotes"
+                    f"{where}: more cells than the header; put captions with commas in quotes"
                 )
             yield where, row
     except csv.Error as error:
@@ -440,7 +439,7 @@ def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[s
 
 
 def _captions(row: dict, where: str) -> list[str]:
-    """The captions of a metadata row; an empty cell is none."""
+    """Return the captions of a metadata row. An empty cell is no caption."""
     column = next((column for column in CAPTION_COLUMNS if row.get(column) not in (None, "")), None)
     value = row[column] if column else []
     if column == "captions" and isinstance(value, str) and value.lstrip().startswith("["):
@@ -448,11 +447,10 @@ def _captions(row: dict, where: str) -> list[str]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{where}: {value[:60]!r} begins like a JSON list of captions, but is none"
+                f"{where}: {value[:60]!r} begins like a JSON list, but is not valid JSON"
             ) from error
-    return [
-        check_caption(caption, where) for caption in (value if isinstance(value, list) else [value])
-    ]
+    captions = value if isinstance(value, list) else [value]
+    return [check_caption(caption, where) for caption in captions]
 
 
 # ------------------------------------------------------------------- captions.txt, Flickr8k's files
@@ -461,7 +459,7 @@ def _captions(row: dict, where: str) -> list[str]:
 def _caption_lists(
     base: Path, others: Iterable[str], notes: list[str]
 ) -> Iterator[tuple[Path, list[Row]]]:
-    """Each captions.txt and Flickr8k.token.txt, with its rows by the bare names that it has."""
+    """Yield each captions.txt and Flickr8k.token.txt with its rows, which have the file's names."""
     for name in others:
         if _is(name, KAGGLE):
             file = base / name
@@ -480,14 +478,8 @@ def _caption_lists(
                 file, _quoted(lines) if header == ["image", "caption"] else lines, "image"
             ):
                 caption = check_caption(row["caption"] or "", where)
-                listed.append(
-                    Row(
-                        file,
-                        where,
-                        (check_name(row["image"].strip(), where),),
-                        (caption,) if caption else (),
-                    )
-                )
+                names = (check_name(row["image"].strip(), where),)
+                listed.append(Row(file, where, names, (caption,) if caption else ()))
             yield file, listed
         elif _is(name, FLICKR8K):
             yield base / name, list(_token_rows(base / name))
@@ -498,109 +490,108 @@ def _token_rows(file: Path) -> Iterator[Row]:
         if line.strip():
             where = f"{file}, line {number}"
             name, tab, caption = line.partition("\t")
-            name, sign, _ = name.rpartition("#")
-            if not (tab and sign):
+            name, number_sign, _ = name.rpartition("#")
+            if not (tab and number_sign):
                 raise DataError(
                     f"{where}: {line[:60]!r} is not a name, #, a number, a tab and a caption"
                 )
-            yield Row(
-                file,
-                where,
-                (check_name(name.strip(), where),),
-                (check_caption(caption.strip(), where),),
-            )
+            names = (check_name(name.strip(), where),)
+            yield Row(file, where, names, (check_caption(caption.strip(), where),))
 
 
-def _places(file: Path, base: Path, name: str) -> tuple[str, ...]:
-    """Names below `base` that a photograph of a caption list may have."""
+def _possible_names(file: Path, base: Path, name: str) -> tuple[str, ...]:
+    """Return the names below `base` that a photograph of a caption list may have."""
     folder = file.parent.relative_to(base).as_posix()
-    folders = [folder] if folder == "." else [folder, posixpath.dirname(folder)]
+    parents = [folder] if folder == "." else [folder, posixpath.dirname(folder)]
     return tuple(
-        posixpath.normpath(posixpath.join(each, place, name))
-        for each in folders
-        for place in PHOTO_FOLDERS
+        posixpath.normpath(posixpath.join(parent, photo_folder, name))
+        for parent in parents
+        for photo_folder in PHOTO_FOLDERS
     )
 
 
-def _placed(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> list[Row]:
-    """The rows of one caption list by the photographs' names below `base`. Those of names that are
-    neither there nor a photograph's, as one of Flickr8k's own is, are left out, which is noted."""
+def _resolve_names(listed: list[Row], base: Path, disk: Listing, notes: list[str]) -> list[Row]:
+    """Return the rows of a caption list with the photographs' names below `base`.
+
+    Rows are omitted, with a note, if the name is neither on disk nor the name of a photograph.
+    Flickr8k contains one such name.
+    """
     if not listed:
         return []
     file = listed[0].file
-    found = on_disk([_places(file, base, row.names[0]) for row in listed], disk)
-    home = next((posixpath.dirname(name) for name in found if name), None)
-    if home is None:
-        folders = ", ".join(place or "the folder itself" for place in PHOTO_FOLDERS)
-        mend = (
-            ("unpack Flickr8k_Dataset.zip, which makes Flicker8k_Dataset/, into it")
+    names = on_disk([_possible_names(file, base, row.names[0]) for row in listed], disk)
+    photo_folder = next((posixpath.dirname(name) for name in names if name), None)
+    if photo_folder is None:
+        folders = ", ".join(folder or "the folder itself" for folder in PHOTO_FOLDERS)
+        fix = (
+            "unpack Flickr8k_Dataset.zip there, which creates Flicker8k_Dataset/"
             if _is(file.name, FLICKR8K)
-            else ("put Images/ beside the file")
+            else "put the folder Images/ into the folder of this file"
         )
         raise DataError(
             f"{file} names {_photographs(len({row.names for row in listed}))}, "
-            f"none of which is in {base} "
-            f"({folders}); {mend}"
+            f"none of which is in {base} ({folders}); {fix}"
         )
-    rows, broken = [], []
-    for row, name in zip(listed, found, strict=True):
+    rows, invalid = [], []
+    for row, name in zip(listed, names, strict=True):
         if name is None and _suffix(row.names[0]) not in (*SUFFIXES, *HEIC):
-            broken.append(row.names[0])
+            invalid.append(row.names[0])
         else:
-            rows.append(row._replace(names=(name or posixpath.join(home, row.names[0]),)))
-    if broken:
-        notes.append(f"{len(broken):,} captions in {file} are left out, of what is no photograph: "
-                     f"{_first(list(dict.fromkeys(broken)))}")  # fmt: skip
+            rows.append(row._replace(names=(name or posixpath.join(photo_folder, row.names[0]),)))
+    if invalid:
+        notes.append(
+            f"{len(invalid):,} captions in {file} are ignored, because these are not names of "
+            f"photographs: {_first(list(dict.fromkeys(invalid)))}"
+        )
     return rows
 
 
 def _flickr8k_splits(file: Path, base: Path, disk: Listing) -> dict[str, str]:
-    """The split of each photograph by its bare name, where Flickr_8k.trainImages.txt, devImages or
-    testImages stand beside Flickr8k.token.txt."""
-    found: dict[str, str] = {}
+    """Return the splits by file name, from the split files in the folder of Flickr8k.token.txt."""
+    splits: dict[str, str] = {}
     if not _is(file.name, FLICKR8K):
-        return found
-    for split, beside in FLICKR8K_SPLITS.items():
-        there = disk.find((file.parent.relative_to(base) / beside).as_posix())
-        if there is None:
+        return splits
+    for split, split_file in FLICKR8K_SPLITS.items():
+        path = disk.find((file.parent.relative_to(base) / split_file).as_posix())
+        if path is None:
             continue
-        for name in read_text(base / there).split():
-            if found.setdefault(check_name(name, str(base / there)), split) != split:
+        for name in read_text(base / path).split():
+            if splits.setdefault(check_name(name, str(base / path)), split) != split:
                 raise DataError(
-                    f"{base / there}: {name} is in {FLICKR8K_SPLITS[found[name]]} too; keep "
+                    f"{base / path}: {name} is also in {FLICKR8K_SPLITS[splits[name]]}; keep "
                     "one of them"
                 )
-    return found
+    return splits
 
 
 def _with_splits(file: Path, listed: list[Row], splits: dict[str, str]) -> list[Row]:
-    """The rows with the splits of their photographs, and a row for each photograph of a split that
-    has none.
-    """
+    """Return the rows with their splits, and a row for each photograph of a split without a row."""
     rows = [row._replace(split=splits.get(row.names[0])) for row in listed]
-    bare = splits.keys() - {row.names[0] for row in listed}
-    return rows + [Row(file, str(file), (name,), (), splits[name]) for name in sorted(bare)]
+    uncaptioned = splits.keys() - {row.names[0] for row in listed}
+    return rows + [Row(file, str(file), (name,), (), splits[name]) for name in sorted(uncaptioned)]
 
 
-# ---------------------------------------------------------------------- captions beside photographs
+# ---------------------------------------------------------------- one caption file per photograph
 
 
-def _unread(base: Path, files: Files, read: Sequence[Path]) -> list[str]:
-    """Files that by their names may hold captions, besides those that were read."""
+def _unread(base: Path, files: Files, caption_files: Sequence[Path]) -> list[str]:
+    """Return the files that were not read but may contain captions, judged by their names."""
     stems = {loose(_stem(name)) for name in files.photographs}
-    found = []
+    unread = []
     for name in files.others:
-        suffix, beside = _suffix(name), loose(_stem(name)) in stems
+        suffix, has_photograph = _suffix(name), loose(_stem(name)) in stems
         by_name = (
-            suffix == ".caption" if beside else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
+            suffix == ".caption"
+            if has_photograph
+            else suffix in (*CAPTION_SUFFIXES, ".tsv", ".token")
         )
-        if by_name and base / name not in read:
-            found.append(name)
-    return found
+        if by_name and base / name not in caption_files:
+            unread.append(name)
+    return unread
 
 
 def _sidecars(files: Files, disk: Listing) -> dict[str, str]:
-    """The .txt of each photograph that has one of its name beside it."""
+    """Return the .txt file with the same name of each photograph that has one."""
     if not any(_suffix(name) == ".txt" for name in files.others):
         return {}
     return {name: text for name in files.photographs if (text := disk.find(f"{_stem(name)}.txt"))}
@@ -609,15 +600,15 @@ def _sidecars(files: Files, disk: Listing) -> dict[str, str]:
 def _sidecar_captions(
     base: Path, files: Files, disk: Listing, names: Iterable[str]
 ) -> dict[str, list[str]]:
-    beside = _sidecars(files, disk)
-    if not beside:
+    sidecars = _sidecars(files, disk)
+    if not sidecars:
         raise DataError(
-            f"--captions-from txt: no photograph in {base} has a .txt of its name beside it"
+            f"--captions-from txt: no photograph in {base} has a .txt file of the same name"
         )
-    captions = {}
-    for name in names:
-        lines = read_text(base / beside[name]).split("\n") if name in beside else ()
-        captions[name] = [
-            check_caption(line.strip(), str(base / beside[name])) for line in lines if line.strip()
-        ]
+    captions: dict[str, list[str]] = {name: [] for name in names}
+    for name in captions:
+        if name in sidecars:
+            file = base / sidecars[name]
+            lines = map(str.strip, read_text(file).split("\n"))
+            captions[name] = [check_caption(line, str(file)) for line in lines if line]
     return captions

@@ -1,12 +1,11 @@
-"""Karpathy's split files of COCO, Flickr8k and Flickr30k, and every other file in their form:
+"""Read Karpathy's split files of COCO, Flickr8k and Flickr30k, and other files of this format.
 
-    {"images": [{"filename", "filepath"?, "imgid", "cocoid"?, "split", "sentences": [{"raw",
-    "tokens"}]}]}
+    {"images": [{"filename", "filepath"?, "imgid", "cocoid"?, "split",
+                 "sentences": [{"raw", "tokens"}]}]}
 
-The root holds one such `dataset*.json`. A photograph is looked for in root/filepath, root/images
-and root; a COCO one (the files name it as of 2014: val2014/COCO_val2014_000000391895.jpg) also in
-COCO's folders of 2014 and 2017, where the other year may have put it on the other side: much of
-2014's val is in train2017.
+The root contains one such `dataset*.json`. A photograph is in root/filepath, root/images or root.
+Karpathy's file of COCO has names of 2014 (val2014/COCO_val2014_000000391895.jpg). These photographs
+may also be in any folder of COCO 2014 or 2017, because many images of val2014 are in train2017.
 """
 
 import re
@@ -26,65 +25,70 @@ from data.sources import (
 )
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)")
-COCO_PLACES = (
+COCO_PATHS = (
     "train2014/COCO_train2014_{}", "val2014/COCO_val2014_{}", "train2017/{}", "val2017/{}",
 )  # fmt: skip
 
 
 def read(dataset: str, root: Path | None, annotations: Path | None, images: Path | None) -> Source:
-    """Read the one `dataset*.json` of the root, or `annotations`. `restval` joins train."""
-    base, above = images or root, root or images
-    assert base is not None and above is not None  # open_source refuses that
-    file = annotations or _only_file(above)
+    """Read one split file. The split `restval` becomes train.
+
+    annotations: the split file; None: the only `dataset*.json` in the root.
+    images: the folder of the photographs; None: root.
+
+    Raises DataError if the file is missing or invalid.
+    """
+    base, parent = images or root, root or images
+    assert base is not None and parent is not None  # checked by open_source
+    file = annotations or _only_file(parent)
     if file.is_dir():
-        raise DataError(f"{file} is a folder; --annotations names the file of {dataset}")
+        raise DataError(f"{file} is a folder; pass the file of {dataset} to --annotations")
     entries = read_json(file)["images"]
-    wheres, places = [], []
+    wheres, candidates = [], []
     for number, entry in enumerate(entries):
         if "filename" not in entry:
-            raise DataError(f"{file}: image number {number} has no filename; "
-                            "a COCO caption file is read with --dataset coco")  # fmt: skip
+            raise DataError(
+                f"{file}: image number {number} has no filename; for a COCO caption file use "
+                "--dataset coco"
+            )
         wheres.append(f"{entry['filename']} in {file}")
-        places.append(_places(entry, wheres[-1]))
-    found, missing = [], []
-    for entry, where, names, there in zip(
-        entries, wheres, places, on_disk(places, Listing(base)), strict=True
+        candidates.append(_possible_names(entry, wheres[-1]))
+    names_on_disk = on_disk(candidates, Listing(base))
+    all_images, missing = [], []
+    for entry, where, names, name_on_disk in zip(
+        entries, wheres, candidates, names_on_disk, strict=True
     ):
-        name = there or names[0]
+        name = name_on_disk or names[0]
         id_ = check_id(entry.get("cocoid", entry.get("imgid")), where)
         split = check_split(entry.get("split"), where)
         image = Image(id_, name, base / name, split, tuple(_captions(entry, where)))
-        found.append(image)
-        if there is None:
+        all_images.append(image)
+        if name_on_disk is None:
             missing.append(image)
-    return Source(dataset, base, tuple(found), tuple(missing), file)
+    return Source(dataset, base, tuple(all_images), tuple(missing), file)
 
 
 def _only_file(root: Path) -> Path:
     files = sorted(root.glob("dataset*.json"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "no dataset*.json"
-        raise DataError(f"{root} has {names}; name the caption file with --annotations")
+        raise DataError(f"{root} has {names}; pass the caption file to --annotations")
     return files[0]
 
 
-def _places(entry: dict, where: str) -> list[str]:
-    """Names that the photograph may have under the root, likeliest first; the first is its name
-    where it is absent.
-    """
+def _possible_names(entry: dict, where: str) -> list[str]:
+    """Return the names that the photograph may have under the root, the most probable first."""
     name = check_name(entry["filename"], where)
-    places = [f"images/{name}", name]
+    names = [f"images/{name}", name]
     if entry.get("filepath"):
-        places.insert(0, f"{check_name(entry['filepath'], where)}/{name}")
+        names.insert(0, f"{check_name(entry['filepath'], where)}/{name}")
     if coco := COCO_NAME.fullmatch(name.rpartition("/")[2]):
-        places += [place.format(coco[1]) for place in COCO_PLACES]
-    return places
+        names += [pattern.format(coco[1]) for pattern in COCO_PATHS]
+    return names
 
 
 def _captions(entry: dict, where: str) -> list[str]:
-    """Each sentence as written, or its tokens joined by spaces where the file carries only
-    these.
-    """
+    """Return the raw text of each sentence, or its tokens joined by spaces if it has no text."""
     captions = []
     try:
         for sentence in entry.get("sentences", ()):

@@ -1,25 +1,29 @@
-"""The datasets by name."""
+"""The registry of datasets, and `open_source`."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import DataError
-from data.datasets import coco, folder, karpathy
+from data.datasets import coco, folder, karpathy, scene_questions, vqa
 from data.sources import Source
 
 
 class Dataset(NamedTuple):
-    """How a dataset is read: read(dataset, root, annotations, images, **options) -> Source;
-    Options: its own, or None.
+    """A reader of a dataset.
+
+    read: read(dataset, root, annotations, images, **options) -> Source.
+    Options: the dataclass of the dataset's own options; None if it has none.
+    several: `annotations` and `images` are lists of paths; else each is one path or None.
     """
 
     read: Callable[..., Source]
     Options: type | None = None
+    several: bool = False
 
 
 DATASETS: dict[str, Dataset] = {
@@ -28,55 +32,73 @@ DATASETS: dict[str, Dataset] = {
     "coco": Dataset(coco.read),
     "karpathy": Dataset(karpathy.read),
     "folder": Dataset(folder.read, folder.Options),
-    "sample": Dataset(karpathy.read),
+    "sample": Dataset(scene_questions.read),
+    "vqa": Dataset(vqa.read, vqa.Options, several=True),
 }
 
 
 def open_source(
     dataset: str,
     root: Path | None,
-    annotations: Path | None = None,
-    images: Path | None = None,
+    annotations: Path | Sequence[Path] | None = None,
+    images: Path | Sequence[Path] | None = None,
     **options: Any,
 ) -> Source:
-    """Open `dataset` (one of DATASETS) under `root`.
+    """Open a dataset.
 
-    annotations: the caption file, where it is not the one found under the root (coco needs it; for
-        coco2014 and coco2017 the folder of the two).
-    images: the folder of the photographs, where that is not the root.
-    options: those of the dataset itself, as `captions_from` of a folder.
-    Raises DataError for a missing place or a caption file that cannot be trusted. Photographs that
-    a caption file names and the disk lacks are no error here: see `Source.missing`.
+    dataset: a key of DATASETS.
+    root: the folder of the photographs and captions.
+    annotations: the caption file (for coco2014 and coco2017: the folder of the two caption files);
+        None: find it under the root. `coco` requires it.
+    images: the folder of the photographs; None: the root.
+    options: the dataset's own options, for example `captions_from` of `folder`.
+
+    Raises DataError if a path does not exist or a caption file is invalid. Photographs that are not
+    on disk are no error: see `Source.missing`.
     """
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"no dataset {dataset!r}; {hint}there are {', '.join(DATASETS)}")
-    own = DATASETS[dataset].Options
-    known = {item.name for item in fields(own)} if own else set()
-    if foreign := [name for name in options if name not in known]:
-        having = [
-            name
-            for name, each in DATASETS.items()
-            if each.Options and foreign[0] in {f.name for f in fields(each.Options)}
-        ]
-        hint = f"; it is one of --dataset {', '.join(having)}" if having else ""
-        raise DataError(f"dataset {dataset!r} has no option {foreign[0]!r}{hint}")
-    if root is None and images is None:
+        raise DataError(f"unknown dataset {dataset!r}; {hint}known datasets: {', '.join(DATASETS)}")
+    for name in options:
+        if name not in _option_names(dataset):
+            others = [other for other in DATASETS if name in _option_names(other)]
+            hint = f"; it is an option of --dataset {', '.join(others)}" if others else ""
+            raise DataError(f"dataset {dataset!r} has no option {name!r}{hint}")
+    files, folders = as_list(annotations), as_list(images)
+    if root is None and not folders:
         raise DataError(
-            f"{dataset} needs a root: pass --root, the folder of the photographs and their captions"
+            f"{dataset} needs a root: pass the folder of the photographs and captions to --root"
         )
     try:
-        for place, flag in ((root, "--root"), (images, "--images")):
+        for place, flag in ((root, "--root"), *((folder, "--images") for folder in folders)):
             if place is not None and not Path(place).is_dir():
-                raise DataError(f"{place} is not a folder; {flag} names the folder of {dataset}")
-        if annotations is not None and not Path(annotations).exists():
-            raise DataError(
-                f"{annotations} does not exist; --annotations names the captions of {dataset}"
-            )
-        places = [None if place is None else Path(place) for place in (root, annotations, images)]
-        return DATASETS[dataset].read(dataset, *places, **options)
+                raise DataError(f"{place} is not a folder; {flag} must be a folder of {dataset}")
+        for file in files:
+            if not file.exists():
+                raise DataError(
+                    f"{file} does not exist; --annotations must be the annotations of {dataset}"
+                )
+        root = None if root is None else Path(root)
+        if DATASETS[dataset].several:
+            return DATASETS[dataset].read(dataset, root, files, folders, **options)
+        for paths, flag in ((files, "--annotations"), (folders, "--images")):
+            if len(paths) > 1:
+                raise DataError(f"{dataset} takes one {flag}; {len(paths)} are given")
+        one = [paths[0] if paths else None for paths in (files, folders)]
+        return DATASETS[dataset].read(dataset, root, *one, **options)
     except OSError as error:
         raise DataError(
             f"{dataset}: {error.filename or root or images}: {error.strerror or error}"
         ) from error
+
+
+def _option_names(dataset: str) -> set[str]:
+    options = DATASETS[dataset].Options
+    return {item.name for item in fields(options)} if options else set()
+
+
+def as_list(paths: Path | Sequence[Path] | None) -> list[Path]:
+    if paths is None:
+        return []
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]

@@ -1,19 +1,18 @@
-"""The embedded sample: drawn scenes with true captions, laid out on disk as COCO 2014 is.
+"""The embedded sample: drawn scenes with true captions, in the file layout of COCO 2014.
 
-A scene is two or three coloured shapes on a soft background; a caption names two of them, each with
-its size, colour and shape, and one relation between them. Scenes are known, so a caption can be
-judged (`is_true`), and nothing but looking gets one right. Scene i depends on (seed, i) alone: a
-larger sample begins with the smaller one's scenes.
+A scene is two or three coloured shapes on a smooth background. A caption names two shapes with
+their size, colour and form, and one relation between them. The content of each scene is known, so
+that `is_true` can verify a caption. Only a model that uses the image can generate true captions.
+Scene i depends only on (seed, i), so that a larger sample begins with the scenes of a smaller one.
 
     ROOT/train2014/COCO_train2014_%012d.jpg           Karpathy's train
     ROOT/val2014/COCO_val2014_%012d.jpg               Karpathy's restval, val and test, as in COCO
-    ROOT/annotations/captions_{train,val}2014.json    COCO's captions
-    ROOT/dataset_sample.json                          Karpathy's split file
-    ROOT/scenes.json                                  the truth: [{id, width, height, things:
-                                                      [{size, ...}]}]
-    ROOT/sample.json                                  the record: {format, count, seed}
+    ROOT/annotations/captions_{train,val}2014.json    captions in COCO's format
+    ROOT/dataset_sample.json                          split file in Karpathy's format
+    ROOT/scenes.json                                  [{id, width, height, things: [{size, ...}]}]
+    ROOT/sample.json                                  {format, count, seed}
 
-Lengths are pixels of the picture, x to the right and y down, from its upper left corner.
+Lengths are in pixels. x points right and y points down, from the upper left corner.
 """
 
 import io
@@ -34,14 +33,14 @@ from data import DataError
 
 FORMAT = 2
 WIDTH, HEIGHT = 256, 192
-# between two centres: wider than two large shapes, and than a cell of a 5x5 feature grid
-NEAREST = 0.28 * WIDTH
-TRUE_BY = 10  # pixels by which centres must differ for a relation to be true
-CLEAR = 1.3  # a caption's axis is that much longer than the other, so none is borderline
+# Minimum distance of two centres: more than two large shapes or a cell of a 5x5 feature grid.
+MIN_DISTANCE = 0.28 * WIDTH
+MIN_OFFSET = 10  # a relation is true if the centres differ by at least this many pixels
+CLEAR_RATIO = 1.3  # minimum ratio of the two axes in a caption, so that no relation is ambiguous
 
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 RADII = {"small": (14.0, 17.0), "large": (25.0, 30.0)}
-COLOURS = {  # RGB; a drawn colour lies within SHADE of it in each channel
+COLOURS = {  # RGB; a drawn colour differs by at most SHADE in each channel
     "red": (214, 32, 38),
     "orange": (244, 134, 22),
     "yellow": (246, 218, 40),
@@ -54,16 +53,14 @@ SHADE = 12
 
 
 def _spokes(count: int, outer: float, inner: float | None = None) -> np.ndarray:
-    """Corners [N,2] of a regular polygon, or of a star with an `inner` radius, the first corner
-    pointing up.
-    """
+    """Corners [N,2] of a regular polygon, or of a star if `inner` is given. The first points up."""
     radii = np.tile([outer, inner], count) if inner else np.full(count, outer)
     angles = np.arange(len(radii)) * 2 * np.pi / len(radii) - np.pi / 2
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def _cross(long: float, thin: float) -> np.ndarray:
-    """Corners [12,2] of an upright cross: arms `long` from the centre, 2 `thin` wide."""
+    """Corners [12,2] of an upright cross whose arms have length `long` and width 2 * `thin`."""
     arm = np.array([(-thin, -thin), (-thin, -long), (thin, -long)])
     turns = [
         np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]])
@@ -72,7 +69,8 @@ def _cross(long: float, thin: float) -> np.ndarray:
     return np.concatenate([arm @ turn for turn in turns])
 
 
-# corners for radius 1, none further out than REACH; areas are alike, so that size is not shape
+# Corners for radius 1, within the distance REACH. All areas are similar, so that size and shape are
+# independent.
 SHAPES = {
     "circle": _spokes(48, 1.0),
     "square": np.array([(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]),
@@ -81,7 +79,7 @@ SHAPES = {
     "cross": _cross(1.08, 0.38),
 }
 REACH = 1.19
-TILT = 12.0  # degrees a shape may lean either way
+TILT = 12.0  # maximum rotation of a shape in degrees, in both directions
 
 RELATIONS = {
     "left": ("to the left of", "left of", "on the left of"),
@@ -89,16 +87,16 @@ RELATIONS = {
     "above": ("above", "higher than"),
     "below": ("below", "under", "lower than"),
 }
-_NOUN_PHRASES = (  # the commonest wording twice
+_NOUN_PHRASES = (  # the most frequent wording occurs twice
     "{size} {colour} {shape}",
     "{size} {colour} {shape}",
     "{colour} {size} {shape}",
     "{size} {shape} in {colour}",
     "{colour} {shape} of {size} size",
 )
-# {a} stands in {relation} to {b}. Drawn captions say where before what: within minutes a decoder
-# learns to name what stands somewhere, but not yet to say where a thing that it has named stands
-# (docs/log.md).
+# The relation of {a} to {b} is {relation}. Generated captions name the position before the object:
+# within minutes a decoder learns to name the object at a position, but not yet the position of an
+# object that it has named (docs/log.md).
 _SENTENCES = (
     "{relation} {b} is {a}",
     "{relation} {b}, there is {a}",
@@ -107,7 +105,7 @@ _SENTENCES = (
     "in this picture, {relation} {b} is {a}",
     "looking {relation} {b}, one sees {a}",
 )
-_UNDERSTOOD = (
+_PARSED_SENTENCES = (
     *_SENTENCES,
     "{a} is {relation} {b}",
     "{a} {relation} {b}",
@@ -117,7 +115,7 @@ _UNDERSTOOD = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: its words, and its centre and radius in pixels."""
+    """One shape: its attributes in words, and its centre and radius in pixels."""
 
     size: str
     colour: str
@@ -128,14 +126,13 @@ class Thing:
 
     @property
     def words(self) -> tuple[str, str, str]:
+        """Size, colour and shape."""
         return self.size, self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture of `width` x `height` pixels shows; no two things share size, colour and
-    shape.
-    """
+    """The content of a picture. No two things have the same size, colour and shape."""
 
     things: tuple[Thing, ...]
     width: int = WIDTH
@@ -143,7 +140,10 @@ class Scene:
 
 
 def scene_rng(seed: int, index: int) -> np.random.Generator:
-    """The one source of chance of scene `index` (from 0): make, draw, caption, in that order."""
+    """Return the random generator of scene `index` (from 0).
+
+    Use it for `make_scene`, `draw_scene` and `caption_scene`, in this order.
+    """
     return np.random.default_rng([seed, index])
 
 
@@ -151,12 +151,11 @@ def _pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.integers(len(options)))]
 
 
-# --- the scene and its picture
-# ------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- scene and picture
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """Two or three things, whole inside the picture, apart, each pair with a clear relation."""
+    """Draw two or three separate things inside the picture. Each pair has a clear relation."""
     while True:
         things = tuple(_make_thing(rng) for _ in range(_pick(rng, (2, 3))))
         if all(_apart(a, b) for a, b in combinations(things, 2)):
@@ -175,16 +174,14 @@ def _make_thing(rng: np.random.Generator) -> Thing:
 def _apart(a: Thing, b: Thing) -> bool:
     return (
         a.words != b.words
-        and np.hypot(a.x - b.x, a.y - b.y) >= NEAREST
-        and _clear_relation(a, b) is not None
+        and np.hypot(a.x - b.x, a.y - b.y) >= MIN_DISTANCE
+        and clear_relation(a, b) is not None
     )
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture, RGB: a gradient, the things antialiased in a shade of their colour, light noise
-    over all.
-    """
-    # a colour a corner, near grey
+    """Return the RGB picture: a gradient, antialiased things in shades of their colours, noise."""
+    # one colour per corner, close to grey
     tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3))
     picture = Image.fromarray(tones.astype(np.uint8)).resize(
         (scene.width, scene.height), Image.Resampling.BICUBIC
@@ -199,39 +196,36 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_thing(
-    picture: Image.Image, thing: Thing, shade: tuple[int, int, int], tilt: float, finer: int = 4
+    picture: Image.Image, thing: Thing, shade: tuple[int, int, int], tilt: float, scale: int = 4
 ) -> None:
-    """Draw on a mask `finer` times as fine, of the thing's own neighbourhood only, then shrink:
-    smooth edges.
-    """
+    """Draw a thing with smooth edges: on a mask of `scale` times the resolution, then reduced."""
     left, upper = int(thing.x - REACH * thing.radius) - 1, int(thing.y - REACH * thing.radius) - 1
     side = int(2 * REACH * thing.radius) + 4
     turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
     corners = (
         SHAPES[thing.shape] @ turn * thing.radius + (thing.x - left, thing.y - upper)
-    ) * finer
-    mask = Image.new("L", (side * finer, side * finer))
+    ) * scale
+    mask = Image.new("L", (side * scale, side * scale))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
-    picture.paste(shade, (left, upper), mask.reduce(finer))
+    picture.paste(shade, (left, upper), mask.reduce(scale))
 
 
 def encode_jpeg(picture: Image.Image) -> bytes:
-    """The file's bytes, as the sample stores them."""
+    """Return the bytes of the JPEG file that the sample contains."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-# --- captions and their truth
-# -------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- captions
 
 
 def caption_scene(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[str]:
-    """`n` different true captions, each of two things in either order."""
+    """Return `n` different true captions, each about two things in either order."""
     pairs = [
-        (a, b, _clear_relation(a, b))
+        (a, b, clear_relation(a, b))
         for a, b in permutations(scene.things, 2)
-        if _clear_relation(a, b)
+        if clear_relation(a, b)
     ]
     captions: dict[str, None] = {}
     while len(captions) < n:
@@ -251,21 +245,19 @@ def _phrase(thing: Thing, rng: np.random.Generator) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _clear_relation(a: Thing, b: Thing) -> str | None:
-    """Where a lies seen from b, along the longer axis; None if neither axis is clearly the
-    longer.
-    """
+def clear_relation(a: Thing, b: Thing) -> str | None:
+    """Return the relation of a to b along the longer axis; None if the axes are too similar."""
     dx, dy = a.x - b.x, a.y - b.y
-    if abs(dx) >= CLEAR * abs(dy):
+    if abs(dx) >= CLEAR_RATIO * abs(dy):
         return "left" if dx < 0 else "right"
-    if abs(dy) >= CLEAR * abs(dx):
+    if abs(dy) >= CLEAR_RATIO * abs(dx):
         return "above" if dy < 0 else "below"
     return None
 
 
-def _stands(a: Thing, relation: str, b: Thing) -> bool:
+def _holds(a: Thing, relation: str, b: Thing) -> bool:
     ahead = {"left": b.x - a.x, "right": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
-    return ahead[relation] >= TRUE_BY
+    return ahead[relation] >= MIN_OFFSET
 
 
 def _either(words: Iterable[str]) -> str:
@@ -277,48 +269,49 @@ _MEANING |= {colour: ("colour", colour) for colour in COLOURS} | {
     shape: ("shape", shape) for shape in SHAPES
 }
 _RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
-_THREE = " (?:and |in |of )?".join([_either(_MEANING)] * 3) + "(?: size)?"
+_ATTRIBUTES = " (?:and |in |of )?".join([_either(_MEANING)] * 3) + "(?: size)?"
+_GROUPS = {
+    "a": f"(?:a|an|the) (?P<a>{_ATTRIBUTES})",
+    "b": f"(?:a|an|the) (?P<b>{_ATTRIBUTES})",
+    "relation": f"(?P<relation>{_either(_RELATION_OF)})",
+}
 _GRAMMAR = [
-    re.compile(sentence.format(a=f"(?:a|an|the) (?P<a>{_THREE})", b=f"(?:a|an|the) (?P<b>{_THREE})",
-                               relation=f"(?P<relation>{_either(_RELATION_OF)})").replace(",", ""))
-    for sentence in _UNDERSTOOD
-]  # fmt: skip
+    re.compile(sentence.format(**_GROUPS).replace(",", "")) for sentence in _PARSED_SENTENCES
+]
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """Whether `caption` names two things of `scene`, each with size, colour and shape, and one
-    relation, all true.
+    """Return whether a caption is true of a scene.
 
-    Case and punctuation do not matter. Anything the sample's grammar does not say (an attribute
-    short or twice, a third thing, other words) is not true.
+    A true caption names two things of the scene, each with size, colour and shape, and a true
+    relation. Case and punctuation are ignored. A caption outside the sample's grammar is not true:
+    a missing or repeated attribute, a third thing, other words.
     """
     words = " ".join(re.findall(r"[a-z]+", caption.lower()))
     match = next(filter(None, (pattern.fullmatch(words) for pattern in _GRAMMAR)), None)
     if match is None:
         return False
-    a, b = _named(match["a"], scene), _named(match["b"], scene)
-    return a is not None and b is not None and _stands(a, _RELATION_OF[match["relation"]], b)
+    a, b = _find_thing(match["a"], scene), _find_thing(match["b"], scene)
+    return a is not None and b is not None and _holds(a, _RELATION_OF[match["relation"]], b)
 
 
-def _named(phrase: str, scene: Scene) -> Thing | None:
-    """The thing a noun phrase names: it must give size, colour and shape, once each, in any
-    order.
-    """
-    said = [_MEANING[word] for word in phrase.split() if word in _MEANING]
-    wanted = dict(said)
-    if len(wanted) < 3:  # the grammar lets three words through: fewer kinds, and one was said twice
+def _find_thing(phrase: str, scene: Scene) -> Thing | None:
+    """Return the thing of a noun phrase; None unless it names size, colour and shape once each."""
+    attributes = [_MEANING[word] for word in phrase.split() if word in _MEANING]
+    by_kind = dict(attributes)
+    if len(by_kind) < 3:  # the grammar accepts three words, also if one attribute is repeated
         return None
-    words = (wanted["size"], wanted["colour"], wanted["shape"])
+    words = (by_kind["size"], by_kind["colour"], by_kind["shape"])
     return next((thing for thing in scene.things if thing.words == words), None)
 
 
-# --- on disk
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- files
 
 
 def draw_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
-    """Write a sample of `count` scenes to `root`, which must not exist; it appears whole or not at
-    all.
+    """Write a sample of `count` scenes to `root`, atomically.
+
+    Raises DataError if `root` is not empty, or if `count` is not in 10..100,000.
     """
     if not 10 <= count <= 100_000:
         raise DataError(f"a sample has 10 to 100,000 scenes, not {count:,}")
@@ -334,29 +327,32 @@ def draw_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
 
 
 def ensure_sample(root: Path, count: int = 2500, seed: int = 0) -> None:
-    """Draw the sample unless `root` already holds it; anything else there is an error."""
+    """Draw the sample unless `root` already contains it.
+
+    Raises DataError if `root` contains anything else.
+    """
     root = Path(root)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         draw_sample(root, count, seed)
         return
-    wanted = {"format": FORMAT, "count": count, "seed": seed}
+    expected = {"format": FORMAT, "count": count, "seed": seed}
     try:
-        found = json.loads((root / "sample.json").read_text())
-        there = ", ".join(f"{name} {found[name]}" for name in wanted)
+        record = json.loads((root / "sample.json").read_text())
+        actual_values = ", ".join(f"{name} {record[name]}" for name in expected)
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{root} exists and is not a drawn sample; pass another folder for the sample"
         ) from None
-    if any(found[name] != value for name, value in wanted.items()):
-        asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
+    if any(record[name] != value for name, value in expected.items()):
+        expected_values = ", ".join(f"{name} {value}" for name, value in expected.items())
         raise DataError(
-            f"{root} holds a sample of {there}, not of {asked}; pass another folder, or remove "
-            "this one"
+            f"{root} contains a sample of {actual_values}, not of {expected_values}; pass another "
+            "folder, or remove this one"
         )
 
 
 def load_scenes(root: Path) -> dict[int, Scene]:
-    """The truth of a drawn sample, by image id."""
+    """Return the scenes of a drawn sample by image id. Raises DataError if there is no sample."""
     path = Path(root) / "scenes.json"
     try:
         records = json.loads(path.read_text())
@@ -371,7 +367,7 @@ def load_scenes(root: Path) -> dict[int, Scene]:
 
 
 def _split_of(index: int) -> str:
-    """Karpathy's split of scene `index`: of every 40, 31 train, 1 restval, 4 val, 4 test."""
+    """Karpathy's split of scene `index`: of 40 scenes 31 train, 1 restval, 4 val and 4 test."""
     return {8: "val", 9: "test"}.get(index % 10, "restval" if index % 40 == 7 else "train")
 
 
@@ -395,16 +391,16 @@ def _write_sample(root: Path, count: int, seed: int) -> None:
         karpathy.append(_karpathy_image(index, folder, name, split, captions))
         truth.append({"id": index + 1, **asdict(scene)})
     for folder, part in coco.items():
-        about: dict[str, Any] = {
+        info: dict[str, Any] = {
             "description": f"Onceover's drawn scenes, {count} from seed {seed}",
             "url": "",
             "version": "1.0",
         }
-        about |= {"year": 2014, "contributor": "Onceover", "date_created": "2014/01/01"}
+        info |= {"year": 2014, "contributor": "Onceover", "date_created": "2014/01/01"}
         licenses = [{"id": 1, "name": "No known copyright restrictions", "url": ""}]
         _write_json(
             root / f"annotations/captions_{folder}.json",
-            {"info": about, "licenses": licenses, **part},
+            {"info": info, "licenses": licenses, **part},
         )
     _write_json(root / "dataset_sample.json", {"images": karpathy, "dataset": "sample"})
     _write_json(root / "scenes.json", truth)
@@ -435,7 +431,7 @@ def _add_coco(part: dict, index: int, name: str, scene: Scene, captions: list[st
 
 
 def _karpathy_image(index: int, folder: str, name: str, split: str, captions: list[str]) -> dict:
-    ids = _sentence_ids(index, captions)  # those of COCO's annotations, as Karpathy has them
+    ids = _sentence_ids(index, captions)  # the ids of the COCO annotations, as in Karpathy's files
     sentences = [
         {"raw": raw, "tokens": re.findall(r"\w+", raw.lower()), "imgid": index, "sentid": sentence}
         for sentence, raw in zip(ids, captions, strict=True)

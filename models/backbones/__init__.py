@@ -1,1 +1,1 @@
-"""Frozen backbones: uint8 photographs in, regions out."""
+"""Frozen backbones that map uint8 photographs to regions."""

@@ -1,4 +1,4 @@
-"""The interface of backbones. Extraction, caches and captioning use nothing else."""
+"""The interface of backbones, used by extraction, caches and captioning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from models.regions import Regions
 class Backbone(nn.Module, ABC):
     """A frozen network that computes the regions of photographs.
 
-    name: the name in messages. from_hub: whether the hub has the weights; if not, caches store a
-    copy.
+    name: the name for messages.
+    from_hub: whether the identity is enough to download the weights again. If not, each cache keeps
+        a copy of the weights.
     """
 
     name: str
@@ -24,28 +25,31 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Largest number of regions R of an image, and number of channels C."""
+        """(R, C): the maximum number of regions per image, and the number of channels."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """A JSON record that must be equal for rows to be used together. `regions` is the name of
-        the kind in its registry.
+        """The properties that must be equal so that rows can be used together, as JSON values.
+
+        The entry `regions` is the name of the kind of regions in its registry.
         """
 
     @abstractmethod
     def framing(self) -> dict[str, Any]:
-        """How a photograph becomes the input: size (H, W), interpolation, resize, fill (RGB), as in
-        data.images.Framing.
+        """The preprocessing of photographs: size (H, W), interpolation, resize and fill (RGB).
+
+        These are the fields of data.images.Framing.
         """
 
     @abstractmethod
     def forward(self, pixels: Tensor, view_boxes: Tensor | None = None) -> Regions:
-        """Regions of photographs, features [B,R,C] float32.
+        """Compute the regions of images; the features are [B,R,C] float32.
 
-        pixels: [B,3,H,W] uint8 RGB of the framing's size. view_boxes: [B,4] the part of the
-        photograph that the pixels show; None: the whole photograph.
+        pixels: [B,3,H,W] uint8, RGB, with the size of `framing`.
+        view_boxes: [B,4], the part of the photograph that each image shows, x0 y0 x1 y1; None: the
+            whole photograph.
         """
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The weights, of which a cache stores a copy."""
+        """The weights that are copied into caches."""
         return self.state_dict()

@@ -1,26 +1,25 @@
-"""Error messages about backbone names and weights."""
+"""Error messages about unknown names and unavailable weights."""
 
 from __future__ import annotations
 
 import difflib
 
 
-def nearest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
+def suggest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
+    """Suggest the known names that are closest to `name`, as the end of an error message."""
+    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
+    if matches:
+        return f"; did you mean {' or '.join(prefix + match for match in matches)}?"
     library = prefix.rstrip("/") + ".models" if prefix else "timm"
-    return (
-        f"; did you mean {' or '.join(prefix + each for each in near)}?"
-        if near
-        else f"; {library}.list_models() lists them"
-    )
+    return f"; {library}.list_models() lists all names"
 
 
-def no_hub(name: str, error: Exception) -> str:
+def hub_error(name: str, error: Exception) -> str:
+    """Describe a failed download of pretrained weights, and the alternatives."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return (
         f"the pretrained weights of {name} could not be fetched from the hub "
-        f"({type(error).__name__}: {reason}); "
-        "to go on without it: weights from a pip package, weights from a file (a state dict, "
-        ".safetensors or .pth, fetched elsewhere), a folder that "
-        "holds the hub's cache in HF_HOME, or random weights to try the path"
+        f"({type(error).__name__}: {reason}); without the hub, use weights from a pip package, "
+        "weights from a file (a state dict, .safetensors or .pth), a copy of the hub's cache in "
+        "the folder HF_HOME, or random weights for a test"
     )

@@ -1,4 +1,4 @@
-"""Create backbones by name."""
+"""The registry of grid backbones, by name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ def create_backbone(
 ) -> GridBackbone:
     """Build a backbone by name.
 
-    arguments: those of timm's `create_model`. pretrained: fetch the hub's weights; else random
-    weights from `seed`. size: (H, W) of the input; None: that of the weights. grid: pool the
-    feature map to (h, w) cells; None: no pooling. resize: one of data.images.RESIZES.
+    name: a model of timm, or `torchvision/NAME`.
+    arguments: arguments of the library's model constructor.
+    pretrained: download the pretrained weights. Otherwise the weights are random.
+    seed: seed of the random weights.
+    size: (H, W) of the input; None: the size that belongs to the weights.
+    grid: (h, w), pool the feature map to this size; None: no pooling.
+    resize: how a photograph is resized, one of data.images.RESIZES.
 
-    Raises ModelError for an unknown name (with the nearest one), for an argument that the model
-    does not accept, and for an unreachable hub.
+    Raises ModelError for an unknown name, for arguments that the model does not accept, and if the
+    weights cannot be downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,17 +50,14 @@ def create_backbone(
 
 
 def shapes_of_network(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of a backbone's weights, without allocating them; None if the network cannot
-    be built that way.
+    """Names and shapes of the weights of a backbone, without memory for the weights.
+
+    Returns None if the backbone cannot be built on torch's meta device.
     """
     build = torchvision.build_network if name.startswith("torchvision/") else timm.build_network
     try:
         with torch.device("meta"):
             network, _, _ = build(name, dict(arguments), False)
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ModelError,
-    ):  # some networks compute while they are built
+    except (RuntimeError, NotImplementedError, ModelError):  # some constructors compute values
         return None
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}

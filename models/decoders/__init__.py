@@ -1,1 +1,1 @@
-"""Decoders: regions and words in, scores of the next word out."""
+"""Decoders: they read regions and words, and predict the next word."""

@@ -1,14 +1,14 @@
-"""Multi-head attention, and the three layouts that it runs over.
+"""Multi-head attention, and the three data layouts that it supports.
 
-Linear layers run on rows, one a token, without padding. Attention runs on padded sequences. A
-`Layout` converts between both and says which token sees which:
+Linear layers run on rows without padding, one row per token. Attention runs on padded sequences. A
+`Layout` converts between rows and sequences, and holds the attention mask:
 
-    Layout    regions of images: rows are sequences already
+    Layout    regions of images; the rows are already padded sequences
     Packed    whole texts, for training and scoring
     KVCache   texts that grow token by token, for generation
 
-B images, K texts an image, T tokens, P prompt tokens, R regions, N rows, Q queries, S keys, D model
-width, H heads, d = D/H.
+Letters in shapes: B images, K texts per image, T tokens, P prompt tokens, R regions, N rows,
+Q queries, S keys, D model width, H heads, d = D/H.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 
 class Layout:
-    """Rows that are padded sequences already, as regions [B,R,D] are.
+    """The layout of rows that are already padded sequences, such as regions [B,R,D].
 
-    `mask` broadcasts to [B,H,Q,S] and is added to the attention scores: 0 where a query sees a key,
-    -inf where not; None: each query sees all keys.
+    mask: broadcasts to [B,H,Q,S] and is added to the attention scores. It is 0 where the query
+        attends to the key and -inf elsewhere. None: each query attends to all keys.
     """
 
     mask: Tensor | None
@@ -31,56 +31,61 @@ class Layout:
         self.mask = mask
 
     def pad(self, rows: Tensor) -> Tensor:
-        """Rows to sequences [B,Q,D]."""
+        """Convert rows to padded sequences [B,Q,D]."""
         return rows
 
     def unpad(self, sequences: Tensor) -> Tensor:
-        """Sequences [B,Q,D] to rows."""
+        """Convert padded sequences [B,Q,D] to rows."""
         return sequences
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take keys and values [B,H,Q,d] of a decoder layer's tokens; return those that its queries
-        see, [B,H,S,d].
+        """Store the keys and values [B,H,Q,d] of new tokens of a decoder layer.
+
+        Returns all keys and values [B,H,S,d] that the queries of this layer attend to.
         """
         return keys, values
 
 
 class Packed(Layout):
-    """Whole texts without their padding: one row a token; the texts of an image share one sequence
-    of Q places.
+    """The layout of whole texts: one row per token, without padding inside the texts.
 
-    A token sees the tokens before it in its own text and itself; all tokens of a text see its
-    prompt (prefix language model, Raffel et al. 2020).
+    All texts of an image share one padded sequence of Q slots. A token attends to itself and to
+    the preceding tokens of the same text. All tokens of a text attend to its whole prompt (prefix
+    language model, Raffel et al. 2020).
 
     words [N] int64: the tokens, text after text.
-    positions [N] int64: where each stands in its text.
+    positions [N] int64: the position of each token in its text.
     replaceable [N] bool: words that noise may replace; False for the prompt and the first token
         after it.
-    place [N] int64: the row's place among the B*Q places of the padded sequences.
-    image [N] int64: the row's image.
-    count: rows that are tokens. Rows after `count` are padding: N and Q are multiples of ROWS and
-        PLACES, since a CPU's library compiles and keeps a program for each new shape of product.
+    slot [N] int64: the index of each row among the B*Q slots of the padded sequences.
+    image [N] int64: the image of each row.
+    count: the number of rows that are tokens. Rows after `count` are padding.
+
+    N is a multiple of ROWS and Q is a multiple of SLOTS, because a CPU's matrix library compiles
+    and caches a kernel for each new shape.
     """
 
-    ROWS, PLACES = 64, 8
+    ROWS, SLOTS = 64, 8
 
     def __init__(
         self, tokens: Tensor, is_token: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> None:
-        """tokens [B,K,T] int64; is_token [B,K,T] bool, False for padding (None: no padding);
-        prompt_lengths [B,K] int64.
+        """
+        tokens: [B,K,T] int64.
+        is_token: [B,K,T] bool, False for padding; None: no padding.
+        prompt_lengths: [B,K] int64, tokens of each prompt; None: no prompts.
         """
         images = tokens.shape[0]
         is_token = torch.ones_like(tokens, dtype=torch.bool) if is_token is None else is_token
         self.image, text, self.positions = is_token.nonzero(as_tuple=True)
         self.words = tokens[is_token]
-        per_image = is_token.sum((1, 2))
-        longest, self.count = int(per_image.max()), len(self.words)
+        tokens_per_image = is_token.sum((1, 2))
+        longest, self.count = int(tokens_per_image.max()), len(self.words)
         self.full = self.count == images * longest
-        self.shape = images, longest if self.full else _round_up(longest, self.PLACES)
-        first_row = per_image.cumsum(0) - per_image
+        self.shape = images, longest if self.full else _round_up(longest, self.SLOTS)
+        first_row = tokens_per_image.cumsum(0) - tokens_per_image
         rows = torch.arange(self.count, device=tokens.device)
-        self.place = self.image * self.shape[1] + rows - first_row[self.image]
+        self.slot = self.image * self.shape[1] + rows - first_row[self.image]
         prompt = (
             torch.zeros_like(self.words)
             if prompt_lengths is None
@@ -88,46 +93,46 @@ class Packed(Layout):
         )
         self.replaceable = self.positions > prompt
 
-        def padded(values: Tensor) -> Tensor:
-            return (
-                values.new_full((images * self.shape[1],), -1)
-                .index_copy(0, self.place, values)
-                .view(self.shape)
-            )
+        def pad_with_minus_one(values: Tensor) -> Tensor:
+            padded = values.new_full((images * self.shape[1],), -1)
+            return padded.index_copy(0, self.slot, values).view(self.shape)
 
-        own_text, position = padded(text), padded(self.positions)
-        sees = position[:, :, None] >= position[:, None, :]
+        text_id, position = pad_with_minus_one(text), pad_with_minus_one(self.positions)
+        visible = position[:, :, None] >= position[:, None, :]
         if prompt_lengths is not None:
-            sees |= (position < padded(prompt))[:, None, :]
-        # padding sees padding: no row of -inf, so no NaN
-        sees &= own_text[:, :, None] == own_text[:, None, :]
-        super().__init__(additive(sees)[:, None])
+            visible |= (position < pad_with_minus_one(prompt))[:, None, :]
+        # Padding attends to padding: a mask row of -inf alone would give NaN.
+        visible &= text_id[:, :, None] == text_id[:, None, :]
+        super().__init__(additive_mask(visible)[:, None])
         if not self.full:
             self._add_padding_rows()
 
     def _add_padding_rows(self) -> None:
-        """Fill up to a multiple of ROWS with rows of token 0, in free places."""
-        free = torch.ones(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.place.device)
-        spare = free.index_fill_(0, self.place, False).nonzero()[: -self.count % self.ROWS, 0]
-        self.place = torch.cat([self.place, spare])
+        """Add rows of token 0 in free slots, until the number of rows is a multiple of ROWS."""
+        slots = self.shape[0] * self.shape[1]
+        is_free = torch.ones(slots, dtype=torch.bool, device=self.slot.device)
+        is_free[self.slot] = False
+        free_slots = is_free.nonzero()[: -self.count % self.ROWS, 0]
+        self.slot = torch.cat([self.slot, free_slots])
         self.words, self.positions, self.replaceable, self.image = (
-            F.pad(part, (0, len(spare)))
-            for part in (self.words, self.positions, self.replaceable, self.image)
+            F.pad(values, (0, len(free_slots)))
+            for values in (self.words, self.positions, self.replaceable, self.image)
         )
 
     def to(self, device: torch.device) -> Packed:
-        for name in ("words", "positions", "replaceable", "image", "place", "mask"):
+        """Move all tensors to a device, in place."""
+        for name in ("words", "positions", "replaceable", "image", "slot", "mask"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
 
     def pad(self, rows: Tensor) -> Tensor:
         if not self.full:
-            rows = _Pad.apply(rows, self.place, self.shape[0] * self.shape[1])
+            rows = _Pad.apply(rows, self.slot, self.shape[0] * self.shape[1])
         return rows.unflatten(0, self.shape)
 
     def unpad(self, sequences: Tensor) -> Tensor:
         flat = sequences.flatten(0, 1)
-        return flat if self.full else _Unpad.apply(flat, self.place)
+        return flat if self.full else _Unpad.apply(flat, self.slot)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -135,16 +140,16 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class _Pad(torch.autograd.Function):
-    """Rows [N,D] to places [Q,D], zeros elsewhere.
+    """Scatter rows [N,D] to slots [B*Q,D], zeros elsewhere.
 
-    No place comes twice, so the gradient of each direction is the other direction. torch's own
-    gradient of a gather cannot know that and adds row by row.
+    Each slot holds at most one row, so the gradient of `_Pad` is `_Unpad`, and vice versa. torch's
+    gradient of a gather allows repeated indices, so it adds row by row and is slower.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, place: Tensor, places: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return rows.new_zeros(places, rows.shape[1]).index_copy_(0, place, rows)
+    def forward(ctx, rows: Tensor, slot: Tensor, slots: int) -> Tensor:
+        ctx.save_for_backward(slot)
+        return rows.new_zeros(slots, rows.shape[1]).index_copy_(0, slot, rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
@@ -152,32 +157,31 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Places [Q,D] to rows [N,D]."""
+    """Gather rows [N,D] from slots [B*Q,D]."""
 
     @staticmethod
-    def forward(ctx, flat: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.places = flat.shape[0]
-        return flat.index_select(0, place)
+    def forward(ctx, flat: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.slots = flat.shape[0]
+        return flat.index_select(0, slot)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        zeros = gradient.new_zeros(ctx.places, gradient.shape[1])
+        zeros = gradient.new_zeros(ctx.slots, gradient.shape[1])
         return zeros.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
 class KVCache(Layout):
-    """Texts that grow: keys and values [B,H,S*K,d] of every decoder layer, preallocated for S
-    tokens a text.
+    """The layout of growing texts, with cached keys and values [B,H,S*K,d] of each decoder layer.
 
-    Beam search lets texts go on from one another. Keys never move for that: token s that text k
-    wrote lies in slot s*K + k for good, and beam_idx[b,k,s] is the text that wrote token s of text
-    k's history. A reorder copies these numbers only; the mask lets each query see the slots of its
-    own history.
+    The cache is preallocated for S tokens per text. In beam search, a text may continue the history
+    of another text. The cached keys do not move: the key of token s of text k stays in slot
+    s*K + k. beam_idx[b,k,s] is the text that wrote token s in the history of text k. A reorder
+    copies only `beam_idx`. The mask lets each query attend to the slots of its own history.
 
-    length: tokens a text so far. start: the first of the tokens that are being read now.
-    padding [B] int64: prompts are padded on the left, so that all end at the same token; None: no
-        padding.
+    length: number of tokens per text so far.
+    start: index of the first token of the current call.
+    padding [B] int64: number of padding tokens on the left of each prompt; None: no padding.
     """
 
     def __init__(
@@ -189,14 +193,18 @@ class KVCache(Layout):
         prompts: Tensor | None = None,
         pad: int = 0,
     ) -> None:
-        """like [B,H,R,d]: keys of the same images, heads, depth, dtype and device; prompts [B,P]
-        int64, padded with `pad`.
+        """
+        layers: number of decoder layers.
+        texts: K, texts per image.
+        capacity: maximum number of tokens per text, after the prompt.
+        like: [B,H,R,d] keys that set the number of images and heads, d, the dtype and the device.
+        prompts: [B,P] int64, padded on the left with `pad`; None: no prompts.
         """
         super().__init__()
-        images, heads, _, depth = like.shape
+        images, heads, _, head_width = like.shape
         self.prompt_length = 0 if prompts is None else prompts.shape[1]
         capacity += self.prompt_length
-        shape = images, heads, capacity * texts, depth
+        shape = images, heads, capacity * texts, head_width
         self.keys = [like.new_empty(shape) for _ in range(layers)]
         self.values = [like.new_empty(shape) for _ in range(layers)]
         self.texts = torch.arange(texts, device=like.device)
@@ -209,45 +217,46 @@ class KVCache(Layout):
         return len(self.beam_idx)
 
     def begin(self, texts: int, tokens: int) -> None:
-        """Make room for `tokens` new tokens of each of `texts` texts.
+        """Reserve `tokens` new tokens in each of `texts` texts, and compute the mask.
 
-        texts is K, or in the first call 1: a beginning that all K texts share. Only there may
-        tokens be above 1 (the prompt and the first token after it).
+        The first call may have texts = 1, for a beginning that all K texts share. Only the first
+        call may have tokens > 1: the prompt and the first token after it. In all later calls texts
+        is K and tokens is 1.
         """
         self.start, self.length = self.length, self.length + tokens
         self.rows_per_image = texts * tokens
-        own = self.texts[:texts]
-        self.beam_idx[:, :, self.start : self.length] = own[:, None]
+        text_ids = self.texts[:texts]
+        self.beam_idx[:, :, self.start : self.length] = text_ids[:, None]
         if texts == 1 and tokens == 1 and self.padding is None:
             self.mask = None
             return
-        sees = self.beam_idx[:, :texts, None, : self.length, None] == own  # [B,K,1,S,K]
+        visible = self.beam_idx[:, :texts, None, : self.length, None] == text_ids  # [B,K,1,S,K]
         if tokens > 1 or self.padding is not None:
-            sees = sees & self._visible_tokens()[:, None, :, :, None]
-        self.mask = additive(sees, self.keys[0].dtype if self.keys else torch.float32)
-        self.mask = self.mask.view(self.images, 1, texts * tokens, self.length * texts)
+            visible = visible & self._visible_tokens()[:, None, :, :, None]
+        mask = additive_mask(visible, self.keys[0].dtype if self.keys else torch.float32)
+        self.mask = mask.view(self.images, 1, texts * tokens, self.length * texts)
 
     def _visible_tokens(self) -> Tensor:
-        """Which tokens of its own history each new token sees: [B or 1, T, S] bool."""
+        """The tokens of the history that each new token attends to: [B or 1, T, S] bool."""
         key = torch.arange(self.length, device=self.texts.device)
         query = key[self.start :, None]
-        sees = ((key <= query) | (key < self.prompt_length))[None]
-        if self.padding is not None:  # padding sees itself: no row of -inf, so no NaN
-            sees = sees & (key >= self.padding[:, None, None]) | (key == query)
-        return sees
+        visible = ((key <= query) | (key < self.prompt_length))[None]
+        if self.padding is not None:
+            # Padding attends to itself: a mask row of -inf alone would give NaN.
+            visible = visible & (key >= self.padding[:, None, None]) | (key == query)
+        return visible
 
     def positions(self, texts: int) -> Tensor:
-        """Where each new token stands in its text: [B*K*T] int64."""
-        new = torch.arange(self.start, self.length, device=self.texts.device).expand(
-            self.images, texts, -1
-        )
+        """The position of each new token in its text: [B*K*T] int64."""
+        positions = torch.arange(self.start, self.length, device=self.texts.device)
+        positions = positions.expand(self.images, texts, -1)
         if self.padding is not None:
-            new = (new - self.padding[:, None, None]).clamp(min=0)
-        return new.flatten()
+            positions = (positions - self.padding[:, None, None]).clamp(min=0)
+        return positions.flatten()
 
     @property
     def image(self) -> Tensor:
-        """The image of each row: [B*K*T] int64 for the K texts and T tokens of the last `begin`."""
+        """The image of each row: [B*K*T] int64, for the texts and tokens of the last `begin`."""
         return torch.arange(self.images, device=self.texts.device).repeat_interleave(
             self.rows_per_image
         )
@@ -261,78 +270,84 @@ class KVCache(Layout):
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         all_texts = len(self.texts)
         texts = keys.shape[2] // (self.length - self.start)
-        for store, part in ((self.keys[layer], keys), (self.values[layer], values)):
-            new = store.unflatten(2, (-1, all_texts))[:, :, self.start : self.length]
-            new[:, :, :, :texts] = part.unflatten(2, (texts, -1)).transpose(2, 3)
-            new[:, :, :, texts:] = 0  # never seen, but 0 times whatever memory held must be 0
+        for store, new_values in ((self.keys[layer], keys), (self.values[layer], values)):
+            slots = store.unflatten(2, (-1, all_texts))[:, :, self.start : self.length]
+            slots[:, :, :, :texts] = new_values.unflatten(2, (texts, -1)).transpose(2, 3)
+            # The mask hides these slots. They must still be finite: 0 * NaN would be NaN.
+            slots[:, :, :, texts:] = 0
         if texts < all_texts:
             return keys, values
         end = self.length * all_texts
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """Let each text continue another text of the same image: beam_idx [B,K] int64."""
+        """Reorder the texts of each image: text k continues the history of text beam_idx[b,k].
+
+        beam_idx: [B,K] int64, indices of texts of the same image.
+        """
         self.beam_idx = self.beam_idx.gather(1, beam_idx[:, :, None].expand_as(self.beam_idx))
 
     def regroup(self, image: Tensor, text: Tensor) -> None:
-        """Lay out other texts: text k of the new image b continues `text[b,k]` of `image[b,k]`,
-        both [b,K] int64.
+        """Replace all texts: the new text (b, k) continues the old text (image[b,k], text[b,k]).
+
+        image, text: [b,K] int64. All entries of one row of `image` are equal.
         """
         texts, tokens = len(self.texts), torch.arange(self.length, device=self.texts.device)
         slots = tokens * texts + self.beam_idx[image, text, : self.length]  # [b,K,S]
         self.texts = self.texts[: image.shape[1]]
         for stores in (self.keys, self.values):
-            stores[:] = [self._moved(store, image, slots, texts) for store in stores]
+            stores[:] = [self._copy_slots(store, image, slots, texts) for store in stores]
         if self.padding is not None:
             self.padding = self.padding[image[:, 0]]
         capacity = self.beam_idx.shape[2]
         self.beam_idx = self.texts[None, :, None].repeat(len(image), 1, capacity)
 
-    def _moved(self, store: Tensor, image: Tensor, slots: Tensor, texts_before: int) -> Tensor:
-        capacity = store.shape[2] // texts_before
-        moved = store.new_empty(
-            len(image), store.shape[1], capacity * image.shape[1], store.shape[3]
-        )
-        rows = store.transpose(1, 2)[image[:, :, None], slots]  # [b,K,S,H,d]
-        moved[:, :, : self.length * image.shape[1]] = rows.permute(0, 3, 2, 1, 4).flatten(2, 3)
-        return moved
+    def _copy_slots(self, store: Tensor, image: Tensor, slots: Tensor, old_texts: int) -> Tensor:
+        """Copy the slots [b,K,S] of images [b,K] to a new store with K texts per image."""
+        texts, capacity = image.shape[1], store.shape[2] // old_texts
+        new_store = store.new_empty(len(image), store.shape[1], capacity * texts, store.shape[3])
+        history = store.transpose(1, 2)[image[:, :, None], slots]  # [b,K,S,H,d]
+        new_store[:, :, : self.length * texts] = history.permute(0, 3, 2, 1, 4).flatten(2, 3)
+        return new_store
 
     def keep(self, images: Tensor) -> None:
-        """Keep only the images [b] int64, in this order. Used when finished images leave the batch.
+        """Keep only `images` [b] int64, in this order.
 
-        Images that keep their place are not copied.
+        An image that keeps its index is not copied. To copy few images, fill the free indices with
+        images from the end of the batch.
         """
         filled = self.length * len(self.texts)
         for stores in (self.keys, self.values):
-            stores[:] = [move(store, images, filled) for store in stores]
+            stores[:] = [move_to_front(store, images, filled) for store in stores]
         self.beam_idx = self.beam_idx[images]
         if self.padding is not None:
             self.padding = self.padding[images]
 
 
-def move(store: Tensor, images: Tensor, filled: int) -> Tensor:
-    """Move keys or values [B,H,S,d] of `images` [b] to the front, the first `filled` of S; returns
-    a view [b,H,S,d].
+def move_to_front(store: Tensor, images: Tensor, filled: int) -> Tensor:
+    """Move the keys or values of `images` [b] to the front of `store` [B,H,S,d], in place.
+
+    Only the first `filled` of the S slots are copied. Returns a view [b,H,S,d].
     """
-    to = (images != torch.arange(len(images), device=images.device)).nonzero()[:, 0]
-    store[to, :, :filled] = store[images[to], :, :filled]
+    moved = (images != torch.arange(len(images), device=images.device)).nonzero()[:, 0]
+    store[moved, :, :filled] = store[images[moved], :, :filled]
     return store[: len(images)]
 
 
-def additive(sees: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A mask to add to attention scores: 0 where `sees`, -inf elsewhere."""
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
-        ~sees, float("-inf")
-    )
+def additive_mask(visible: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A mask to add to attention scores: 0 where `visible`, -inf elsewhere."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf"))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v for q [B,H,Q,d], k and v [B,H,S,d], mask broadcasting to
-    [B,H,Q,S]; S may be 0.
+    """Scaled dot-product attention: softmax(q k^T / sqrt(d) + mask) v.
 
-    On a CPU, plain products replace the fused kernel. For the short sequences of captions and
-    regions they are two to three times as fast (0.7 against 1.8 ms for the beams of 100 images over
-    49 regions), and four to five times in the backward pass.
+    q: [B,H,Q,d]. k, v: [B,H,S,d]; S may be 0. mask: broadcasts to [B,H,Q,S]. Returns [B,H,Q,d].
+
+    On a CPU this uses plain matrix products instead of the fused kernel. For the short sequences of
+    captions and regions, they are two to three times as fast (0.7 against 1.8 ms for the beams of
+    100 images over 49 regions), and four to five times as fast in the backward pass.
     """
     if q.device.type != "cpu" and k.shape[2]:
         return F.scaled_dot_product_attention(
@@ -345,7 +360,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; one product computes queries, keys and values."""
+    """Self-attention; one matrix product computes queries, keys and values."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -354,7 +369,10 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: Layout, layer: int = 0) -> Tensor:
-        """Rows x [...,D] to rows [...,D]; `layer` is which of a KVCache's stores to extend."""
+        """Map rows x [...,D] to rows [...,D].
+
+        layer: index of the decoder layer, to select its keys and values in a KVCache.
+        """
         q, k, v = (
             layout.pad(self.qkv(x))
             .unflatten(2, (3, self.heads, -1))
@@ -366,9 +384,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of texts to the regions of their image. Keys and values are computed
-    once per image.
-    """
+    """Attention from texts to the regions of their image."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -378,7 +394,10 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [B,H,R,d] and contiguous, of encoded regions [B,R,D]."""
+        """Compute keys and values, each [B,H,R,d], of encoded regions [B,R,D].
+
+        They are computed once per image, and made contiguous for the products of all later steps.
+        """
         return (
             self.key_value(memory)
             .unflatten(2, (2, self.heads, -1))
@@ -390,10 +409,11 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, layout: Layout, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Rows x [N,D] to rows [N,D]; keys, values [B,H,R,d]; mask [B,1,1,R], -inf for padded
-        regions.
+        """Map rows x [N,D] to rows [N,D].
 
-        All texts of an image are queries of one product, so keys and values are never repeated.
+        keys, values: [B,H,R,d]. mask: [B,1,1,R], -inf for padded regions; None: no padding.
+
+        All texts of an image form one sequence of queries, so keys and values are not repeated.
         """
         q = layout.pad(self.query(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         out = attend(q, keys, values, mask)

@@ -1,8 +1,10 @@
-"""What every decoder offers. Losses, generation, ensembles and checkpoints use nothing else.
+"""The interface of decoders, used by losses, generation, ensembles and checkpoints.
 
-A decoder is one file: a `DecoderConfig` with its sizes, a `Decoder` with five methods, and one line
-in models/decoders/registry.py. B images, R regions, C channels, K texts an image, T tokens, N rows
-(tokens without padding), V words, D width of the states.
+A decoder is one file. It defines a `DecoderConfig` with the sizes and a `Decoder` with five
+methods. One line in models/decoders/registry.py registers it.
+
+Letters in shapes: B images, R regions per image, C channels, K texts per image, T tokens, N rows
+(tokens without padding), V words in the vocabulary, D width of the hidden states.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from models import ModelError
 from models.decoders.attention import KVCache, Packed
 from models.regions import Regions
 
-MOST_LAYERS, MOST = 1000, 2**31 - 1  # far above any real size; still safe for index arithmetic
+MAX_LAYERS = 1000  # far above the depth of any decoder that trains
+MAX_SIZE = 2**31 - 1  # largest size that 32-bit index arithmetic supports
 
-# some rows, their words [n,M]: scores [n,M] float32
-ExactScores = Callable[[slice, Tensor], Tensor]
+# (rows: a slice of n rows, words [n,M] int64) -> float32 logits [n,M] of these words
+ExactLogits = Callable[[slice, Tensor], Tensor]
 
 
 class Memory(Protocol):
@@ -39,38 +42,42 @@ class Memory(Protocol):
     def device(self) -> torch.device: ...
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors, of fixed shapes for one batch size."""
+        """All tensors of the memory. Their shapes depend only on the batch."""
         ...
 
     def keep(self, images: Tensor, in_place: bool = False) -> Memory:
-        """These images, [b] int64 (an image may come several times); in_place: this memory is not
-        used any more.
+        """Select `images` [b] int64; an index may occur several times.
+
+        in_place: the result may reuse the storage of this memory. The caller must not use this
+            memory afterwards.
         """
         ...
 
 
-OwnMemory = Any  # the Memory that the decoder's own `encode` returned
+OwnMemory = Any  # the Memory type that the same decoder's `encode` returns
 
 
 class DecodingCache(Protocol):
-    """The state of growing texts, K per image."""
+    """The state of incremental decoding, for K growing texts per image."""
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """beam_idx [B,K] int64: which text of the same image each text continues."""
+        """Reorder the texts of each image: text k continues the history of text beam_idx[b,k].
+
+        beam_idx: [B,K] int64, indices of texts of the same image.
+        """
 
     def keep(self, images: Tensor) -> None:
-        """Keep only these images, [b] int64, in this order."""
+        """Keep only `images` [b] int64, in this order."""
 
     def regroup(self, image: Tensor, text: Tensor) -> None:
-        """Lay out other texts: text k of the new image b continues `text[b,k]` of `image[b,k]`,
-        both [b,K] int64.
+        """Replace all texts: the new text (b, k) continues the old text (image[b,k], text[b,k]).
+
+        image, text: [b,K] int64. All entries of one row of `image` are equal.
         """
 
 
-def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any:
-    """A field of a decoder's config: a whole number within bounds, which is also a command-line
-    option.
-    """
+def size(default: int, help: str, at_least: int = 1, at_most: int = MAX_SIZE) -> Any:
+    """Declare an integer field of a config, with bounds. It becomes a command-line option."""
     return dataclasses.field(
         default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most}
     )
@@ -78,19 +85,27 @@ def size(default: int, help: str, at_least: int = 1, at_most: int = MOST) -> Any
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of a decoder. `words` V and `channels` C follow from the vocabulary and the cache.
+    """The sizes of a decoder.
 
-    max_length: largest number of words of a generated text. max_prompt: largest number of tokens of
-    a prompt. Raises ModelError for a value outside its bounds.
+    words: V, the size of the vocabulary.
+    channels: C, the number of feature channels in the cache.
+    max_length: maximum number of words in a generated text.
+    max_prompt: maximum number of tokens in a prompt.
+
+    Raises ModelError if a value is out of bounds.
     """
 
     words: int
     channels: int
-    max_length: int = size(20, "largest number of words of a text")
-    max_prompt: int = size(0, "largest number of tokens of a prompt", at_least=0)
+    max_length: int = size(20, "maximum number of words in a text")
+    max_prompt: int = size(0, "maximum number of tokens in a prompt", at_least=0)
+    # the number of answers of the classifier; keyword-only, so that positional sizes stay valid
+    classes: int = dataclasses.field(
+        default=0, kw_only=True, metadata={"at_least": 0, "at_most": MAX_SIZE}
+    )
 
     def __post_init__(self) -> None:
-        bounds = {"words": (1, MOST), "channels": (1, MOST)}
+        bounds = {"words": (1, MAX_SIZE), "channels": (1, MAX_SIZE)}
         for item in dataclasses.fields(self):
             low, high = bounds.get(
                 item.name, (item.metadata.get("at_least"), item.metadata.get("at_most"))
@@ -102,108 +117,118 @@ class DecoderConfig:
                 raise ModelError(f"{item.name} is {value}, it must be at most {high}")
 
     def __str__(self) -> str:
-        """The sizes as training prints them."""
-        own = [
-            item.name
-            for item in dataclasses.fields(self)
-            if item.name not in {"words", "channels", "max_length", "max_prompt"}
-        ]
-        return (
-            ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in own)
-            or "no sizes of its own"
-        )
+        """The sizes that this decoder adds, for the log of a training run."""
+        common_names = {"words", "channels", "max_length", "max_prompt", "classes"}
+        names = [item.name for item in dataclasses.fields(self) if item.name not in common_names]
+        sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names)
+        return sizes or "no sizes of its own"
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecoderConfig:
-        """The config recorded in a checkpoint's config.json; ModelError if it does not fit.
+        """Read the config from the `model` record of a checkpoint's config.json.
 
-        Fields that were added later have their defaults.
+        A field that is missing in an older record gets its default.
+        Raises ModelError if the names or the types of the record do not fit.
         """
         known = {item.name: item for item in dataclasses.fields(cls)}
         required = {name for name, item in known.items() if item.default is dataclasses.MISSING}
-        if wrong := sorted({*required} - {*record}) + sorted({*record} - {*known}):
-            raise ModelError(f"its sizes are not those of {cls.__name__}: {', '.join(wrong)}")
+        missing, unknown = sorted({*required} - {*record}), sorted({*record} - {*known})
+        if missing or unknown:
+            problems = ", ".join(missing + unknown)
+            raise ModelError(f"the sizes of {cls.__name__} differ; missing or unknown: {problems}")
         for name, value in record.items():
-            number = (int, float) if isinstance(known[name].default, float) else (int,)
-            if type(value) not in number or not math.isfinite(value):
-                raise ModelError(f"{name} is {value!r}, not a number of its kind")
+            types = (int, float) if isinstance(known[name].default, float) else (int,)
+            if type(value) not in types or not math.isfinite(value):
+                kind = "a number" if float in types else "an integer"
+                raise ModelError(f"{name} is {value!r}, it must be {kind}")
         return cls(**record)
 
 
 class Decoder(nn.Module, ABC):
-    """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
+    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
 
-    A subclass has `config` and five methods: encode, states, output_layer, init_cache, and its
-        __init__(config).
+    A subclass sets `config` and implements five methods: __init__(config), encode, states,
+    output_layer and init_cache.
     """
 
     Config: type[DecoderConfig] = DecoderConfig
-    Options: type | None = (
-        None  # a frozen dataclass of the decoder's own options, whose fields Config has too
-    )
+    # A frozen dataclass of the options that this decoder adds. Config has the same fields.
+    Options: type | None = None
     config: DecoderConfig
+    # scores of the classes, from the state after a prompt; only if the config has classes
+    head: nn.Linear
 
     @abstractmethod
     def encode(self, regions: Regions) -> Memory:
         """Encode each image once.
 
-        Regions after `counts` are padding; R, or an image's count, may be 0.
+        Regions after `regions.counts` are padding. R and the count of an image may be 0.
         """
 
     @abstractmethod
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: OwnMemory
     ) -> Tensor:
-        """The states [N,D] from which the output layer scores the word after each of `words` [N],
-        at `positions` [N] of their texts.
+        """Compute the final hidden states [N,D], the input of the output layer.
 
-        layout.image [N] is each row's image; attention uses the layout.
+        words: [N] int64, one token per row.
+        positions: [N] int64, the position of each token in its text.
+        layout: arranges the rows for attention; layout.image [N] is the image of each row.
         """
 
     @abstractmethod
     def output_layer(self) -> tuple[Tensor, Tensor]:
-        """Weight [V,D] and bias [V]: logits are states @ weight.T + bias."""
+        """Return weight [V,D] and bias [V]: logits = states @ weight.T + bias."""
 
     @abstractmethod
     def init_cache(self, memory: OwnMemory, texts: int, prompts: Tensor | None = None) -> KVCache:
-        """An empty cache for `texts` texts per image. prompts: [B,P] int64, padded on the left with
-        0.
+        """Create an empty cache for `texts` texts per image.
+
+        prompts: [B,P] int64, padded on the left with 0; None: no prompts.
         """
 
-    # ---- from these
+    # ---- methods that use the five above
 
     def logits(self, states: Tensor) -> Tensor:
-        """Scores of the next word: states [...,D] to [...,V]."""
+        """Apply the output layer: states [...,D] to logits [...,V] of the next word."""
         return F.linear(states, *self.output_layer())
 
     def decode(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
-        """Score the next word after each of `tokens` [B,K,T]; returns logits [B,K,T,V].
+        """Compute logits [B,K,T,V] of the word after each of `tokens` [B,K,T] int64.
 
-        With a `cache`, `tokens` are the new ones only: first [B,1,P+1], prompts and the token that
-        begins the texts (K is 1: all texts of an image share it), then one of each text, [B,K,1].
+        With a `cache`, pass only the new tokens. The first call reads [B,1,P+1]: the prompts and
+        the token that begins the texts, which all K texts of an image share. Each later call reads
+        one new token per text, [B,K,1].
         """
-        return self.logits(self.read(tokens, memory, cache))
+        return self.logits(self.decode_states(tokens, memory, cache))
 
     def next_words(
         self, tokens: Tensor, memory: Memory, cache: KVCache
-    ) -> tuple[Tensor, ExactScores | None]:
-        """Scores [B*K,V] of the word after `tokens` [B,K,T], as `decode` with a cache.
+    ) -> tuple[Tensor, ExactLogits | None]:
+        """Compute logits [B*K,V] of the word after `tokens` [B,K,T]; arguments as in `decode`.
 
-        The second value is None if the scores are exact. If they were rounded by a bf16 product, it
-        is a function that computes float32 scores of given words.
+        The second result is None if the logits have full precision. If a bf16 product rounded them,
+        it is a function that computes the float32 logits of selected words.
         """
-        states = self.read(tokens, memory, cache)[:, :, -1].flatten(0, 1)
-        scores = self.logits(states)
+        states = self.decode_states(tokens, memory, cache)[:, :, -1].flatten(0, 1)
+        logits = self.logits(states)
 
-        def exact(rows: slice, words: Tensor) -> Tensor:
+        def exact_logits(rows: slice, words: Tensor) -> Tensor:
             weight, bias = self.output_layer()
             dots = (F.embedding(words, weight) * states[rows, None]).sum(2)
             return dots + F.embedding(words, bias[:, None])[:, :, 0]
 
-        return scores, None if scores.dtype == states.dtype else exact
+        return logits, None if logits.dtype == states.dtype else exact_logits
 
-    def read(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
-        """As `decode`, up to the output layer: states [B,K,T,D]."""
+    def class_logits(self, tokens: Tensor, memory: Memory, cache: KVCache) -> Tensor:
+        """Scores [B,classes] of the answers to prompts.
+
+        tokens: [B,1,P+1], prompts padded on the left and then <bos>; cache: of the same prompts.
+        """
+        return self.head(self.decode_states(tokens, memory, cache)[:, 0, -1])
+
+    def decode_states(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+        """Compute the hidden states [B,K,T,D] of `decode`, without the output layer."""
         if cache is None:
             text = Packed(tokens)
             states = self.states(text.words, text.positions, text, memory)[: text.count]
@@ -213,34 +238,33 @@ class Decoder(nn.Module, ABC):
         return states.view(*tokens.shape, -1)
 
     def forward(self, regions: Regions | Memory, text: Packed, sampled: float = 0.0) -> Tensor:
-        """States [N,D] of whole texts: encode, then decode up to the output layer. Training calls
-        this.
+        """Compute the hidden states [N,D] of whole texts. Training uses this method.
 
         Rows after `text.count` are padding.
-        regions: as they are, or encoded.
-        sampled: the share of words that are replaced by the decoder's own guess from the words
-            before (scheduled sampling in two passes, the first without a gradient: Mihaylova and
-            Martins 2019).
+
+        regions: regions, or images that are already encoded.
+        sampled: probability that an input word is replaced by the decoder's own prediction from
+            the preceding words. This is scheduled sampling in two passes (Mihaylova and Martins
+            2019); the first pass has no gradient.
         """
         memory = self.encode(regions) if isinstance(regions, Regions) else regions
         words = text.words
         if sampled:
             with torch.no_grad():
-                guessed = (
-                    self.logits(self.states(words, text.positions, text, memory)).argmax(1).roll(1)
-                )
+                logits = self.logits(self.states(words, text.positions, text, memory))
+            # The rows of a text are contiguous, so row n-1 predicts the word of row n.
+            predictions = logits.argmax(1).roll(1)
             replaced = text.replaceable & (torch.rand(words.shape, device=words.device) < sampled)
-            # a text's rows follow one another, so roll(1) is the guess for each
-            words = torch.where(replaced, guessed, words)
+            words = torch.where(replaced, predictions, words)
         return self.states(words, text.positions, text, memory)
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode (no dropout) inside the block."""
-    training = module.training
+    """Set a module to eval mode (no dropout) inside the context, then restore its mode."""
+    was_training = module.training
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        module.train(was_training)

@@ -1,7 +1,9 @@
-"""A Transformer that encodes an image's regions once and decodes its texts over them.
+"""A Transformer that encodes the regions of an image once and decodes all its texts.
 
-Pre-norm layers (Xiong et al. 2020) of Vaswani et al. 2017. B images, R regions, C channels, K texts
-an image, T tokens, N rows, V words, D model width, H heads, d = D/H.
+The layers are those of Vaswani et al. 2017, with layer normalisation first (Xiong et al. 2020).
+
+Letters in shapes: B images, R regions, C channels, K texts per image, T tokens, N rows, V words,
+D model width, H heads, d = D/H.
 """
 
 from __future__ import annotations
@@ -21,33 +23,32 @@ from models.decoders.attention import (
     Layout,
     Packed,
     SelfAttention,
-    additive,
-    move,
+    additive_mask,
+    move_to_front,
 )
 from models.decoders.dropout import Dropout
-from models.decoders.interface import MOST_LAYERS, Decoder, DecoderConfig, size
+from models.decoders.interface import MAX_LAYERS, Decoder, DecoderConfig, size
 from models.regions import Regions
 
-BOX_FREQUENCIES = (
-    4  # pi/2 to 4 pi a coordinate: cells of a grid of up to about 16 a side stay apart
-)
+# Frequencies pi/2 to 4 pi per coordinate. They separate the cells of grids up to about 16 x 16.
+BOX_FREQUENCIES = 4
 
 
 @dataclass(frozen=True)
 class TransformerOptions:
-    """Options of the Transformer: its sizes."""
+    """The command-line options of the Transformer."""
 
     width: int = size(512, "model width D")
     heads: int = size(8, "attention heads")
-    encoder_layers: int = size(3, "encoder layers (regions)", at_least=0, at_most=MOST_LAYERS)
-    decoder_layers: int = size(3, "decoder layers (words)", at_most=MOST_LAYERS)
+    encoder_layers: int = size(3, "encoder layers (regions)", at_least=0, at_most=MAX_LAYERS)
+    decoder_layers: int = size(3, "decoder layers (words)", at_most=MAX_LAYERS)
     feedforward: int = size(2048, "inner width of the feed-forward layers")
     dropout: float = field(default=0.1, metadata={"help": "dropout", "at_least": 0, "below": 1})
 
 
 @dataclass(frozen=True)
 class TransformerConfig(TransformerOptions, DecoderConfig):
-    """The sizes of a Transformer decoder."""
+    """The sizes of a Transformer decoder. Raises ModelError if they do not fit together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +65,10 @@ class TransformerConfig(TransformerOptions, DecoderConfig):
 
 
 class TransformerMemory(NamedTuple):
-    """An encoded batch of images: keys and values [B,H,R,d] for each decoder layer; mask [B,1,1,R]
-    to add, or None.
+    """An encoded batch of images.
+
+    keys, values: one tensor [B,H,R,d] for each decoder layer.
+    mask: [B,1,1,R], added to the attention scores: -inf for padding; None: no padding.
     """
 
     keys: tuple[Tensor, ...]
@@ -81,24 +84,25 @@ class TransformerMemory(NamedTuple):
         return self.keys[0].device
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (
-            (*self.keys, *self.values)
-            if self.mask is None
-            else (*self.keys, *self.values, self.mask)
-        )
+        mask = () if self.mask is None else (self.mask,)
+        return *self.keys, *self.values, *mask
 
     def keep(self, images: Tensor, in_place: bool = False) -> TransformerMemory:
-        """These images, [b] int64; in_place: moved to the front of this memory, which is not used
-        any more.
+        """Select `images` [b] int64; an index may occur several times.
+
+        in_place: move the images to the front of this memory's storage. The caller must not use
+            this memory afterwards.
         """
         mask = None if self.mask is None else self.mask[images]
         regions = self.keys[0].shape[2]
-        take = (
-            (lambda part: move(part, images, regions))
-            if in_place
-            else (lambda part: part.index_select(0, images))
-        )
-        return TransformerMemory(tuple(map(take, self.keys)), tuple(map(take, self.values)), mask)
+
+        def select(part: Tensor) -> Tensor:
+            if in_place:
+                return move_to_front(part, images, regions)
+            return part.index_select(0, images)
+
+        keys, values = tuple(map(select, self.keys)), tuple(map(select, self.values))
+        return TransformerMemory(keys, values, mask)
 
 
 class FeedForward(nn.Sequential):
@@ -115,7 +119,7 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """x [B,R,D] to [B,R,D]."""
+        """Map x [B,R,D] to [B,R,D]."""
         x = x + self.dropout(self.attention(self.norms[0](x), layout))
         return x + self.dropout(self.feedforward(self.norms[1](x)))
 
@@ -130,30 +134,28 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, layout: Layout, memory: TransformerMemory, layer: int) -> Tensor:
-        """Rows x [N,D] to [N,D]."""
+        """Map rows x [N,D] to [N,D]."""
+        keys, values = memory.keys[layer], memory.values[layer]
         x = x + self.dropout(self.attention(self.norms[0](x), layout, layer))
-        x = x + self.dropout(
-            self.cross(
-                self.norms[1](x), layout, memory.keys[layer], memory.values[layer], memory.mask
-            )
-        )
+        x = x + self.dropout(self.cross(self.norms[1](x), layout, keys, values, memory.mask))
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
 
 def fourier_features(boxes: Tensor) -> Tensor:
-    """Coordinates [...,n] in -1..1 as sines and cosines of growing frequency (Tancik et al.
+    """Fourier features of coordinates: their sines and cosines at several frequencies.
 
-    2020), [...,2*n*BOX_FREQUENCIES].
+    boxes: [...,n] coordinates in 0..1. Returns [...,2*n*BOX_FREQUENCIES].
+    Reference: Tancik et al. 2020.
     """
-    angles = boxes[..., None] * (
-        math.pi / 2 * 2.0 ** torch.arange(BOX_FREQUENCIES, device=boxes.device)
-    )
+    frequencies = math.pi / 2 * 2.0 ** torch.arange(BOX_FREQUENCIES, device=boxes.device)
+    angles = boxes[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 class Transformer(Decoder):
-    """Regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]; the output layer shares the word
-    embedding's matrix.
+    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
+
+    The output layer and the word embedding share one matrix.
     """
 
     Config, Options = TransformerConfig, TransformerOptions
@@ -181,38 +183,35 @@ class Transformer(Decoder):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # as large as the normed content beside it
+        # Scale the box features like the layer-normalised states that they are added to.
         nn.init.normal_(self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5)
+        # Scale down the output weights of all residual branches, as GPT-2 does.
+        outputs = ("attention.out.weight", "cross.out.weight", "feedforward.2.weight")
         for layers, sublayers in ((self.encoder, 2), (self.decoder, 3)):
-            for (
-                name,
-                weight,
-                # what is added to the stream begins small (GPT-2's rule)
-            ) in layers.named_parameters():
-                if name.endswith(
-                    ("attention.out.weight", "cross.out.weight", "feedforward.2.weight")
-                ):
+            for name, weight in layers.named_parameters():
+                if name.endswith(outputs):
                     weight.data.mul_((sublayers * len(layers)) ** -0.5)
 
     def encode(self, regions: Regions) -> TransformerMemory:
         features, boxes, counts = regions
-        is_region = (torch.arange(features.shape[1], device=features.device) < counts[:, None])[
-            :, None, None, :
-        ]
-        on_cpu = features.device.type == "cpu"  # a GPU is not asked: the host would wait for it
-        no_padding = on_cpu and bool(is_region.all())
-        some_empty = not no_padding and not (on_cpu and bool((counts > 0).all()))
-        if some_empty:  # an image without regions sees its padding, whose values are set to 0 below
-            is_region = is_region | (counts == 0)[:, None, None, None]
-        layout = Layout(None if no_padding else additive(is_region))
-        places = fourier_features(boxes)
-        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(places))
+        indices = torch.arange(features.shape[1], device=features.device)
+        visible = (indices < counts[:, None])[:, None, None, :]
+        # Only a CPU checks the counts: on a GPU the host would have to wait for the result.
+        on_cpu = features.device.type == "cpu"
+        no_padding = on_cpu and bool(visible.all())
+        may_be_empty = not no_padding and not (on_cpu and bool((counts > 0).all()))
+        if may_be_empty:
+            # An image without regions attends to its padding, whose values are set to 0 below.
+            visible = visible | (counts == 0)[:, None, None, None]
+        layout = Layout(None if no_padding else additive_mask(visible))
+        box_features = fourier_features(boxes)
+        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_features))
         for layer in self.encoder:
             x = layer(x, layout)
-        x = self.memory_norm(x) + self.memory_box(places)
+        x = self.memory_norm(x) + self.memory_box(box_features)
         layers = cast(Iterable[DecoderLayer], self.decoder)
         keys, values = zip(*(layer.cross.project(x) for layer in layers), strict=True)
-        if some_empty:
+        if may_be_empty:
             has_regions = (counts > 0)[:, None, None, None]
             values = tuple(value * has_regions for value in values)
         return TransformerMemory(keys, values, layout.mask)

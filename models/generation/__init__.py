@@ -1,1 +1,1 @@
-"""Captions from a decoder: beam search, sampling, constraints, ensembles."""
+"""Text generation with a decoder: beam search, sampling, constraints and ensembles."""

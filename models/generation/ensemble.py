@@ -1,7 +1,7 @@
-"""Several decoders as one: the mean of their probabilities for each next word.
+"""An ensemble of decoders: the mean of their probabilities of each next word.
 
-It has what generation asks of a decoder: encode, init_cache, decode, next_words. All read the same
-    regions and share a vocabulary.
+All decoders read the same regions and share one vocabulary. The ensemble has the methods of a
+decoder that generation needs: encode, init_cache, decode and next_words.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from models.decoders.attention import KVCache
-from models.decoders.interface import Decoder, ExactScores, Memory
+from models.decoders.interface import Decoder, ExactLogits, Memory
 from models.regions import Regions
 
 
 class Memories(tuple[Memory, ...]):
-    """The encoding of the same images by each decoder."""
+    """The memories of the same images, one per decoder."""
 
     @property
     def images(self) -> int:
@@ -39,7 +39,7 @@ class Memories(tuple[Memory, ...]):
 
 
 class Caches(tuple[KVCache, ...]):
-    """The decoding cache of each decoder."""
+    """The decoding caches of the same texts, one per decoder."""
 
     def reorder(self, beam_idx: Tensor) -> None:
         for cache in self:
@@ -55,66 +55,69 @@ class Caches(tuple[KVCache, ...]):
 
 
 class Ensemble(nn.Module):
-    """The mean of several decoders' probabilities. Texts are as long as all decoders allow."""
+    """Predicts the mean of the probabilities of several decoders.
+
+    Its maximum lengths of texts and prompts are the smallest of the decoders.
+    """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
-        configs = [one.config for one in decoders]
+        configs = [decoder.config for decoder in decoders]
         lengths = {
             name: min(getattr(config, name) for config in configs)
             for name in ("max_length", "max_prompt")
         }
         self.config = replace(configs[0], **lengths)
 
-    def _each(self) -> Iterable[Decoder]:
+    def _members(self) -> Iterable[Decoder]:
         return cast(Iterable[Decoder], self.decoders)
 
     def encode(self, regions: Regions) -> Memories:
-        return Memories(one.encode(regions) for one in self._each())
+        return Memories(decoder.encode(regions) for decoder in self._members())
 
     def init_cache(self, memory: Memories, texts: int, prompts: Tensor | None = None) -> Caches:
         return Caches(
-            one.init_cache(part, texts, prompts)
-            for one, part in zip(self._each(), memory, strict=True)
+            decoder.init_cache(part, texts, prompts)
+            for decoder, part in zip(self._members(), memory, strict=True)
         )
 
     def decode(self, tokens: Tensor, memory: Memories, cache: Caches | None = None) -> Tensor:
-        """Log of the mean probability of each next word, float32 [B,K,T,V]; arguments as
-        Decoder.decode's.
+        """Compute the log of the mean probability of each next word, [B,K,T,V] float32.
+
+        Arguments as in Decoder.decode.
         """
         caches = cache or [None] * len(self.decoders)
-        found = zip(self._each(), memory, caches, strict=True)
-        return mean(
-            [
-                one.decode(tokens, part, own).log_softmax(-1, dtype=torch.float32)
-                for one, part, own in found
-            ]
-        )
+        members = zip(self._members(), memory, caches, strict=True)
+        log_p = [
+            decoder.decode(tokens, part, state).log_softmax(-1, dtype=torch.float32)
+            for decoder, part, state in members
+        ]
+        return log_mean(log_p)
 
     def next_words(
         self, tokens: Tensor, memory: Memories, cache: Caches
-    ) -> tuple[Tensor, ExactScores | None]:
-        """As Decoder.next_words, for the log of the mean probabilities."""
+    ) -> tuple[Tensor, ExactLogits | None]:
+        """As Decoder.next_words; the logits are logs of the mean probabilities."""
         outputs = [
-            one.next_words(tokens, part, own)
-            for one, part, own in zip(self._each(), memory, cache, strict=True)
+            decoder.next_words(tokens, part, state)
+            for decoder, part, state in zip(self._members(), memory, cache, strict=True)
         ]
-        log_p = [scores.log_softmax(-1, dtype=torch.float32) for scores, _ in outputs]
+        all_log_p = [logits.log_softmax(-1, dtype=torch.float32) for logits, _ in outputs]
 
-        def exact(rows: slice, words: Tensor) -> Tensor:
-            parts = []
-            for own, (scores, exactly) in zip(log_p, outputs, strict=True):
-                chosen = own[rows].gather(1, words)
-                if exactly is not None:
-                    chosen = chosen - scores[rows].gather(1, words) + exactly(rows, words)
-                parts.append(chosen)
-            return mean(parts)
+        def exact_logits(rows: slice, words: Tensor) -> Tensor:
+            selected = []
+            for log_p, (logits, exact) in zip(all_log_p, outputs, strict=True):
+                values = log_p[rows].gather(1, words)
+                if exact is not None:
+                    values = values - logits[rows].gather(1, words) + exact(rows, words)
+                selected.append(values)
+            return log_mean(selected)
 
-        rounded = any(exactly is not None for _, exactly in outputs)
-        return mean(log_p), exact if rounded else None
+        rounded = any(exact is not None for _, exact in outputs)
+        return log_mean(all_log_p), exact_logits if rounded else None
 
 
-def mean(log_p: Sequence[Tensor]) -> Tensor:
-    """The log of the mean of probabilities."""
+def log_mean(log_p: Sequence[Tensor]) -> Tensor:
+    """The log of the mean of several probabilities, from their logs."""
     return functools.reduce(torch.logaddexp, log_p) - math.log(len(log_p))

@@ -1,4 +1,4 @@
-"""Generate texts by beam search or sampling."""
+"""Text generation with a decoder: beam search or sampling, according to `Generation` options."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ def generate(
     search: Callable[[Memory, Tensor | None], Captions] | None = None,
     prompts: Tensor | None = None,
 ) -> Captions:
-    """Texts for each image of `memory`, best first.
+    """Generate texts for each image of `memory`, best first.
 
-    prompts: [B,P] int64, padded on the left; None: no prompts. search: replaces beam_search
-    (models.generation.cuda_graph). Raises ModelError if no text satisfies the constraints.
+    generator: random generator for samples; None: torch's default generator.
+    search: replaces `beam_search`, with the same options (see models.generation.cuda_graph).
+    prompts: [B,P] int64, padded on the left; None: no prompts.
+
+    Raises ModelError if an image has no text that satisfies the constraints.
     """
     if options.do_sample:
-        found = sample(decoder, memory, options, generator, prompts=prompts)
+        captions = sample(decoder, memory, options, generator, prompts=prompts)
+    elif search:
+        captions = search(memory, prompts)
     else:
-        found = (
-            search(memory, prompts) if search else beam_search(decoder, memory, options, prompts)
-        )
-    if (found.scores == NEG_INF).all(1).any():
+        captions = beam_search(decoder, memory, options, prompts)
+    if (captions.scores == NEG_INF).all(1).any():
         raise ModelError(
-            "no caption was found that keeps all rules (bad_words_ids, force_words_ids, "
-            "no_repeat_ngram_size, min_length, "
-            "max_length); they leave none, or only with more num_beams"
+            "no caption satisfies all constraints (bad_words_ids, force_words_ids, "
+            "no_repeat_ngram_size, min_length, max_length); relax one of them, or increase "
+            "num_beams"
         )
-    return found
+    return captions
 
 
 def generate_from_regions(
@@ -52,11 +55,13 @@ def generate_from_regions(
     options: Generation | None = None,
     generator: torch.Generator | None = None,
     prompts: Tensor | None = None,
-    **names: Any,
+    **changes: Any,
 ) -> Captions:
-    """`generate` from regions, in eval mode. names: fields of Generation, named as in Hugging
-    Face's `generate`.
+    """Encode regions and generate texts, in eval mode. Arguments as in `generate`.
+
+    changes: fields of `Generation`, which replace those of `options`. The names are those of
+        Hugging Face's `generate`.
     """
     with evaluating(decoder), torch.inference_mode():
-        options = replace(options or Generation(), **names)
+        options = replace(options or Generation(), **changes)
         return generate(decoder, decoder.encode(regions), options, generator, prompts=prompts)

@@ -1,1 +1,1 @@
-"""Checkpoint folders, tensor files and the hub."""
+"""Checkpoint folders, safetensors files, and the Hugging Face hub."""

@@ -1,20 +1,21 @@
-"""What is kept of a run. Never pickle: safetensors and JSON.
+"""Checkpoint folders: the files of a training run, as safetensors and JSON, without pickle.
 
-A checkpoint folder captions photographs by itself, and is laid out as the Hugging Face hub has it:
+A checkpoint folder is enough to caption photographs. It has the layout of a repository on the
+Hugging Face hub:
 
-    model.safetensors      the captioner's weights (the best on dev; their moving average, where
-                           there is one)
-    config.json            model sizes, training settings, identity of the cache, decoding defaults,
-                           format number
-    vocab.json             the words (or pieces of words), by id
-    tokenizer.json         how words are cut into pieces, with --vocabulary bpe alone
-    frequencies.safetensors  in how many training images n-grams stand, for --consensus alone
-    backbone.safetensors   the backbone's weights, unless they are the hub's by name
-    last.safetensors       where training stands (weights, optimiser, average, place), for --resume;
-                           sharing leaves it out
+    model.safetensors        weights of the captioner: the best on dev, or their moving average
+    config.json              model sizes, training settings, identity of the cache, decoding
+                             defaults, format number
+    vocab.json               the words, or subwords, by id
+    tokenizer.json           the subword tokenizer; only with --vocabulary bpe
+    frequencies.safetensors  document frequencies of n-grams in the training set; only for
+                             --consensus
+    backbone.safetensors     weights of the backbone, unless the hub has them under its name
+    last.safetensors         the training state for --resume: weights, optimiser, moving average,
+                             progress; it is not shared
 
-A checkpoint may come from anybody: nothing in it is run, nothing in it names a path that is opened,
-and its sizes are believed only where its weights have them.
+Checkpoints are untrusted input. Loading runs no code from a checkpoint and opens no path that a
+checkpoint names. It allocates no memory for sizes that the weight file does not confirm.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
-from models import MOST_CAPTIONS, ModelError
+from models import MAX_CAPTIONS, ModelError
 from models.decoders.interface import Decoder
-from models.decoders.registry import DECODERS
-from pipeline.checkpoints.tensors import load_tensors, save_tensors, shapes_of
+from models.decoders.registry import DECODERS, create_decoder
+from pipeline.checkpoints.tensors import load_tensors, read_shapes, save_tensors
 from pipeline.cli import UserError
 from pipeline.terminal import say
 
@@ -45,11 +46,12 @@ SHARED = (
     "model.safetensors",
     "config.json",
     "vocab.json",
+    "answers.json",
     "tokenizer.json",
     "frequencies.safetensors",
     "backbone.safetensors",
 )
-LARGEST_JSON = 1 << 26
+MAX_JSON_BYTES = 1 << 26
 
 
 # --------------------------------------------------------------------------------------- captioners
@@ -57,8 +59,12 @@ LARGEST_JSON = 1 << 26
 
 @dataclass
 class Checkpoint:
-    """A decoder with everything that captioning needs: vocabulary, identity of the features,
-    decoding defaults.
+    """A captioner, and the data that it needs to caption photographs.
+
+    identity: identity of the features that the captioner was trained on.
+    decoding: default options of decoding. training: settings of the training run.
+    provenance: provenance of the cache. trained_on: description of the training set.
+    folder: the checkpoint folder, if there is one.
     """
 
     captioner: Decoder
@@ -69,26 +75,25 @@ class Checkpoint:
     provenance: dict[str, Any]
     trained_on: str = ""
     folder: Path | None = None
+    answers: tuple[str, ...] = ()  # the classes of the decoder's head, in order
 
     def describe(self) -> str:
-        found = self.identity
-        grid = "x".join(map(str, found["grid"])) if isinstance(found.get("grid"), list) else ""
+        """Describe the features in a few words, for messages."""
+        grid = self.identity.get("grid")
         parts = [
-            found.get("backbone"),
-            found["regions"],
-            grid,
-            f"({found['weights']})" if "weights" in found else "",
+            self.identity.get("backbone"),
+            self.identity["regions"],
+            "x".join(map(str, grid)) if isinstance(grid, list) else "",
+            f"({self.identity['weights']})" if "weights" in self.identity else "",
         ]
         return " ".join(str(part) for part in parts if part)
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write config.json, vocab.json and, for subwords, tokenizer.json: a checkpoint without its
-    weights.
-    """
+    """Write config.json, vocab.json and, for subwords, tokenizer.json: everything but weights."""
     config = {
         "format": FORMAT,
-        "decoder": name_of(checkpoint.captioner),
+        "decoder": decoder_name(checkpoint.captioner),
         "model": asdict(checkpoint.captioner.config),
         "features": checkpoint.identity,
         "provenance": checkpoint.provenance,
@@ -101,6 +106,10 @@ def save_description(folder: Path, checkpoint: Checkpoint) -> None:
     atomic_write_text(
         folder / "vocab.json", json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0)
     )
+    if checkpoint.answers:
+        atomic_write_text(
+            folder / "answers.json", json.dumps(checkpoint.answers, ensure_ascii=False, indent=0)
+        )
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
@@ -109,14 +118,14 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_record(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json; UserError for another format or an invalid record."""
+    """Read the config.json of a checkpoint. Raises UserError if its format or content is wrong."""
     config = _read_json(folder, "config.json", dict)
     path = folder / "config.json"
     if config.get("format") != FORMAT:
         newer = isinstance(config.get("format"), int) and config["format"] > FORMAT
-        mend = "; it was made by a newer version: update this one" if newer else ""
+        hint = "; a newer version of Onceover wrote it: update Onceover" if newer else ""
         raise UserError(
-            f"{path} has format {config.get('format')}, this version reads {FORMAT}{mend}"
+            f"{path} has format {config.get('format')}, this version reads {FORMAT}{hint}"
         )
     parts = {
         "model": dict,
@@ -129,106 +138,130 @@ def load_record(folder: Path) -> dict[str, Any]:
     wrong = [name for name, kind in parts.items() if not isinstance(config.get(name), kind)]
     if wrong:
         raise UserError(
-            f"{path} is not a checkpoint's record: {', '.join(wrong)} missing or not as it "
-            "should be"
+            f"{path} is not the config of a checkpoint: {', '.join(wrong)} missing or of a wrong "
+            "type"
         )
     _check_decoding(path, config["decoding"])
     if not isinstance(config["features"].get("regions"), str):
-        raise UserError(f"{path}: features: regions must be the name of their kind")
+        raise UserError(f"{path}: features: regions must be the name of a kind of regions")
     return config
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder strictly; UserError names what is missing, unknown or does not
-    fit.
+    """Load a checkpoint folder strictly.
+
+    Raises UserError if a file is missing or damaged, or if the files do not fit together.
     """
     config = load_record(folder)
     captioner = _load_decoder(folder, config.get("decoder", "transformer"), config["model"])
     if config["features"].get("channels", captioner.config.channels) != captioner.config.channels:
         raise UserError(
             f"{folder}/config.json: features and model have different numbers of channels; copy it "
-            f"again"
+            "again"
         )
     vocabulary = load_vocabulary(folder)
     if len(vocabulary) != captioner.config.words:
         raise UserError(
-            f"{folder}/vocab.json has {len(vocabulary)} words, config.json {captioner.config.words}"
+            f"{folder}/vocab.json has {len(vocabulary)} words, config.json says "
+            f"{captioner.config.words}; copy both again"
         )
-    rest = (
-        config["features"],
-        config["decoding"],
-        config["training"],
-        config["provenance"],
-        config["trained_on"],
+    return Checkpoint(
+        captioner.eval(),
+        vocabulary,
+        identity=config["features"],
+        decoding=config["decoding"],
+        training=config["training"],
+        provenance=config["provenance"],
+        trained_on=config["trained_on"],
+        folder=folder,
+        answers=load_answers(folder, captioner),
     )
-    return Checkpoint(captioner.eval(), vocabulary, *rest, folder)
 
 
-def refuse_other_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatures) -> None:
-    """Raise UserError if the cache has another identity than the checkpoint's. Other provenance is
-    one warning.
+def load_answers(folder: Path, decoder: Decoder) -> tuple[str, ...]:
+    """The answers of a decoder's classes. Raises UserError if they are missing or do not fit."""
+    if not decoder.config.classes:
+        return ()
+    answers = _read_json(folder, "answers.json", list)
+    if len(answers) != decoder.config.classes or not all(isinstance(a, str) for a in answers):
+        raise UserError(
+            f"{folder}/answers.json has {len(answers)} answers, config.json says "
+            f"{decoder.config.classes}; copy both again"
+        )
+    return tuple(answers)
+
+
+def check_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatures) -> None:
+    """Check that a cache has the features that a checkpoint was trained on.
+
+    Raises UserError if the identities differ. Prints a warning if only the provenances differ.
     """
-    if found := differences(checkpoint.identity, cache.identity):
+    if different := differences(checkpoint.identity, cache.identity):
         raise UserError(
             f"checkpoint {checkpoint.folder} was trained on {checkpoint.describe()}, "
-            f"{cache.path} holds other features "
-            f"({'; '.join(found)}); pass the --features it was trained on"
+            f"{cache.path} has other features ({'; '.join(different)}); pass the --features "
+            "it was trained on"
         )
-    # views are not read here
-    own, other = ({**record, "views": None} for record in (checkpoint.provenance, cache.provenance))
-    if found := differences(own, other):
-        say(f"warning: {cache.path} and the cache of the training differ in {'; '.join(found)}")
+    # The number of augmented views may differ: only training reads them.
+    trained, given = (
+        {**record, "views": None} for record in (checkpoint.provenance, cache.provenance)
+    )
+    if different := differences(trained, given):
+        say(
+            f"warning: {cache.path} differs from the cache of the training run in "
+            f"{'; '.join(different)}"
+        )
 
 
-def name_of(decoder: Decoder) -> str:
-    """The name in DECODERS of a decoder."""
+def decoder_name(decoder: Decoder) -> str:
+    """The name of a decoder in DECODERS."""
     return next(name for name, kind in DECODERS.items() if type(decoder) is kind)
 
 
 def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
-    """Create the decoder of `sizes` with its weights. Sizes that the file does not have are refused
-    before memory is allocated.
+    """Build the decoder of `sizes` and load its weights.
+
+    The sizes are compared with the header of the weight file before memory is allocated.
     """
     path, weights = folder / "config.json", folder / "model.safetensors"
     if name not in DECODERS:
         raise UserError(f"{path}: no decoder {name!r}; this version has {', '.join(DECODERS)}")
-    shapes, kind = shapes_of(weights), DECODERS[name]
+    shapes, decoder_class = read_shapes(weights), DECODERS[name]
     try:
-        config = kind.Config.from_record(sizes)
-        # a network of so many layers would take minutes to build
+        config = decoder_class.Config.from_record(sizes)
+        # Too many layers are an error here, because they would take minutes to build.
         for field, value in asdict(config).items():
             if field.endswith("layers") and value > len(shapes):
                 raise ModelError(
                     f"{field} is {value}, and model.safetensors has {len(shapes)} tensors"
                 )
         with torch.device("meta"):
-            captioner = kind(config)
+            captioner = create_decoder(name, config)
     except (ModelError, RuntimeError) as error:
-        raise UserError(f"{path} is not a checkpoint's record: model: {error}") from error
-    wanted = {name: tuple(value.shape) for name, value in captioner.state_dict().items()}
-    if wanted != shapes:
-        name = next(
-            iter({name for name in {*wanted, *shapes} if wanted.get(name) != shapes.get(name)})
-        )
-        found = f"{name} is {shapes.get(name, 'absent')} and should be {wanted.get(name, 'absent')}"
-        raise UserError(
-            f"{weights} does not fit its config.json: {found}; copy both again, or make them again"
-        )
+        raise UserError(f"{path} is not the config of a checkpoint: model: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in captioner.state_dict().items()}
+    for name in sorted({*expected, *shapes}):
+        shape, expected_shape = shapes.get(name, "missing"), expected.get(name, "missing")
+        if shape != expected_shape:
+            raise UserError(
+                f"{weights} does not fit its config.json: {name} is {shape} and should be "
+                f"{expected_shape}; copy both again, or train again"
+            )
     tensors, _ = load_tensors(weights)
-    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+    if not_finite := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise UserError(
-            f"{weights} holds numbers that are not finite, in {broken[0]}; copy it again, or "
-            "make it again"
+            f"{weights} has values that are not finite, in {not_finite[0]}; copy it again, or "
+            "train again"
         )
     captioner.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return captioner
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """A checkpoint's vocabulary of words or subwords."""
+    """Load the words or subwords of a checkpoint."""
     words = _read_json(folder, "vocab.json", list)
     if not all(isinstance(word, str) for word in words):
-        raise UserError(f"{folder}/vocab.json has an entry that is not a word")
+        raise UserError(f"{folder}/vocab.json has an entry that is not a string; copy it again")
     segment = segment_of(load_record(folder)["training"])
     if (folder / "tokenizer.json").exists():
         return Subwords(words, json.dumps(_read_json(folder, "tokenizer.json", dict)), segment)
@@ -236,85 +269,80 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def segment_of(training: Mapping[str, Any]) -> str:
-    """The --segment that config.json records."""
+    """The `segment` setting of a training run, as in `data.segmentation`."""
     return "characters" if training.get("segment") == "characters" else "words"
 
 
 def _check_decoding(path: Path, decoding: Mapping[str, Any]) -> None:
     beam, penalty = decoding.get("beam"), decoding.get("length_penalty")
-    fits = (
-        type(beam) is int
-        and 1 <= beam <= MOST_CAPTIONS
-        and (type(penalty) is int or type(penalty) is float)
-        and abs(penalty) <= 10
-    )
-    if not fits or len(decoding) != 2:
+    beam_fits = type(beam) is int and 1 <= beam <= MAX_CAPTIONS
+    penalty_fits = (type(penalty) is int or type(penalty) is float) and abs(penalty) <= 10
+    if not beam_fits or not penalty_fits or len(decoding) != 2:
         raise UserError(
-            f"{path}: decoding must be a beam of 1 to {MOST_CAPTIONS} and a length_penalty of "
-            f"-10 to 10: {decoding}"
+            f"{path}: decoding is {decoding}, it must have a beam from 1 to {MAX_CAPTIONS} and a "
+            "length_penalty from -10 to 10"
         )
 
 
 def copy_backbone(cache: Path, folder: Path) -> None:
-    """Copy the backbone weights from a cache into a checkpoint folder, if the cache has them."""
-    kept, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
-    weights = (
-        packed_backbone(cache) if cache.is_file() else kept.read_bytes() if kept.exists() else None
-    )
+    """Copy the weights of the backbone from a cache, if it has them, to a checkpoint folder."""
+    source, target = cache / "backbone.safetensors", folder / "backbone.safetensors"
+    if cache.is_file():
+        weights = packed_backbone(cache)
+    else:
+        weights = source.read_bytes() if source.exists() else None
     if weights is not None and not target.exists():
         with atomic_write(target) as temporary:
             temporary.write_bytes(weights)
 
 
-# --------------------------------------------------------------------------------- training's place
+# ----------------------------------------------------------------------------------- training state
 
 
 def save_training_state(
     folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write the training state into last.safetensors with one rename. record: JSON in its
-    header.
-    """
+    """Write last.safetensors atomically; its header has `record` as JSON."""
     save_tensors(folder / "last.safetensors", tensors, {"record": json.dumps(record)})
 
 
 def load_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the record of last.safetensors. Raises UserError if it is damaged."""
     tensors, header = load_tensors(folder / "last.safetensors")
     try:
         return tensors, json.loads(header["record"])
     except (KeyError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / 'last.safetensors'} is not what a run saved: {error!r}; start the run anew"
+            f"{folder / 'last.safetensors'} has no valid record of a run: {error!r}; start the run "
+            "again without --resume"
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove incomplete files that a killed process left in a run."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+def remove_temporary_files(folder: Path) -> None:
+    """Remove partial files of a killed process."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _read_json(folder: Path, name: str, kind: type) -> Any:
     if not folder.is_dir():
         raise UserError(
-            f"checkpoint {folder} is not there; make it with: python -m pipeline.train ... "
+            f"checkpoint {folder} does not exist; make it with: python -m pipeline.train ... "
             f"--out {folder}"
         )
-    if not (folder / name).is_file():
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder} has no {name}; a checkpoint is a folder from pipeline.train")
+    if path.stat().st_size > MAX_JSON_BYTES:
         raise UserError(
-            f"{folder} has no {name}; a checkpoint is a folder that pipeline.train wrote"
-        )
-    if (folder / name).stat().st_size > LARGEST_JSON:
-        raise UserError(
-            f"{folder / name} is larger than {LARGEST_JSON >> 20} MiB: it is not a checkpoint's"
+            f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, so it is not part of a checkpoint"
         )
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, invalid, a number of thousands of digits, deep nesting
-        raise UserError(f"{folder / name} is not JSON: {error}") from error
-    if not isinstance(found, kind):
-        raise UserError(f"{folder / name} holds {type(found).__name__}, not {kind.__name__}")
-    return found
+        value = json.loads(path.read_text(encoding="utf-8"))
+    # ValueError: not UTF-8, invalid JSON, or a number with too many digits. RecursionError: lists
+    # nested too deeply.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} contains a {type(value).__name__}, not a {kind.__name__}")
+    return value

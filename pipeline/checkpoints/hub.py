@@ -1,8 +1,7 @@
-"""Checkpoints from and to the Hugging Face hub: a repository there has a checkpoint's files, as a
-folder here has.
+"""Checkpoints on the Hugging Face hub. A repository has the same files as a checkpoint folder.
 
 captioner = PhotoCaptioner.from_pretrained("user/name")        # or a folder
-captioner.save_pretrained("folder")                            # without what only training needs
+captioner.save_pretrained("folder")                            # without the training state
 captioner.push_to_hub("user/name")
 """
 
@@ -27,15 +26,15 @@ from data.files import atomic_write
 from pipeline.checkpoints.checkpoint import SHARED
 from pipeline.cli import UserError
 
-SCHEME = "hf-hub:"  # as timm has it
+SCHEME = "hf-hub:"  # the prefix that timm uses
 CARD = """---
 {{ card_data }}
 ---
 
 # An image captioner
 
-Trained with Onceover: a decoder over cached region features of a CNN. `config.json` says which
-decoder, which backbone, trained how, and on what.
+Trained with Onceover: a decoder over cached region features of a CNN. `config.json` records the
+decoder, the backbone, the training settings and the training set.
 
 ```python
 from pipeline.decoding.captioner import PhotoCaptioner
@@ -47,51 +46,55 @@ print(captioner.caption(["photo.jpg"]))
 
 
 def checkpoint_folder(name: Path | str, **options: Any) -> Path:
-    """The folder of a checkpoint: the one named, or, for `hf-hub:user/name`, the hub's, fetched or
-    from its local cache.
+    """Return the folder of a checkpoint; `hf-hub:user/name` is downloaded from the hub.
 
-    options: of huggingface_hub's snapshot_download. UserError where the hub has it not or cannot be
-        reached.
+    name: a folder, or `hf-hub:user/name`. The hub's local cache is used if it has the files.
+    options: options of huggingface_hub's snapshot_download.
+
+    Raises UserError if the hub does not have the repository, or cannot be reached.
     """
     if not str(name).startswith(SCHEME):
         return Path(name)
     repository = str(name).removeprefix(SCHEME)
-    do_not_wait_for_an_absent_hub()
+    go_offline_if_hub_is_unreachable()
     try:
         return Path(
             huggingface_hub.snapshot_download(repository, allow_patterns=list(SHARED), **options)
         )
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{name}: the hub has no repository of that name that is open to you"
+            f"{name}: the hub has no repository with this name that you can access; check the name "
+            "or log in"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name} could not be fetched from the hub ({type(error).__name__}), and is not in "
-            "its local cache; "
-            "copy the checkpoint's folder here and name that"
+            "the hub's local cache; copy the checkpoint folder to this machine and pass its path"
         ) from error
 
 
 def copy_shared(source: Path, target: Path) -> None:
-    """Copy a checkpoint's files except those that only training needs, each completely or not at
-    all.
+    """Copy the files of a checkpoint without the training state. Each file is written atomically.
+
+    Files in `target` that `source` does not have are removed: they belong to another checkpoint.
     """
     for name in SHARED:
         if (source / name).is_file():
             with atomic_write(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
         else:
-            (target / name).unlink(missing_ok=True)  # of another checkpoint that was there
+            (target / name).unlink(missing_ok=True)
 
 
-def do_not_wait_for_an_absent_hub() -> None:
-    """If the hub's host does not answer, use the local cache or fail at once; the hub's client
-    would retry for a minute.
+def go_offline_if_hub_is_unreachable() -> None:
+    """Set the hub's client to offline mode if the hub does not answer.
+
+    In offline mode the client uses its local cache or fails at once. Otherwise it would retry for
+    a minute.
     """
     host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if urllib.request.getproxies():
-        return  # a proxy answers for the hub
+        return  # connections go through the proxy, so the test below would not be valid
     try:
         port = host.port or (443 if host.scheme == "https" else 80)
         socket.create_connection((host.hostname, port), timeout=5).close()

@@ -1,6 +1,4 @@
-"""safetensors files, written completely or not at all and read strictly. Weights are stored in no
-other format.
-"""
+"""Atomic writing and strict reading of safetensors files, the only format of weights."""
 
 from __future__ import annotations
 
@@ -20,23 +18,27 @@ from pipeline.cli import UserError
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors under a temporary name, fsync, rename. header: text by name, stored with
-    them.
+    """Write tensors atomically: to a temporary file, then fsync, then rename.
+
+    header: additional text entries of the file's metadata.
+    Raises UserError if the file cannot be written.
     """
     require_utf8(path)
-    # clones, because tensors that share memory (a tied layer) are refused otherwise
-    own = {
+    # safetensors refuses tensors that share memory, such as tied layers, so this makes clones.
+    clones = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
     try:
         with atomic_write(path, sync=True) as temporary:
-            save_file(own, temporary, metadata={"format": "pt", **(header or {})})
-            temporary.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
-    except SafetensorError as error:  # of the system, by the package's name
-        kept = f"; {path} is as it was before" if path.exists() else ""
+            save_file(clones, temporary, metadata={"format": "pt", **(header or {})})
+            # safetensors creates files that only their owner can read.
+            temporary.chmod(0o666 & ~_umask())
+    except SafetensorError as error:  # the package reports errors of the system in this way
+        unchanged = f"; the existing {path} is unchanged" if path.exists() else ""
         raise UserError(
-            f"{path} could not be written: {error}{kept}; make room, or choose another --out"
+            f"{path} could not be written: {error}{unchanged}; free disk space, or choose another "
+            "--out"
         ) from error
 
 
@@ -46,25 +48,27 @@ def _umask() -> int:
     return mask
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that a file's header declares (safetensors refuses one whose tensors are not the
-    file's very bytes).
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes in the header of a file, without its tensors.
+
+    safetensors checks that the sizes in the header match the size of the file.
+    Raises UserError if the file is missing or damaged.
     """
     _require(path)
     try:
         with safe_open(path, "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is broken ({error}); copy it again, or make it again") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again, or make it again") from error
 
 
 def require_utf8(path: Path) -> None:
-    """Raise UserError for a path that safetensors cannot open."""
+    """Raise UserError if a path is not UTF-8, because safetensors cannot open it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{path}: its name, or a folder's, is not UTF-8, which safetensors files need; "
+            f"{path}: the name of the file or of a folder is not UTF-8, which safetensors needs; "
             "rename it"
         ) from error
 
@@ -73,15 +77,19 @@ def _require(path: Path) -> None:
     require_utf8(path)
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; {path.parent} is not whole: make it again, or copy it whole"
+            f"{path} is missing, so {path.parent} is incomplete; copy the whole folder again, or "
+            "make it again"
         )
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; UserError if it is missing or damaged."""
+    """Read the tensors and the metadata of a file.
+
+    Raises UserError if the file is missing or damaged.
+    """
     _require(path)
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is broken ({error}); copy it again, or make it again") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again, or make it again") from error

@@ -9,6 +9,7 @@ captioner.generate(regions, num_beams=5, min_length=8)         # for each image 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,13 +33,12 @@ from models.backbones.interface import Backbone
 from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
-from models.generation.options import Captions, Generation
-from models.generation.sampling import sample
+from models.generation.options import Captions, Generation, first_tokens
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
-from pipeline.decoding.consensus import ROUND, Frequencies, cider_of_pairs, is_settled
+from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.registry import restore
@@ -84,6 +84,7 @@ class CaptionGenerator:
     options: Generation
     seed: int = 0  # of samples
     consensus: Consensus | None = None
+    answers: tuple[str, ...] = ()  # of a decoder with classes
 
     def __call__(
         self,
@@ -111,6 +112,8 @@ class CaptionGenerator:
                 if image is not None:
                     memory = memory.keep(torch.tensor(image, device=device))
                 prompts = None if prompts is None else prompts.to(device)
+                if self.answers:
+                    return self.best_answers(memory, prompts)
                 if self.consensus is not None:
                     found = self.mbr_rerank(memory, draws, prompts)
                 else:
@@ -142,31 +145,43 @@ class CaptionGenerator:
             )
         return captions
 
+    def best_answers(self, memory: Memory, prompts: Tensor | None) -> list[list[Caption]]:
+        """The num_return_sequences best classes of each example; their score is the probability."""
+        first = first_tokens(memory.images, self.options.bos_token_id, memory.device, prompts)
+        cache = self.captioner.init_cache(memory, 1, prompts)
+        logits = self.captioner.class_logits(first[:, None], memory, cache).float()
+        best = logits.softmax(1).topk(min(self.options.num_return_sequences, len(self.answers)))
+        return [
+            [
+                Caption(self.answers[number], math.log(max(p, 1e-45)), p)
+                for p, number in zip(*row, strict=True)
+            ]
+            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
     def mbr_rerank(
         self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
     ) -> Captions:
         """Rerank the beams of each image by expected CIDEr, which becomes their score (minimum
         Bayes risk).
 
-        Images are processed in parts to bound memory. If one caption is wanted, sampling for an
-        image stops once its choice is settled.
+        Images are processed in parts to bound memory.
         """
         assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
         wanted = self.options.num_return_sequences
         search = replace(self.options, num_return_sequences=beams)
-        limit = self.options.limit(self.captioner.config.max_length)
+        draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
         parts = []
         for images in torch.arange(memory.images, device=memory.device).split(
             max(1, TOGETHER // (beams + samples))
         ):
             part = memory.keep(images)
             read = None if prompts is None else prompts[images]
+            drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
             tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
-            uniforms = torch.rand(
-                len(images), samples, limit, generator=draws, device=memory.device
-            )
-            cider = self.expected_cider(part, tokens.cpu().numpy(), uniforms, read)
+            pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
+            cider = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
             scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
             scores, best = (
                 value[:, :wanted] for value in scores.sort(descending=True, stable=True)
@@ -174,42 +189,6 @@ class CaptionGenerator:
             rows = best[:, :, None].expand(-1, -1, tokens.shape[2])
             parts.append(Captions(tokens.gather(1, rows), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def expected_cider(
-        self, memory: Memory, candidates: np.ndarray, uniforms: Tensor, prompts: Tensor | None
-    ) -> np.ndarray:
-        """The mean CIDEr-D of candidates [B,C,L] with samples of the same image: [B,C].
-
-        uniforms [B,S,L]: what S samples are drawn by.
-        """
-        assert self.consensus is not None
-        samples, stops = uniforms.shape[1], self.options.num_return_sequences == 1
-        cider: list[list[np.ndarray]] = [[] for _ in candidates]
-        open_images = list(range(len(candidates)))
-        for drawn_by in uniforms.split(ROUND, dim=1):
-            rows = torch.tensor(open_images, device=memory.device)
-            draw = replace(
-                self.options,
-                num_beams=1,
-                do_sample=True,
-                num_return_sequences=drawn_by.shape[1],
-            )
-            read = None if prompts is None else prompts[rows]
-            drawn = sample(
-                self.captioner, memory.keep(rows), draw, uniforms=drawn_by[rows], prompts=read
-            )
-            for image, texts in zip(open_images, drawn.tokens.cpu().numpy(), strict=True):
-                frequencies = self.consensus.frequencies
-                cider[image].append(cider_of_pairs(candidates[image], texts, frequencies))
-            if stops:
-                open_images = [
-                    image
-                    for image in open_images
-                    if not is_settled(np.concatenate(cider[image], axis=1), samples)
-                ]
-            if not open_images:
-                break
-        return np.stack([np.concatenate(rounds, axis=1).mean(1) for rounds in cider])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Token ids of prompts, [N,P] int64 padded on the left; None if all are empty.
@@ -352,7 +331,9 @@ def make_writer(
         consensus = Consensus(samples, Frequencies.load(checkpoint.folder))
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
     decoder = cast(Decoder, captioner)  # an Ensemble has what generation asks of a decoder
-    return CaptionGenerator(decoder, checkpoint.vocabulary, machine, how, seed, consensus)
+    return CaptionGenerator(
+        decoder, checkpoint.vocabulary, machine, how, seed, consensus, checkpoint.answers
+    )
 
 
 def make_generation(
@@ -473,6 +454,32 @@ class PhotoCaptioner(
             )
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
+
+    def answers(
+        self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
+    ) -> list[list[Caption]]:
+        """The `count` best answers to each question about a photograph, best first.
+
+        The photograph is encoded once. Raises UnreadableImage, and UserError for a checkpoint that
+        was not trained on questions.
+        """
+        if not self.captioner.config.max_prompt:
+            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        read, reason = Photographs([photo], framing_of(self.backbone, self.max_pixels))[0]
+        if read is None:
+            raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
+        pixels, frames = stack([read])
+        regions = extract_regions(self.backbone, pixels, self.machine, frames)
+        beams = max(count, self.checkpoint.decoding["beam"])
+        options = {"num_beams": beams, **options, "num_return_sequences": count}
+        generator = make_writer(self.captioner, self.checkpoint, self.machine, options)
+        return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
+
+    def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
+        """The best answer to a question about a photograph, or those to a list of questions."""
+        questions = [question] if isinstance(question, str) else question
+        best = [found[0].text for found in self.answers(photo, questions, 1)]
+        return best[0] if isinstance(question, str) else best
 
     # the mixin's own arguments, as `revision`, are among `options`
     @classmethod

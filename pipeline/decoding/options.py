@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from models import MOST_CAPTIONS, ModelError
+from models import MAX_CAPTIONS, ModelError
 from pipeline.cli import Settings, UserError, flag_of, setting
 
 # names of options in models.generation.options.Generation, where they differ
@@ -30,7 +30,7 @@ class DecodingOptions(Settings):
     Generation.
     """
 
-    beam: int | None = setting(None, "beams  [the run's]", at_most=MOST_CAPTIONS, group="decoding")
+    beam: int | None = setting(None, "beams  [the run's]", at_most=MAX_CAPTIONS, group="decoding")
     length_penalty: float | None = setting(
         None,
         "length penalty: scores are divided by length to this power  [the run's]",
@@ -75,13 +75,13 @@ class DecodingOptions(Settings):
         "minimum Bayes risk decoding: choose the beam with the highest mean CIDEr against this "
         "many samples",
         at_least=1,
-        at_most=MOST_CAPTIONS,
+        at_most=MAX_CAPTIONS,
         group="decoding",
     )
     nbest: int | None = setting(
         None,
         "captions per image, with their log-probabilities  [1]",
-        at_most=MOST_CAPTIONS,
+        at_most=MAX_CAPTIONS,
         group="decoding",
     )
 

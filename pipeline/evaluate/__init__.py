@@ -63,7 +63,7 @@ def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
     if cards:
         print_cards(cards, config.format)
     for job, card in scored:
-        print_examples(card, job.captions, config.examples, aside=config.format != "table")
+        print_examples(card, job.captions, config.examples, to_stderr=config.format != "table")
     refuse_silence(cards)
 
 

@@ -44,7 +44,7 @@ class Opened(NamedTuple):
 
 def open_checkpoints(config: EvaluateConfig) -> Opened:
     """Open the checkpoints and the cache; UserError if they do not fit together."""
-    from pipeline.checkpoints.checkpoint import load_checkpoint, refuse_other_features
+    from pipeline.checkpoints.checkpoint import check_features, load_checkpoint
     from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
@@ -61,7 +61,7 @@ def open_checkpoints(config: EvaluateConfig) -> Opened:
     cache = config.open_cache(features)
     task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
     for place, each in zip(folders, checkpoints, strict=True):
-        refuse_other_features(each, cache)
+        check_features(each, cache)
         if each.vocabulary.words != checkpoint.vocabulary.words:
             raise UserError(
                 f"{place} and {folders[0]} have different vocabularies; an ensemble needs runs "
@@ -115,6 +115,7 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     )
     found, decoding = decode(config, checkpoints, cache, examples)
     outputs = {id_: texts[0].text for id_, texts in found.items()}
+    task.answers = checkpoints[0].answers
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,8 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     }
     atomic_write_text(out, json.dumps(record, indent=2) + "\n")
     for name, value in scores.items():
-        click.echo(f"{name:<12} {value:.4f}")
+        if isinstance(value, float):
+            click.echo(f"{name:<12} {value:.4f}")
     say(f"scores: {out}\noutputs: {out.with_name(f'outputs-{split}.jsonl')}")
 
 

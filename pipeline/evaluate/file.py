@@ -12,7 +12,7 @@ from data.segmentation import UNSPACED_RUN, without_blanks
 from data.sources import Image
 from pipeline.cli import UserError
 from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
-from pipeline.scoring.ngrams import References, keep, kept_path, load_kept, user_cache
+from pipeline.scoring.ngrams import References, cached_path, load_cached, save_cached, user_cache
 from pipeline.terminal import say
 
 
@@ -109,16 +109,16 @@ def open_references(config: EvaluateConfig) -> References:
     ids = read_ids(config.ids) if config.ids else None
     segment = segment_of_file(config)
     options = json.dumps([config.split, ids, bool(config.df), segment]).encode()
-    path = kept_path(
+    path = cached_path(
         folder,
         config.references.read_bytes(),
         options,
         config.df.read_bytes() if config.df else b"",
     )
-    references = load_kept(path)
+    references = load_cached(path)
     if references is None:
         references = count_references(config)
-        keep(references, path)
+        save_cached(references, path)
     return references
 
 

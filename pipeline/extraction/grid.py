@@ -20,8 +20,8 @@ from data.images import RESIZES
 from models import ModelError
 from models.backbones.grid import GridBackbone
 from models.backbones.registry import create_backbone, shapes_of_network
-from pipeline.checkpoints.hub import do_not_wait_for_an_absent_hub
-from pipeline.checkpoints.tensors import load_tensors, shapes_of
+from pipeline.checkpoints.hub import go_offline_if_hub_is_unreachable
+from pipeline.checkpoints.tensors import load_tensors, read_shapes
 from pipeline.cli import UserError
 from pipeline.extraction.weights_package import package_weights
 from pipeline.terminal import say
@@ -220,7 +220,7 @@ def open_backbone(
     size, grid, resize: as `create_backbone` takes them.
     """
     if weights == "pretrained":
-        do_not_wait_for_an_absent_hub()
+        go_offline_if_hub_is_unreachable()
     with by_option():
         backbone = create_backbone(
             name, arguments, weights == "pretrained", seed, size, grid, resize
@@ -329,11 +329,11 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
     check_identity(f"{folder}/config.json", identity)
     kept = folder / "backbone.safetensors"
     if not kept.exists():
-        do_not_wait_for_an_absent_hub()
+        go_offline_if_hub_is_unreachable()
     else:
         wanted, found = (
             shapes_of_network(identity["backbone"], identity["arguments"]),
-            shapes_of(kept),
+            read_shapes(kept),
         )
         if wanted and any(
             found.get(key) != shape

@@ -1,4 +1,4 @@
-"""Scores of captions, equal to the official evaluators' digits."""
+"""Scores of captions, with the same results as the official evaluators."""
 
 from pipeline.scoring.metrics import score
 

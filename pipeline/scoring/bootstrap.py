@@ -1,9 +1,10 @@
-"""How far a score would move over other images of the same kind: bootstrap intervals, and paired
-tests of two captioners.
+"""Bootstrap confidence intervals of scores, and paired bootstrap tests of two captioners.
 
-Images are drawn with replacement (Koehn 2004). Corpus scores are computed again from each
-resample's sums, BLEU's and METEOR's included; CIDEr's document frequencies stay those of the
-references.
+Images are drawn with replacement (Koehn 2004). The corpus scores, also BLEU and METEOR, are
+computed again from the sums of each resample. The document frequencies of CIDEr do not change: they
+are those of the references.
+
+Letters in shapes: I images, S resamples, F sums per image.
 """
 
 from __future__ import annotations
@@ -13,62 +14,66 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 95  # per cent of the resamples that an interval holds
+LEVEL = 95  # confidence level in per cent
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Corpus scores that are functions of a sum over images: `scores` of (`sums` [I,F] added up)
-    gives one a name.
+    """Corpus scores that are a function of sums over images.
+
+    names: names of the scores.
+    sums: [I,F], the values of each image that are summed over images.
+    scores: computes scores [S, number of names] from sums [S,F].
     """
 
     names: tuple[str, ...]
     sums: np.ndarray
-    scores: Callable[[np.ndarray], np.ndarray]  # [S,F] -> [S, names]
+    scores: Callable[[np.ndarray], np.ndarray]
 
 
 def mean_of(name: str, per_image: np.ndarray) -> Statistic:
-    """The statistic of a score that is a mean over images. Images whose score is NaN are left
-    out.
-    """
-    there = ~np.isnan(per_image)
-    sums = np.stack([np.where(there, per_image, 0), there], axis=1)
-    return Statistic(
-        (name,),
-        sums,
-        lambda added: (added[:, 0] / np.where(added[:, 1] > 0, added[:, 1], np.nan))[:, None],
-    )
+    """The statistic of a score that is the mean over images, without images whose score is NaN."""
+    has_score = ~np.isnan(per_image)
+    sums = np.stack([np.where(has_score, per_image, 0), has_score], axis=1)
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return (sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan))[:, None]
+
+    return Statistic((name,), sums, mean)
 
 
 def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Scores of each resample, [resamples] by name; one seed draws the same images for every
-    captioner.
+    """Compute the scores of each resample, [resamples] float64 by name.
+
+    The same seed draws the same images for every captioner, so the scores can be compared in pairs.
     """
     images = len(statistics[0].sums)
     generator = np.random.default_rng(seed)
-    joined = np.hstack([statistic.sums for statistic in statistics])
-    added = np.empty((resamples, joined.shape[1]))
+    sums = np.hstack([statistic.sums for statistic in statistics])
+    resampled = np.empty((resamples, sums.shape[1]))
     for row in range(resamples):
-        added[row] = np.bincount(generator.integers(0, images, images), minlength=images) @ joined
-    found: dict[str, np.ndarray] = {}
-    at = 0
+        counts = np.bincount(generator.integers(0, images, images), minlength=images)
+        resampled[row] = counts @ sums
+    scores_by_name: dict[str, np.ndarray] = {}
+    column = 0
     for statistic in statistics:
         width = statistic.sums.shape[1]
-        scores = statistic.scores(added[:, at : at + width])
-        at += width
-        found |= dict(zip(statistic.names, scores.T, strict=True))
-    return found
+        scores = statistic.scores(resampled[:, column : column + width])
+        column += width
+        scores_by_name |= dict(zip(statistic.names, scores.T, strict=True))
+    return scores_by_name
 
 
 def interval(scores: np.ndarray) -> list[float]:
-    """The middle LEVEL per cent of resampled scores: [low, high]."""
+    """The percentile confidence interval of resampled scores: [low, high]."""
     tail = (100 - LEVEL) / 2
     return np.percentile(scores, [tail, 100 - tail]).tolist()
 
 
 def p_value(difference: float, differences: np.ndarray) -> float:
-    """How often chance alone makes a difference this large, either way: the shifted paired
-    bootstrap, as sacreBLEU's.
+    """Two-sided p-value of a difference of scores, from the differences of the resamples.
+
+    This is the shifted paired bootstrap test, as in sacreBLEU.
     """
     shifted = np.abs(differences - differences.mean())
     return float((np.sum(shifted >= abs(difference)) + 1) / (len(differences) + 1))

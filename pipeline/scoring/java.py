@@ -1,13 +1,12 @@
-"""METEOR and SPICE through the Java programs inside pycocoevalcap (the extra `java`), each started
-once for many files.
+"""METEOR and SPICE, computed by the Java programs in pycocoevalcap (the extra `java`).
 
-METEOR    Denkowski and Lavie 2014: version 1.5, English, aligned by exact words, stems, synonyms
+METEOR    Denkowski and Lavie 2014: version 1.5, English, alignment by exact words, stems, synonyms
           and paraphrases
-SPICE     Anderson et al. 2016: F of the scene graphs' tuples; needs Stanford CoreNLP 3.6.0, which
-          is downloaded once
+SPICE     Anderson et al. 2016: F-measure of the tuples of scene graphs; it needs Stanford CoreNLP
+          3.6.0, which must be downloaded once
 
-Both take the words that BLEU, ROUGE-L and CIDEr are computed on. What cannot run here is
-`NotComputed`, with the reason.
+Both read the same words as BLEU, ROUGE-L and CIDEr. If a program cannot run, the functions raise
+`NotComputed` with the reason.
 """
 
 from __future__ import annotations
@@ -26,28 +25,26 @@ import numpy as np
 
 from pipeline.terminal import progress, say
 
-CHUNKS, TEST_MATCHES, REFERENCE_MATCHES = (
-    20,
-    21,
-    22,
-)  # of METEOR's 23 statistics; 0 and 1 are the two lengths
+# Columns of METEOR's 23 statistics.
+TEST_LENGTH, REFERENCE_LENGTH, CHUNKS, TEST_MATCHES, REFERENCE_MATCHES = 0, 1, 20, 21, 22
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-# SPICE's serializer looks into these; Java 8 does not know the option and ignores it.
+# SPICE's serializer needs access to these packages. Java 8 ignores the unknown option --add-opens.
 PACKAGES = ("lang", "math", "util", "util.concurrent", "net", "text")
-OPEN = [
+ADD_OPENS = [
     "-XX:+IgnoreUnrecognizedVMOptions",
     *(f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in PACKAGES),
 ]
 
 
 class NotComputed(RuntimeError):
-    """A score that cannot be computed here; the message says why and what mends it."""
+    """A score cannot be computed on this machine. The message names the reason and a fix."""
 
 
 class Meteor:
-    """METEOR of captions, given as words joined by single blanks.
+    """A running METEOR program, as a context manager that ends the program.
 
-    A context manager: leaving it ends the program.
+    Captions and references are strings of words that are separated by single blanks.
+    Raises NotComputed if the program cannot run.
     """
 
     def __init__(self) -> None:
@@ -64,7 +61,7 @@ class Meteor:
             "en",
             "-norm",
         ]
-        # a file, since a full pipe would stop the program
+        # stderr is a file: nothing reads it during the run, and a full pipe would block the program
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.java = subprocess.Popen(
             command,
@@ -83,7 +80,7 @@ class Meteor:
     def __exit__(self, *_: object) -> None:
         self.java.kill()
         self.java.wait()
-        with contextlib.suppress(BrokenPipeError):  # what was not read yet
+        with contextlib.suppress(BrokenPipeError):  # there may be unread input
             self.stdin.close()
         self.stdout.close()
         self.errors.close()
@@ -91,96 +88,94 @@ class Meteor:
     def statistics(
         self, captions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> np.ndarray:
-        """[I,23] float64: what `score` computes METEOR from, of an image or of the sum over
-        images.
+        """Compute the statistics [I,23] float64 of one caption per image.
+
+        `score` computes METEOR from them, for an image or for a sum over images.
         """
-        # `|||` parts captions here; pycocoevalcap takes it out of the one scored so
+        # `|||` separates the captions of a line. pycocoevalcap removes it from the scored caption.
         lines = [
             " ||| ".join(["SCORE", *group, caption.replace("|||", "").replace("  ", " ")])
             for caption, group in zip(captions, references, strict=True)
         ]
         with progress(len(lines), "captions", "METEOR") as bar:
-            found = np.array(
-                [[float(x) for x in line.split()] for line in self._ask(lines, 1, bar.step)]
-            )
-        whole = (
-            (found[:, CHUNKS] == 1)
-            & (found[:, TEST_MATCHES] == found[:, 0])
-            & (found[:, REFERENCE_MATCHES] == found[:, 1])
+            replies = self._query(lines, 1, bar.step)
+        statistics = np.array([[float(x) for x in line.split()] for line in replies])
+        # In a sum, METEOR counts no chunk for a caption that is equal to its reference.
+        is_equal = (
+            (statistics[:, CHUNKS] == 1)
+            & (statistics[:, TEST_MATCHES] == statistics[:, TEST_LENGTH])
+            & (statistics[:, REFERENCE_MATCHES] == statistics[:, REFERENCE_LENGTH])
         )
-        found[whole, CHUNKS] = (
-            0  # as METEOR itself does in a sum: a caption that is its reference has no fragments
-        )
-        return found
+        statistics[is_equal, CHUNKS] = 0
+        return statistics
 
     def score(self, statistics: np.ndarray) -> np.ndarray:
-        """METEOR [S] of each row of `statistics` [S,23]."""
+        """Compute METEOR [S] of each row of `statistics` [S,23]."""
         lines = ["EVAL ||| " + " ".join(f"{x:.1f}" for x in row) for row in statistics]
-        # of one segment, then of all there are
-        return np.array([float(line) for line in self._ask(lines, 2)[1::2]])
+        # Each reply has two lines: the score of one segment, then the score of all segments.
+        return np.array([float(line) for line in self._query(lines, 2)[1::2]])
 
-    def _ask(self, lines: Sequence[str], answers: int, done=lambda count: None) -> list[str]:
-        """`answers` lines for each line; a thread asks, so that the program never waits for the
-        next question.
+    def _query(self, lines: Sequence[str], replies: int, on_reply=lambda count: None) -> list[str]:
+        """Send lines to the program, and return its `replies` lines for each of them.
+
+        A thread sends the lines, so that the program never waits for the next one.
         """
 
-        def ask() -> None:
-            with contextlib.suppress(BrokenPipeError):  # told below, where its answer is missing
+        def send() -> None:
+            with contextlib.suppress(BrokenPipeError):  # the missing reply is reported below
                 for line in lines:
                     self.stdin.write(line + "\n")
                 self.stdin.flush()
 
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        found: list[str] = []
-        for _ in range(len(lines) * answers):
-            answer = self.stdout.readline()
-            if not answer:
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        all_replies: list[str] = []
+        for _ in range(len(lines) * replies):
+            reply = self.stdout.readline()
+            if not reply:
                 self.errors.seek(0)
-                raise NotComputed(
-                    "METEOR's Java stopped: "
-                    f"{_last_line(self.errors.read().decode(errors='replace'))}"
-                )
-            found.append(answer.strip())
-            done(1)
-        asking.join()
-        return found
+                errors = self.errors.read().decode(errors="replace")
+                raise NotComputed(f"METEOR's Java stopped: {_main_error(errors)}")
+            all_replies.append(reply.strip())
+            on_reply(1)
+        sender.join()
+        return all_replies
 
 
 def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """SPICE [I] of captions, given as words joined by single blanks; NaN where a scene graph gives
-    no score.
+    """Compute SPICE [I] float64 of one caption per image; NaN if a scene graph gives no score.
 
-    The corpus' score is the mean.
+    Captions and references are strings of words that are separated by single blanks. The score of
+    the corpus is the mean. Raises NotComputed if the program cannot run.
     """
     folder = _program("SPICE") / "spice"
-    if absent := [name for name in CORENLP if not (folder / "lib" / name).exists()]:
+    if missing := [name for name in CORENLP if not (folder / "lib" / name).exists()]:
         raise NotComputed(
             f"SPICE needs Stanford CoreNLP 3.6.0, and {folder / 'lib'} lacks "
-            f"{' and '.join(absent)}; with a network: "
+            f"{' and '.join(missing)}; download it with: "
             "python -m pycocoevalcap.spice.get_stanford_models"
         )
     entries = [
         {"image_id": row, "test": caption, "refs": list(group)}
         for row, (caption, group) in enumerate(zip(captions, references, strict=True))
     ]
-    say(f"SPICE of {len(entries):,} captions: its parser takes some minutes")
-    with tempfile.TemporaryDirectory() as work:
-        asked, answered = Path(work) / "asked.json", Path(work) / "answered.json"
-        asked.write_text(json.dumps(entries), encoding="utf-8")
+    say(f"SPICE of {len(entries):,} captions: the parser takes some minutes")
+    with tempfile.TemporaryDirectory() as temporary:
+        input_file, output_file = Path(temporary) / "input.json", Path(temporary) / "output.json"
+        input_file.write_text(json.dumps(entries), encoding="utf-8")
         command = [
             "java",
-            *OPEN,
+            *ADD_OPENS,
             "-Xmx8G",
             "-jar",
             "spice-1.0.jar",
-            str(asked),
+            str(input_file),
             "-out",
-            str(answered),
+            str(output_file),
             "-subset",
             "-silent",
         ]
-        ended = subprocess.run(
+        process = subprocess.run(
             command,
             cwd=folder,
             capture_output=True,
@@ -188,34 +183,34 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.nd
             errors="replace",
             check=False,
         )
-        if ended.returncode or not answered.exists():
-            raise NotComputed(f"SPICE's Java stopped: {_last_line(ended.stderr)}")
-        found = json.loads(answered.read_text(encoding="utf-8"))
-    scores = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in found}
+        if process.returncode or not output_file.exists():
+            raise NotComputed(f"SPICE's Java stopped: {_main_error(process.stderr)}")
+        results = json.loads(output_file.read_text(encoding="utf-8"))
+    scores = {entry["image_id"]: entry["scores"]["All"]["f"] for entry in results}
     return np.array(
         [np.nan if scores[row] is None else float(scores[row]) for row in range(len(entries))]
     )
 
 
 def _program(score: str) -> Path:
-    """The folder of pycocoevalcap, where Java is there too."""
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None:
+    """The folder of pycocoevalcap. Raises NotComputed if it or Java is not installed."""
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None:
         raise NotComputed(f"{score} needs pycocoevalcap: pip install 'onceover[java]'")
     if shutil.which("java") is None:
         raise NotComputed(
-            f"{score} needs Java, and no java is on the PATH; install a JRE, as with apt "
-            "install default-jre"
+            f"{score} needs Java, and no java is on the PATH; install a Java runtime, for example "
+            "with: apt install default-jre"
         )
-    assert found.submodule_search_locations is not None  # it is a package
-    return Path(next(iter(found.submodule_search_locations)))
+    assert package.submodule_search_locations is not None  # it is a package
+    return Path(next(iter(package.submodule_search_locations)))
 
 
-def _last_line(errors: str) -> str:
-    """The line of a Java program's complaint that says what happened."""
+def _main_error(errors: str) -> str:
+    """The most informative line in the error output of a Java program."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith("at ")]
+    messages = [line for line in lines if not line.startswith("at ")]  # without the stack trace
     return next(
-        (line for line in told if "Exception" in line or "Error" in line),
-        told[-1] if told else "it said nothing",
+        (line for line in messages if "Exception" in line or "Error" in line),
+        messages[-1] if messages else "it printed no error",
     )

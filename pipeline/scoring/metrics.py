@@ -1,13 +1,15 @@
-"""BLEU, ROUGE-L and CIDEr of captions against their references, as pycocoevalcap computes them.
+"""BLEU, ROUGE-L and CIDEr of captions, with the same results as pycocoevalcap.
 
-BLEU      Papineni et al. 2002: corpus sums, closest reference length
-ROUGE_L   Lin 2004: F of the longest common subsequence, beta 1.2, best precision and best recall
-          over the references
-CIDEr     Vedantam et al. 2015, its CIDEr-D: clipped tf-idf cosine, length penalty exp(-d^2 / 2
-          sigma^2) with sigma 6, times 10; document frequencies from the references given
+BLEU      Papineni et al. 2002: sums over the corpus, closest reference length
+ROUGE_L   Lin 2004: F-measure of the longest common subsequence with beta 1.2, from the best
+          precision and the best recall over the references
+CIDEr     Vedantam et al. 2015, the variant CIDEr-D: clipped tf-idf cosine times the length penalty
+          exp(-d^2 / (2 sigma^2)) with sigma 6, times 10; document frequencies are those of the
+          given references
 
-References are counted once (`pipeline.scoring.ngrams`); captions are then scored by look-ups in
-their tables. Letters: I images, K references an image, S captions to score, N = 4 n-gram lengths.
+References are counted once (`pipeline.scoring.ngrams`). Scoring then looks up n-grams in tables.
+
+Letters in shapes: I images, K references per image, S captions to score, N = 4 n-gram lengths.
 """
 
 from __future__ import annotations
@@ -18,31 +20,40 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data import DataError
-from pipeline.scoring.ngrams import MASK, MISSING, ORDERS, Matches, References, Words, cut, words_of
+from pipeline.scoring.ngrams import (
+    MASK,
+    MISSING,
+    ORDERS,
+    Matches,
+    References,
+    Words,
+    split,
+    tokens_of,
+)
 
 SIGMA = 6.0
 BETA = 1.2
-TINY, SMALL = (
-    1e-15,
-    1e-9,
-)  # pycocoevalcap's guards against 0/0; they show in the scores of very short captions
+# pycocoevalcap's constants against division by 0. They influence the scores of very short captions.
+TINY, SMALL = 1e-15, 1e-9
 ONE_DOCUMENT = (
-    "it weighs an n-gram by how few images have it in their references, and of one image all "
-    "weights are 0; count over more "
-    "images: --df FILE (in Python: References(references, frequencies=captions_by_image))"
+    "it weights an n-gram by the number of images whose references contain it, and with one image "
+    "all weights are 0; take document frequencies from more images with --df FILE "
+    "(in Python: References(references, frequencies=captions_by_image))"
 )
 BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus `values` by name and, by the same names, `per_image` [I] float64 in the order of
-    `image_ids` [I].
+    """The scores of one caption per image.
 
-    not_computed: the reason, by name, of a score that is not among them: CIDEr where document
-        frequencies are of one image.
-    bleu_sums: [I,2N+2] what BLEU is made of once summed over images: clipped matches and n-grams by
-        length, words, words of the closest reference.
+    values: scores of the corpus, by name.
+    per_image: [I] float64 scores by name, in the order of `image_ids`.
+    image_ids: [I] ids of the images.
+    bleu_sums: [I,2N+2] counts whose sum over images gives BLEU: N clipped matches, N numbers of
+        n-grams, number of words, number of words of the closest reference.
+    not_computed: reasons for scores that are not computed, by name. CIDEr is not computed if the
+        document frequencies are those of one image.
     """
 
     values: dict[str, float]
@@ -58,12 +69,13 @@ def score(
 ) -> Scores:
     """Score one caption for every image of the references.
 
-    candidates: by image id a caption as written, or the list of its tokens; ["A dog runs."] is that
-        caption.
-    references: by image id a list of such captions; References where they are counted once for
-        several calls.
-    Over one image CIDEr is not computed. Raises DataError for an image that is missing on one side,
-    and for what is not a caption.
+    candidates: one caption by image id, as a string or a list of tokens. ["A dog runs."] is read as
+        the string "A dog runs.".
+    references: lists of such captions by image id. Pass `References` to count them once for several
+        calls.
+
+    CIDEr is not computed for one image. Raises DataError if an image is missing in candidates or
+    references, and for something that is not a caption.
     """
     if not isinstance(candidates, Mapping):
         raise DataError(
@@ -79,27 +91,30 @@ def score(
             f"image {missing[0]} has references but no candidate ({len(missing)} such images)"
         )
     segment = references.segment
-    words = references.numbered(
-        [words_of(image_id, candidates[image_id], segment) for image_id in references.rows]
+    words = references.number_words(
+        [tokens_of(image_id, candidates[image_id], segment) for image_id in references.rows]
     )
     rows = np.arange(len(references))
     matches = references.compare(rows, words)
     sums = bleu_sums(rows, matches, references)
     per_image = dict(zip(BLEU, bleu(sums).T, strict=True))
     per_image["ROUGE_L"] = _rouge(words, references)
-    if computed := references.documents > 1:
+    has_cider = references.documents > 1
+    if has_cider:
         per_image["CIDEr"] = cider_of_matches(rows, matches, references)
     values = dict(zip(BLEU, bleu(sums.sum(0)).tolist(), strict=True))
     values |= {name: float(per_image[name].mean()) for name in per_image if name not in values}
-    not_computed = {} if computed else {"CIDEr": ONE_DOCUMENT}
+    not_computed = {} if has_cider else {"CIDEr": ONE_DOCUMENT}
     return Scores(values, per_image, np.array(list(references.rows)), sums, not_computed)
 
 
 def cider(
     references: References, image_ids: Iterable[int], captions: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """CIDEr [S] of each of S `captions` (strings or tokens) against the references of its image. An
-    image may occur several times.
+    """CIDEr [S] float64 of S captions.
+
+    image_ids: S ids; an id may occur several times. captions: S strings or lists of tokens.
+    Raises DataError for an image without references, and for document frequencies of one image.
     """
     ids = list(image_ids)
     rows = np.array([references.row_of(int(image_id)) for image_id in ids], np.int64)
@@ -107,103 +122,101 @@ def cider(
         raise DataError(f"{len(captions)} captions for {len(rows)} image ids")
     if references.documents < 2:
         raise DataError(f"CIDEr is not computed: {ONE_DOCUMENT}")
-    words = references.numbered([words_of(*pair) for pair in zip(ids, captions, strict=True)])
+    words = references.number_words([tokens_of(*pair) for pair in zip(ids, captions, strict=True)])
     return cider_of_matches(rows, references.compare(rows, words), references)
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """BLEU-1..N [...,N] from sums [...,2N+2] as in `Scores.bleu_sums`, of an image, of a corpus, of
-    a resample.
+    """BLEU-1..N [...,N] from sums [...,2N+2], as in `Scores.bleu_sums`.
+
+    The sums may be those of an image, of a corpus or of a resample.
     """
-    correct, guess = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
+    correct, total = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
     ratio = (sums[..., -2] + TINY) / (sums[..., -1] + SMALL)
     brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
-    precision = (correct + TINY) / (guess + SMALL)
+    precision = (correct + TINY) / (total + SMALL)
     return np.cumprod(precision, axis=-1) ** (1 / np.arange(1, ORDERS + 1)) * brevity[..., None]
 
 
 def bleu_sums(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
-    """[S,2N+2], as `Scores.bleu_sums`, of captions compared with the references of image
-    rows[s].
-    """
-    lengths, theirs = matches.lengths[:, None], references.lengths[rows]
-    absent = np.arange(theirs.shape[1]) >= references.k[rows, None]
-    apart = np.where(absent, MISSING >> 32, np.abs(theirs - lengths))
-    # the shorter of two that are equally close
-    closest = np.min(apart << 32 | theirs, axis=1) & MASK
-    return np.hstack(
-        [matches.correct, np.maximum(lengths - np.arange(ORDERS), 0), lengths, closest[:, None]]
-    )
+    """The sums [S,2N+2] of BLEU, as in `Scores.bleu_sums`, of captions of the images in `rows`."""
+    lengths, reference_lengths = matches.lengths[:, None], references.lengths[rows]
+    is_missing = np.arange(reference_lengths.shape[1]) >= references.k[rows, None]
+    distance = np.where(is_missing, MISSING >> 32, np.abs(reference_lengths - lengths))
+    # If two references are equally close, this selects the shorter one.
+    closest = np.min(distance << 32 | reference_lengths, axis=1) & MASK
+    ngram_counts = np.maximum(lengths - np.arange(ORDERS), 0)
+    return np.hstack([matches.correct, ngram_counts, lengths, closest[:, None]])
 
 
 def cider_of_matches(rows: np.ndarray, matches: Matches, references: References) -> np.ndarray:
-    """CIDEr [S] of captions compared with the references of image rows[s]."""
-    # pycocoevalcap's length is the number of word pairs
-    apart = np.maximum(matches.lengths - 1, 0)[:, None] - np.maximum(
-        references.lengths[rows] - 1, 0
-    )
-    similar = matches.cosine.sum(axis=1) / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2))
-    return similar.sum(axis=1) / references.k[rows] * 10
+    """CIDEr [S] of captions of the images in `rows` [S], from their `matches`."""
+    # In pycocoevalcap the length of a caption is its number of bigrams.
+    lengths = np.maximum(matches.lengths - 1, 0)[:, None]
+    difference = lengths - np.maximum(references.lengths[rows] - 1, 0)
+    similarity = matches.cosine.sum(axis=1) / ORDERS * np.exp(-(difference**2) / (2 * SIGMA**2))
+    return similarity.sum(axis=1) / references.k[rows] * 10
 
 
 def _rouge(words: Words, references: References) -> np.ndarray:
-    """ROUGE-L [I] of one caption's tokens an image against its references'."""
+    """ROUGE-L [I] of one caption per image."""
     image = np.repeat(np.arange(len(references)), references.k)
-    # pycocoevalcap splits at each blank, so a caption without tokens is one empty word, which
-    # another such caption shares.
-    mine, theirs = np.maximum(words.counts[image], 1), np.maximum(references.counts, 1)
-    common = _common(words.tokens, words.counts, image, references.tokens, references.counts)
-    common[(words.counts[image] == 0) & (references.counts == 0)] = 1
-    first = np.cumsum(references.k) - references.k
-    precision, recall = (np.maximum.reduceat(common / length, first) for length in (mine, theirs))
-    return (
-        (1 + BETA**2)
-        * precision
-        * recall
-        / np.where(precision > 0, recall + BETA**2 * precision, 1)
+    counts, reference_counts = words.token_counts[image], references.counts
+    common = _common_lengths(
+        words.tokens, words.token_counts, image, references.tokens, reference_counts
     )
+    # pycocoevalcap splits at each blank. So a caption without tokens has one empty word, which is
+    # common to two such captions.
+    common[(counts == 0) & (reference_counts == 0)] = 1
+    first = np.cumsum(references.k) - references.k
+    precision = np.maximum.reduceat(common / np.maximum(counts, 1), first)
+    recall = np.maximum.reduceat(common / np.maximum(reference_counts, 1), first)
+    denominator = np.where(precision > 0, recall + BETA**2 * precision, 1)
+    return (1 + BETA**2) * precision * recall / denominator
 
 
-def _common(
-    a: np.ndarray, a_counts: np.ndarray, of: np.ndarray, b: np.ndarray, b_counts: np.ndarray
+def _common_lengths(
+    a: np.ndarray, a_counts: np.ndarray, a_index: np.ndarray, b: np.ndarray, b_counts: np.ndarray
 ) -> np.ndarray:
-    """Length of the longest common subsequence of caption of[p] in `a` and caption p in `b`, for
-    all p.
+    """Length of the longest common subsequence of caption a_index[p] of `a` and caption p of `b`.
 
-    One whole row of each table a step, as the bits of an integer (Hyyro 2004): of 64 bits, where
-    both captions are so short, for all p together.
+    a, b: concatenated token ids of captions. a_counts, b_counts: tokens of each caption.
+
+    The bits of an integer store one row of the dynamic programming table (Hyyro 2004). If both
+    captions have at most 64 tokens, a 64-bit integer is enough, and numpy computes all p at once.
     """
-    common = np.zeros(len(of), np.int64)
-    short = (a_counts[of] <= 64) & (b_counts <= 64)
-    if not short.all():
-        ours, all_theirs = list(cut(a, a_counts)), list(cut(b, b_counts))
-        common[~short] = [
-            _common_of_two(ours[of[p]], all_theirs[p]) for p in np.flatnonzero(~short)
-        ]
-    pairs = np.flatnonzero(short & (b_counts > 0))
+    common = np.zeros(len(a_index), np.int64)
+    is_short = (a_counts[a_index] <= 64) & (b_counts <= 64)
+    if not is_short.all():
+        all_a, all_b = list(split(a, a_counts)), list(split(b, b_counts))
+        long_pairs = np.flatnonzero(~is_short)
+        common[~is_short] = [_common_length(all_a[a_index[p]], all_b[p]) for p in long_pairs]
+    pairs = np.flatnonzero(is_short & (b_counts > 0))
     if not len(pairs):
         return common
-    b, counts = b[np.repeat(short, b_counts)], b_counts[pairs]
+    b, counts = b[np.repeat(is_short, b_counts)], b_counts[pairs]
     begin = np.cumsum(counts) - counts
     bit = np.uint64(1) << (np.arange(len(b)) - np.repeat(begin, counts)).astype(np.uint64)
     row, padded = np.full(len(pairs), np.uint64(2**64 - 1)), np.append(a, -1)
-    start, length = (np.cumsum(a_counts) - a_counts)[of[pairs]], a_counts[of[pairs]]
+    start = (np.cumsum(a_counts) - a_counts)[a_index[pairs]]
+    length = a_counts[a_index[pairs]]
     for step in range(length.max()):
         word = np.where(step < length, padded[np.minimum(start + step, len(a))], -1)
-        met = row & np.add.reduceat(bit * (np.repeat(word, counts) == b), begin)
-        row = row + met | row - met
-    full = np.uint64(2**64 - 1) >> (64 - counts).astype(np.uint64)
-    common[pairs] = np.unpackbits((~row & full).view(np.uint8)).reshape(len(pairs), 64).sum(1)
+        matches = row & np.add.reduceat(bit * (np.repeat(word, counts) == b), begin)
+        row = row + matches | row - matches
+    valid_bits = np.uint64(2**64 - 1) >> (64 - counts).astype(np.uint64)
+    bits = np.unpackbits((~row & valid_bits).view(np.uint8))
+    common[pairs] = bits.reshape(len(pairs), 64).sum(1)
     return common
 
 
-def _common_of_two(a: Sequence[int], b: Sequence[int]) -> int:
-    """The same for two captions of any length."""
-    where: dict[int, int] = {}
-    for place, word in enumerate(b):
-        where[word] = where.get(word, 0) | 1 << place
-    full = row = (1 << len(b)) - 1
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common subsequence of two captions of any length."""
+    positions: dict[int, int] = {}
+    for position, word in enumerate(b):
+        positions[word] = positions.get(word, 0) | 1 << position
+    valid_bits = row = (1 << len(b)) - 1
     for word in a:
-        met = row & where.get(word, 0)
-        row = row + met | row - met
-    return (~row & full).bit_count()
+        matches = row & positions.get(word, 0)
+        row = row + matches | row - matches
+    return (~row & valid_bits).bit_count()

@@ -1,12 +1,12 @@
-"""References counted once: the integer n-gram tables that BLEU and CIDEr of any number of captions
-are read from.
+"""N-gram tables of references, which are counted once. BLEU and CIDEr of captions read the tables.
 
-Words are numbered, W of them, and a word's number is its name. A longer n-gram's name goes on from
-there: W + its place in a sorted table of (name of its first n-1 words, last word). So names are
-exact for a vocabulary of any size, and sorted by n.
+Every n-gram has an integer id. The ids of the W words are 0..W-1. The id of a longer n-gram is W
+plus its index in a sorted table of pairs (id of its first n-1 words, id of its last word). So ids
+are unique for a vocabulary of any size, and ids increase with n.
 
-Letters: I images, K references an image (missing ones are empty), S captions to compare, N = 4
-n-gram lengths, G n-grams of two words or more, E entries: the different n-grams of each image.
+Letters in shapes: I images, K references per image (missing ones are empty), S captions to compare,
+N = 4 n-gram lengths, G distinct n-grams of two or more words, E entries, where an entry is one
+distinct n-gram of one image.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from data.files import atomic_write
 from data.segmentation import segmented
 
 ORDERS = 4
-MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1
-BLANK = re.compile(r"[ \t\n\r\f\v]")  # what no token holds
-ENDS = tuple(".!?,;:。！？，、؟।")  # what sentences end with
-FORMAT = 2  # of the file that `save` writes
-MOST = 1 << 30  # bytes of references that a cache folder keeps
-# its files, those half written too
-KEPT = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")
+MISSING, MASK = (1 << 63) - 1, (1 << 32) - 1  # larger than all keys; the lower half of a key
+BLANK = re.compile(r"[ \t\n\r\f\v]")  # characters that tokens never contain
+ENDS = tuple(".!?,;:。！？，、؟।")  # characters at the end of sentences
+FORMAT = 2  # version of the file that `save` writes
+MAX_CACHE_BYTES = 1 << 30  # for all files in a cache folder
+# Names of files in the cache folder, including temporary files.
+CACHED_FILE = re.compile(r"\.?references-[0-9a-f]{64}\.npz(\.[0-9a-f]{32}\.tmp)?")
 TABLES = (
     "documents",
     "k",
@@ -52,60 +52,61 @@ TABLES = (
 
 
 class Words(NamedTuple):
-    """All words of some captions in one row, M of them, and their tokens, T.
+    """The words of S captions, concatenated: M words and T tokens in total.
 
-    They are the same but for tokens with a blank inside: "1\xa01/2 cups" is three words to BLEU and
-    CIDEr, two tokens to ROUGE-L.
+    Words and tokens differ only for tokens that contain a blank: "1\xa01/2 cups" is three words for
+    BLEU and CIDEr, and two tokens for ROUGE-L.
     """
 
-    numbers: np.ndarray  # [M] int64
-    owner: np.ndarray  # [M] the caption each stands in
-    left: np.ndarray  # [M] words from here to the caption's end, itself included
-    lengths: np.ndarray  # [S] words
+    ids: np.ndarray  # [M] int64
+    caption: np.ndarray  # [M] index of the caption that contains each word
+    remaining: np.ndarray  # [M] number of words up to the end of the caption, including this one
+    lengths: np.ndarray  # [S] number of words
     tokens: np.ndarray  # [T] int64
-    counts: np.ndarray  # [S] tokens
+    token_counts: np.ndarray  # [S] number of tokens
 
 
-class Numbers(dict):
-    """Words' numbers; a word that has none yet gets the next.
+class WordIds(dict):
+    """Maps words to ids; a new word gets the next id.
 
-    `pieces` has the words of tokens that are not just one.
+    parts: the words of each token that contains blanks, by the id of the token.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         super().__init__((word, number) for number, word in enumerate(words))
-        self.pieces = {
+        self.parts = {
             number: word.split() for number, word in enumerate(words) if word.split() != [word]
         }
 
     def __missing__(self, word: str) -> int:
         number = self[word] = len(self)
         if (words := word.split()) != [word]:
-            self.pieces[number] = words
+            self.parts[number] = words
         return number
 
 
 class Matches(NamedTuple):
-    """S captions held against the references of one image each."""
+    """The comparison of S captions with the references of their images."""
 
-    # [S,N,K] float64: clipped tf-idf cosine with each reference, 0 for missing ones
+    # [S,N,K] float64: clipped tf-idf cosine with each reference; 0 for missing references
     cosine: np.ndarray
-    # [S,N] n-grams found, each at most as often as in the reference that has it most
+    # [S,N] n-grams that occur in references, with counts clipped to the largest reference count
     correct: np.ndarray
-    lengths: np.ndarray  # [S] words
+    lengths: np.ndarray  # [S] number of words
 
 
 class References:
-    """The references of a set of images, counted.
+    """N-gram tables of the references of a set of images.
 
-    references: captions by image id, each a string, tokenised here, or a list of tokens, as
-        `words_of` reads them.
-    vocabulary: words that are to have the numbers 0, 1, ...; all others are numbered after them as
-        they come.
-    frequencies: captions by image id whose document frequencies (images that have an n-gram, and
-        the number of images) are used in place of the references' own, as where a small set is
-        scored with those of a large one.
-    segment: how strings are cut into tokens, as `data.segmentation` has it.
+    references: captions by image id. A caption is a string, which is tokenised here, or a list of
+        tokens, as in `tokens_of`.
+    vocabulary: words that get the ids 0, 1, ... Other words get the following ids.
+    frequencies: captions by image id. Document frequencies (the number of images with an n-gram,
+        and the number of images) are counted over these captions instead of the references. For
+        example, a small set may be scored with the frequencies of a large one.
+    segment: how strings are split into tokens, as in `data.segmentation`.
+
+    Raises DataError if there are no references, or for something that is not a caption.
     """
 
     def __init__(
@@ -115,18 +116,18 @@ class References:
         frequencies: Mapping[int, Sequence[str | Sequence[str]]] | None = None,
         segment: str = "words",
     ) -> None:
-        for given in (references, frequencies):
-            if given is not None and not isinstance(given, Mapping):
+        for captions in (references, frequencies):
+            if captions is not None and not isinstance(captions, Mapping):
                 raise DataError(
-                    f"references are {type(given).__name__}; pass a dict: lists of captions by "
+                    f"references are {type(captions).__name__}; pass a dict: lists of captions by "
                     "image id"
                 )
         if not references:
             raise DataError("no references to score against")
         self.rows = {image_id: row for row, image_id in enumerate(references)}
-        self.vocabulary, self.segment = Numbers(vocabulary), segment
+        self.vocabulary, self.segment = WordIds(vocabulary), segment
         if frequencies is not None and not frequencies:
-            raise DataError("no captions to take document frequencies from")
+            raise DataError("no captions for document frequencies")
         self._count(
             tokens_by_image(references, segment), tokens_by_image(frequencies or {}, segment)
         )
@@ -135,197 +136,197 @@ class References:
         return len(self.rows)
 
     def row_of(self, image_id: int) -> int:
-        """The row of an image in all tables [I, ...]; DataError where it has no references."""
+        """The row of an image in all tables [I,...]. Raises DataError if it has no references."""
         try:
             return self.rows[image_id]
         except KeyError:
             raise DataError(f"image {image_id} has a candidate but no references") from None
 
-    def numbered(self, captions: Sequence[Sequence[str]]) -> Words:
-        """Number the words of all captions; new ones are remembered, which changes no score."""
+    def number_words(self, captions: Sequence[Sequence[str]]) -> Words:
+        """Convert tokens of captions to ids. New words get new ids, which changes no score."""
         tokens = np.fromiter(
             map(self.vocabulary.__getitem__, chain.from_iterable(captions)), np.int64
         )
-        counts = np.fromiter(map(len, captions), np.int64)
-        numbers, owner = tokens, np.repeat(np.arange(len(counts)), counts)
-        # pycocoevalcap joins and splits: there "1\xa01/2" is two words, but to ROUGE
-        if pieces := self.vocabulary.pieces:
-            times = np.array([len(pieces.get(token, " ")) for token in tokens.tolist()], np.int64)
-            parts = [
-                [self.vocabulary[w] for w in pieces[token]] if token in pieces else [token]
+        token_counts = np.fromiter(map(len, captions), np.int64)
+        ids, caption = tokens, np.repeat(np.arange(len(token_counts)), token_counts)
+        # pycocoevalcap joins tokens and splits them again, except for ROUGE: "1\xa01/2" is then two
+        # words.
+        if parts := self.vocabulary.parts:
+            words_of_tokens = [
+                [self.vocabulary[word] for word in parts[token]] if token in parts else [token]
                 for token in tokens.tolist()
             ]
-            numbers, owner = (
-                np.array([*chain.from_iterable(parts)], np.int64),
-                np.repeat(owner, times),
-            )
-        lengths = np.bincount(owner, minlength=len(counts))
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(numbers))
-        return Words(numbers, owner, left, lengths, tokens, counts)
+            ids = np.array([*chain.from_iterable(words_of_tokens)], np.int64)
+            caption = np.repeat(caption, np.array([*map(len, words_of_tokens)], np.int64))
+        lengths = np.bincount(caption, minlength=len(token_counts))
+        remaining = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ids))
+        return Words(ids, caption, remaining, lengths, tokens, token_counts)
 
     def compare(self, rows: np.ndarray, words: Words) -> Matches:
-        """Hold caption s of `words` against the references of image rows[s]."""
+        """Compare caption s of `words` with the references of the image in row rows[s]."""
         count, width = len(rows), self.lengths.shape[1]
-        grams, tf = _count_equal(self._name(words))
-        group, name = grams >> 32, grams & MASK  # group: n * S + caption
-        idf = self.idf.take(name, mode="clip")
+        keys, tf = _count_equal(self._caption_ngrams(words))
+        group, ngram = keys >> 32, keys & MASK  # group: (n - 1) * S + caption
+        idf = self.idf.take(ngram, mode="clip")
         weight = tf * idf
         norm = np.bincount(group, weight * weight, ORDERS * count).reshape(ORDERS, count) ** 0.5
-        found, place = self._entries_of(rows, group % count, name)
-        group, tf, idf, weight = group[found], tf[found], idf[found, None], weight[found, None]
-        correct = np.bincount(group, np.minimum(tf, self.most[place]), ORDERS * count).reshape(
-            ORDERS, count
-        )
-        theirs = self.entry_counts.take(place, axis=0) * idf
-        dot = np.minimum(weight, theirs) * theirs
-        where = group[:, None] * width + np.arange(width)
-        dot = np.bincount(where.ravel(), dot.ravel(), ORDERS * count * width).reshape(
-            ORDERS, count, width
-        )
+        matched, entry = self._find_entries(rows, group % count, ngram)
+        group, tf = group[matched], tf[matched]
+        idf, weight = idf[matched, None], weight[matched, None]
+        clipped = np.minimum(tf, self.largest_counts[entry])
+        correct = np.bincount(group, clipped, ORDERS * count).reshape(ORDERS, count)
+        reference_weight = self.entry_counts.take(entry, axis=0) * idf
+        products = np.minimum(weight, reference_weight) * reference_weight
+        index = group[:, None] * width + np.arange(width)
+        dot = np.bincount(index.ravel(), products.ravel(), ORDERS * count * width)
+        dot = dot.reshape(ORDERS, count, width).transpose(1, 0, 2)
         norm = norm.T[..., None] * self.norms.take(rows, axis=0)
-        return Matches(
-            dot.transpose(1, 0, 2) / np.where(norm > 0, norm, 1), correct.T, words.lengths
-        )
+        return Matches(dot / np.where(norm > 0, norm, 1), correct.T, words.lengths)
 
-    def _name(self, words: Words) -> np.ndarray:
-        """The n-grams of all captions, (n * S + caption) << 32 | name; those of no reference get
-        names after all others.
+    def _caption_ngrams(self, words: Words) -> np.ndarray:
+        """All n-grams of captions, as keys ((n - 1) * S + caption) << 32 | id.
+
+        N-grams that no reference contains get new ids, after all ids of the tables.
         """
-        names, unseen, count = words.numbers.copy(), len(self.idf), len(words.lengths)
+        ids, next_id, count = words.ids.copy(), len(self.idf), len(words.lengths)
         if len(self.vocabulary) > self.words:
-            names[names >= self.words] += unseen
-            unseen += len(self.vocabulary)
-        found, start = [words.owner << 32 | names], np.arange(len(names))
+            ids[ids >= self.words] += next_id
+            next_id += len(self.vocabulary)
+        ngram_keys, start = [words.caption << 32 | ids], np.arange(len(ids))
         for n in range(1, ORDERS):
-            start = start[words.left[start] > n]
-            before = names[start]
-            key = before << 32 | words.numbers[start + n]
-            place = self.keys.searchsorted(key)
-            named = place + self.words
-            strange = (
-                (self.keys.take(place, mode="clip") != key).nonzero()[0]
-                if len(self.keys)
-                else np.arange(len(key))
-            )
-            different, place = np.unique(key[strange], return_inverse=True)
-            named[strange] = unseen + place
-            unseen += len(different)
-            names[start] = named
-            found.append(words.owner[start] + n * count << 32 | named)
-        return np.concatenate(found)
+            start = start[words.remaining[start] > n]
+            key = ids[start] << 32 | words.ids[start + n]
+            index = self.keys.searchsorted(key)
+            new_ids = index + self.words
+            if len(self.keys):
+                unknown = (self.keys.take(index, mode="clip") != key).nonzero()[0]
+            else:
+                unknown = np.arange(len(key))
+            distinct, index = np.unique(key[unknown], return_inverse=True)
+            new_ids[unknown] = next_id + index
+            next_id += len(distinct)
+            ids[start] = new_ids
+            ngram_keys.append(words.caption[start] + n * count << 32 | new_ids)
+        return np.concatenate(ngram_keys)
 
-    def _entries_of(
-        self, rows: np.ndarray, caption: np.ndarray, name: np.ndarray
+    def _find_entries(
+        self, rows: np.ndarray, caption: np.ndarray, ngram: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these n-grams, `name` of `caption`, the caption's image has, and where they
-        stand among the entries.
+        """Find the n-grams of captions that occur in references of the caption's image.
+
+        caption, ngram: the caption and the id of each n-gram. Returns the indices of the n-grams
+        that occur, and their indices in `entries`.
         """
-        new = np.append(True, rows[1:] != rows[:-1])  # captions of one image mostly stand together
-        turn, images = np.cumsum(new) - 1, rows[new]
+        is_first = np.append(True, rows[1:] != rows[:-1])  # captions are mostly sorted by image
+        run, images = np.cumsum(is_first) - 1, rows[is_first]
         begin, size = self.ends[images], self.ends[images + 1] - self.ends[images]
-        at = np.arange(size.sum()) + np.repeat(begin - (np.cumsum(size) - size), size)
-        # A small table in the order of the captions: it stays in the processor's cache, and
-        # questions come nearly sorted.
+        entry = np.arange(size.sum()) + np.repeat(begin - (np.cumsum(size) - size), size)
+        # This small table has the order of the captions. It fits the processor's cache, and the
+        # queries are nearly sorted.
         table = np.append(
-            np.repeat(np.arange(len(images)) << 32, size) | self.entries[at] & MASK, MISSING
+            np.repeat(np.arange(len(images)) << 32, size) | self.entries[entry] & MASK, MISSING
         )
-        known = (name < len(self.idf) - 1).nonzero()[0]
-        wanted = (turn << 32)[caption[known]] | name[known]
-        near = table.searchsorted(wanted)
-        found = (table[near] == wanted).nonzero()[0]
-        return known[found], at[near[found]]
+        known = (ngram < len(self.idf) - 1).nonzero()[0]
+        query = (run << 32)[caption[known]] | ngram[known]
+        index = table.searchsorted(query)
+        matched = (table[index] == query).nonzero()[0]
+        return known[matched], entry[index[matched]]
 
-    def _count(self, own: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
-        """Fill the tables from the tokens of references and of `frequencies` (empty: the same).
+    def _count(self, references: list[list[list[str]]], frequencies: list[list[list[str]]]) -> None:
+        """Fill the tables from the tokens of the references and of `frequencies`.
 
-        documents               images that document frequencies are counted over
-        k [I], lengths [I,K]    references of an image; their lengths in words
-        tokens, counts          as in `Words`
-        keys      [G] int64     name of an n-gram's first n-1 words << 32 | its last word
-        idf       [W+G+1]       log documents - log document frequency, by name; the last is that of
+        If `frequencies` is empty, document frequencies are counted over the references.
+
+        documents               number of images that document frequencies are counted over
+        k [I], lengths [I,K]    number of references of each image; their lengths in words
+        tokens, counts          tokens of all references; number of tokens of each reference
+        keys      [G] int64     id of the first n-1 words of an n-gram << 32 | id of its last word
+        idf       [W+G+1]       log(documents / document frequency) by id; the last value is for
                                 unseen n-grams
-        entries   [E] int64     image << 32 | name; those of image i are entries[ends[i]:ends[i+1]]
-        entry_counts [E,K]      how often the entry's n-gram stands in each reference of its image
-        norms     [I,N,K]       length of each reference's tf-idf vector, by n-gram length
+        entries   [E] int64     image << 32 | id; those of image i are entries[ends[i]:ends[i+1]]
+        entry_counts [E,K]      count of the entry's n-gram in each reference of its image
+        norms     [I,N,K]       norm of the tf-idf vector of each reference, by n-gram length
         """
-        images, width = len(own), max(len(captions) for captions in own)
+        images, width = len(references), max(len(captions) for captions in references)
         self.documents = np.array(len(frequencies) or images)
-        k = np.array([len(captions) for captions in chain(own, frequencies)])
-        captions = [caption for captions in chain(own, frequencies) for caption in captions]
-        words = self.numbered(captions)
-        image = np.repeat(np.arange(len(k)), k)  # of each caption; those of `frequencies` are last
-        column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)  # its place in its image
-        is_own = image < images
+        k = np.array([len(captions) for captions in chain(references, frequencies)])
+        captions = [caption for group in chain(references, frequencies) for caption in group]
+        words = self.number_words(captions)
+        # The image and the column of each caption. The captions of `frequencies` come last.
+        image = np.repeat(np.arange(len(k)), k)
+        column = np.arange(len(image)) - np.repeat(np.cumsum(k) - k, k)
+        is_reference = image < images
         self.k, self.words = k[:images], len(self.vocabulary)
         self.lengths = np.zeros((images, width), np.int64)
-        self.lengths[image[is_own], column[is_own]] = words.lengths[is_own]
-        self.counts = words.counts[is_own]
+        self.lengths[image[is_reference], column[is_reference]] = words.lengths[is_reference]
+        self.counts = words.token_counts[is_reference]
         self.tokens = words.tokens[: self.counts.sum()]
-        caption, name, first_names = self._name_references(words)
+        caption, ngram, first_ids = self._number_ngrams(words)
 
-        # count equal n-grams: first of each reference, then sorted by image and name
-        most = int(k.max())
-        packed, times = _count_equal((image[caption] << 32 | name) * most + column[caption])
-        entry_of, column_of = np.divmod(packed, most)
-        is_new = np.diff(entry_of, prepend=-1) > 0
-        entries, place = entry_of[is_new], np.cumsum(is_new) - 1
-        counted = entries[entries >> 32 >= images] if frequencies else entries
-        self.idf = self._idf(counted, first_names[-1] + 1)
+        # Count equal n-grams of each caption. The result is sorted by image, id and column.
+        largest_k = int(k.max())
+        keys = (image[caption] << 32 | ngram) * largest_k + column[caption]
+        keys, key_counts = _count_equal(keys)
+        entry_of_key, column_of_key = np.divmod(keys, largest_k)
+        is_new = np.diff(entry_of_key, prepend=-1) > 0
+        entries, index = entry_of_key[is_new], np.cumsum(is_new) - 1
+        documents = entries[entries >> 32 >= images] if frequencies else entries
+        self.idf = self._idf(documents, first_ids[-1] + 1)
 
-        is_own = entry_of < images << 32
-        own_entries = entries[entries < images << 32]
-        counts = np.zeros((len(own_entries), width), np.min_scalar_type(times.max(initial=0)))
-        counts[place[is_own], column_of[is_own]] = times[is_own]  # one byte each, in practice
-        self.entries, self.entry_counts = own_entries, counts
-        self.ends = np.searchsorted(own_entries, np.arange(images + 1) << 32)
+        is_reference = entry_of_key < images << 32
+        entries = entries[entries < images << 32]
+        # The smallest integer type that fits, in practice one byte.
+        counts = np.zeros((len(entries), width), np.min_scalar_type(key_counts.max(initial=0)))
+        counts[index[is_reference], column_of_key[is_reference]] = key_counts[is_reference]
+        self.entries, self.entry_counts = entries, counts
+        self.ends = np.searchsorted(entries, np.arange(images + 1) << 32)
 
-        squares = (counts * self.idf[own_entries & MASK, None]) ** 2
-        order = np.searchsorted(first_names[1:], own_entries & MASK, side="right")  # n - 1
-        group = (own_entries >> 32) * ORDERS + order
-        sums = [np.bincount(group, of_column, images * ORDERS) for of_column in squares.T]
+        squares = (counts * self.idf[entries & MASK, None]) ** 2
+        order = np.searchsorted(first_ids[1:], entries & MASK, side="right")  # n - 1
+        group = (entries >> 32) * ORDERS + order
+        sums = [np.bincount(group, values, images * ORDERS) for values in squares.T]
         self.norms = (np.stack(sums, axis=1) ** 0.5).reshape(images, ORDERS, width)
 
-    def _name_references(self, words: Words) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Name all n-grams of the references and fill `keys`.
+    def _number_ngrams(self, words: Words) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Assign ids to all n-grams of the references, and fill `keys`.
 
-        Returns the caption and the name of each n-gram, and the first name of each length n (the
-        last entry: the number of names).
+        Returns the caption of each n-gram, the id of each n-gram, and the first id of each length
+        n. The last entry of this list is the number of ids.
         """
-        names, keys = words.numbers.copy(), []
-        first_names = [0, self.words]
-        captions, named = [words.owner], [names.copy()]
+        ids, keys = words.ids.copy(), []
+        first_ids = [0, self.words]
+        captions, ngrams = [words.caption], [ids.copy()]
         for n in range(1, ORDERS):
-            start = np.flatnonzero(words.left > n)
-            key = names[start] << 32 | words.numbers[start + n]
-            different, place = np.unique(key, return_inverse=True)
-            names[start] = first_names[-1] + place
-            keys.append(different)
-            captions.append(words.owner[start])
-            named.append(names[start])
-            first_names.append(first_names[-1] + len(different))
+            start = np.flatnonzero(words.remaining > n)
+            key = ids[start] << 32 | words.ids[start + n]
+            distinct, index = np.unique(key, return_inverse=True)
+            ids[start] = first_ids[-1] + index
+            keys.append(distinct)
+            captions.append(words.caption[start])
+            ngrams.append(ids[start])
+            first_ids.append(first_ids[-1] + len(distinct))
         self.keys = np.concatenate(keys)
-        return np.concatenate(captions), np.concatenate(named), first_names
+        return np.concatenate(captions), np.concatenate(ngrams), first_ids
 
-    def _idf(self, entries: np.ndarray, names: int) -> np.ndarray:
-        """log documents - log document frequency of each name; an entry is an image that has it."""
-        document_frequency = np.bincount(entries & MASK, minlength=names)
+    def _idf(self, entries: np.ndarray, size: int) -> np.ndarray:
+        """log(documents / document frequency) by id; each entry is one document with an n-gram."""
+        document_frequency = np.bincount(entries & MASK, minlength=size)
         return np.log(self.documents) - np.log(np.maximum(document_frequency, 1))
 
     @cached_property
-    def most(self) -> np.ndarray:
+    def largest_counts(self) -> np.ndarray:
+        """[E] the largest count of each entry's n-gram in one reference."""
         return reduce(np.maximum, self.entry_counts.T)
 
     def grouped(self) -> list[list[list[int]]]:
-        """The references' tokens, numbered, by image and reference."""
-        tokens = cut(self.tokens, self.counts)
+        """The token ids of the references, by image and reference."""
+        tokens = split(self.tokens, self.counts)
         return [[next(tokens) for _ in range(k)] for k in self.k.tolist()]
 
     def save(self, path: Path) -> None:
-        """Keep the tables in one .npz file, written whole or not at all."""
-        arrays = {name: getattr(self, name) for name in TABLES} | {
-            "format": np.array(FORMAT),
-            "words": np.array(self.words),
-        }
+        """Write the tables atomically to one .npz file."""
+        arrays = {name: getattr(self, name) for name in TABLES}
+        arrays["format"], arrays["words"] = np.array(FORMAT), np.array(self.words)
         arrays["segment"] = np.array(self.segment)
         arrays["image_ids"] = np.array(list(self.rows), np.int64)
         arrays["vocabulary"] = np.frombuffer(
@@ -337,41 +338,35 @@ class References:
 
     @classmethod
     def load(cls, path: Path) -> References:
-        """The tables that `save` kept; DataError where the file is not what it wrote under this
-        name.
+        """Read tables that `save` wrote.
+
+        Raises DataError if the file is damaged, or was written under another name.
         """
-        found = cls.__new__(cls)
+        references = cls.__new__(cls)
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            if arrays["format"] != FORMAT or not np.array_equal(
-                arrays.pop("digest"), _digest(path, arrays)
-            ):
-                raise ValueError(
-                    "it has another format, another name or another content than it was "
-                    "written with"
-                )
-            found.rows = {
-                image_id: row for row, image_id in enumerate(arrays["image_ids"].tolist())
-            }
-            found.vocabulary, found.words = (
-                Numbers(json.loads(arrays["vocabulary"].tobytes())),
-                int(arrays["words"]),
-            )
-            found.segment = str(arrays["segment"])
+            digest = arrays.pop("digest")
+            if arrays["format"] != FORMAT or not np.array_equal(digest, _digest(path, arrays)):
+                raise ValueError("its format, its name or its content has changed")
+            image_ids = arrays["image_ids"].tolist()
+            references.rows = {image_id: row for row, image_id in enumerate(image_ids)}
+            references.vocabulary = WordIds(json.loads(arrays["vocabulary"].tobytes()))
+            references.words = int(arrays["words"])
+            references.segment = str(arrays["segment"])
             for name in TABLES:
-                setattr(found, name, arrays[name])
+                setattr(references, name, arrays[name])
         except OSError:
             raise
-        except Exception as error:  # numpy raises whatever the broken file leads it into
+        except Exception as error:  # for a damaged file, numpy may raise any exception
             raise DataError(
-                f"{path} is not whole ({error}); delete it, it is made again"
+                f"{path} is damaged ({error}); delete it, the next run makes it again"
             ) from error
-        return found
+        return references
 
 
 def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """SHA-256 of arrays by name, and of the name of the file that they are kept in."""
+    """SHA-256 of the name of a file, and of the names and values of its arrays."""
     digest = hashlib.sha256(path.name.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
@@ -382,10 +377,11 @@ def _digest(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def tokens_by_image(
     references: Mapping[int, Sequence[str | Sequence[str]]], segment: str = "words"
 ) -> list[list[list[str]]]:
-    """The words of each caption by image; DataError for an image without captions and for what is
-    no caption.
+    """The tokens of each caption, by image. Arguments as in `References`.
+
+    Raises DataError for an image without captions, and for something that is not a caption.
     """
-    found = []
+    groups = []
     for image_id, captions in references.items():
         if isinstance(captions, str):
             raise DataError(
@@ -393,20 +389,22 @@ def tokens_by_image(
             )
         if isinstance(captions, bytes | Mapping) or not isinstance(captions, Iterable):
             raise DataError(
-                f"image {image_id}: the references are {_shown(captions)}; pass a list of captions"
+                f"image {image_id}: the references are {_short(captions)}; pass a list of captions"
             )
-        found.append([words_of(image_id, caption, segment) for caption in captions])
-        if not found[-1]:
+        groups.append([tokens_of(image_id, caption, segment) for caption in captions])
+        if not groups[-1]:
             raise DataError(f"image {image_id} has no references")
-    return found
+    return groups
 
 
-def words_of(image_id: int, caption: str | Sequence[str], segment: str = "words") -> list[str]:
-    """The words of one caption: of a string, or of the list of its tokens; DataError for anything
-    else.
+def tokens_of(image_id: int, caption: str | Sequence[str], segment: str = "words") -> list[str]:
+    """The tokens of one caption, which is a string or a list of tokens.
 
-    A list with one string that is no token ("A dog runs.", "Running.") is that caption: other
-    programs keep captions so. Tokens may hold U+00A0, but none of BLANK.
+    Some programs store a caption as a list with one string. So a list with one string that cannot
+    be a token ("A dog runs.", "Running.") is read as that string. Tokens may contain U+00A0, but no
+    character of BLANK.
+
+    Raises DataError for anything else. image_id: for the error message.
     """
     if isinstance(caption, np.ndarray):
         caption = caption.tolist()
@@ -414,29 +412,28 @@ def words_of(image_id: int, caption: str | Sequence[str], segment: str = "words"
         return segmented(caption, segment)
     if not isinstance(caption, list | tuple) or not all(isinstance(word, str) for word in caption):
         raise DataError(
-            f"image {image_id}: a caption is {_shown(caption)}, not a string or a list of tokens"
+            f"image {image_id}: a caption is {_short(caption)}, not a string or a list of tokens"
         )
-    blank = BLANK.search("".join(caption))
-    if len(caption) == 1 and (
-        blank or caption[0] != caption[0].lower() or caption[0].endswith(ENDS)
-    ):
-        return segmented(caption[0], segment)
-    if blank:
+    has_blank = BLANK.search("".join(caption)) is not None
+    if len(caption) == 1:
+        text = caption[0]
+        if has_blank or text != text.lower() or text.endswith(ENDS):
+            return segmented(text, segment)
+    if has_blank:
         raise DataError(
-            f"image {image_id}: {len(caption)} sentences where one caption belongs, "
-            f"{_shown(caption)}; pass one string, or the "
-            "list of its tokens"
+            f"image {image_id}: {len(caption)} sentences instead of one caption, "
+            f"{_short(caption)}; pass one string, or the list of its tokens"
         )
     return list(caption)
 
 
-def _shown(value: object) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
-    """The lists of `counts` numbers each that stand in one row."""
+def split(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
+    """Split a flat array into consecutive lists with `counts` numbers each."""
     numbers, ends = flat.tolist(), np.cumsum(counts)
     return (
         numbers[start:end]
@@ -445,9 +442,9 @@ def cut(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
 
 
 def user_cache() -> Path | None:
-    """$XDG_CACHE_HOME/onceover, else ~/.cache/onceover; None for a user without a home."""
+    """$XDG_CACHE_HOME/onceover, or ~/.cache/onceover; None for a user without a home folder."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the XDG standard: such a path is ignored
+    if not folder.is_absolute():  # the XDG standard says that relative paths are ignored
         try:
             folder = Path.home() / ".cache"
         except RuntimeError:
@@ -455,11 +452,11 @@ def user_cache() -> Path | None:
     return folder / "onceover"
 
 
-def kept_path(folder: Path, *parts: bytes) -> Path:
-    """Where the counted references of a caption file are kept in a cache folder.
+def cached_path(folder: Path, *parts: bytes) -> Path:
+    """The path of cached n-gram tables in a cache folder.
 
-    The name is the digest of `parts`, all that the counts come from, and of the tokenizer, so that
-    what has changed is counted again.
+    The name is a digest of `parts`, the data that the tables depend on, and of the tokenizer's
+    source code. So changed data or a changed tokenizer leads to a new file.
     """
     digest = hashlib.sha256(str(FORMAT).encode())
     rules = (
@@ -470,39 +467,40 @@ def kept_path(folder: Path, *parts: bytes) -> Path:
     return folder / f"references-{digest.hexdigest()}.npz"
 
 
-def load_kept(path: Path) -> References | None:
-    """The counted references at a path; None where they are not there, or not as `keep` left
-    them.
-    """
+def load_cached(path: Path) -> References | None:
+    """Load cached n-gram tables; None if the file is missing or damaged."""
     with contextlib.suppress(DataError, OSError):
         if path.is_file():
             references = References.load(path)
             with contextlib.suppress(OSError):
-                os.utime(path)  # those used last stay longest
+                os.utime(path)  # save_cached removes the least recently used files first
             return references
     return None
 
 
-def keep(references: References, path: Path) -> None:
-    """Save where that can be: a full or read-only disk costs only the next run's second. Of earlier
-    ones in the folder those used last stay, up to MOST bytes in all."""
+def save_cached(references: References, path: Path) -> None:
+    """Save n-gram tables in a cache folder, up to MAX_CACHE_BYTES for all files.
+
+    The least recently used files are removed. Errors of the file system are ignored: without the
+    cache, the next run only needs about a second more.
+    """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         references.save(path)
-        kept = {
+        stats = {
             file: file.stat()
             for file in path.parent.iterdir()
-            if KEPT.fullmatch(file.name) and file != path
+            if CACHED_FILE.fullmatch(file.name) and file != path
         }
-        room = MOST - path.stat().st_size
-        for file in sorted(kept, key=lambda file: kept[file].st_mtime, reverse=True):
-            room -= kept[file].st_size
-            if room < 0:
+        free_bytes = MAX_CACHE_BYTES - path.stat().st_size
+        for file in sorted(stats, key=lambda file: stats[file].st_mtime, reverse=True):
+            free_bytes -= stats[file].st_size
+            if free_bytes < 0:
                 file.unlink(missing_ok=True)
 
 
 def _count_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """np.unique with counts, several times as fast on values that are nearly sorted."""
+    """Same as np.unique with counts, but several times as fast for nearly sorted values."""
     values = np.sort(values, kind="stable")
     first = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=first[1:])

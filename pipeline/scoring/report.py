@@ -1,8 +1,7 @@
-"""All that is reported of some captions: scores, how sure they are, what the captions are like, and
-how all was computed.
+"""The report on a set of captions: scores, confidence intervals, statistics and a signature.
 
-A card is what scores.json holds; `print_cards` shows cards as a table, as JSON or as rows of a
-LaTeX table.
+A `Card` is the report on one captioner, and scores.json contains it. `print_cards` prints cards as
+a table, as JSON or as rows of a LaTeX table.
 """
 
 from __future__ import annotations
@@ -24,28 +23,34 @@ from pipeline.scoring.java import Meteor, NotComputed, spice
 from pipeline.scoring.metrics import BLEU, Scores, bleu, score
 from pipeline.scoring.ngrams import References
 
-NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the order that papers print them
-ON_REQUEST = ("METEOR", "SPICE")  # by options of these names
+NAMES = (*BLEU, "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in the usual order of papers
+ON_REQUEST = ("METEOR", "SPICE")  # computed only with --meteor and --spice
 FORMATS = ("table", "json", "latex")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What captions are held against, and how; METEOR's program, once started, serves all of
-    them.
+    """The references of captions, and the settings of the report.
+
+    references: the references of all images.
+    name: name of the references, for the signature.
+    frequencies: source of the document frequencies, for the signature.
+    train: tokens of the training captions, to count novel captions; None: unknown.
+    resamples: number of bootstrap resamples; 0: no intervals. seed: seed of the resamples.
+    unfinished: words that a complete caption never ends with.
     """
 
     references: References
-    name: str  # of the references
-    frequencies: str = "references"  # what document frequencies are taken from
-    train: frozenset[tuple[str, ...]] | None = None  # tokens of the training captions
+    name: str
+    frequencies: str = "references"
+    train: frozenset[tuple[str, ...]] | None = None
     resamples: int = 1000
     seed: int = 0
-    unfinished: frozenset[str] = frozenset()  # words that no whole caption ends with
+    unfinished: frozenset[str] = frozenset()
 
     @cached_property
     def texts(self) -> list[list[str]]:
-        """The references' words joined, by image, for the Java programs."""
+        """The references of each image as strings of tokens, for the Java programs."""
         words = list(self.references.vocabulary)
         return [
             [" ".join(words[n] for n in caption) for caption in group]
@@ -53,12 +58,13 @@ class Scorer:
         ]
 
     def signature(self) -> str:
+        """All settings that influence the scores, as one line."""
         k = self.references.k
-        few, many = int(k.min()), int(k.max())
+        smallest, largest = int(k.min()), int(k.max())
         parts = {
             "n": len(self.references),
             "refs": self.name,
-            "nrefs": few if few == many else f"{few}-{many}",
+            "nrefs": smallest if smallest == largest else f"{smallest}-{largest}",
             "case": "lower",
             "tok": "ptb" if self.references.segment == "words" else "ptb+characters",
             "df": self.frequencies,
@@ -71,8 +77,14 @@ class Scorer:
 
 @dataclass
 class Card:
-    """One captioner's scores: corpus values (None: not computed, `not_computed` says why), and what
-    they come from.
+    """The report on one captioner.
+
+    values: scores of the corpus, by name; None: not computed.
+    not_computed: reasons for scores that are not computed, by name.
+    per_image: [I] float64 scores by name, in the order of `image_ids`.
+    statistics: the sums that the bootstrap resamples.
+    resampled: [resamples] scores of the corpus, by name.
+    record: the content of scores.json.
     """
 
     name: str
@@ -81,8 +93,8 @@ class Card:
     per_image: dict[str, np.ndarray]
     image_ids: np.ndarray
     statistics: list[Statistic]
-    resampled: dict[str, np.ndarray]  # corpus values of each resample
-    record: dict[str, Any]  # what scores.json holds
+    resampled: dict[str, np.ndarray]
+    record: dict[str, Any]
     scorer: Scorer
 
 
@@ -93,33 +105,33 @@ def make_card(
     meteor: Meteor | NotComputed | None,
     want_spice: bool,
 ) -> Card:
-    """Score one caption for each image of the references with everything that is asked for."""
-    tokenised = dict(
-        zip(
-            captions, segmented_all(list(captions.values()), scorer.references.segment), strict=True
-        )
-    )
-    scores = score(tokenised, scorer.references)
-    tokens = [tokenised[image_id] for image_id in scorer.references.rows]
-    values, missing = scores.values | dict.fromkeys(scores.not_computed), dict(scores.not_computed)
+    """Score one caption per image of the references.
+
+    meteor: the running program; NotComputed: the reason why it cannot run; None: not requested.
+    want_spice: whether SPICE is requested.
+    """
+    token_lists = segmented_all(list(captions.values()), scorer.references.segment)
+    tokens_by_id = dict(zip(captions, token_lists, strict=True))
+    scores = score(tokens_by_id, scorer.references)
+    tokens = [tokens_by_id[image_id] for image_id in scorer.references.rows]
     card = Card(
         name,
-        values,
-        missing,
-        dict(scores.per_image),
-        scores.image_ids,
-        _statistics(scores),
-        {},
-        {},
-        scorer,
+        values=scores.values | dict.fromkeys(scores.not_computed),
+        not_computed=dict(scores.not_computed),
+        per_image=dict(scores.per_image),
+        image_ids=scores.image_ids,
+        statistics=_statistics(scores),
+        resampled={},
+        record={},
+        scorer=scorer,
     )
     _add_java(card, [" ".join(words) for words in tokens], scorer, meteor, want_spice)
-    resampled = card.resampled = (
-        resample(card.statistics, scorer.resamples, scorer.seed) if scorer.resamples else {}
-    )
+    if scorer.resamples:
+        card.resampled = resample(card.statistics, scorer.resamples, scorer.seed)
+    intervals = {name: interval(values) for name, values in card.resampled.items()}
     card.record = {
         "scores": {name: card.values[name] for name in NAMES if name in card.values},
-        "intervals": {name: interval(resampled[name]) for name in NAMES if name in resampled},
+        "intervals": {name: intervals[name] for name in NAMES if name in intervals},
         "not_computed": card.not_computed,
         "signature": scorer.signature(),
         "images": len(tokens),
@@ -129,11 +141,8 @@ def make_card(
 
 
 def _statistics(scores: Scores) -> list[Statistic]:
-    means = [
-        mean_of(name, scores.per_image[name])
-        for name in ("ROUGE_L", "CIDEr")
-        if name in scores.per_image
-    ]
+    names = [name for name in ("ROUGE_L", "CIDEr") if name in scores.per_image]
+    means = [mean_of(name, scores.per_image[name]) for name in names]
     return [Statistic(BLEU, scores.bleu_sums, bleu), *means]
 
 
@@ -144,37 +153,36 @@ def _add_java(
     meteor: Meteor | NotComputed | None,
     want_spice: bool,
 ) -> None:
-    for name, wanted in (("METEOR", meteor is not None), ("SPICE", want_spice)):
-        if not wanted:
-            card.not_computed[name] = f"not asked for; pass --{name.lower()}"
+    """Add METEOR and SPICE to a card, or the reasons why they are not computed."""
+    for name, requested in (("METEOR", meteor is not None), ("SPICE", want_spice)):
+        if not requested:
+            card.not_computed[name] = f"not requested; pass --{name.lower()}"
             continue
         card.values[name] = None
         try:
             if name == "SPICE":
-                found, per_image = _spice(texts, scorer)
+                statistic, per_image = _spice(texts, scorer)
             else:
                 if isinstance(meteor, NotComputed):
                     raise meteor
-                assert meteor is not None  # else it is not wanted
-                found, per_image = _meteor(meteor, texts, scorer)
+                assert meteor is not None  # METEOR is requested
+                statistic, per_image = _meteor(meteor, texts, scorer)
         except NotComputed as error:
             card.not_computed[name] = str(error)
             continue
-        card.statistics.append(found)
         card.per_image[name] = per_image
-        value = float(found.scores(found.sums.sum(0, keepdims=True))[0, 0])
+        value = float(statistic.scores(statistic.sums.sum(0, keepdims=True))[0, 0])
         if np.isnan(value):
-            card.statistics.pop()
-            card.not_computed[name] = f"{name} gave no image a score"
+            card.not_computed[name] = f"{name} has no score for any image"
         else:
             card.values[name] = value
+            card.statistics.append(statistic)
 
 
 def _meteor(meteor: Meteor, texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
     sums = meteor.statistics(texts, scorer.texts)
-    return Statistic(("METEOR",), sums, lambda added: meteor.score(added)[:, None]), meteor.score(
-        sums
-    )
+    statistic = Statistic(("METEOR",), sums, lambda sums: meteor.score(sums)[:, None])
+    return statistic, meteor.score(sums)
 
 
 def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
@@ -183,15 +191,18 @@ def _spice(texts: list[str], scorer: Scorer) -> tuple[Statistic, np.ndarray]:
 
 
 def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
-    """Length in words, vocabulary, share of captions written once, of those that end as none does,
-    and of those that no training caption is."""
-    captions, unfinished = [tuple(words) for words in tokens], scorer.unfinished
+    """Compute statistics of captions, given as tokens: lengths, vocabulary and shares.
+
+    unfinished: share of captions that end with one of `scorer.unfinished`. distinct: number of
+    distinct captions / number of captions. novel: share of captions that are not training captions;
+    None: unknown.
+    """
+    captions = [tuple(words) for words in tokens]
     lengths = np.array([len(words) for words in captions])
-    novel = (
-        None
-        if scorer.train is None
-        else float(np.mean([words not in scorer.train for words in captions]))
-    )
+    is_unfinished = [bool(words) and words[-1] in scorer.unfinished for words in captions]
+    novel = None
+    if scorer.train is not None:
+        novel = float(np.mean([words not in scorer.train for words in captions]))
     return {
         "words": {
             "mean": float(lengths.mean()),
@@ -199,9 +210,7 @@ def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "unfinished": float(
-            np.mean([bool(words) and words[-1] in unfinished for words in captions])
-        ),
+        "unfinished": float(np.mean(is_unfinished)),
         "empty": int((lengths == 0).sum()),
         "vocabulary": len({word for words in captions for word in words}),
         "distinct": len(set(captions)) / len(captions),
@@ -214,48 +223,47 @@ def describe(tokens: Sequence[Sequence[str]], scorer: Scorer) -> dict[str, Any]:
 
 
 def compare(card: Card, other: Card) -> dict[str, Any]:
-    """Paired bootstrap of two captioners over the same images: difference, interval and p by
-    score.
+    """Compare two captioners on the same images with the paired bootstrap.
+
+    Returns for each score the difference `card - other`, its interval and its p-value.
     """
-    mine, theirs = card.resampled, other.resampled  # of one seed, so of the same images
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": other.name,
         "scores": other.record["scores"],
         "differences": {},
     }
     for name in NAMES:
-        if name in mine and name in theirs:
-            value, against = card.values[name], other.values[name]
-            assert value is not None and against is not None  # what is resampled has a value
-            difference, differences = value - against, mine[name] - theirs[name]
-            found["differences"][name] = {
+        # Both resamples have the same seed, so they consist of the same images.
+        if name in card.resampled and name in other.resampled:
+            value, other_value = card.values[name], other.values[name]
+            assert value is not None and other_value is not None  # resampled scores have values
+            difference = value - other_value
+            differences = card.resampled[name] - other.resampled[name]
+            result["differences"][name] = {
                 "value": difference,
                 "interval": interval(differences),
                 "p": p_value(difference, differences),
             }
-    return found
+    return result
 
 
 def image_lines(card: Card, captions: Mapping[int, str]) -> str:
-    """Each image's caption and scores, as JSON lines in the order of the references."""
-    lines, nothing = [], np.full(len(card.image_ids), np.nan)
+    """The caption and the scores of each image, as JSON lines in the order of the references."""
+    lines, all_nan = [], np.full(len(card.image_ids), np.nan)
+    names = [name for name in NAMES if name in card.values]
     for row, image_id in enumerate(card.image_ids.tolist()):
-        found = {
-            name: float(card.per_image.get(name, nothing)[row])
-            for name in NAMES
-            if name in card.values
-        }
-        scores = {name: None if np.isnan(value) else value for name, value in found.items()}
+        values = {name: float(card.per_image.get(name, all_nan)[row]) for name in names}
+        scores = {name: None if np.isnan(value) else value for name, value in values.items()}
         line = {"image_id": image_id, "caption": captions[image_id], "scores": scores}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
 def print_cards(cards: Sequence[Card], form: str) -> None:
-    """Cards on stdout, as FORMATS has it."""
+    """Print cards to stdout. form: one of FORMATS."""
     if form == "json":
-        found = [{"name": card.name, **card.record} for card in cards]
-        click.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        records = [{"name": card.name, **card.record} for card in cards]
+        click.echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     elif form == "latex":
         names = _names(cards)
         click.echo("% " + " & ".join(["captions", *names]) + r" \\")
@@ -274,75 +282,48 @@ def print_cards(cards: Sequence[Card], form: str) -> None:
 
 
 def _missing(card: Card) -> list[str]:
-    """The reasons why requested scores are missing."""
+    """The reasons for requested scores that are not computed."""
     return [
-        f"{name} not computed: {why}"
-        for name, why in card.not_computed.items()
+        f"{name} not computed: {reason}"
+        for name, reason in card.not_computed.items()
         if name in card.values
     ]
 
 
 def _names(cards: Sequence[Card]) -> list[str]:
-    """The names of the requested scores."""
+    """The names of all requested scores."""
     return [name for name in NAMES if any(name in card.values for card in cards)]
 
 
 def _table(cards: Sequence[Card]) -> list[str]:
+    """Format cards as the lines of a table, then describe each card in some lines."""
     names = _names(cards)
     rows: list[tuple[str, list[str]]] = []
     for card in cards:
         intervals = card.record["intervals"]
-        rows.append((card.name, [_digits(card.values.get(name)) for name in names]))
-        for end, word in enumerate(("from", "to")):
-            if intervals:
-                rows.append(
-                    (
-                        f"  95 % {word}",
-                        [_digits(intervals.get(name, (None, None))[end]) for name in names],
-                    )
-                )
-        if against := card.record.get("against"):
-            found = against["differences"]
-            rows.append(
-                (
-                    f"against {against['name']}",
-                    [_digits(against["scores"].get(name)) for name in names],
-                )
-            )
-            rows.append(
-                (
-                    "  difference",
-                    [f"{found[name]['value']:+.4f}" if name in found else "-" for name in names],
-                )
-            )
+        rows.append((card.name, [_number(card.values.get(name)) for name in names]))
+        if intervals:
             for end, word in enumerate(("from", "to")):
-                ends = [
-                    f"{found[name]['interval'][end]:+.4f}" if name in found else "-"
-                    for name in names
-                ]
-                rows.append((f"  95 % {word}", ends))
-            rows.append(
-                (
-                    "  p, paired",
-                    [_chance(found[name]["p"], card) if name in found else "-" for name in names],
-                )
-            )
-    first = max(len(label) for label, _ in rows)
+                bounds = [intervals.get(name, (None, None))[end] for name in names]
+                rows.append((f"  95 % {word}", list(map(_number, bounds))))
+        if other := card.record.get("against"):
+            rows += _comparison_rows(card, other, names)
+    label_width = max(len(label) for label, _ in rows)
     widths = [max(len(name), 7) for name in names]
-    lines = [
-        f"{label:<{first}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for label, cells in [("", names), *rows]
-    ]
+    lines = []
+    for label, cells in [("", names), *rows]:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        lines.append(f"{label:<{label_width}}  " + "  ".join(padded))
     for card in cards:
-        about = card.record["statistics"]
+        statistics = card.record["statistics"]
+        unfinished, novel = statistics["unfinished"], statistics["novel"]
         parts = [
-            f"{card.record['images']:,} captions of {about['words']['mean']:.1f} words",
-            f"{about['vocabulary']:,} different words",
-            f"{about['distinct']:.1%} distinct",
-            *([] if about["novel"] is None else [f"{about['novel']:.1%} novel"]),
-            f"{about['unfinished']:.2%} end in an article, preposition or conjunction (no adverb)",
-            *([f"{about['empty']} empty"] if about["empty"] else []),
+            f"{card.record['images']:,} captions of {statistics['words']['mean']:.1f} words",
+            f"{statistics['vocabulary']:,} different words",
+            f"{statistics['distinct']:.1%} distinct",
+            *([] if novel is None else [f"{novel:.1%} novel"]),
+            f"{unfinished:.2%} end in an article, preposition or conjunction (no adverb)",
+            *([f"{statistics['empty']} empty"] if statistics["empty"] else []),
         ]
         lines.append(f"{card.name}: {', '.join(parts)}")
         lines += _missing(card)
@@ -350,32 +331,49 @@ def _table(cards: Sequence[Card]) -> list[str]:
     return lines
 
 
-def print_examples(card: Card, captions: Mapping[int, str], count: int, aside: bool) -> None:
-    """The `count` captions with the lowest and the highest CIDEr, each with its references;
-    `aside`: on stderr.
+def _comparison_rows(
+    card: Card, other: Mapping[str, Any], names: Sequence[str]
+) -> list[tuple[str, list[str]]]:
+    """The rows of a table that compare a card with another captioner, from `compare`."""
+    differences = [other["differences"].get(name) for name in names]
+    values = [f"{item['value']:+.4f}" if item else "-" for item in differences]
+    low, high = (
+        [f"{item['interval'][end]:+.4f}" if item else "-" for item in differences] for end in (0, 1)
+    )
+    p_values = [_format_p(item["p"], card) if item else "-" for item in differences]
+    return [
+        (f"against {other['name']}", [_number(other["scores"].get(name)) for name in names]),
+        ("  difference", values),
+        ("  95 % from", low),
+        ("  95 % to", high),
+        ("  p, paired", p_values),
+    ]
 
-    Where CIDEr is not computed, ROUGE-L stands for it.
+
+def print_examples(card: Card, captions: Mapping[int, str], count: int, to_stderr: bool) -> None:
+    """Print the `count` captions with the lowest and the highest CIDEr, with their references.
+
+    If CIDEr is not computed, ROUGE-L is used.
     """
     name = "CIDEr" if "CIDEr" in card.per_image else "ROUGE_L"
     order = np.argsort(card.per_image[name], kind="stable")
     ids, texts = card.image_ids.tolist(), card.scorer.texts
-    for what, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
+    for label, rows in (("worst", order[:count]), ("best", order[::-1][:count])):
         for row in rows.tolist():
-            value = card.per_image[name][row]
-            click.echo(
-                f"{what}  image {ids[row]}  {name} {value:.3f}  {captions[ids[row]]}", err=aside
-            )
+            image_id, value = ids[row], card.per_image[name][row]
+            line = f"{label}  image {image_id}  {name} {value:.3f}  {captions[image_id]}"
+            click.echo(line, err=to_stderr)
             for text in texts[row]:
-                click.echo(f"         {text}", err=aside)
+                click.echo(f"         {text}", err=to_stderr)
 
 
-def _chance(p: float, card: Card) -> str:
-    """p, as a bound where no resample came near: it is never below 1 / (resamples + 1)."""
-    least = 1 / (card.scorer.resamples + 1)
-    return f"<{max(p, 1e-4):.4f}" if p <= least else f"{p:.4f}"
+def _format_p(p: float, card: Card) -> str:
+    """Format a p-value. The smallest possible one, 1 / (resamples + 1), is an upper bound."""
+    smallest = 1 / (card.scorer.resamples + 1)
+    return f"<{max(p, 1e-4):.4f}" if p <= smallest else f"{p:.4f}"
 
 
-def _digits(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 

@@ -1,7 +1,8 @@
 """CIDEr of sampled token ids: the reward of self-critical training.
 
-The same number as `pipeline.scoring.metrics.cider` (pycocoevalcap's CIDEr, that is CIDEr-D), over
-the same tables. B images, K samples an image, T tokens.
+It gives the same values as `pipeline.scoring.metrics.cider` (CIDEr-D, as in pycocoevalcap).
+
+Letters in shapes: B images, K samples per image, T tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pipeline.scoring.ngrams import Matches, References, Words
 
 
 class TokenCider:
-    """References counted once for samples made of a vocabulary's ids.
+    """Computes CIDEr of samples that consist of ids of a vocabulary.
 
-    references: tokens of the captions by image id. Words outside `vocabulary` keep ids of their
-        own, after its: as <unk> they would match a sampled <unk>, and change the document
-            frequencies.
-    eos: the end counts as a word, of references and of samples that end; it keeps samples from
-        stopping short.
-    frequencies: tokens by image id that document frequencies are taken from; None: the references
-        themselves.
+    references: lists of tokenised captions by image id. Words outside the vocabulary get further
+        ids. If they were mapped to <unk>, they would match a sampled <unk> and change the document
+        frequencies.
+    vocabulary: the vocabulary of the samples.
+    eos: whether <eos> counts as a word, in references and in samples that end. Without it, samples
+        that end too early can get high scores.
+    frequencies: tokenised captions by image id, for the document frequencies; None: the references.
     """
 
     def __init__(
@@ -35,43 +36,48 @@ class TokenCider:
         frequencies: Mapping[int, Sequence[Sequence[str]]] | None = None,
     ) -> None:
         end = (vocabulary.words[EOS],) if eos else ()
-        groups = [
-            {
+
+        def add_end(groups: Mapping[int, Sequence[Sequence[str]]]) -> dict[int, list]:
+            return {
                 image_id: [(*words, *end) for words in captions]
-                for image_id, captions in (given or {}).items()
+                for image_id, captions in groups.items()
             }
-            for given in (references, frequencies)
-        ]
+
         self.references = References(
-            groups[0], vocabulary.words, groups[1] if frequencies is not None else None
+            add_end(references),
+            vocabulary.words,
+            None if frequencies is None else add_end(frequencies),
         )
         self.eos = eos
 
     def rows(self, image_ids: Sequence[int]) -> np.ndarray:
-        """Where images stand in the tables: [B] int64; DataError for an image without
-        references.
+        """The rows [B] int64 of images in the tables.
+
+        Raises DataError for an image without references.
         """
         return np.array([self.references.row_of(image_id) for image_id in image_ids], np.int64)
 
     def __call__(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """CIDEr [B,K] float32 of `tokens` [B,K,T] int64, each read up to its first <eos> or <pad>.
+        """Compute CIDEr [B,K] float32 of samples.
 
-        rows: [B] from `rows`. Samples hold the vocabulary's ids without a leading <bos>.
+        rows: [B] int64, from the method `rows`.
+        tokens: [B,K,T] int64 ids of the vocabulary, without <bos>. Each sample is read up to its
+            first <eos> or <pad>.
         """
-        each = np.repeat(rows, tokens.shape[1])
-        found = cider_of_matches(each, self.compare(each, tokens), self.references)
-        return found.astype(np.float32).reshape(tokens.shape[:2])
+        sample_rows = np.repeat(rows, tokens.shape[1])
+        matches = self.compare(sample_rows, tokens)
+        scores = cider_of_matches(sample_rows, matches, self.references)
+        return scores.astype(np.float32).reshape(tokens.shape[:2])
 
-    def compare(self, each: np.ndarray, tokens: np.ndarray) -> Matches:
-        """Compare samples [B,K,T] with the references of the images at rows `each` [B*K]."""
+    def compare(self, rows: np.ndarray, tokens: np.ndarray) -> Matches:
+        """Compare samples [B,K,T] with the references of the images in rows [B*K]."""
         ids = tokens.reshape(-1, tokens.shape[2])
-        ended = (ids == EOS) | (ids == PAD)
-        lengths = np.where(ended.any(1), ended.argmax(1), ids.shape[1])
+        is_end = (ids == EOS) | (ids == PAD)
+        lengths = np.where(is_end.any(1), is_end.argmax(1), ids.shape[1])
         if self.eos:
             lengths += ids[np.arange(len(ids)), np.minimum(lengths, ids.shape[1] - 1)] == EOS
-        numbers = ids[np.arange(ids.shape[1]) < lengths[:, None]]
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(numbers))
-        words = Words(
-            numbers, np.repeat(np.arange(len(lengths)), lengths), left, lengths, numbers, lengths
-        )
-        return self.references.compare(each, words)
+        word_ids = ids[np.arange(ids.shape[1]) < lengths[:, None]]
+        caption = np.repeat(np.arange(len(lengths)), lengths)
+        remaining = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(word_ids))
+        words = Words(word_ids, caption, remaining, lengths, word_ids, lengths)
+        return self.references.compare(rows, words)

@@ -157,7 +157,7 @@ class Rewards:
             for row in tokens.flatten(0, 1).tolist()
         ]
         before = len(known)
-        matches = self.references.compare(each, self.references.numbered(captions))
+        matches = self.references.compare(each, self.references.number_words(captions))
         while len(known) > before:  # subwords form new words that no reference has
             known.popitem()
         return matches
