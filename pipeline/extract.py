@@ -30,7 +30,7 @@ from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_ca
 from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.extraction.views import parse_views
-from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
+from pipeline.runtime import Machine, check_free_space, open_machine
 from pipeline.sources import SAMPLE_ROOT, SourceOptions
 from pipeline.terminal import Progress, human_bytes, progress, say
 
@@ -287,7 +287,7 @@ def print_plan(
     views = 1 + len(recipe.views)
     # float16 features, four float32 box coordinates, and about 400 bytes of tables for each image
     bytes_per_image = views * regions * (channels * 2 + 16) + 400
-    space = refuse_what_cannot_fit(cache, rows * bytes_per_image)
+    space = check_free_space(cache, rows * bytes_per_image)
     done = len(images) - pending_images(shards)
     name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
     view_names = ""
