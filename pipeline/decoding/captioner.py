@@ -33,12 +33,11 @@ from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
 from models.generation.options import Captions, Generation
-from models.generation.sampling import sample
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
-from pipeline.decoding.consensus import ROUND, Frequencies, cider_of_pairs, is_settled
+from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.registry import restore
@@ -148,25 +147,23 @@ class CaptionGenerator:
         """Rerank the beams of each image by expected CIDEr, which becomes their score (minimum
         Bayes risk).
 
-        Images are processed in parts to bound memory. If one caption is wanted, sampling for an
-        image stops once its choice is settled.
+        Images are processed in parts to bound memory.
         """
         assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
         wanted = self.options.num_return_sequences
         search = replace(self.options, num_return_sequences=beams)
-        limit = self.options.limit(self.captioner.config.max_length)
+        draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
         parts = []
         for images in torch.arange(memory.images, device=memory.device).split(
             max(1, TOGETHER // (beams + samples))
         ):
             part = memory.keep(images)
             read = None if prompts is None else prompts[images]
+            drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
             tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
-            uniforms = torch.rand(
-                len(images), samples, limit, generator=draws, device=memory.device
-            )
-            cider = self.expected_cider(part, tokens.cpu().numpy(), uniforms, read)
+            pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
+            cider = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
             scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
             scores, best = (
                 value[:, :wanted] for value in scores.sort(descending=True, stable=True)
@@ -174,42 +171,6 @@ class CaptionGenerator:
             rows = best[:, :, None].expand(-1, -1, tokens.shape[2])
             parts.append(Captions(tokens.gather(1, rows), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def expected_cider(
-        self, memory: Memory, candidates: np.ndarray, uniforms: Tensor, prompts: Tensor | None
-    ) -> np.ndarray:
-        """The mean CIDEr-D of candidates [B,C,L] with samples of the same image: [B,C].
-
-        uniforms [B,S,L]: what S samples are drawn by.
-        """
-        assert self.consensus is not None
-        samples, stops = uniforms.shape[1], self.options.num_return_sequences == 1
-        cider: list[list[np.ndarray]] = [[] for _ in candidates]
-        open_images = list(range(len(candidates)))
-        for drawn_by in uniforms.split(ROUND, dim=1):
-            rows = torch.tensor(open_images, device=memory.device)
-            draw = replace(
-                self.options,
-                num_beams=1,
-                do_sample=True,
-                num_return_sequences=drawn_by.shape[1],
-            )
-            read = None if prompts is None else prompts[rows]
-            drawn = sample(
-                self.captioner, memory.keep(rows), draw, uniforms=drawn_by[rows], prompts=read
-            )
-            for image, texts in zip(open_images, drawn.tokens.cpu().numpy(), strict=True):
-                frequencies = self.consensus.frequencies
-                cider[image].append(cider_of_pairs(candidates[image], texts, frequencies))
-            if stops:
-                open_images = [
-                    image
-                    for image in open_images
-                    if not is_settled(np.concatenate(cider[image], axis=1), samples)
-                ]
-            if not open_images:
-                break
-        return np.stack([np.concatenate(rounds, axis=1).mean(1) for rounds in cider])
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Token ids of prompts, [N,P] int64 padded on the left; None if all are empty.

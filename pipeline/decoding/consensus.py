@@ -14,7 +14,6 @@ image at a time and 2.8 ms for 50 images together (2 cores of an AMD EPYC, one t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from pipeline.scoring.ngrams import ORDERS
 
 BITS, MOST_WORDS = 16, 2**16 - 1  # four words are packed into one number; 0 is padding
 NAME = "frequencies.safetensors"
-ROUND = 50  # samples drawn between two checks whether the choice is settled
-RISK = 0.1  # accepted probability of another choice with all samples
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,11 @@ def place_of(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
     return np.arange(max(width - n + 1, 0)) < (lengths - n + 1)[:, None]
 
 
-def cider_of_pairs(
+def expected_cider(
     candidates: np.ndarray, samples: np.ndarray, frequencies: Frequencies
 ) -> np.ndarray:
-    """CIDEr-D of each of `candidates` [C,L] against each of `samples` [S,L]: [C,S] float64.
+    """The mean CIDEr-D of each of `candidates` [C,L] against `samples` [S,L]: [C] float64.
+
     Captions end at their <eos>.
     """
     tokens = np.concatenate([candidates, samples])
@@ -189,20 +187,4 @@ def cider_of_pairs(
         similar += np.divide(dots, both, out=np.zeros_like(dots), where=both > 0)
     pairs = np.maximum(lengths - 1, 0)  # pycocoevalcap's length
     apart = pairs[own, None] - pairs[len(candidates) :]
-    return similar / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2)) * 10
-
-
-def is_settled(cider: np.ndarray, samples: int) -> bool:
-    """Whether the best candidate by its CIDEr with the n samples so far, [C,n], will most likely
-    still be the best with all of `samples` S.
-
-    The mean difference d between the best and another candidate, whose standard deviation over the
-    samples is s, changes by a normal variable of variance s^2 (S - n) / (S n) until then. The
-    probabilities that it falls below 0 must add up to less than RISK over all other candidates.
-    """
-    seen = cider.shape[1]
-    best = cider.mean(1).argmax()
-    lead = np.delete(cider[best] - cider, best, axis=0)
-    spread = lead.std(1) * np.sqrt(max(samples - seen, 0) / (samples * seen))
-    z = np.divide(lead.mean(1), spread, out=np.full(len(lead), np.inf), where=spread > 0)
-    return sum(math.erfc(value / math.sqrt(2)) / 2 for value in z) < RISK
+    return (similar / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2))).mean(1) * 10
