@@ -70,6 +70,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         1000,
         "number of bootstrap resamples for intervals and --against; 0: no intervals",
         at_least=0,
+        at_most=1_000_000,
         group="scores",
     )
     examples: int = setting(
@@ -97,8 +98,6 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bootstrap > 1_000_000:
-            raise UserError(f"--bootstrap is {self.bootstrap:,}, it must be at most 1,000,000")
         self._check_out()
         if self.captions and not self.references:
             raise UserError(
@@ -123,8 +122,8 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             )
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
             raise UserError(
-                "--against compares two results files by bootstrap resampling: pass at most one "
-                "--captions, and --bootstrap above 0"
+                "--against compares the captions with one other results file by bootstrap "
+                "resampling: pass at most one --captions, and --bootstrap above 0"
             )
 
     def _check_out(self) -> None:
