@@ -155,9 +155,14 @@ class Settings:
         }
         for options in self.extensions.values():
             values |= options
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-        }
+        return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """Return a setting as a JSON value: a path as text, a tuple as a list."""
+    if isinstance(value, tuple | list):
+        return [_as_json(element) for element in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def flag_of(name: str) -> str:
@@ -417,9 +422,8 @@ def _option(item: Field, annotation: Any) -> click.Parameter:
     value_type, multiple = _value_type(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        return click.Argument(
-            [item.name], nargs=-1, type=click.Path(path_type=Path), metavar=metadata["name"]
-        )
+        param_type: Any = click.Path(path_type=Path) if value_type is Path else None
+        return click.Argument([item.name], nargs=-1, type=param_type, metavar=metadata["name"])
     flag = flag_of(item.name)
     if value_type is bool:
         option = click.Option(
@@ -427,7 +431,7 @@ def _option(item: Field, annotation: Any) -> click.Parameter:
         )
     else:
         if metadata.get("registry") is not None:
-            param_type: Any = _RegistryName(metadata["registry"])
+            param_type = _RegistryName(metadata["registry"])
         elif metadata.get("choices"):
             param_type = _Choice(metadata["choices"])
         else:
@@ -512,7 +516,8 @@ def _config_option(config_class: type) -> click.Option:
         for name, value in [*values.items()]:
             if name not in known_types and _is_default_of_other_entry(config_class, name, value):
                 del values[name]
-            elif name not in known_types:
+                continue
+            if name not in known_types:
                 similar = difflib.get_close_matches(name, known_types, n=1)
                 hint = (
                     f"did you mean {similar[0]!r}?"
@@ -520,6 +525,9 @@ def _config_option(config_class: type) -> click.Option:
                     else f"known: {', '.join(known_types)}"
                 )
                 raise UserError(f"{path}: unknown setting {name[:80]!r}; {hint}")
+            # older versions recorded a single path for options that may now be repeated
+            if known_types[name] == (Path, True) and isinstance(value, str):
+                values[name] = value = [value]
             if value is not None and (problem := _type_error(value, *known_types[name])):
                 raise UserError(f"{path}: {name} is {problem} ({flag_of(name)})")
         ctx.default_map = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache
-from data.datasets.registry import DATASETS, open_source
+from data.datasets.registry import DATASETS, as_list, open_source
 from data.datasets.sample import ensure_sample
 from data.sources import Source
 from pipeline.cli import Settings, setting
@@ -27,15 +27,15 @@ class SourceOptions(Settings):
         group="data",
         may_change_on_resume=True,
     )
-    annotations: Path | None = setting(
-        None,
+    annotations: tuple[Path, ...] = setting(
+        (),
         "caption file, if the dataset format has no fixed name for it",
         group="data",
         may_change_on_resume=True,
     )
-    images: Path | None = setting(
-        None,
-        "folder of the photographs, with --dataset coco",
+    images: tuple[Path, ...] = setting(
+        (),
+        "folder of the photographs, with --dataset coco and vqa",
         group="data",
         may_change_on_resume=True,
     )
@@ -57,9 +57,7 @@ class SourceOptions(Settings):
         root = self.root
         if self.dataset == "sample":
             root = root or (None if self.images else SAMPLE_ROOT)
-            folder = root or self.images
-            assert folder is not None
-            ensure_sample(Path(folder))
+            ensure_sample(root or as_list(self.images)[0])
         options = self.options("dataset")
         source = open_source(
             self.dataset,

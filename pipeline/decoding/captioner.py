@@ -9,6 +9,7 @@ captioner.generate(regions, num_beams=5, min_length=8)         # for each image 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from models.backbones.interface import Backbone
 from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
-from models.generation.options import Captions, Generation
+from models.generation.options import Captions, Generation, first_tokens
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
@@ -83,6 +84,7 @@ class CaptionGenerator:
     options: Generation
     seed: int = 0  # of samples
     consensus: Consensus | None = None
+    answers: tuple[str, ...] = ()  # of a decoder with classes
 
     def __call__(
         self,
@@ -110,6 +112,8 @@ class CaptionGenerator:
                 if image is not None:
                     memory = memory.keep(torch.tensor(image, device=device))
                 prompts = None if prompts is None else prompts.to(device)
+                if self.answers:
+                    return self.best_answers(memory, prompts)
                 if self.consensus is not None:
                     found = self.mbr_rerank(memory, draws, prompts)
                 else:
@@ -140,6 +144,20 @@ class CaptionGenerator:
                 "a lower --lr"
             )
         return captions
+
+    def best_answers(self, memory: Memory, prompts: Tensor | None) -> list[list[Caption]]:
+        """The num_return_sequences best classes of each example; their score is the probability."""
+        first = first_tokens(memory.images, self.options.bos_token_id, memory.device, prompts)
+        cache = self.captioner.init_cache(memory, 1, prompts)
+        logits = self.captioner.class_logits(first[:, None], memory, cache).float()
+        best = logits.softmax(1).topk(min(self.options.num_return_sequences, len(self.answers)))
+        return [
+            [
+                Caption(self.answers[number], math.log(max(p, 1e-45)), p)
+                for p, number in zip(*row, strict=True)
+            ]
+            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def mbr_rerank(
         self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
@@ -313,7 +331,9 @@ def make_writer(
         consensus = Consensus(samples, Frequencies.load(checkpoint.folder))
     how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
     decoder = cast(Decoder, captioner)  # an Ensemble has what generation asks of a decoder
-    return CaptionGenerator(decoder, checkpoint.vocabulary, machine, how, seed, consensus)
+    return CaptionGenerator(
+        decoder, checkpoint.vocabulary, machine, how, seed, consensus, checkpoint.answers
+    )
 
 
 def make_generation(
@@ -434,6 +454,32 @@ class PhotoCaptioner(
             )
         found = dict(zip(good, captions, strict=True))
         return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
+
+    def answers(
+        self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
+    ) -> list[list[Caption]]:
+        """The `count` best answers to each question about a photograph, best first.
+
+        The photograph is encoded once. Raises UnreadableImage, and UserError for a checkpoint that
+        was not trained on questions.
+        """
+        if not self.captioner.config.max_prompt:
+            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        read, reason = Photographs([photo], framing_of(self.backbone, self.max_pixels))[0]
+        if read is None:
+            raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
+        pixels, frames = stack([read])
+        regions = extract_regions(self.backbone, pixels, self.machine, frames)
+        beams = max(count, self.checkpoint.decoding["beam"])
+        options = {"num_beams": beams, **options, "num_return_sequences": count}
+        generator = make_writer(self.captioner, self.checkpoint, self.machine, options)
+        return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
+
+    def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
+        """The best answer to a question about a photograph, or those to a list of questions."""
+        questions = [question] if isinstance(question, str) else question
+        best = [found[0].text for found in self.answers(photo, questions, 1)]
+        return best[0] if isinstance(question, str) else best
 
     # the mixin's own arguments, as `revision`, are among `options`
     @classmethod

@@ -125,6 +125,7 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     )
     texts_by_id, decoding = decode(config, checkpoints, cache, examples)
     outputs = {example_id: texts[0].text for example_id, texts in texts_by_id.items()}
+    task.answers = checkpoints[0].answers
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,8 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     }
     atomic_write_text(out, json.dumps(record, indent=2) + "\n")
     for name, value in scores.items():
-        click.echo(f"{name:<12} {value:.4f}")
+        if isinstance(value, float):
+            click.echo(f"{name:<12} {value:.4f}")
     say(f"scores: {out}\noutputs: {outputs_path}")
 
 

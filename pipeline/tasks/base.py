@@ -26,6 +26,7 @@ class Task(ABC):
     Options: a frozen dataclass of the task's own options, fields with `setting`; None: it has none.
     scored_as_captions: `score` is that of captions, and pipeline.evaluate gives it with all that
         captions have (intervals, METEOR, comparison with another file).
+    output: "words": the decoder generates text; "classes": it chooses one of `answers`.
     self_critical: whether --scst can train it: rewards are scores of a text against its image's
         references.
     """
@@ -37,10 +38,14 @@ class Task(ABC):
     Options: type | None = None
     scored_as_captions = False
     self_critical = False
+    output: str = "words"
+    answers: tuple[str, ...] = ()
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
         """options: an instance of Options; segment: what a word is, as data.segmentation has it."""
-        self.options = options if options is not None else self.Options() if self.Options else None
+        self.options: Any = (
+            options if options is not None else self.Options() if self.Options else None
+        )
         self.segment = segment
 
     @abstractmethod
@@ -54,12 +59,22 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
-              train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
+              train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
         """Scores by name, `metric` among them, of the text in `outputs` (by example id) for each
         example.
 
         train: the training examples, which a score may take its statistics from.
         """
+
+    def choose_answers(self, train: Sequence[Example]) -> str:
+        """With output "classes": set `answers` from the training examples. Returns a line to
+        print.
+        """
+        return ""
+
+    def labels(self, example: Example) -> list[tuple[int, float]]:
+        """With output "classes": the classes that are right, with weights in 0..1."""
+        return []
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:
         """Whether a text with these words (prompt and target) also holds of the mirrored image."""

@@ -22,7 +22,7 @@ from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.beam_search import beam_search
 from models.generation.options import Generation, lengths
 from models.generation.sampling import sample
-from models.losses import Noise, caption_loss, self_critical_loss
+from models.losses import Noise, caption_loss, class_loss, self_critical_loss
 from models.regions import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
@@ -74,6 +74,36 @@ class CrossEntropy:
                 config.label_smoothing,
                 noise,
                 part.prompt_lengths,
+            )
+        return Sums(loss, loss.detach()[None])
+
+
+class Classification:
+    """Binary cross-entropy of the answers' soft labels, in nats per text (sum over classes)."""
+
+    names, shown = ("loss",), "loss"
+
+    def __init__(self, config: TrainConfig, machine: Machine, unit: str) -> None:
+        self.config, self.machine, self.unit = config, machine, unit
+
+    def counted(self, batch: Batch) -> int:
+        """How many items of a batch the mean loss divides by."""
+        return batch.texts
+
+    def units(self, batch: Batch) -> int:
+        return batch.texts
+
+    def units_an_epoch(self, train: ImageTexts) -> int:
+        return train.texts
+
+    def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
+        """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
+        assert part.labels is not None
+        noise = Noise(self.config.region_dropout or 0.0, self.config.word_dropout, 0.0, UNK)
+        with self.machine.autocast():
+            regions = Regions(part.features, part.boxes, part.counts)
+            loss, _ = class_loss(
+                forward, regions, part.tokens, part.labels, PAD, noise, part.prompt_lengths
             )
         return Sums(loss, loss.detach()[None])
 
@@ -182,7 +212,7 @@ class SelfCritical:
         return rewards.to(samples.device)
 
 
-Objective = CrossEntropy | SelfCritical
+Objective = CrossEntropy | Classification | SelfCritical
 
 
 def make_objective(
@@ -194,7 +224,8 @@ def make_objective(
     vocabulary: Vocabulary,
 ) -> Objective:
     if not config.scst:
-        return CrossEntropy(config, machine, task.unit)
+        kind = Classification if task.output == "classes" else CrossEntropy
+        return kind(config, machine, task.unit)
     if not task.self_critical:
         raise UserError(f"--scst: --task {task.name} has no rewards; train it without")
     return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary))

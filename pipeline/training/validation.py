@@ -10,7 +10,7 @@ import torch
 
 from data.vocabulary import PAD
 from models.generation.options import Generation
-from models.losses import caption_loss
+from models.losses import caption_loss, class_loss
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import (
     save_weights,
@@ -103,7 +103,7 @@ def validate(run: Run, trained: dict[str, float]) -> None:
 
 @torch.inference_mode()
 def dev_loss(run: Run) -> float:
-    """Cross-entropy on dev in nats per word, without label smoothing or dropout."""
+    """Loss on dev in nats per word (of classes: per text), without label smoothing or dropout."""
     assert run.dev is not None and run.config.batch is not None
     run.captioner.eval()
     total, count = 0.0, 0
@@ -113,10 +113,17 @@ def dev_loss(run: Run) -> float:
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
             regions = Regions(batch.features, batch.boxes, batch.counts)
-            loss, _ = caption_loss(
-                run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths
-            )
-        total, count = total + loss.item() * batch.counted, count + batch.words
+            prompts = batch.prompt_lengths
+            if batch.labels is not None:
+                loss, _ = class_loss(
+                    run.captioner, regions, batch.tokens, batch.labels, PAD, prompt_lengths=prompts
+                )
+            else:
+                loss, _ = caption_loss(
+                    run.captioner, regions, batch.tokens, PAD, prompt_lengths=prompts
+                )
+        counted = batch.words if batch.labels is None else batch.texts
+        total, count = total + loss.item() * batch.counted, count + counted
     loss_of_all, words_of_all = distributed.all_reduce(total, count)
     return loss_of_all / words_of_all
 
@@ -127,7 +134,9 @@ def dev_scores(run: Run) -> dict[str, float]:
     assert run.dev is not None
     mine = run.dev.examples[machine.rank :: machine.world]
     how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
-    generator = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, how)
+    generator = CaptionGenerator(
+        run.captioner, run.checkpoint.vocabulary, machine, how, answers=run.task.answers
+    )
 
     def step(count: int) -> None:
         if run.stopping and machine.world == 1:
@@ -139,8 +148,11 @@ def dev_scores(run: Run) -> dict[str, float]:
     outputs = {
         id_: texts[0].text for part in distributed.all_gather(found) for id_, texts in part.items()
     }
+    if machine.rank:
+        return distributed.broadcast(None)
+    scores = run.task.score(outputs, run.dev.examples, run.train.examples)
     return distributed.broadcast(
-        None if machine.rank else run.task.score(outputs, run.dev.examples, run.train.examples)
+        {name: value for name, value in scores.items() if isinstance(value, float)}
     )
 
 
