@@ -454,6 +454,16 @@ def test_a_config_file_chooses_and_a_flag_wins_over_it(tmp_path):
     )
 
 
+def test_recorded_defaults_of_what_is_not_chosen_are_ignored_and_other_values_refused(tmp_path):
+    """Older versions recorded the options of all entries."""
+    file = tmp_path / "c.json"
+    file.write_text('{"training": {"dataset": "coco", "captions_from": "auto"}}')
+    params = extract.main.make_context("extract", ["--config", str(file)]).params
+    assert params["dataset"] == "coco" and "captions_from" not in params
+    file.write_text('{"training": {"dataset": "coco", "captions_from": "txt"}}')
+    assert "unknown setting 'captions_from'" in refused(extract.main, "--config", file)
+
+
 def test_python_gives_options_by_the_setting_that_chooses():
     config = TrainConfig(task="counting", extensions={"task": {"questions_per_image": 4}})
     assert (
