@@ -17,7 +17,7 @@ from data import DataError
 from data.cache.reader import FeatureCache, cache_header, reading_shard, shard_paths
 from data.cache.writer import pack, verify_shard
 from pipeline.cli import UserError
-from pipeline.runtime import Machine, refuse_what_cannot_fit
+from pipeline.runtime import Machine, check_free_space
 from pipeline.terminal import human_bytes, progress, say
 
 SHOWN, LOOKED_AT = 3, 500  # rows that are shown, rows that the statistics use
@@ -144,7 +144,7 @@ def pack_cache(cache: Path, target: Path) -> None:
         )
     opened = FeatureCache(cache)
     size = sum(file.stat().st_size for file in opened.paths)
-    say(f"{cache}: {len(opened):,} rows to {target}, {refuse_what_cannot_fit(target.parent, size)}")
+    say(f"{cache}: {len(opened):,} rows to {target}, {check_free_space(target.parent, size)}")
     with progress(len(opened), "rows", "pack") as bar:
         pack(opened, target, bar.step)
     say(
