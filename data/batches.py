@@ -61,6 +61,11 @@ class Batch:
         return after_first - prompt_tokens
 
     @property
+    def scored(self) -> int:
+        """Number of items that the loss sums over: tokens, or texts if there are labels."""
+        return self.words if self.labels is None else self.texts
+
+    @property
     def texts(self) -> int:
         """Number of texts that count in the loss."""
         return int((self.tokens[:, :, 0] != PAD).sum()) if self.counted else 0

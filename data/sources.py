@@ -13,12 +13,14 @@ split for tuning: val if the dataset has val and test, else about a tenth of the
 chosen by a hash of the file name.
 """
 
+import csv
 import hashlib
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -312,6 +314,34 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
+def csv_rows(
+    file: Path, lines: Iterable[str], check: Callable[[list[str]], None] = lambda columns: None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield "file, line N" and the row by lower-case column, for each row of CSV lines.
+
+    check: raises DataError if a column is missing.
+    """
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
+        check(columns)
+        for column, count in Counter(columns).items():
+            if column and count > 1:
+                raise DataError(
+                    f"{file} has the column {column} {count} times; write one text per row"
+                )
+        reader.fieldnames = columns
+        for row in reader:
+            where = f"{file}, line {reader.line_num}"
+            if None in row:
+                raise DataError(
+                    f"{where}: more cells than the header; put texts with commas in quotes"
+                )
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
+
+
 def parse_json(file: Path) -> object:
     """Return the content of a JSON file. Raises DataError if it is not valid JSON."""
     try:
@@ -323,13 +353,13 @@ def parse_json(file: Path) -> object:
         ) from error
 
 
-def read_json(file: Path) -> dict:
-    """Return the JSON object of a caption file.
+def read_json(file: Path, key: str = "images") -> dict:
+    """Return the JSON object of a file.
 
-    Raises DataError if its `images` is not a list of objects.
+    Raises DataError if its entry `key` is not a list of objects.
     """
     content = parse_json(file)
-    check_entries(content, "images", file)
+    check_entries(content, key, file)
     assert isinstance(content, dict)  # check_entries verified it
     return content
 

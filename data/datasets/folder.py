@@ -24,7 +24,6 @@ Without splits, all photographs are train. If only some photographs have a split
 train; this is a DataError if some photographs are explicitly train.
 """
 
-import csv
 import functools
 import io
 import json
@@ -47,6 +46,7 @@ from data.sources import (
     check_caption,
     check_name,
     check_split,
+    csv_rows,
     image_id,
     loose,
     on_disk,
@@ -361,7 +361,8 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
     if not text.strip():
         raise DataError(f"{file} is empty; add rows, or delete it")
     if file.suffix == ".csv":
-        yield from _csv_rows(file, io.StringIO(text, newline=""), "file_name")
+        lines = io.StringIO(text, newline="")
+        yield from csv_rows(file, lines, functools.partial(_check_column, file, "file_name"))
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -410,32 +411,10 @@ def _quoted(lines: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def _csv_rows(file: Path, lines: Iterable[str], needed: str) -> Iterator[tuple[str, dict]]:
-    """Yield "file, line N" and the row by lower-case column, for each row of CSV lines.
-
-    Raises DataError if the column `needed` is missing.
-    """
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
-        if needed not in columns:
-            _refuse_separator(file, ",".join(columns), needed)
-            raise DataError(f"{file}: {_no_column(needed, columns)}")
-        for column, count in Counter(columns).items():
-            if column and count > 1:
-                raise DataError(
-                    f"{file} has the column {column} {count} times; write one caption per row"
-                )
-        reader.fieldnames = columns
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
-            if None in row:
-                raise DataError(
-                    f"{where}: more cells than the header; put captions with commas in quotes"
-                )
-            yield where, row
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
+def _check_column(file: Path, needed: str, columns: Sequence[str]) -> None:
+    if needed not in columns:
+        _refuse_separator(file, ",".join(columns), needed)
+        raise DataError(f"{file}: {_no_column(needed, columns)}")
 
 
 def _captions(row: dict, where: str) -> list[str]:
@@ -474,9 +453,9 @@ def _caption_lists(
                 continue
             listed = []
             lines = io.StringIO(text, newline="")
-            for where, row in _csv_rows(
-                file, _quoted(lines) if header == ["image", "caption"] else lines, "image"
-            ):
+            quoted = _quoted(lines) if header == ["image", "caption"] else lines
+            check = functools.partial(_check_column, file, "image")
+            for where, row in csv_rows(file, quoted, check):
                 caption = check_caption(row["caption"] or "", where)
                 names = (check_name(row["image"].strip(), where),)
                 listed.append(Row(file, where, names, (caption,) if caption else ()))

@@ -17,14 +17,14 @@ photograph is `image_id` of its file name below `--images`.
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from sys import intern
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data import DataError
 from data.image_formats import SUFFIXES
@@ -32,12 +32,12 @@ from data.sources import (
     Image,
     Listing,
     Source,
-    check_entries,
     check_id,
     check_name,
+    csv_rows,
     image_id,
     on_disk,
-    parse_json,
+    read_json,
     read_text,
 )
 
@@ -174,7 +174,7 @@ def _pairs(
 
 def _read_pair(pair: _Pair) -> Iterator[Question]:
     annotated = _annotations(pair.annotations) if pair.annotations else None
-    for number, entry in enumerate(_entries(pair.questions, "questions")):
+    for number, entry in enumerate(read_json(pair.questions, "questions")["questions"]):
         where = f"{pair.questions}: question {entry.get('question_id', f'number {number}')}"
         id_, image = (
             check_id(entry.get("question_id"), where),
@@ -186,21 +186,21 @@ def _read_pair(pair: _Pair) -> Iterator[Question]:
             continue
         if id_ not in annotated:
             raise DataError(f"{where} has no annotation in {pair.annotations}")
-        image_of_annotation, question = annotated.pop(id_)
-        if image_of_annotation != image:
+        question = annotated.pop(id_)
+        if question.image_id != image:
             raise DataError(
                 f"{where} is about image {image}, its annotation in {pair.annotations} about image "
-                f"{image_of_annotation}"
+                f"{question.image_id}"
             )
         yield question._replace(text=text)
     for id_ in annotated or ():
         raise DataError(f"{pair.annotations}: annotation of question {id_} has no question")
 
 
-def _annotations(file: Path) -> dict[int, tuple[int, Question]]:
-    """Image id and answers of each annotated question."""
-    found: dict[int, tuple[int, Question]] = {}
-    for number, entry in enumerate(_entries(file, "annotations")):
+def _annotations(file: Path) -> dict[int, Question]:
+    """The annotated questions by id, without their texts."""
+    found: dict[int, Question] = {}
+    for number, entry in enumerate(read_json(file, "annotations")["annotations"]):
         where = f"{file}: annotation of question {entry.get('question_id', f'number {number}')}"
         id_, image = (
             check_id(entry.get("question_id"), where),
@@ -221,26 +221,17 @@ def _annotations(file: Path) -> dict[int, tuple[int, Question]]:
             keys.append(str({key: answer[key] for key in sorted(answer) if key != "answer"}))
         best = entry.get("multiple_choice_answer")
         best = best if isinstance(best, str) and best else max(texts, key=texts.count)
-        found[id_] = (
+        found[id_] = Question(
+            id_,
             image,
-            Question(
-                id_,
-                image,
-                "",
-                tuple(texts),
-                intern(best),
-                intern(str(entry.get("question_type", ""))),
-                intern(str(entry.get("answer_type", ""))),
-                None if len(set(keys)) == len(keys) else tuple(keys),
-            ),
+            "",
+            tuple(texts),
+            intern(best),
+            intern(str(entry.get("question_type", ""))),
+            intern(str(entry.get("answer_type", ""))),
+            None if len(set(keys)) == len(keys) else tuple(keys),
         )
     return found
-
-
-def _entries(file: Path, key: str) -> list[dict[str, Any]]:
-    content = parse_json(file)
-    check_entries(content, key, file)
-    return content[key]  # type: ignore[index]  # by check_entries
 
 
 def _text(value: object, where: str, what: str) -> str:
@@ -261,19 +252,19 @@ def _coco_files(folders: Iterable[Path]) -> dict[int, tuple[str, Path]]:
     return found
 
 
+def _check_columns(file: Path, columns: Sequence[str]) -> None:
+    if lacking := [column for column in COLUMNS if column not in columns]:
+        raise DataError(
+            f"{file} lacks the column {lacking[0]}; its columns are {', '.join(columns)}"
+        )
+
+
 def _read_tables(dataset: str, files: Sequence[Path], folders: Sequence[Path]) -> QuestionSource:
     questions: list[Question] = []
     names: dict[int, str] = {}
     for file in files:
-        reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
-        columns = [(column or "").strip().lower() for column in reader.fieldnames or ()]
-        if lacking := [column for column in COLUMNS if column not in columns]:
-            raise DataError(
-                f"{file} lacks the column {lacking[0]}; its columns are {', '.join(columns)}"
-            )
-        reader.fieldnames = columns
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
+        lines = io.StringIO(read_text(file), newline="")
+        for where, row in csv_rows(file, lines, partial(_check_columns, file)):
             name = check_name(row["image"], where)
             id_ = image_id(name)
             names[id_] = name

@@ -442,18 +442,22 @@ class PhotoCaptioner(
         """Caption one batch of photographs: (captions, "") for each one, ([], reason) for
         unreadable ones.
         """
-        framing = framing_of(self.backbone, self.max_pixels)
-        photographs = Photographs(photos, framing)
+        regions, reasons = self.extract(photos)
+        captions = iter([] if regions is None else self.generate(regions, **options))
+        return [([] if reason else next(captions), reason) for reason in reasons]
+
+    def extract(self, photos: Sequence[Photograph]) -> tuple[Regions | None, list[str]]:
+        """The regions of the readable photographs, and for each photograph why it is unreadable
+        ("" if it is readable). None: no photograph is readable.
+        """
+        photographs = Photographs(photos, framing_of(self.backbone, self.max_pixels))
         read = [photographs[i] for i in range(len(photographs))]
-        good = [i for i, (photo, _) in enumerate(read) if photo is not None]
-        captions: list[list[Caption]] = []
-        if good:
-            pixels, frames = stack([photo for photo, _ in read if photo is not None])
-            captions = self.generate(
-                extract_regions(self.backbone, pixels, self.machine, frames), **options
-            )
-        found = dict(zip(good, captions, strict=True))
-        return [(found.get(i, []), reason) for i, (_, reason) in enumerate(read)]
+        reasons = [reason for _, reason in read]
+        good = [photo for photo, _ in read if photo is not None]
+        if not good:
+            return None, reasons
+        pixels, frames = stack(good)
+        return extract_regions(self.backbone, pixels, self.machine, frames), reasons
 
     def answers(
         self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
@@ -465,11 +469,9 @@ class PhotoCaptioner(
         """
         if not self.captioner.config.max_prompt:
             raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
-        read, reason = Photographs([photo], framing_of(self.backbone, self.max_pixels))[0]
-        if read is None:
+        regions, (reason,) = self.extract([photo])
+        if regions is None:
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
-        pixels, frames = stack([read])
-        regions = extract_regions(self.backbone, pixels, self.machine, frames)
         beams = max(count, self.checkpoint.decoding["beam"])
         options = {"num_beams": beams, **options, "num_return_sequences": count}
         generator = make_writer(self.captioner, self.checkpoint, self.machine, options)

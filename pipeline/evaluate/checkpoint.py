@@ -125,7 +125,6 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     )
     texts_by_id, decoding = decode(config, checkpoints, cache, examples)
     outputs = {example_id: texts[0].text for example_id, texts in texts_by_id.items()}
-    task.answers = checkpoints[0].answers
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -98,15 +98,14 @@ class VisualQuestionAnswering(Task):
                 f"no answer is given to {least} questions; lower --min-answer-count, or pass "
                 "--output words"
             )
-        known = sum(counts[answer] for answer in set(self.answers))
+        self._class_of = {answer: number for number, answer in enumerate(self.answers)}
+        known = sum(counts[answer] for answer in self._class_of)
         return (
             f"{len(self.answers):,} answers; {known / max(1, counts.total()):.1%} of the train "
             "questions have one of them"
         )
 
     def labels(self, example: Example) -> list[tuple[int, float]]:
-        if len(self._class_of) != len(self.answers):
-            self._class_of = {answer: number for number, answer in enumerate(self.answers)}
         question = self._questions[example.id]
         counts = Counter(map(normalize, question.answers))
         several = len(question.answers) > 1

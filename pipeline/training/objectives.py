@@ -40,8 +40,24 @@ class Sums(NamedTuple):
     figures: Tensor
 
 
+def supervised_loss(
+    decoder: nn.Module, batch: Batch, label_smoothing: float = 0.0, noise: Noise | None = None
+) -> Tensor:
+    """The sum of `class_loss` over a batch with labels, else of `caption_loss`, in nats.
+
+    `Batch.scored` is the number of items that it sums over.
+    """
+    regions, prompts = Regions(batch.features, batch.boxes, batch.counts), batch.prompt_lengths
+    noise = noise or Noise()
+    if batch.labels is not None:
+        return class_loss(decoder, regions, batch.tokens, batch.labels, PAD, noise, prompts)[0]
+    return caption_loss(decoder, regions, batch.tokens, PAD, label_smoothing, noise, prompts)[0]
+
+
 class CrossEntropy:
-    """Cross-entropy of the next word of each reference, teacher-forced, in nats per word."""
+    """Cross-entropy of the next word of each reference, teacher-forced, in nats per word; of
+    batches with labels the binary cross-entropy of all classes, in nats per text.
+    """
 
     names, shown = ("loss",), "loss"
 
@@ -50,7 +66,7 @@ class CrossEntropy:
 
     def counted(self, batch: Batch) -> int:
         """How many items of a batch the mean loss divides by."""
-        return batch.words
+        return batch.scored
 
     def units(self, batch: Batch) -> int:
         return batch.texts
@@ -65,46 +81,7 @@ class CrossEntropy:
             config.region_dropout or 0.0, config.word_dropout, config.scheduled_sampling * done, UNK
         )
         with self.machine.autocast():
-            regions = Regions(part.features, part.boxes, part.counts)
-            loss, _ = caption_loss(
-                forward,
-                regions,
-                part.tokens,
-                PAD,
-                config.label_smoothing,
-                noise,
-                part.prompt_lengths,
-            )
-        return Sums(loss, loss.detach()[None])
-
-
-class Classification:
-    """Binary cross-entropy of the answers' soft labels, in nats per text (sum over classes)."""
-
-    names, shown = ("loss",), "loss"
-
-    def __init__(self, config: TrainConfig, machine: Machine, unit: str) -> None:
-        self.config, self.machine, self.unit = config, machine, unit
-
-    def counted(self, batch: Batch) -> int:
-        """How many items of a batch the mean loss divides by."""
-        return batch.texts
-
-    def units(self, batch: Batch) -> int:
-        return batch.texts
-
-    def units_an_epoch(self, train: ImageTexts) -> int:
-        return train.texts
-
-    def __call__(self, forward: nn.Module, part: Batch, step: int, done: float) -> Sums:
-        """Of `part`, on the device; `done`: how much of the training is over, 0 to 1."""
-        assert part.labels is not None
-        noise = Noise(self.config.region_dropout or 0.0, self.config.word_dropout, 0.0, UNK)
-        with self.machine.autocast():
-            regions = Regions(part.features, part.boxes, part.counts)
-            loss, _ = class_loss(
-                forward, regions, part.tokens, part.labels, PAD, noise, part.prompt_lengths
-            )
+            loss = supervised_loss(forward, part, config.label_smoothing, noise)
         return Sums(loss, loss.detach()[None])
 
 
@@ -212,7 +189,7 @@ class SelfCritical:
         return rewards.to(samples.device)
 
 
-Objective = CrossEntropy | Classification | SelfCritical
+Objective = CrossEntropy | SelfCritical
 
 
 def make_objective(
@@ -224,8 +201,7 @@ def make_objective(
     vocabulary: Vocabulary,
 ) -> Objective:
     if not config.scst:
-        kind = Classification if task.output == "classes" else CrossEntropy
-        return kind(config, machine, task.unit)
+        return CrossEntropy(config, machine, task.unit)
     if not task.self_critical:
         raise UserError(f"--scst: --task {task.name} has no rewards; train it without")
     return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary))

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from data.vocabulary import PAD
 from models.generation.options import Generation
-from models.losses import caption_loss, class_loss
-from models.regions import Regions
 from pipeline.checkpoints.checkpoint import (
     save_weights,
 )
@@ -21,6 +18,7 @@ from pipeline.terminal import progress, say
 from pipeline.training import distributed
 from pipeline.training.config import PATIENT_STEPS
 from pipeline.training.loop import Stopped, averaged
+from pipeline.training.objectives import supervised_loss
 from pipeline.training.state import Run, save_progress
 
 
@@ -112,20 +110,10 @@ def dev_loss(run: Run) -> float:
     ):
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
-            regions = Regions(batch.features, batch.boxes, batch.counts)
-            prompts = batch.prompt_lengths
-            if batch.labels is not None:
-                loss, _ = class_loss(
-                    run.captioner, regions, batch.tokens, batch.labels, PAD, prompt_lengths=prompts
-                )
-            else:
-                loss, _ = caption_loss(
-                    run.captioner, regions, batch.tokens, PAD, prompt_lengths=prompts
-                )
-        counted = batch.words if batch.labels is None else batch.texts
-        total, count = total + loss.item() * batch.counted, count + counted
-    loss_of_all, words_of_all = distributed.all_reduce(total, count)
-    return loss_of_all / words_of_all
+            loss = supervised_loss(run.captioner, batch)
+        total, count = total + loss.item() * batch.counted, count + batch.scored
+    loss_of_all, count_of_all = distributed.all_reduce(total, count)
+    return loss_of_all / count_of_all
 
 
 def dev_scores(run: Run) -> dict[str, float]:
