@@ -50,8 +50,8 @@ def main(config: TrainConfig) -> None:
     without options.
     """
     machine = open_machine(config.device, config.seed, config.precision)
-    with distributed.joined(machine):
-        with distributed.first_alone(machine):  # rank 0 may have to draw the sample
+    with distributed.process_group(machine):
+        with distributed.rank_zero_first(machine):  # rank 0 may have to draw the sample
             source, cache, folder = open_inputs(config)
         begun = open_init(config, folder, cache)
         config = choose_segment(config, source, begun)
@@ -132,7 +132,7 @@ def announce(run: Run, cache: FeatureCache | NoFeatures) -> None:
             f"self-critical: {config.num_samples} {how}, reward {config.reward}, baseline "
             f"{config.baseline}"
         )
-    length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
+    length = f"{config.epochs} epochs of {run.steps_per_epoch} steps" if config.epochs else "epochs"
     length += f", {config.minutes:g} minutes at most" if config.minutes else ""
     name = f"of {config.init}" if config.init else f"preset {config.preset}"
     shared = f", {run.machine.world} processes" if run.machine.world > 1 else ""

@@ -98,7 +98,7 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
         interrupt_at(4, patch)
         assert run(train.main, *over(drawn, tmp_path / "half", *asked)).exit_code == 130
     again = ["--config", tmp_path / "half" / "config.json", "--out", tmp_path / "half", "--resume"]
-    assert "going on with" in works(train.main, *again)
+    assert "resuming" in works(train.main, *again)
     assert told(tmp_path / "half") == told(tmp_path / "run")
 
 

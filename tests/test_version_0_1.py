@@ -117,7 +117,7 @@ def test_its_runs_serve_as_init(made, run, more):
 
 def test_its_half_finished_run_goes_on_as_it_would_have(made):
     output = works(train.main, "--config", "half/config.json", "--out", "half", "--resume")
-    assert "going on with half after step 71" in output
+    assert "resuming half after step 71" in output
     assert losses(Path("half")) == pytest.approx(losses(MADE / "whole"), abs=1e-3)
 
 
