@@ -349,7 +349,10 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
     [
         ({"init": None}, "--scst needs --init"),
         ({"num_samples": 1}, "--num-samples 1: each sample is compared with the other samples"),
-        ({"samples": "beam", "baseline": "greedy"}, "--samples beam cannot be used with --baseline greedy"),
+        (
+            {"samples": "beam", "baseline": "greedy"},
+            "--samples beam cannot be used with --baseline greedy",
+        ),
         ({"word_dropout": 0.1}, "not of --scst"),
         ({"num_samples": 0}, "must be at least 1"),
         ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
@@ -357,7 +360,10 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
         ({"label_smoothing": 0.2}, "not of --scst"),
         ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"),
         ({"scst": False, "num_samples": 9}, "is of --scst"),
-        ({"samples": "beam", "temperature": 0.5}, "--samples beam cannot be used with --temperature"),
+        (
+            {"samples": "beam", "temperature": 0.5},
+            "--samples beam cannot be used with --temperature",
+        ),
         ({"temperature": 0.0}, "--temperature is 0.0, it must"),
         ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"),
         ({"temperature": -1.0}, "must be above 0"),

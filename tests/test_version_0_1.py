@@ -51,7 +51,7 @@ def losses(run: Path) -> dict[int, float]:
 def test_its_cache_is_whole_and_goes_on(made):
     cache = FeatureCache("cache")
     assert (len(cache), cache.shape, cache.views) == (40, (4, 96), ("flip",))
-    assert "40 rows, all as they were written" in works(extract.main, "--verify", "cache")
+    assert "40 rows, all checksums are correct" in works(extract.main, "--verify", "cache")
     output = works(
         extract.main,
         *AT,

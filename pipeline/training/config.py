@@ -128,7 +128,8 @@ class TrainConfig(SourceOptions):
     )
     views: bool = setting(
         True,
-        "in each epoch choose a random view of each image (see --views of pipeline.extract)",
+        "in each epoch use the original or a random view of each image (see pipeline.extract "
+        "--views)",
         group="data",
     )
     vocabulary: str = setting(
@@ -144,7 +145,7 @@ class TrainConfig(SourceOptions):
         group="data",
     )
     vocab_size: int = setting(
-        4000, "number of subwords, with --vocabulary bpe", at_least=1, group="data"
+        4000, "vocabulary size, with --vocabulary bpe", at_least=1, group="data"
     )
     max_length: int | None = setting(
         None,
