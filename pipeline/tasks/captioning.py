@@ -12,7 +12,8 @@ from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 
 FEW_DOCUMENTS = 100  # with fewer images, CIDEr also counts document frequencies in train
-SIDES = ("left", "right")  # a caption with a word that starts with these is false when mirrored
+# A caption with a word that starts with one of these is not true of the mirrored image.
+SIDES = ("left", "right")
 
 # Articles, prepositions and conjunctions. A caption that ends with one of them is unfinished. Words
 # that can also be adverbs are not in the list ("a dog looks up").

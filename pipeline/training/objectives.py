@@ -115,6 +115,9 @@ class SelfCritical:
     is trained. Below 1, samples are similar to decoded captions, and training learns which of them
     is best. At 1, training first learns that likely captions are better than unlikely ones, which
     decoding already uses. docs/log.md has measurements.
+
+    The metrics are means per sample: the loss, the reward, the number of words, the share of samples
+    that end with <eos>, and the negative log-probability in nats.
     """
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
