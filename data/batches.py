@@ -42,6 +42,7 @@ class Batch:
     tokens: Tensor
     image_ids: list[int | None]
     counted: bool = True
+    labels: Tensor | None = None  # [texts,classes] float32, in the order of the texts
 
     @functools.cached_property
     def prompt_lengths(self) -> Tensor | None:
@@ -75,17 +76,24 @@ class Batch:
             iterate(self.image_ids, size),
             strict=True,
         )
-        return [
+        batches = [
             Batch(features, boxes, counts, tokens, list(ids), self.counted)
             for features, boxes, counts, tokens, ids in chunks
         ]
+        if self.labels is not None:
+            texts = [int((batch.tokens[:, :, 0] != PAD).sum()) for batch in batches]
+            for batch, labels in zip(batches, self.labels.split(texts), strict=True):
+                batch.labels = labels
+        return batches
 
     def to(self, device: torch.device) -> Batch:
         """Move the regions to a device. The tokens stay on the CPU, where they are packed."""
         features, boxes, counts = (
             part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
         )
-        return Batch(features, boxes, counts, self.tokens, self.image_ids, self.counted)
+        return Batch(
+            features, boxes, counts, self.tokens, self.image_ids, self.counted, self.labels
+        )
 
 
 class ImageTexts:
@@ -106,17 +114,24 @@ class ImageTexts:
         split: str,
         segment: str = "words",
         holds_mirrored: Callable[[Sequence[str]], bool] = lambda words: True,
+        labels: Callable[[Example], Sequence[tuple[int, float]]] | None = None,
+        classes: int = 0,
     ) -> None:
         """Tokenize the examples and group them by image.
 
         images: all images of the source, by id.
         segment: one of `data.segmentation.SEGMENTS`.
         holds_mirrored: returns whether a text (a list of words) is also true of the mirrored image.
+        labels: returns the classes of an example with their weights; a text is then a prompt
+            without a target. None: the targets are texts.
+        classes: the number of classes.
 
         Raises DataError for an image without a row in the cache, and for an image whose targets
         contain no words.
         """
         self.cache, self.segment, self.holds_mirrored = cache, segment, holds_mirrored
+        self.classes = classes
+        self.labels: list[list[Sequence[tuple[int, float]]]] = []
         self.examples, self.images, self.left_out = with_rows(examples, images, cache, split)
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
         groups: dict[object, list[Example]] = {}
@@ -127,6 +142,11 @@ class ImageTexts:
         self.tokens: list[list[list[str]]] = []
         self.prompts: list[list[list[str]]] = []
         for group in groups.values():
+            if labels is not None:
+                self.prompts.append([segmented(example.prompt, segment) for example in group])
+                self.tokens.append([[] for _ in group])
+                self.labels.append([labels(example) for example in group])
+                continue
             texts = [
                 (segmented(example.prompt, segment), words)
                 for example in group
@@ -171,7 +191,7 @@ class ImageTexts:
             for prompt, words in zip(prompts, targets, strict=True):
                 prompt_ids = vocabulary.encode(prompt)
                 target_ids = vocabulary.encode(words)
-                eos = [EOS] if len(target_ids) <= max_length else []
+                eos = [EOS] if len(target_ids) <= max_length and not self.labels else []
                 prompt_ids = last_tokens(prompt_ids, max_prompt)
                 texts.append([*prompt_ids, BOS, *target_ids[:max_length], *eos])
             encoded.append(texts)
@@ -268,7 +288,23 @@ class ImageTexts:
                 for i, view in zip(images, batch_views, strict=True)
             ]
             regions = self.features(image_ids, batch_views if views else None)
-            yield Batch(*regions, pad(texts), image_ids, counted)
+            labels = self._label_rows(images, [view == flip for view in batch_views])
+            yield Batch(*regions, pad(texts), image_ids, counted, labels)
+
+    def _label_rows(self, images: Sequence[int], is_mirrored: Sequence[bool]) -> Tensor | None:
+        """The labels of the texts of a batch, [texts,classes] float32; None without classes."""
+        if not self.labels:
+            return None
+        rows = [
+            self.labels[i][k]
+            for i, mirrored in zip(images, is_mirrored, strict=True)
+            for k in (self.mirrored[i] if mirrored else range(len(self.labels[i])))
+        ]
+        labels = torch.zeros(len(rows), self.classes)
+        for row, weighted in enumerate(rows):
+            for number, weight in weighted:
+                labels[row, number] = weight
+        return labels
 
     @functools.cached_property
     def mirrored(self) -> list[list[int]]:

@@ -94,6 +94,26 @@ def read_ids(file: Path) -> list[int]:
     return list(dict.fromkeys(check_id(image_id, f"{file}") for image_id in ids))
 
 
+def read_text_list(file: Path) -> list[str]:
+    """Texts, a JSON list (or object whose keys or values they are, by number) or one per line."""
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(content, list) and len(content) == 2 and isinstance(content[0], dict):
+        content = content[0]  # openvqa's answer_dict.json: [number by answer, answer by number]
+    if isinstance(content, dict):
+        by_number = all(isinstance(value, int) for value in content.values())
+        numbers = content
+        content = (
+            sorted(numbers, key=lambda text: numbers[text]) if by_number else [*numbers.values()]
+        )
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise DataError(f"{file} is neither a list of texts nor one text per line")
+    return content
+
+
 def choose(images: Sequence[Image], ids: Iterable[int], where: Path, ids_file: Path) -> list[Image]:
     """Return the images with these ids, in the order of the ids.
 

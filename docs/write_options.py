@@ -1,4 +1,4 @@
-"""Write docs/extract.md, train.md, evaluate.md and caption.md from the classes of the options.
+"""Write the option pages docs/{extract,train,evaluate,caption,ask}.md from the option classes.
 
     python docs/write_options.py
 
@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from pipeline.ask import AskConfig
 from pipeline.caption import CaptionConfig
 from pipeline.cli import flag_of, options_of
 from pipeline.evaluate.config import EvaluateConfig
@@ -25,6 +26,7 @@ COMMANDS = {
     "train": (TrainConfig, "Stage two: train a decoder over a cache."),
     "evaluate": (EvaluateConfig, "Score a checkpoint over a cache, or a file of captions."),
     "caption": (CaptionConfig, "Caption photographs with a checkpoint."),
+    "ask": (AskConfig, "Answer questions about photographs with a checkpoint."),
 }
 
 

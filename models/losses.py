@@ -80,6 +80,35 @@ def caption_loss(
     return loss, torch.tensor(len(targets))
 
 
+def class_loss(
+    decoder: nn.Module,
+    regions: Regions,
+    tokens: Tensor,
+    labels: Tensor,
+    pad: int,
+    noise: Noise = Noise(),
+    prompt_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of soft labels, and the number of texts (Teney et al. 2018).
+
+    tokens: [B,K,T] int64 on the CPU, prompts and then <bos>. labels: [N,classes] float32 in 0..1, a
+    row for each text that is not padding, in order. Returns (sum over texts and classes in nats,
+    N).
+    """
+    is_token = tokens != pad
+    text = Packed(tokens, is_token, prompt_lengths)
+    lengths = is_token.sum(2).flatten()
+    last = lengths[lengths > 0].cumsum(0) - 1  # the row of each text's <bos>
+    device = regions.features.device
+    text.words = replace_words(text.words, text.positions > 0, noise.words, noise.unknown)
+    states = decoder(drop_regions(regions, noise.regions), text.to(device))[last.to(device)]
+    logits = unwrapped(decoder).head(states)
+    loss = F.binary_cross_entropy_with_logits(
+        logits.float(), labels.to(device, non_blocking=True), reduction="sum"
+    )
+    return loss, torch.tensor(len(last))
+
+
 def self_critical_loss(
     decoder: nn.Module, memory: Memory, samples: Tensor, advantages: Tensor, policy: Generation
 ) -> tuple[Tensor, Tensor]:

@@ -147,9 +147,13 @@ class Settings:
         }
         for given in self.extensions.values():
             values |= given
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-        }
+        return {name: _as_json(value) for name, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_json(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def flag_of(name: str) -> str:
@@ -403,9 +407,8 @@ def _option(item: Any, annotation: Any) -> click.Parameter:
     kind, multiple = _kind_of(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        return click.Argument(
-            [item.name], nargs=-1, type=click.Path(path_type=Path), metavar=metadata["name"]
-        )
+        paths = click.Path(path_type=Path) if kind is Path else None
+        return click.Argument([item.name], nargs=-1, type=paths, metavar=metadata["name"])
     flag = flag_of(item.name)
     if kind is bool:
         option = click.Option(
@@ -502,6 +505,8 @@ def _config_option(config_class: type) -> click.Option:
                 near = difflib.get_close_matches(name, kinds, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
                 raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
+            if kinds[name] == (Path, True) and isinstance(value, str):  # of older versions
+                found[name] = value = [value]
             if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
                 raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")
         ctx.default_map = {

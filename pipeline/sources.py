@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache
-from data.datasets.registry import DATASETS, open_source
+from data.datasets.registry import DATASETS, as_list, open_source
 from data.datasets.sample import ensure_sample
 from data.sources import Source
 from pipeline.cli import Settings, setting
@@ -27,15 +27,15 @@ class SourceOptions(Settings):
         group="data",
         may_change_on_resume=True,
     )
-    annotations: Path | None = setting(
-        None,
+    annotations: tuple[Path, ...] = setting(
+        (),
         "caption file, where the dataset format does not name it",
         group="data",
         may_change_on_resume=True,
     )
-    images: Path | None = setting(
-        None,
-        "folder of the photographs, for --dataset coco",
+    images: tuple[Path, ...] = setting(
+        (),
+        "folder of the photographs, for --dataset coco and vqa",
         group="data",
         may_change_on_resume=True,
     )
@@ -53,9 +53,7 @@ class SourceOptions(Settings):
         root = self.root
         if self.dataset == "sample":
             root = root or (None if self.images else SAMPLE_ROOT)
-            place = root or self.images
-            assert place is not None  # by the line above
-            ensure_sample(Path(place))
+            ensure_sample(root or as_list(self.images)[0])
         options = self.options("dataset")
         source = open_source(
             self.dataset,

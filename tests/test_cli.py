@@ -291,7 +291,7 @@ def test_an_unknown_choice_is_answered_with_the_nearest():
     assert result.exit_code == 2 and "Did you mean 'sample'?" in result.output
 
 
-@pytest.mark.parametrize("stage", ["extract", "train", "evaluate", "caption"])
+@pytest.mark.parametrize("stage", ["extract", "train", "evaluate", "caption", "ask"])
 def test_every_setting_of_every_command_is_checked_and_a_run_s_own_record_is_taken(
     stage, tmp_path, monkeypatch
 ):

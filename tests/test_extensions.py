@@ -68,12 +68,15 @@ def over(folder: Path, out: Path, *more: object) -> list:
 
 
 def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
-    asked = ["--task", "counting", "--questions", 3, *SMALL, "--epochs", 3]
+    asked = ["--task", "counting", "--questions-per-image", 3, *SMALL, "--epochs", 3]
     output = works(train.main, *over(drawn, tmp_path / "run", *asked))
     # 48 train images, 3 questions each
     assert "144 questions" in output and "dev accuracy" in output
     record = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (record["training"]["task"], record["training"]["questions"]) == ("counting", 3)
+    assert (record["training"]["task"], record["training"]["questions_per_image"]) == (
+        "counting",
+        3,
+    )
     assert record["model"]["max_prompt"] == 6
 
     evaluated = works(
@@ -108,7 +111,7 @@ def test_a_task_learns_what_its_questions_ask(drawn, tmp_path):
     asked = [
         "--task",
         "counting",
-        "--questions",
+        "--questions-per-image",
         5,
         *SMALL,
         "--epochs",
@@ -371,7 +374,7 @@ def test_a_decoder_over_an_imported_cache_trains_evaluates_and_captions_no_photo
 @pytest.mark.parametrize(
     ("command", "chosen", "heading", "option"),
     [
-        (train.main, ["--task", "counting"], "Options of --task counting", "--questions"),
+        (train.main, ["--task", "counting"], "Options of --task counting", "--questions-per-image"),
         (train.main, ["--decoder", "bag"], "Options of --decoder bag", "--bag-width"),
         (train.main, ["--decoder=transformer"], "Options of --decoder transformer", "--heads"),
         (extract.main, ["--regions", "pixels"], "Options of --regions pixels", "--columns"),
@@ -389,8 +392,8 @@ def test_help_shows_the_options_of_what_is_chosen_under_a_heading(command, chose
     [
         (
             train.main,
-            ["--questions", 3],
-            "--questions is an option of --task counting; --task is captioning here",
+            ["--questions-per-image", 3],
+            "--questions-per-image is an option of --task counting; --task is captioning here",
         ),
         (
             train.main,
@@ -409,8 +412,8 @@ def test_help_shows_the_options_of_what_is_chosen_under_a_heading(command, chose
         ),
         (
             train.main,
-            ["--task", "counting", "--questions", 9],
-            "--questions is 9, it must be at most 5",
+            ["--task", "counting", "--questions-per-image", 9],
+            "--questions-per-image is 9, it must be at most 5",
         ),
         (train.main, ["--task", "countin"], "Did you mean 'counting'?"),
     ],
@@ -420,18 +423,31 @@ def test_an_option_of_what_was_not_chosen_is_refused_with_its_name(command, aske
 
 
 def test_a_config_file_chooses_and_a_flag_wins_over_it(tmp_path):
-    (tmp_path / "c.toml").write_text('task = "counting"\nquestions = 4\ndecoder = "bag"\n')
+    (tmp_path / "c.toml").write_text(
+        'task = "counting"\nquestions_per_image = 4\ndecoder = "bag"\n'
+    )
     chosen = train.main.make_context(
         "train", ["--config", str(tmp_path / "c.toml"), "--bag-width", "7"]
     ).params
-    assert (chosen["task"], chosen["questions"], chosen["decoder"], chosen["bag_width"]) == (
+    assert (
+        chosen["task"],
+        chosen["questions_per_image"],
+        chosen["decoder"],
+        chosen["bag_width"],
+    ) == (
         "counting",
         4,
         "bag",
         7,
     )
-    assert "--questions is an option of" in refused(
-        train.main, "--config", tmp_path / "c.toml", "--task", "captioning", "--questions", 3
+    assert "--questions-per-image is an option of" in refused(
+        train.main,
+        "--config",
+        tmp_path / "c.toml",
+        "--task",
+        "captioning",
+        "--questions-per-image",
+        3,
     )
     assert "questions" in refused(
         train.main, "--config", tmp_path / "c.toml", "--task", "captioning"
@@ -439,7 +455,10 @@ def test_a_config_file_chooses_and_a_flag_wins_over_it(tmp_path):
 
 
 def test_python_gives_options_by_the_setting_that_chooses():
-    config = TrainConfig(task="counting", extensions={"task": {"questions": 4}})
-    assert config.options("task").questions == 4 and config.record()["questions"] == 4
-    with pytest.raises(Exception, match="--task captioning has no option 'questions'"):
-        TrainConfig(extensions={"task": {"questions": 4}})
+    config = TrainConfig(task="counting", extensions={"task": {"questions_per_image": 4}})
+    assert (
+        config.options("task").questions_per_image == 4
+        and config.record()["questions_per_image"] == 4
+    )
+    with pytest.raises(Exception, match=r"--task captioning has no option .questions_per_image."):
+        TrainConfig(extensions={"task": {"questions_per_image": 4}})

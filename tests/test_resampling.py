@@ -54,8 +54,8 @@ def test_p_is_small_for_a_real_difference_and_uniform_for_none():
     generator = np.random.default_rng(2)
 
     def p_of(shift: float, seed: int) -> float:
-        one = generator.normal(size=400)
-        two = one + generator.normal(0, 0.5, size=400) + shift
+        one = generator.normal(size=200)
+        two = one + generator.normal(0, 0.5, size=200) + shift
         first, second = (resample([mean_of("x", values)], 500, seed)["x"] for values in (one, two))
         return p_value(two.mean() - one.mean(), second - first)
 

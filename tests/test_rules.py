@@ -52,12 +52,14 @@ def test_a_word_is_barred_exactly_where_it_would_break_a_rule(ngram):
 def test_states_of_forced_phrases_are_what_the_caption_ends_with(phrases):
     forced = PhrasalConstraint(phrases, torch.device("cpu"))
     assert forced.total == sum(map(len, phrases))
-    for words in itertools.product((3, 4, 5, 6), repeat=5):
-        states = forced.initial_states((1,))
-        for end, word in enumerate(words, 1):
-            states = forced.advance(states[:, None], torch.tensor([[word]]))[:, 0]
+    captions = list(itertools.product((3, 4, 5, 6), repeat=5))
+    states = forced.initial_states((len(captions),))
+    for end in range(1, 6):
+        added = torch.tensor([[words[end - 1]] for words in captions])
+        states = forced.advance(states[:, None], added)[:, 0]
+        for words, found in zip(captions, states.tolist(), strict=True):
             so_far = list(words[:end])
-            for phrase, state in zip(phrases, states[0].tolist(), strict=True):
+            for phrase, state in zip(phrases, found, strict=True):
                 if holds(so_far, phrase):
                     assert state == len(phrase)
                 else:

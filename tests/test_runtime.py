@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import resource
 import sys
 
 import pytest
 import torch
 
 from pipeline import runtime
+from tests.processes import begin
 
 
 @pytest.mark.parametrize(
@@ -38,25 +39,26 @@ def test_threads_keep_to_the_containers_quota(text, allowed, tmp_path, monkeypat
     assert runtime._keep_to_quota(tmp_path / "absent") == ""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept_and_it_is_said():
-    """Page faults of writing 64 MB again and again, after the set-up: hardly any once the heap is
-    there.
+def write_again_and_again() -> None:
+    """Write 64 MB again and again after the set-up; print what it says and the page faults of five
+    times.
     """
-    code = (
-        "import resource, torch\nfrom pipeline.runtime import open_machine\n"
-        "print(open_machine('cpu'))\n"
-        "fill = lambda: torch.ones(16_000_000).sum().item()\n"
-        "for _ in range(10): fill()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): fill()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    said, faults = done.stdout.splitlines()
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
+    print(runtime.open_machine("cpu"))
+    for number in range(15):
+        if number == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16_000_000).sum().item()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_and_it_is_said(tmp_path):
+    """Hardly any page faults once the heap is there."""
+    process = begin(write_again_and_again, said=tmp_path / "said.txt")
+    process.join()
+    told = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 0, told
+    said, faults = told.splitlines()
     assert "freed memory kept" in said and int(faults) < 5 * 16_000_000 * 4 / 4096 / 10

@@ -5,6 +5,7 @@ tried.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -40,24 +41,29 @@ def search(captioner, regions, beams, max_length=7, never=(PAD, BOS, UNK), penal
 
 def brute_force(captioner, regions, words, max_length, penalty):
     """The best of all captions over `words`, ended by EOS or cut at the limit."""
-    memory = captioner.encode(regions)
-    best, best_score = None, float("-inf")
-    captions = [
-        [*body, EOS]
-        for length in range(max_length)
-        for body in itertools.product(words, repeat=length)
-    ] + [list(body) for body in itertools.product(words, repeat=max_length)]
-    for caption in captions:
-        tokens = torch.tensor([[[BOS, *caption[:-1]]]])
-        logits = captioner.decode(tokens, memory)[0, 0].detach()
-        logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
-        scores = logits.log_softmax(-1)
-        score = (
-            sum(scores[t, word].item() for t, word in enumerate(caption)) / len(caption) ** penalty
-        )
-        if score > best_score:
-            best, best_score = caption, score
-    return best, best_score
+    found = [
+        (sum(log_p) / len(caption) ** penalty, caption)
+        for caption, log_p in log_p_of_all(captioner, regions, words, max_length)
+    ]
+    score, best = max(found)
+    return best, score
+
+
+def log_p_of_all(captioner, regions, words, max_length):
+    """Every caption over `words`, ended by EOS or cut at the limit, with the log p of each of its
+    words by a plain softmax; captions of one length are read together.
+    """
+    memory, found = captioner.encode(regions), []
+    for length in range(max_length + 1):
+        bodies = itertools.product(words, repeat=length)
+        captions = [[*body, EOS][:max_length] for body in bodies]
+        tokens = torch.tensor([[[BOS, *caption[:-1]] for caption in captions]])
+        logits = captioner.decode(tokens, memory)[0].detach()
+        logits[..., [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
+        chosen = torch.tensor(captions)[..., None]
+        log_p = logits.log_softmax(-1).gather(-1, chosen)[..., 0]
+        found += zip(captions, log_p.tolist(), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
@@ -237,17 +243,11 @@ def test_beams_are_compared_by_exact_scores_where_the_output_layer_rounds(severa
 
 def all_captions(captioner, regions, words, max_length, penalty, keep=lambda body: True):
     """Every caption over `words` whose words pass `keep`, with its score and log p, best first."""
-    memory = captioner.encode(regions)
     found = []
-    for length in range(max_length + 1):
-        for body in itertools.product(words, repeat=length):
-            if not keep(list(body)):
-                continue
-            caption = [*body, EOS][:max_length]
-            logits = captioner.decode(torch.tensor([[[BOS, *caption[:-1]]]]), memory)[0, 0].detach()
-            logits[:, [w for w in range(WORDS) if w not in (*words, EOS)]] = float("-inf")
-            log_p = logits.log_softmax(-1)[range(len(caption)), caption].sum().item()
-            found.append((log_p / len(caption) ** penalty, log_p, list(body)))
+    for caption, log_p in log_p_of_all(captioner, regions, words, max_length):
+        body = caption[:-1] if caption[-1] == EOS else caption
+        if keep(body):
+            found.append((sum(log_p) / len(caption) ** penalty, sum(log_p), body))
     return sorted(found, reverse=True)
 
 
@@ -518,6 +518,9 @@ def plain_samples(captioner, regions, uniforms, options):
     return [list(part) for part in zip(*samples, strict=True)]
 
 
+PLAIN: dict[int, list[list]] = {}
+
+
 @pytest.mark.parametrize("count", [3, 20])
 @pytest.mark.parametrize("distinct", [0.0, 0.8, 2.0])
 def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, count, distinct):
@@ -537,7 +540,9 @@ def test_samples_that_share_rows_equal_samples_drawn_one_by_one(monkeypatch, cou
     )
     uniforms = torch.rand(3, count, 7, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        wanted_tokens, wanted_log_p = plain_samples(captioner, regions, uniforms, options)
+        if count not in PLAIN:  # the same for every `distinct`
+            PLAIN[count] = plain_samples(captioner, regions, uniforms, options)
+        wanted_tokens, wanted_log_p = PLAIN[count]
         for decoder in (captioner, Ensemble([captioner, captioner])):
             memory = decoder.encode(regions)
             tokens, _, log_p = sample(decoder, memory, options, uniforms=uniforms)
@@ -577,10 +582,10 @@ def test_sampling_frequencies_are_the_softmax_s(temperature):
     captioner, regions, count = tiny(), some_regions(1), 20_000
     tokens, scores = draw(captioner, regions, count, temperature=temperature)
     wanted = probabilities(captioner, regions, temperature=temperature)
-    drawn: dict[tuple, int] = {}
-    for caption, score in zip(map(tuple, tokens[0].tolist()), scores[0].tolist(), strict=True):
-        drawn[caption] = drawn.get(caption, 0) + 1
-        assert score == pytest.approx(torch.tensor(wanted[caption]).log().item(), abs=1e-3)
+    captions = [tuple(caption) for caption in tokens[0].tolist()]
+    drawn = Counter(captions)
+    log_p = torch.tensor([wanted[caption] for caption in captions]).log()
+    torch.testing.assert_close(scores[0], log_p, rtol=0, atol=1e-3)
     likely = [caption for caption in wanted if wanted[caption] * count >= 5]
     rest = (
         count - sum(drawn.get(caption, 0) for caption in likely),

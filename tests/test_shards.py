@@ -63,14 +63,18 @@ def test_kills_at_random_moments_leave_whole_shards_and_the_same_cache(tmp_path,
 @pytest.mark.slow
 def test_more_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
     assert "killed 5 times" in kill(
-        real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 300, "--shard-images", 40
+        real / "flickr8k" / "images", tmp_path, "--kills", 5, "--limit", 200, "--shard-images", 40
     )
 
 
+KILLS = int(os.environ.get("ONCEOVER_KILLS", 12))
+
+
 @pytest.mark.slow
-def test_fifty_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
-    assert "killed 50 times" in kill(
-        real / "flickr8k" / "images", tmp_path, "--kills", 50, "--limit", 1500
+def test_many_kills_leave_whole_shards_and_the_same_cache(tmp_path, real):
+    """ONCEOVER_KILLS says how many; 50 take some minutes."""
+    assert f"killed {KILLS} times" in kill(
+        real / "flickr8k" / "images", tmp_path, "--kills", KILLS, "--limit", 30 * KILLS
     )
 
 
@@ -138,13 +142,15 @@ def test_a_claim_from_elsewhere_is_taken_over_after_two_minutes_of_silence(shard
 
 def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
     monkeypatch.setattr(claiming, "TOUCH_SECONDS", 0.05)
+    begun = shard.path.with_name("begun")
     with Claims(shard.path.parent) as claims:
         assert claims.take(shard)
         os.utime(claim_of(shard), (1, 1))
-        deadline = time.monotonic() + 5
-        while claim_of(shard).stat().st_mtime == 1 and time.monotonic() < deadline:
+        begun.touch()
+        until = time.monotonic() + 60
+        while claim_of(shard).stat().st_mtime == 1 and time.monotonic() < until:
             time.sleep(0.02)
-        assert time.time() - claim_of(shard).stat().st_mtime < 10
+        assert claim_of(shard).stat().st_mtime >= begun.stat().st_mtime
 
 
 # --------------------------------------------------------------------------------------- full disks

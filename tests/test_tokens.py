@@ -491,7 +491,7 @@ def test_the_short_way_gives_the_words_of_the_long_one():
         "y",
         "all",
     ]
-    for _ in range(6000):
+    for _ in range(3000):
         words = rng.choices(parts, k=rng.randint(0, 6))
         for place, word in enumerate(words):
             words[place] = rng.choice(
@@ -517,7 +517,7 @@ def test_a_comma_that_joins_to_a_hyphen_goes_the_long_way():
 
 
 def test_the_short_way_gives_the_words_of_the_long_one_for_real_captions(real: Path):
-    captions = captions_of(real / "coco_annotations" / "captions_val2017.json")[::3]
+    captions = captions_of(real / "coco_annotations" / "captions_val2017.json")[::10]
     assert [caption for caption in captions if tokenize(caption) != _tokenize_any(caption)] == []
 
 

@@ -28,7 +28,7 @@ from pipeline.checkpoints.checkpoint import load_training_state
 from pipeline.training import loop as trainer
 from pipeline.training import objectives, validation
 from pipeline.training.config import PRESETS, TrainConfig, learning_rate, resolve
-from tests.processes import run_ranks
+from tests.processes import begin, command, run_ranks
 from tests.test_commands import LOOK, SMALL, at, photos, refused, run, works
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,29 +202,33 @@ def test_a_run_killed_with_sigkill_anywhere_goes_on_exactly(world, through, tmp_
     """Six kills, each once something was saved since the one before: three while a file is
     half-written, three at any time.
     """
-    folder, rng = tmp_path / "run", np.random.default_rng(0)
+    folder, rng, killed = tmp_path / "run", np.random.default_rng(0), 0
     folder.mkdir()
     for number in range(6):
         resumed = ["--resume"] if (folder / "config.json").exists() else []
-        process = start(options(world, folder, *NOISY, "--save-every", 0, *resumed))
+        asked = options(world, folder, *NOISY, "--save-every", 0, *resumed)
+        process = begin(command, "pipeline.train", asked, said=tmp_path / "said.txt")
         before = (
             (folder / "last.safetensors").stat().st_ino
             if (folder / "last.safetensors").exists()
             else 0
         )
         until, ripe = time.time() + 60, False
-        while time.time() < until and process.poll() is None and not ripe:
+        while time.time() < until and process.is_alive() and not ripe:
             saved = (folder / "last.safetensors").exists() and (
                 folder / "last.safetensors"
             ).stat().st_ino != before
             ripe = saved and (number % 2 == 1 or any(folder.glob(".last*.tmp")))
         time.sleep(rng.uniform(0, 0.05) if number % 2 else 0)
         process.kill()
-        process.communicate()
-        assert ripe or process.returncode == 0
-    process = start(options(world, folder, *NOISY, "--resume"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+        process.join()
+        assert ripe or process.exitcode == 0
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 3  # the others were done before
+    asked = options(world, folder, *NOISY, "--resume")
+    process = begin(command, "pipeline.train", asked, said=tmp_path / "said.txt")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
     assert_same_run(through, folder)
     assert not list(folder.glob(".*.tmp"))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import DataError
-from data.datasets import coco, folder, karpathy
+from data.datasets import coco, folder, karpathy, scene_questions, vqa
 from data.sources import Source
 
 
@@ -18,10 +18,12 @@ class Dataset(NamedTuple):
 
     read: read(dataset, root, annotations, images, **options) -> Source.
     Options: the dataclass of the dataset's own options; None if it has none.
+    several: `annotations` and `images` are lists of paths; else each is one path or None.
     """
 
     read: Callable[..., Source]
     Options: type | None = None
+    several: bool = False
 
 
 DATASETS: dict[str, Dataset] = {
@@ -30,15 +32,16 @@ DATASETS: dict[str, Dataset] = {
     "coco": Dataset(coco.read),
     "karpathy": Dataset(karpathy.read),
     "folder": Dataset(folder.read, folder.Options),
-    "sample": Dataset(karpathy.read),
+    "sample": Dataset(scene_questions.read),
+    "vqa": Dataset(vqa.read, vqa.Options, several=True),
 }
 
 
 def open_source(
     dataset: str,
     root: Path | None,
-    annotations: Path | None = None,
-    images: Path | None = None,
+    annotations: Path | Sequence[Path] | None = None,
+    images: Path | Sequence[Path] | None = None,
     **options: Any,
 ) -> Source:
     """Open a dataset.
@@ -62,20 +65,28 @@ def open_source(
             others = [other for other in DATASETS if name in _option_names(other)]
             hint = f"; it is an option of --dataset {', '.join(others)}" if others else ""
             raise DataError(f"dataset {dataset!r} has no option {name!r}{hint}")
-    if root is None and images is None:
+    files, folders = as_list(annotations), as_list(images)
+    if root is None and not folders:
         raise DataError(
             f"{dataset} needs a root: pass the folder of the photographs and captions to --root"
         )
     try:
-        for folder, flag in ((root, "--root"), (images, "--images")):
-            if folder is not None and not Path(folder).is_dir():
-                raise DataError(f"{folder} is not a folder; {flag} must be a folder of {dataset}")
-        if annotations is not None and not Path(annotations).exists():
-            raise DataError(
-                f"{annotations} does not exist; --annotations must be the captions of {dataset}"
-            )
-        paths = [None if path is None else Path(path) for path in (root, annotations, images)]
-        return DATASETS[dataset].read(dataset, *paths, **options)
+        for place, flag in ((root, "--root"), *((folder, "--images") for folder in folders)):
+            if place is not None and not Path(place).is_dir():
+                raise DataError(f"{place} is not a folder; {flag} must be a folder of {dataset}")
+        for file in files:
+            if not file.exists():
+                raise DataError(
+                    f"{file} does not exist; --annotations must be the annotations of {dataset}"
+                )
+        root = None if root is None else Path(root)
+        if DATASETS[dataset].several:
+            return DATASETS[dataset].read(dataset, root, files, folders, **options)
+        for paths, flag in ((files, "--annotations"), (folders, "--images")):
+            if len(paths) > 1:
+                raise DataError(f"{dataset} takes one {flag}; {len(paths)} are given")
+        one = [paths[0] if paths else None for paths in (files, folders)]
+        return DATASETS[dataset].read(dataset, root, *one, **options)
     except OSError as error:
         raise DataError(
             f"{dataset}: {error.filename or root or images}: {error.strerror or error}"
@@ -85,3 +96,9 @@ def open_source(
 def _option_names(dataset: str) -> set[str]:
     options = DATASETS[dataset].Options
     return {item.name for item in fields(options)} if options else set()
+
+
+def as_list(paths: Path | Sequence[Path] | None) -> list[Path]:
+    if paths is None:
+        return []
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]

@@ -175,7 +175,7 @@ def _apart(a: Thing, b: Thing) -> bool:
     return (
         a.words != b.words
         and np.hypot(a.x - b.x, a.y - b.y) >= MIN_DISTANCE
-        and _clear_relation(a, b) is not None
+        and clear_relation(a, b) is not None
     )
 
 
@@ -223,9 +223,9 @@ def encode_jpeg(picture: Image.Image) -> bytes:
 def caption_scene(scene: Scene, rng: np.random.Generator, n: int = 5) -> list[str]:
     """Return `n` different true captions, each about two things in either order."""
     pairs = [
-        (a, b, _clear_relation(a, b))
+        (a, b, clear_relation(a, b))
         for a, b in permutations(scene.things, 2)
-        if _clear_relation(a, b)
+        if clear_relation(a, b)
     ]
     captions: dict[str, None] = {}
     while len(captions) < n:
@@ -245,7 +245,7 @@ def _phrase(thing: Thing, rng: np.random.Generator) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _clear_relation(a: Thing, b: Thing) -> str | None:
+def clear_relation(a: Thing, b: Thing) -> str | None:
     """Return the relation of a to b along the longer axis; None if the axes are too similar."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= CLEAR_RATIO * abs(dy):

@@ -99,6 +99,10 @@ class DecoderConfig:
     channels: int
     max_length: int = size(20, "maximum number of words in a text")
     max_prompt: int = size(0, "maximum number of tokens in a prompt", at_least=0)
+    # the number of answers of the classifier; keyword-only, so that positional sizes stay valid
+    classes: int = dataclasses.field(
+        default=0, kw_only=True, metadata={"at_least": 0, "at_most": MAX_SIZE}
+    )
 
     def __post_init__(self) -> None:
         bounds = {"words": (1, MAX_SIZE), "channels": (1, MAX_SIZE)}
@@ -114,7 +118,7 @@ class DecoderConfig:
 
     def __str__(self) -> str:
         """The sizes that this decoder adds, for the log of a training run."""
-        common_names = {"words", "channels", "max_length", "max_prompt"}
+        common_names = {"words", "channels", "max_length", "max_prompt", "classes"}
         names = [item.name for item in dataclasses.fields(self) if item.name not in common_names]
         sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names)
         return sizes or "no sizes of its own"
@@ -151,6 +155,8 @@ class Decoder(nn.Module, ABC):
     # A frozen dataclass of the options that this decoder adds. Config has the same fields.
     Options: type | None = None
     config: DecoderConfig
+    # scores of the classes, from the state after a prompt; only if the config has classes
+    head: nn.Linear
 
     @abstractmethod
     def encode(self, regions: Regions) -> Memory:
@@ -213,6 +219,13 @@ class Decoder(nn.Module, ABC):
             return dots + F.embedding(words, bias[:, None])[:, :, 0]
 
         return logits, None if logits.dtype == states.dtype else exact_logits
+
+    def class_logits(self, tokens: Tensor, memory: Memory, cache: KVCache) -> Tensor:
+        """Scores [B,classes] of the answers to prompts.
+
+        tokens: [B,1,P+1], prompts padded on the left and then <bos>; cache: of the same prompts.
+        """
+        return self.head(self.decode_states(tokens, memory, cache)[:, 0, -1])
 
     def decode_states(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
         """Compute the hidden states [B,K,T,D] of `decode`, without the output layer."""

@@ -36,7 +36,7 @@ from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MAX_CAPTIONS, ModelError
 from models.decoders.interface import Decoder
-from models.decoders.registry import DECODERS
+from models.decoders.registry import DECODERS, create_decoder
 from pipeline.checkpoints.tensors import load_tensors, read_shapes, save_tensors
 from pipeline.cli import UserError
 from pipeline.terminal import say
@@ -46,6 +46,7 @@ SHARED = (
     "model.safetensors",
     "config.json",
     "vocab.json",
+    "answers.json",
     "tokenizer.json",
     "frequencies.safetensors",
     "backbone.safetensors",
@@ -74,6 +75,7 @@ class Checkpoint:
     provenance: dict[str, Any]
     trained_on: str = ""
     folder: Path | None = None
+    answers: tuple[str, ...] = ()  # the classes of the decoder's head, in order
 
     def describe(self) -> str:
         """Describe the features in a few words, for messages."""
@@ -104,6 +106,10 @@ def save_description(folder: Path, checkpoint: Checkpoint) -> None:
     atomic_write_text(
         folder / "vocab.json", json.dumps(checkpoint.vocabulary.words, ensure_ascii=False, indent=0)
     )
+    if checkpoint.answers:
+        atomic_write_text(
+            folder / "answers.json", json.dumps(checkpoint.answers, ensure_ascii=False, indent=0)
+        )
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
 
 
@@ -168,7 +174,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         provenance=config["provenance"],
         trained_on=config["trained_on"],
         folder=folder,
+        answers=load_answers(folder, captioner),
     )
+
+
+def load_answers(folder: Path, decoder: Decoder) -> tuple[str, ...]:
+    """The answers of a decoder's classes. Raises UserError if they are missing or do not fit."""
+    if not decoder.config.classes:
+        return ()
+    answers = _read_json(folder, "answers.json", list)
+    if len(answers) != decoder.config.classes or not all(isinstance(a, str) for a in answers):
+        raise UserError(
+            f"{folder}/answers.json has {len(answers)} answers, config.json says "
+            f"{decoder.config.classes}; copy both again"
+        )
+    return tuple(answers)
 
 
 def check_features(checkpoint: Checkpoint, cache: FeatureCache | NoFeatures) -> None:
@@ -216,7 +236,7 @@ def _load_decoder(folder: Path, name: str, sizes: Mapping[str, Any]) -> Decoder:
                     f"{field} is {value}, and model.safetensors has {len(shapes)} tensors"
                 )
         with torch.device("meta"):
-            captioner = decoder_class(config)
+            captioner = create_decoder(name, config)
     except (ModelError, RuntimeError) as error:
         raise UserError(f"{path} is not the config of a checkpoint: model: {error}") from error
     expected = {name: tuple(value.shape) for name, value in captioner.state_dict().items()}

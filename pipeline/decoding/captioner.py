@@ -10,6 +10,7 @@ Validation, pipeline.evaluate and pipeline.caption use this module.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from models.backbones.interface import Backbone
 from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.cuda_graph import BeamSearch
 from models.generation.generate import generate
-from models.generation.options import Captions, Generation
+from models.generation.options import Captions, Generation, first_tokens
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
@@ -82,6 +83,7 @@ class CaptionGenerator:
 
     seed: seed of random samples.
     consensus: options of minimum Bayes risk decoding; None: no such decoding.
+    answers: text of each class, for a decoder with classes.
     """
 
     captioner: Decoder
@@ -90,6 +92,7 @@ class CaptionGenerator:
     options: Generation
     seed: int = 0
     consensus: Consensus | None = None
+    answers: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -117,6 +120,8 @@ class CaptionGenerator:
                 if image is not None:
                     memory = memory.keep(torch.tensor(image, device=device))
                 prompts = None if prompts is None else prompts.to(device)
+                if self.answers:
+                    return self.best_answers(memory, prompts)
                 if self.consensus is not None:
                     output = self.mbr_rerank(memory, rng, prompts)
                 else:
@@ -146,6 +151,24 @@ class CaptionGenerator:
                 "pipeline.extract --verify, or train with a lower --lr"
             )
         return texts
+
+    def best_answers(self, memory: Memory, prompts: Tensor | None) -> list[list[Caption]]:
+        """Return the answers of the `num_return_sequences` most likely classes of each example.
+
+        The score of an answer is its probability.
+        """
+        first = first_tokens(memory.images, self.options.bos_token_id, memory.device, prompts)
+        cache = self.captioner.init_cache(memory, 1, prompts)
+        logits = self.captioner.class_logits(first[:, None], memory, cache).float()
+        count = min(self.options.num_return_sequences, len(self.answers))
+        probabilities, classes = (value.tolist() for value in logits.softmax(1).topk(count))
+        return [
+            [
+                Caption(self.answers[class_], math.log(max(p, 1e-45)), p)
+                for p, class_ in zip(*row, strict=True)
+            ]
+            for row in zip(probabilities, classes, strict=True)
+        ]
 
     def mbr_rerank(
         self, memory: Memory, rng: torch.Generator | None, prompts: Tensor | None = None
@@ -315,7 +338,9 @@ def make_generator(
         consensus = Consensus(samples, Frequencies.load(checkpoint.folder))
     options = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
     decoder = cast(Decoder, captioner)  # an Ensemble has the methods that generation calls
-    return CaptionGenerator(decoder, checkpoint.vocabulary, machine, options, seed, consensus)
+    return CaptionGenerator(
+        decoder, checkpoint.vocabulary, machine, options, seed, consensus, checkpoint.answers
+    )
 
 
 def make_generation(
@@ -442,6 +467,34 @@ class PhotoCaptioner(
             captions = self.generate(regions, **options)
         remaining = iter(captions)
         return [([] if photo is None else next(remaining), reason) for photo, reason in decoded]
+
+    def answers(
+        self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
+    ) -> list[list[Caption]]:
+        """Answer questions about a photograph: the `count` best answers to each, best first.
+
+        The photograph is encoded once. Raises UnreadableImage, and UserError if the checkpoint was
+        not trained on questions.
+        """
+        if not self.captioner.config.max_prompt:
+            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        decoded, reason = Photographs([photo], framing_of(self.backbone, self.max_pixels))[0]
+        if decoded is None:
+            raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
+        pixels, view_boxes = stack([decoded])
+        regions = extract_regions(self.backbone, pixels, self.machine, view_boxes)
+        beams = max(count, self.checkpoint.decoding["beam"])
+        options = {"num_beams": beams, **options, "num_return_sequences": count}
+        generator = make_generator(self.captioner, self.checkpoint, self.machine, options)
+        return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
+
+    def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
+        """Return the best answer to a question about a photograph, or to each of a list of
+        questions.
+        """
+        questions = [question] if isinstance(question, str) else question
+        texts = [answers[0].text for answers in self.answers(photo, questions, 1)]
+        return texts[0] if isinstance(question, str) else texts
 
     # `options` takes the arguments of the mixin's method, such as `revision`
     @classmethod

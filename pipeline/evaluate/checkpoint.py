@@ -115,6 +115,7 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     )
     found, decoding = decode(config, checkpoints, cache, examples)
     outputs = {id_: texts[0].text for id_, texts in found.items()}
+    task.answers = checkpoints[0].answers
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,8 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     }
     atomic_write_text(out, json.dumps(record, indent=2) + "\n")
     for name, value in scores.items():
-        click.echo(f"{name:<12} {value:.4f}")
+        if isinstance(value, float):
+            click.echo(f"{name:<12} {value:.4f}")
     say(f"scores: {out}\noutputs: {out.with_name(f'outputs-{split}.jsonl')}")
 
 

@@ -28,6 +28,8 @@ class Task(ABC):
         computes confidence intervals, METEOR, and comparisons with other files.
     self_critical: whether --scst can train the task. The rewards compare a text with the references
         of its image.
+    output: "words": the decoder generates text; "classes": the decoder chooses one of `answers`.
+    answers: with output "classes", the text of each class.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Task(ABC):
     Options: type | None = None
     scored_as_captions = False
     self_critical = False
+    output: str = "words"
+    answers: tuple[str, ...] = ()
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
         """Create the task.
@@ -44,7 +48,9 @@ class Task(ABC):
         options: an instance of Options; None: the default options.
         segment: unit of the texts, one of data.segmentation.SEGMENTS.
         """
-        self.options = options if options is not None else self.Options() if self.Options else None
+        self.options: Any = (
+            options if options is not None else self.Options() if self.Options else None
+        )
         self.segment = segment
 
     @abstractmethod
@@ -58,7 +64,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
-              train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
+              train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
         """Compute scores of generated texts.
 
         outputs: the text of each example, by example id.
@@ -67,6 +73,19 @@ class Task(ABC):
 
         Returns the scores by name, including `metric`.
         """
+
+    def choose_answers(self, train: Sequence[Example]) -> str:
+        """With output "classes": set `answers` from the training examples.
+
+        Returns a message for the user.
+        """
+        return ""
+
+    def labels(self, example: Example) -> list[tuple[int, float]]:
+        """With output "classes": return the correct classes of an example, with weights in
+        0..1.
+        """
+        return []
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:
         """Return whether a text is also true of the mirrored image.

@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.cli import UserError
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
+from pipeline.tasks.vqa import VisualQuestionAnswering
 
-TASKS: dict[str, type[Task]] = {"captioning": Captioning}
+TASKS: dict[str, type[Task]] = {"captioning": Captioning, "vqa": VisualQuestionAnswering}
 
 
 def task_of(training: Mapping[str, Any], segment: str) -> Task:

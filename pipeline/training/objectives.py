@@ -1,4 +1,4 @@
-"""Training objectives: cross-entropy of the reference texts, or self-critical training (--scst).
+"""Training objectives: cross-entropy of texts or classes, and self-critical training (--scst).
 
 An objective computes sums over the counted items (words or samples) of a part of a batch. A step
 adds the sums of all processes and parts, and divides by the number of counted items. Therefore one
@@ -23,7 +23,7 @@ from models.decoders.interface import Decoder, Memory, evaluating
 from models.generation.beam_search import beam_search
 from models.generation.options import Generation, lengths
 from models.generation.sampling import sample
-from models.losses import Noise, caption_loss, self_critical_loss
+from models.losses import Noise, caption_loss, class_loss, self_critical_loss
 from models.regions import Regions
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
@@ -97,6 +97,40 @@ class CrossEntropy:
         return Sums(loss, loss.detach()[None])
 
 
+class Classification:
+    """Binary cross-entropy of the soft labels of answers, summed over classes, in nats per text."""
+
+    names, shown = ("loss",), "loss"
+
+    def __init__(self, config: TrainConfig, machine: Machine, unit: str) -> None:
+        self.config, self.machine, self.unit = config, machine, unit
+
+    def counted(self, batch: Batch) -> int:
+        """Number of items of a batch over which the loss is averaged."""
+        return batch.texts
+
+    def units(self, batch: Batch) -> int:
+        return batch.texts
+
+    def units_per_epoch(self, train: ImageTexts) -> int:
+        return train.texts
+
+    def __call__(self, forward: nn.Module, part: Batch, step: int, progress: float) -> Sums:
+        """Compute the sums over a part of a batch, as `CrossEntropy` does."""
+        assert part.labels is not None
+        noise = Noise(
+            regions=self.config.region_dropout or 0.0,
+            words=self.config.word_dropout,
+            unknown=UNK,
+        )
+        with self.machine.autocast():
+            regions = Regions(part.features, part.boxes, part.counts)
+            loss, _ = class_loss(
+                forward, regions, part.tokens, part.labels, PAD, noise, part.prompt_lengths
+            )
+        return Sums(loss, loss.detach()[None])
+
+
 class SelfCritical:
     """Self-critical sequence training (Rennie et al. 2017).
 
@@ -116,8 +150,8 @@ class SelfCritical:
     is best. At 1, training first learns that likely captions are better than unlikely ones, which
     decoding already uses. docs/log.md has measurements.
 
-    The metrics are means per sample: the loss, the reward, the number of words, the share of samples
-    that end with <eos>, and the negative log-probability in nats.
+    The metrics are means per sample: the loss, the reward, the number of words, the share of
+    samples that end with <eos>, and the negative log-probability in nats.
     """
 
     unit, names, shown = "samples", ("loss", "reward", "words", "ended", "nats"), "reward"
@@ -209,7 +243,7 @@ class SelfCritical:
         return rewards.to(samples.device)
 
 
-Objective = CrossEntropy | SelfCritical
+Objective = CrossEntropy | Classification | SelfCritical
 
 
 def make_objective(
@@ -224,7 +258,8 @@ def make_objective(
     --scst.
     """
     if not config.scst:
-        return CrossEntropy(config, machine, task.unit)
+        objective = Classification if task.output == "classes" else CrossEntropy
+        return objective(config, machine, task.unit)
     if not task.self_critical:
         raise UserError(f"--scst: --task {task.name} has no rewards; train it without --scst")
     return SelfCritical(config, machine, captioner, Rewards(config.reward, train, vocabulary))

@@ -20,7 +20,7 @@ from data.segmentation import without_blanks
 from data.sources import Source
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
-from models.decoders.registry import DECODERS
+from models.decoders.registry import DECODERS, create_decoder
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     check_features,
@@ -111,13 +111,24 @@ def open_splits(
 ) -> tuple[ImageTexts, ImageTexts | None]:
     """Open the splits train and dev. dev is None with --train-on-dev."""
 
-    def texts(examples: Sequence[Example], split: str) -> ImageTexts:
-        return ImageTexts(
-            examples, source.by_id, cache, split, config.segment or "words", task.holds_mirrored
-        )
-
     train = task.examples(source, "train", config.limit)
     dev = select_dev(config, task, source)
+    has_classes = task.output == "classes"
+    if has_classes:
+        say(task.choose_answers([*train, *dev] if config.train_on_dev else train))
+
+    def texts(examples: Sequence[Example], split: str) -> ImageTexts:
+        return ImageTexts(
+            examples,
+            source.by_id,
+            cache,
+            split,
+            config.segment or "words",
+            task.holds_mirrored,
+            task.labels if has_classes else None,
+            len(task.answers),
+        )
+
     splits = (
         texts([*train, *dev] if config.train_on_dev else train, "train"),
         None if config.train_on_dev else texts(dev, "dev"),
@@ -212,15 +223,16 @@ def open_run(
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
         assert config.max_length is not None
     max_prompt = init.sizes["max_prompt"] if init else longest_prompt(vocabulary, train)
-    kind = DECODERS[config.decoder]
-    captioner = kind(
-        kind.Config(
+    captioner = create_decoder(
+        config.decoder,
+        DECODERS[config.decoder].Config(
             len(vocabulary),
             cache.shape[1],
             **config.decoder_options,
             max_length=config.max_length,
             max_prompt=max_prompt,
-        )
+            classes=len(task.answers),
+        ),
     )
     if init and init.weights:
         captioner.load_state_dict(init.weights)
@@ -228,7 +240,14 @@ def open_run(
     record = config.record()
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
     checkpoint = Checkpoint(
-        captioner, vocabulary, cache.identity, decoding, record, cache.provenance, source.digest
+        captioner,
+        vocabulary,
+        cache.identity,
+        decoding,
+        record,
+        cache.provenance,
+        source.digest,
+        answers=task.answers,
     )
     run = Run(
         config,

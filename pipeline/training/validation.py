@@ -10,7 +10,7 @@ import torch
 
 from data.vocabulary import PAD
 from models.generation.options import Generation
-from models.losses import caption_loss
+from models.losses import caption_loss, class_loss
 from models.regions import Regions
 from pipeline.checkpoints.checkpoint import save_weights
 from pipeline.decoding.captioner import CaptionGenerator, generate_texts
@@ -110,7 +110,10 @@ def print_validation(run: Run, line: dict[str, Any], is_best: bool) -> None:
 
 @torch.inference_mode()
 def dev_loss(run: Run) -> float:
-    """Compute the cross-entropy on dev in nats per word, without label smoothing and dropout."""
+    """Compute the loss on dev, without label smoothing and dropout.
+
+    The result is in nats per word, or for a decoder with classes in nats per text.
+    """
     assert run.dev is not None and run.config.batch is not None
     run.captioner.eval()
     total, count = 0.0, 0
@@ -120,10 +123,17 @@ def dev_loss(run: Run) -> float:
         batch = batch.to(run.machine.device)
         with run.machine.autocast():
             regions = Regions(batch.features, batch.boxes, batch.counts)
-            loss, _ = caption_loss(
-                run.captioner, regions, batch.tokens, PAD, prompt_lengths=batch.prompt_lengths
-            )
-        total, count = total + loss.item() * batch.counted, count + batch.words
+            prompts = batch.prompt_lengths
+            if batch.labels is not None:
+                loss, _ = class_loss(
+                    run.captioner, regions, batch.tokens, batch.labels, PAD, prompt_lengths=prompts
+                )
+            else:
+                loss, _ = caption_loss(
+                    run.captioner, regions, batch.tokens, PAD, prompt_lengths=prompts
+                )
+        counted = batch.words if batch.labels is None else batch.texts
+        total, count = total + loss.item() * batch.counted, count + counted
     total_loss, total_count = distributed.all_reduce(total, count)
     return total_loss / total_count
 
@@ -134,7 +144,9 @@ def dev_scores(run: Run) -> dict[str, float]:
     assert run.dev is not None
     examples = run.dev.examples[machine.rank :: machine.world]
     options = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
-    generator = CaptionGenerator(run.captioner, run.checkpoint.vocabulary, machine, options)
+    generator = CaptionGenerator(
+        run.captioner, run.checkpoint.vocabulary, machine, options, answers=run.task.answers
+    )
 
     def step(count: int) -> None:
         if run.stop_signal and machine.world == 1:
@@ -150,8 +162,11 @@ def dev_scores(run: Run) -> dict[str, float]:
         for part in distributed.all_gather(texts_by_id)
         for id_, texts in part.items()
     }
+    if machine.rank:
+        return distributed.broadcast(None)
+    scores = run.task.score(outputs, run.dev.examples, run.train.examples)
     return distributed.broadcast(
-        None if machine.rank else run.task.score(outputs, run.dev.examples, run.train.examples)
+        {name: value for name, value in scores.items() if isinstance(value, float)}
     )
 
 

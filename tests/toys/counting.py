@@ -15,7 +15,7 @@ NUMBERS = ("zero", "one", "two", "three")
 
 @dataclass(frozen=True)
 class CountingOptions:
-    questions: int = field(
+    questions_per_image: int = field(
         default=2, metadata={"help": "questions an image", "at_least": 1, "at_most": len(SHAPES)}
     )
 
@@ -28,7 +28,7 @@ class Counting(Task):
         scenes, found = load_scenes(source.root), []
         for image in source.select(split)[:limit]:
             shapes = sorted(SHAPES, key=lambda shape: (hash_of(image.id, shape), shape))[
-                : self.options.questions
+                : self.options.questions_per_image
             ]
             for shape in shapes:
                 count = sum(thing.shape == shape for thing in scenes[image.id].things)

@@ -1,0 +1,174 @@
+"""The visual question answering task: an image and a question, and the answers of people.
+
+With --output classes (default), a linear head chooses one of the answers that are frequent in
+train. It is trained with soft labels (Teney et al. 2018). With --output words, the decoder
+generates the answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import DataError
+from data.datasets.vqa import Question
+from data.examples import Example
+from data.results import read_text_list
+from data.sources import Source
+from pipeline.cli import UserError, setting
+from pipeline.scoring.vqa import Variant, accuracy, normalize
+from pipeline.tasks.base import Task
+
+# default of --min-answer-count for large and for small data sets
+LARGE_DATA_SET = 100_000  # questions
+MIN_COUNT_LARGE, MIN_COUNT_SMALL = 9, 2
+# official score of an answer that 0, 1, 2, 3, and at least 4 of ten people gave
+SOFT_LABELS = (0.0, 0.3, 0.6, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class VqaOptions:
+    """Options of --task vqa."""
+
+    output: str = setting(
+        "classes",
+        "classes: choose one of the frequent answers; words: generate the answer",
+        choices=("classes", "words"),
+    )
+    min_answer_count: int | None = setting(
+        None,
+        "an answer becomes a class if at least this many questions have it  [9 for 100,000 "
+        "questions or more, else 2]",
+        at_least=1,
+    )
+    answers_vocabulary: Path | None = setting(
+        None,
+        "file with the answers that become classes, instead of counting: JSON, or one per line",
+    )
+    accuracy: str = setting(
+        "vqa",
+        "accuracy if n people gave the answer; vqa: mean of min(n / 3, 1) with each person left "
+        "out; okvqa: min(n / 3, 1). For questions with one answer the accuracy is equality",
+        choices=("vqa", "okvqa"),
+    )
+
+
+class VisualQuestionAnswering(Task):
+    """Visual question answering. The score is the accuracy of the official evaluation."""
+
+    name = "vqa"
+    metric = "accuracy"
+    unit = "questions"
+    Options = VqaOptions
+
+    def __init__(self, options: Any = None, segment: str = "words") -> None:
+        super().__init__(options, segment)
+        self.output = self.options.output
+        self._questions: dict[int | str, Question] = {}  # by example id
+        self._class_of: dict[str, int] = {}  # class of each answer
+
+    def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
+        questions: Sequence[Question] | None = getattr(source, "questions", None)
+        if questions is None:
+            raise DataError(f"--task vqa needs questions; dataset {source.dataset} has none")
+        image_ids = {image.id for image in source.select(split)[:limit]}
+        by_image: dict[int, list[Question]] = defaultdict(list)
+        for question in questions:
+            if question.image_id in image_ids:
+                by_image[question.image_id].append(question)
+        examples = []
+        for question in itertools.chain.from_iterable(by_image.values()):
+            self._questions[question.id] = question
+            targets = (question.best,) if question.answers else ()
+            examples.append(Example(question.id, question.image_id, question.text, targets))
+        return examples
+
+    def choose_answers(self, train: Sequence[Example]) -> str:
+        """Choose the answers that become classes, in the order of their frequency in train.
+
+        Raises UserError if there are none.
+        """
+        counts = Counter(
+            normalize(self._questions[example.id].best) for example in train if example.targets
+        )
+        min_count = self.options.min_answer_count
+        if min_count is None:
+            min_count = MIN_COUNT_LARGE if len(train) >= LARGE_DATA_SET else MIN_COUNT_SMALL
+        if self.options.answers_vocabulary:
+            self.answers = tuple(read_text_list(self.options.answers_vocabulary))
+        else:
+            frequent = [answer for answer, count in counts.items() if count >= min_count]
+            self.answers = tuple(sorted(frequent, key=lambda answer: (-counts[answer], answer)))
+        if not self.answers:
+            raise UserError(
+                f"--output classes: no answer occurs in {min_count} train questions; lower "
+                "--min-answer-count, or pass --output words"
+            )
+        covered = sum(counts[answer] for answer in set(self.answers))
+        return (
+            f"{len(self.answers):,} answers; {covered / max(1, counts.total()):.1%} of the train "
+            "questions have one of them"
+        )
+
+    def labels(self, example: Example) -> list[tuple[int, float]]:
+        if len(self._class_of) != len(self.answers):
+            self._class_of = {answer: number for number, answer in enumerate(self.answers)}
+        question = self._questions[example.id]
+        counts = Counter(map(normalize, question.answers))
+        has_several = len(question.answers) > 1
+        return [
+            (self._class_of[answer], SOFT_LABELS[min(count, 4)] if has_several else 1.0)
+            for answer, count in counts.items()
+            if answer in self._class_of
+        ]
+
+    def variant(self, question: Question) -> Variant:
+        """The variant of the accuracy for a question."""
+        return self.options.accuracy if len(question.answers) > 1 else "equality"
+
+    def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
+              train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
+        """Compute the mean accuracy over questions, 0 to 1.
+
+        outputs: the answer to each question, by question id.
+
+        Returns also the mean accuracies by answer type and by question type, if the questions have
+        types. Raises UserError if a question has no answers.
+        """
+        groups: dict[str, dict[str, list[float]]] = {
+            "by_answer_type": defaultdict(list),
+            "by_question_type": defaultdict(list),
+        }
+        values = []
+        for example in examples:
+            question = self._questions[example.id]
+            if not question.answers:
+                raise UserError(
+                    f"question {question.id} cannot be scored, because it has no answers"
+                )
+            value = self.accuracy_of(outputs[example.id], question)
+            values.append(value)
+            groups["by_answer_type"][question.answer_type].append(value)
+            groups["by_question_type"][question.question_type].append(value)
+        scores: dict[str, Any] = {"accuracy": _mean(values)}
+        for name, by_type in groups.items():
+            means = {type_: _mean(group) for type_, group in sorted(by_type.items()) if type_}
+            if means:
+                scores[name] = means
+        return scores
+
+    def accuracy_of(self, answer: str, question: Question) -> float:
+        """Compute the accuracy of an answer to one question, 0 to 1."""
+        keys = question.keys or range(len(question.answers))
+        entries = [
+            {"answer": text, "key": key} for text, key in zip(question.answers, keys, strict=True)
+        ]
+        return accuracy(answer, entries, self.variant(question))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,346 @@
+"""Visual question answering: the reader of questions, and training, evaluation and answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import DataError
+from data.datasets.registry import open_source
+from data.datasets.sample import draw_sample
+from data.sources import image_id
+from data.vocabulary import BOS, PAD
+from models.decoders.registry import create_decoder
+from models.decoders.transformer import Transformer, TransformerConfig
+from models.losses import class_loss
+from models.regions import Regions
+from pipeline import ask, evaluate, extract, train
+from pipeline.cli import UserError
+from pipeline.decoding.captioner import load_captioner
+from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
+from tests.test_captioner import WORDS, some_regions
+from tests.test_commands import LOOK, refused, run, works
+from tests.test_images import halves
+from tests.test_train import interrupt_at
+
+ANSWERS = ["yes"] * 6 + ["no"] * 4
+
+
+def question(id_: int, image: int, text: str = "Is it red?") -> dict:
+    return {"question_id": id_, "image_id": image, "question": text}
+
+
+def annotation(id_: int, image: int, answers=ANSWERS, **more) -> dict:
+    return {
+        "question_id": id_,
+        "image_id": image,
+        "question_type": "is it",
+        "answer_type": "yes/no",
+        "multiple_choice_answer": answers[0] if answers else "",
+        "answers": [
+            {"answer": answer, "answer_confidence": "yes", "answer_id": number + 1}
+            for number, answer in enumerate(answers)
+        ],
+        **more,
+    }
+
+
+def files(
+    folder: Path, questions: list[dict], annotations: list[dict] | None, name: str = "one"
+) -> tuple[Path, Path]:
+    q, a = folder / f"{name}_questions.json", folder / f"{name}_annotations.json"
+    q.write_text(json.dumps({"questions": questions}))
+    if annotations is not None:
+        a.write_text(json.dumps({"annotations": annotations}))
+    return q, a
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "val2014").mkdir(parents=True)
+    halves().save(folder / "COCO_val2014_000000000007.jpg")
+    halves().save(folder / "000000000008.jpg")
+    halves().save(folder / "val2014" / "COCO_val2014_000000000009.png")
+    halves().save(folder / "readme.jpg")
+    return folder
+
+
+def opened(photographs: Path, pairs, **more):
+    return open_source(
+        "vqa",
+        None,
+        [a for _, a in pairs],
+        [photographs],
+        questions=[q for q, _ in pairs],
+        **more,
+    )
+
+
+def test_pairs_of_files_give_questions_with_the_photographs_of_their_coco_ids(
+    tmp_path, photographs
+):
+    one = files(
+        tmp_path,
+        [question(70, 7), question(71, 7, "What colour?"), question(80, 8)],
+        [annotation(71, 7, ["red"]), annotation(70, 7), annotation(80, 8)],
+    )
+    two = files(tmp_path, [question(90, 9), question(50, 5)],
+                [annotation(90, 9), annotation(50, 5)], "two")  # fmt: skip
+    source = opened(photographs, [one, two])
+    assert [q.id for q in source.questions] == [70, 71, 80, 90, 50]
+    assert source.questions[1].text == "What colour?" and source.questions[1].answers == ("red",)
+    assert source.questions[0].answers == tuple(ANSWERS) and source.questions[0].keys is None
+    assert [(image.id, image.name) for image in source.images] == [
+        (7, "COCO_val2014_000000000007.jpg"),
+        (8, "000000000008.jpg"),
+        (9, "val2014/COCO_val2014_000000000009.png"),
+        (5, "000000000005.jpg"),
+    ]
+    assert [image.id for image in source.missing] == [5]
+    assert source.splits == ("all",)
+
+
+def test_questions_without_annotations_have_no_answers(tmp_path, photographs):
+    q, _ = files(tmp_path, [question(70, 7)], None)
+    source = open_source("vqa", None, None, photographs, questions=[q])
+    assert source.questions[0].answers == ()
+
+
+def test_official_names_under_a_root_give_the_splits(tmp_path, photographs):
+    for split, image in (("train", 7), ("val", 8)):
+        q, a = files(tmp_path, [question(image, image)], [annotation(image, image)])
+        q.rename(tmp_path / f"v2_OpenEnded_mscoco_{split}2014_questions.json")
+        a.rename(tmp_path / f"v2_mscoco_{split}2014_annotations.json")
+    source = open_source("vqa", tmp_path, None, photographs)
+    assert [(image.id, image.split) for image in source.images] == [(7, "train"), (8, "val")]
+    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(DataError, match=r"but not v2_mscoco_val2014_annotations.json"):
+        open_source("vqa", tmp_path, None, photographs)
+
+
+@pytest.mark.parametrize(
+    ("questions", "annotations", "message"),
+    [
+        ([question(1, 7)], [], "question 1 has no annotation in .*one_annotations"),
+        ([], [annotation(1, 7)], "annotation of question 1 has no question"),
+        ([question(1, 7)] * 2, [annotation(1, 7)], "question 1 has no annotation"),
+        ([question(1, 7)], [annotation(1, 7)] * 2, "annotation of question 1 occurs twice"),
+        ([question(1, 7)], [annotation(1, 8)], "about image 7, its annotation .* about image 8"),
+        ([question(1, 7, " ")], [annotation(1, 7)], "question 1: the question is ' '"),
+        ([question(1, 7)], [annotation(1, 7, [])], "question 1 has no answers"),
+        ([question(1, 7)], [annotation(1, 7, [3])], "question 1: an answer is"),
+        ([question("x", 7)], [annotation(1, 7)], "question x: the image id 'x'"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_question(
+    tmp_path, photographs, questions, annotations, message
+):
+    with pytest.raises(DataError, match=message):
+        opened(photographs, [files(tmp_path, questions, annotations)])
+
+
+def test_a_question_of_two_files_and_unpaired_files_are_refused(tmp_path, photographs):
+    one = files(tmp_path, [question(1, 7)], [annotation(1, 7)])
+    two = files(tmp_path, [question(1, 7)], [annotation(1, 7)], "two")
+    with pytest.raises(DataError, match=r"two_questions.json: question 1 occurs twice"):
+        opened(photographs, [one, two])
+    with pytest.raises(DataError, match="2 --questions and 1 --annotations"):
+        open_source("vqa", None, one[1], photographs, questions=[one[0], two[0]])
+    with pytest.raises(DataError, match="needs its --questions"):
+        open_source("vqa", None, one[1], photographs)
+    with pytest.raises(DataError, match="needs --questions and --annotations"):
+        open_source("vqa", None, None, photographs)
+
+
+def test_a_table_has_questions_by_number_and_photographs_by_name(tmp_path, photographs):
+    rows = [("Question", "Answer", "IMAGE"), ("what is it", "a cup, table", "000000000008.jpg")]
+    rows += [rows[1], ("how many", "2", "gone.jpg")]
+    table = tmp_path / "train.csv"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    source = open_source("vqa", None, table, photographs)
+    assert [(q.id, q.text, q.answers) for q in source.questions] == [
+        (1, "what is it", ("a cup, table",)),
+        (2, "what is it", ("a cup, table",)),
+        (3, "how many", ("2",)),
+    ]
+    assert [image.id for image in source.images] == [
+        image_id("000000000008.jpg"), image_id("gone.jpg")]  # fmt: skip
+    assert [image.name for image in source.missing] == ["gone.jpg"]
+    table.write_text("question,answer\na,b\n")
+    with pytest.raises(DataError, match="lacks the column image"):
+        open_source("vqa", None, table, photographs)
+
+
+def test_other_datasets_take_one_file_of_annotations(tmp_path, photographs):
+    table = tmp_path / "a.json"
+    table.write_text("{}")
+    with pytest.raises(DataError, match="coco takes one --annotations; 2 are given"):
+        open_source("coco", None, [table, table], photographs)
+
+
+# ------------------------------------------------------------------------------------- classes
+
+
+def with_classes(classes: int = 5, **sizes) -> Transformer:
+    config = TransformerConfig(
+        WORDS, 6, max_length=7, max_prompt=4, classes=classes, width=16, heads=2,
+        encoder_layers=1, decoder_layers=2, feedforward=32, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return create_decoder("transformer", config).eval()
+
+
+PROMPTS = ([4, 5, 6], [7], [], [8, 9, 4, 5])
+
+
+def test_class_logits_with_a_cache_are_those_of_whole_texts():
+    """Prompts of different lengths: packed, as in training; padded on the left, as in use."""
+    decoder, regions = with_classes(), some_regions(4)
+    tokens = torch.zeros(4, 1, 5, dtype=torch.int64)
+    padded = torch.zeros(4, 4, dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, 0, : len(prompt) + 1] = torch.tensor([*prompt, BOS])
+        if prompt:
+            padded[row, -len(prompt) :] = torch.tensor(prompt)
+    lengths = torch.tensor([[len(prompt)] for prompt in PROMPTS])
+    labels = torch.rand(4, 5)
+    with torch.no_grad():
+        memory = decoder.encode(regions)
+        first = torch.cat([padded, torch.full((4, 1), BOS)], 1)[:, None]
+        logits = decoder.class_logits(first, memory, decoder.init_cache(memory, 1, padded))
+        loss, count = class_loss(decoder, regions, tokens, labels, PAD, prompt_lengths=lengths)
+    wanted = -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).sum()
+    assert count == 4 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_questions_of_one_image_share_its_encoding_and_answer_as_each_alone():
+    decoder, regions = with_classes(), some_regions(2)
+    tokens = torch.tensor([[[4, 5, BOS], [6, BOS, 0]], [[7, BOS, 0], [0, 0, 0]]])
+    lengths, labels = torch.tensor([[2, 1], [1, 0]]), torch.rand(3, 5)
+    with torch.no_grad():
+        together, count = class_loss(decoder, regions, tokens, labels, PAD, prompt_lengths=lengths)
+        alone = [
+            class_loss(
+                decoder,
+                Regions(*(part[b : b + 1] for part in regions)),
+                tokens[b, k][None, None],
+                labels[row : row + 1],
+                PAD,
+                prompt_lengths=lengths[b, k][None, None],
+            )[0]
+            for row, (b, k) in enumerate([(0, 0), (0, 1), (1, 0)])
+        ]
+    assert count == 3 and together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+
+
+def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, photographs):
+    answers = ["red"] * 4 + ["Blue."] * 2 + ["green"] * 2 + ["a cat", "dog"]
+    pair = files(
+        tmp_path,
+        [question(1, 7), question(2, 7), question(3, 8), question(4, 9)],
+        [
+            annotation(1, 7, answers),
+            annotation(2, 7, ["red"]),
+            annotation(3, 8, ["blue"]),
+            annotation(4, 9, ["blue"]),
+        ],
+    )
+    source = opened(photographs, [pair])
+    task = VisualQuestionAnswering(VqaOptions())
+    examples = task.examples(source, "all")
+    assert "2 answers; 100.0% of the train questions" in task.choose_answers(examples)
+    assert task.answers == ("blue", "red")
+    assert sorted(task.labels(examples[0])) == [(0, 0.6), (1, 1.0)]
+    assert task.labels(examples[1]) == [(1, 1.0)]
+    scores = task.score({1: "Red", 2: "red", 3: "red", 4: "blue"}, examples)
+    assert scores["accuracy"] == pytest.approx((1 + 1 + 0 + 1) / 4)
+    assert scores["by_question_type"] == {"is it": pytest.approx(0.75)}
+    with pytest.raises(UserError, match="lower --min-answer-count"):
+        VisualQuestionAnswering(VqaOptions(min_answer_count=9)).choose_answers(examples[:0])
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_sample_of_any_size() -> Iterator[None]:
+    """Scenes that were drawn for a test are read as the embedded sample is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def asked(a_sample_of_any_size, tmp_path_factory) -> Path:
+    """A drawn sample, its cache, and a run of each output on its questions."""
+    folder = tmp_path_factory.mktemp("vqa")
+    draw_sample(folder / "sample", count=120, seed=3)
+    works(extract.main, *over(folder)[:4], *LOOK, "--out", folder / "cache")
+    for output in ("classes", "words"):
+        works(train.main, "--task", "vqa", "--output", output, *over(folder),
+              "--out", folder / output, "--preset", "tiny", "--epochs", 2)  # fmt: skip
+    return folder
+
+
+def over(folder: Path) -> list:
+    return ["--dataset", "sample", "--root", folder / "sample", "--features", folder / "cache"]
+
+
+@pytest.mark.parametrize("output", ["classes", "words"])
+def test_a_run_is_evaluated_and_answers_about_a_photograph_by_its_folder_alone(
+    asked, tmp_path, output
+):
+    out = tmp_path / "scores.json"
+    works(evaluate.main, "--checkpoint", asked / output, *over(asked), "--split", "test",
+          "--out", out)  # fmt: skip
+    record = json.loads(out.read_text())
+    assert record["task"] == "vqa" and 0 <= record["scores"]["accuracy"] <= 1
+    assert len(record["scores"]["by_answer_type"]) >= 4
+    lines = [
+        json.loads(line) for line in (tmp_path / "outputs-test.jsonl").read_text().splitlines()
+    ]
+    shutil.copytree(asked / output, tmp_path / "moved")
+    captioner = load_captioner(tmp_path / "moved")
+    source = open_source("karpathy", asked / "sample")
+    for line in lines[:10]:
+        path = source.by_id[line["image_id"]].path
+        assert captioner.answer(path, line["prompt"]) == line["output"]
+    told = works(
+        ask.main, "--checkpoint", tmp_path / "moved", path, lines[9]["prompt"], "is there a zebra?"
+    )
+    assert lines[9]["output"] in told and "does not know: zebra" in told and "%" in told
+
+
+def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
+    source = open_source("karpathy", asked / "sample")
+    image = source.images[0]
+    entries = [{"file_name": str(image.path), "question": f"is there a {c} circle?"}
+               for c in ("red", "blue")]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    works(ask.main, "--checkpoint", asked / "classes", "--questions", tmp_path / "q.jsonl",
+          "--out", tmp_path / "a.jsonl")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in lines] == [entry["question"] for entry in entries]
+    assert all(len(line["answers"]) == 5 for line in lines)
+    assert sum(answer["probability"] for answer in lines[0]["answers"]) <= 1 + 1e-5
+    assert "pass a photograph and questions" in refused(ask.main)
+    assert "no question about x.jpg" in refused(ask.main, "x.jpg")
+
+
+def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path, monkeypatch):
+    options = ["--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 2]
+    interrupt_at(3, monkeypatch)
+    assert run(train.main, *options, "--out", tmp_path / "run").exit_code == 130
+    monkeypatch.undo()
+    works(train.main, *options, "--out", tmp_path / "run", "--resume")
+    one, two = (load_file(f / "model.safetensors") for f in (asked / "classes", tmp_path / "run"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
