@@ -1,10 +1,10 @@
-"""Ask questions about photographs with a checkpoint folder."""
+"""Answer questions about photographs with a trained checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,18 @@ class AskConfig(Settings):
     """The options of pipeline.ask."""
 
     photograph_and_questions: tuple[str, ...] = setting(
-        (), "a photograph, and questions about it", name="PHOTO QUESTION..."
+        (), "a photograph and questions about it", name="PHOTO QUESTION..."
     )
     checkpoint: Path = setting(
         Path("runs/sample-vqa"), "checkpoint folder written by pipeline.train, or hf-hub:user/name"
     )
     questions: Path | None = setting(
         None,
-        'file with many questions, a line each: {"file_name": ..., "question": ...}; file '
-        "names are relative to the file",
+        'file with one question per line: {"file_name": ..., "question": ...}; file names are '
+        "relative to the folder of this file",
     )
-    out: Path | None = setting(None, "write the answers as JSON lines")
-    top: int = setting(5, "number of answers", at_least=1, at_most=100)
+    out: Path | None = setting(None, "output file for the answers, as JSON lines")
+    top: int = setting(5, "number of answers per question", at_least=1, at_most=100)
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
     device: str = setting("auto", "device", choices=DEVICES, group="machine")
     precision: str = setting(
@@ -59,36 +59,40 @@ class AskConfig(Settings):
 
 @command(AskConfig)
 def main(config: AskConfig) -> None:
-    """Answer questions about a photograph: the best answers with their probabilities."""
-    asked = list(questions_of(config))
+    """Answer questions about photographs, and print the best answers with their probabilities."""
+    questions_by_path = read_questions(config)
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
-    name_unknown_words(captioner, [question for _, questions in asked for question in questions])
+    all_questions = [question for group in questions_by_path.values() for question in group]
+    print_unknown_words(captioner, all_questions)
     records: list[dict[str, Any]] = []
-    total = sum(len(questions) for _, questions in asked)
-    with progress(total, "questions", "ask", enabled=config.questions is not None) as bar:
-        for path, questions in asked:
+    show_bar = config.questions is not None
+    with progress(len(all_questions), "questions", "ask", enabled=show_bar) as bar:
+        for path, questions in questions_by_path.items():
             try:
-                found = captioner.answers(path, questions, config.top)
+                answers_per_question = captioner.answers(path, questions, config.top)
             except UnreadableImage as error:
                 raise UserError(str(error)) from error
-            for question, answers in zip(questions, found, strict=True):
-                records.append(record(path, question, answers))
-                tell(config, records[-1])
+            for question, answers in zip(questions, answers_per_question, strict=True):
+                records.append(make_record(path, question, answers))
+                print_answers(config, records[-1])
             bar.step(len(questions))
     if config.out:
-        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in records)
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(config.out, "".join(lines))
         say(f"{len(records):,} answers: {config.out}")
 
 
-def questions_of(config: AskConfig) -> Iterator[tuple[Path, list[str]]]:
-    """Each photograph with its questions."""
+def read_questions(config: AskConfig) -> dict[Path, list[str]]:
+    """Return the questions about each photograph, by the path of the photograph.
+
+    Raises:
+        UserError: a line of --questions is not a JSON object with a file name and a question.
+    """
     if config.questions is None:
-        path, *questions = config.photograph_and_questions
-        yield Path(path), questions
-        return
-    by_path: dict[Path, list[str]] = {}
+        photograph, *questions = config.photograph_and_questions
+        return {Path(photograph): questions}
+    questions_by_path: dict[Path, list[str]] = {}
     for number, line in enumerate(read_text(config.questions).splitlines(), start=1):
         if not line.strip():
             continue
@@ -97,24 +101,26 @@ def questions_of(config: AskConfig) -> Iterator[tuple[Path, list[str]]]:
             entry = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}") from error
-        fields = ("file_name", "question")
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(f), str) for f in fields):
+        keys = ("file_name", "question")
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
             raise UserError(
                 f'{where}: not an object like {{"file_name": "a.jpg", "question": "..."}}'
             )
         path = config.questions.parent / entry["file_name"]
-        by_path.setdefault(path, []).append(entry["question"])
-    yield from by_path.items()
+        questions_by_path.setdefault(path, []).append(entry["question"])
+    return questions_by_path
 
 
-def name_unknown_words(captioner: PhotoCaptioner, questions: Sequence[str]) -> None:
+def print_unknown_words(captioner: PhotoCaptioner, questions: Sequence[str]) -> None:
+    """Print the words of the questions that are not in the vocabulary."""
     vocabulary = captioner.checkpoint.vocabulary
     words = {word for text in questions for word in segmented(text, vocabulary.segment)}
     if unknown := sorted(words - set(vocabulary.words)):
         say(f"words that the model does not know: {', '.join(unknown[:10])}")
 
 
-def record(path: Path, question: str, answers: Sequence[Caption]) -> dict[str, Any]:
+def make_record(path: Path, question: str, answers: Sequence[Caption]) -> dict[str, Any]:
+    """Return the answers to a question as a line of the output file."""
     return {
         "file_name": str(path),
         "question": question,
@@ -124,14 +130,17 @@ def record(path: Path, question: str, answers: Sequence[Caption]) -> dict[str, A
     }
 
 
-def tell(config: AskConfig, line: dict[str, Any]) -> None:
-    """Print the answers: as text for one photograph, as JSON lines for many."""
+def print_answers(config: AskConfig, record: dict[str, Any]) -> None:
+    """Print the answers to a question about one photograph as text.
+
+    With --questions they are printed as a JSON line, unless --out is passed.
+    """
     if config.questions is not None:
         if not config.out:
-            click.echo(json.dumps(line, ensure_ascii=False))
+            click.echo(json.dumps(record, ensure_ascii=False))
         return
-    click.echo(line["question"])
-    for answer in line["answers"]:
+    click.echo(record["question"])
+    for answer in record["answers"]:
         click.echo(f"  {answer['probability']:6.1%}  {answer['answer']}")
 
 

@@ -1,4 +1,4 @@
-"""Caption photographs with a checkpoint folder."""
+"""Caption photographs with a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class CaptionConfig(DecodingOptions):
     """The options of pipeline.caption."""
 
     photographs: tuple[Path, ...] = setting(
-        (), "photographs, and folders of them", name="PHOTO_OR_FOLDER..."
+        (), "photographs, or folders of photographs", name="PHOTO_OR_FOLDER..."
     )
     checkpoint: Path = setting(
         Path("runs/sample"), "checkpoint folder written by pipeline.train, or hf-hub:user/name"
     )
     out: Path | None = setting(
         None,
-        "write the captions as JSON: file_name, image_id, caption; with --nbest all captions and "
-        "their log-probabilities",
+        "JSON file for the captions: file_name, image_id and caption; with --nbest also all "
+        "captions with their log-probabilities",
     )
     write_txt: bool = setting(
         False, "write each caption to a .txt file beside its photograph, unless that file exists"
     )
     prefix: str = setting(
-        "", "text before each caption in the .txt files, such as a trigger word; with --write-txt"
+        "", "text before each caption in the .txt files, such as a trigger word; needs --write-txt"
     )
     batch: int = setting(16, "images per batch", at_least=1, group="machine")
     limit: int | None = setting(None, "caption only the first N photographs", at_least=1)
@@ -58,19 +58,19 @@ class CaptionConfig(DecodingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.photographs:
-            raise UserError("no photograph named; pass photographs or folders of them")
+            raise UserError("no photograph to caption; pass photographs or folders of photographs")
         if self.out and self.out.is_dir():
             raise UserError(
-                f"--out {self.out} is a folder; name the file, as {self.out / 'captions.json'}"
+                f"--out {self.out} is a folder; name the file, such as {self.out / 'captions.json'}"
             )
         if self.prefix and not self.write_txt:
             raise UserError(
-                "--prefix is put before the captions in .txt files; pass --write-txt with it"
+                "--prefix is the text before each caption in the .txt files; also pass --write-txt"
             )
 
 
 class Photo(NamedTuple):
-    """A photograph to caption; its name is relative to the folder it was found in."""
+    """A photograph to caption. `name` is the path relative to the folder that was passed."""
 
     path: Path
     name: str
@@ -79,65 +79,75 @@ class Photo(NamedTuple):
 
 @command(CaptionConfig)
 def main(config: CaptionConfig) -> None:
-    """Caption photographs or folders of photographs: one line per photograph, JSON with --out."""
+    """Caption photographs or folders of photographs.
+
+    The command prints one line per photograph. With --out it also writes the captions as JSON.
+    """
     photos = find_photographs(config.photographs)[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
-    records, unreadable, texts = caption_all(config, captioner, photos)
+    records, unreadable, txt_writer = caption_all(config, captioner, photos)
     if config.write_txt:
-        texts.report()
+        txt_writer.report()
     report(config, records, unreadable)
-    if texts.failed:
+    if failed := txt_writer.failed:
+        files = "file" if len(failed) == 1 else "files"
         raise UserError(
-            f"{len(texts.failed):,} .txt could not be written: {'; '.join(texts.failed[:5])}; "
-            "all else is done"
+            f"{len(failed):,} .txt {files} could not be written: {'; '.join(failed[:5])}; all "
+            "other files were written"
         )
 
 
 def caption_all(
     config: CaptionConfig, captioner: PhotoCaptioner, photos: Sequence[Photo]
-) -> tuple[list[dict], list[str], Texts]:
-    """Caption and print.
+) -> tuple[list[dict], list[str], TxtWriter]:
+    """Caption the photographs and print the captions.
 
-    Returns the records for --out, the unreadable photographs with reasons, and the .txt files.
+    Returns:
+        The records for --out, the unreadable photographs with the reasons, and the writer of the
+        .txt files.
     """
-    records, unreadable, texts = [], [], Texts(config.prefix)
-    bar_options = {"enabled": len(photos) > config.batch}
-    with by_option(), progress(len(photos), "photographs", "caption", **bar_options) as bar:
-        for number, chosen in enumerate(iterate(photos, config.batch)):
-            paths = [photo.path for photo in chosen]
-            found = captioner.try_caption(paths, seed=config.seed, number=number, **config.given())
-            for photo, (captions, reason) in zip(chosen, found, strict=True):
+    records, unreadable, txt_writer = [], [], TxtWriter(config.prefix)
+    show_bar = len(photos) > config.batch
+    with by_option(), progress(len(photos), "photographs", "caption", enabled=show_bar) as bar:
+        for number, batch in enumerate(iterate(photos, config.batch)):
+            paths = [photo.path for photo in batch]
+            results = captioner.try_caption(
+                paths, seed=config.seed, number=number, **config.given()
+            )
+            for photo, (captions, reason) in zip(batch, results, strict=True):
                 if reason:
                     unreadable.append(f"{photo.path}: {reason}")
                     continue
-                records.append(tell(photo, captions, config.nbest is not None))
+                print_captions(photo, captions, config.nbest is not None)
+                records.append(make_record(photo, captions, config.nbest is not None))
                 if config.write_txt:
-                    texts.write(photo.path, captions[0].text)
-            bar.step(len(chosen))
-    return records, unreadable, texts
+                    txt_writer.write(photo.path, captions[0].text)
+            bar.step(len(batch))
+    return records, unreadable, txt_writer
 
 
-class Texts:
-    """The .txt files beside photographs: which were written, and which could not be."""
+class TxtWriter:
+    """Writes the .txt files beside the photographs, and counts what was written."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix, self.kept = prefix.split(), 0
-        self.written: dict[Path, Path] = {}  # the photograph of each .txt
+        self.prefix, self.existing = prefix.split(), 0
+        self.written: dict[Path, Path] = {}  # path of the .txt file to path of the photograph
         self.not_written: list[str] = []
         self.failed: list[str] = []
 
     def write(self, photograph: Path, caption: str) -> None:
-        """Write the caption on one line. An existing .txt is kept, and a failure does not stop the
-        run.
+        """Write the prefix and the caption on one line.
+
+        An existing .txt file is not changed. An error of the system is recorded in `failed`.
         """
         path = photograph.with_suffix(".txt")
         if other := self.written.get(path):
             self.not_written.append(
-                f"{photograph}: its .txt would be that of {other}; rename one of the two"
+                f"{photograph}: {other} has the same .txt file; rename one of the two photographs"
             )
         elif os.path.lexists(path):
-            self.kept += 1
+            self.existing += 1
         elif is_caption_list(path.name):
             self.not_written.append(
                 f"{photograph}: {path.name} is the name of a file of captions; rename the "
@@ -151,62 +161,79 @@ class Texts:
                 self.failed.append(f"{path}: {error.strerror or error}")
 
     def report(self) -> None:
-        have = "photograph has" if self.kept == 1 else "photographs have"
-        stays = f"; {self.kept:,} {have} one already, which stays as it is" if self.kept else ""
+        """Print the numbers of written and existing files, and each file that was not written."""
+        existing = ""
+        if self.existing:
+            photographs = "photograph has" if self.existing == 1 else "photographs have"
+            existing = f"; {self.existing:,} {photographs} one already, which was not changed"
         files = "file" if len(self.written) == 1 else "files"
-        say(f"{len(self.written):,} .txt {files} written beside the photographs{stays}")
+        say(f"{len(self.written):,} .txt {files} written beside the photographs{existing}")
         for line in [*self.not_written, *self.failed]:
             say(f".txt not written: {line}")
 
 
-def tell(photo: Photo, captions: Sequence[Caption], all_of_them: bool) -> dict:
-    """Print the captions of a photograph and return its record for --out."""
-    record = {"file_name": photo.name, "image_id": photo.id, "caption": captions[0].text}
-    if not all_of_them:
+def print_captions(photo: Photo, captions: Sequence[Caption], nbest: bool) -> None:
+    """Print the best caption, or with `nbest` all captions with their log-probabilities."""
+    if not nbest:
         print(f"{photo.name}: {captions[0].text}", flush=True)
-        return record
+        return
     for caption in captions:
         print(f"{photo.name}: {caption.text}  ({caption.log_p:.2f})", flush=True)
+
+
+def make_record(photo: Photo, captions: Sequence[Caption], nbest: bool) -> dict:
+    """Return the entry of a photograph in the JSON file."""
+    record = {"file_name": photo.name, "image_id": photo.id, "caption": captions[0].text}
+    if not nbest:
+        return record
     return record | {"captions": [caption.record() for caption in captions]}
 
 
-def find_photographs(places: Sequence[Path]) -> list[Photo]:
-    """Find the photographs, with names and ids as a cache of the same folder has them; UserError
-    for a duplicate id.
+def find_photographs(paths: Sequence[Path]) -> list[Photo]:
+    """Return the photographs among the files and in the folders.
+
+    A photograph gets the same name and id as in a cache of the same folder.
+
+    Raises:
+        UserError: a path does not exist, a folder has no photograph, or two photographs have the
+            same id.
     """
     photos: dict[int, Photo] = {}
-    for place in places:
-        if not (place.is_file() or place.is_dir()):
-            raise UserError(
-                f"{place} is neither a file nor a folder; pass photographs or folders of them"
-            )
-        names: Collection[str] = []
-        if place.is_file():
-            names = [check_name(place.name, str(place.parent))]
-        folder = place.parent
-        if place.is_dir():
-            files = list_files(place)
-            names, folder, left_out = files.photographs, place, files.left_out()
+    for path in paths:
+        if path.is_dir():
+            folder, files = path, list_files(path)
+            names: Collection[str] = files.photographs
+            ignored = files.left_out()
             if not names:
                 raise UserError(
-                    f"folder {place} holds no photograph ({left_out or 'no file that is one'})"
+                    f"folder {path} contains no photograph{f' ({ignored})' if ignored else ''}"
                 )
-            if left_out:
-                say(left_out)
+            if ignored:
+                say(ignored)
+        elif path.is_file():
+            folder, names = path.parent, [check_name(path.name, str(path.parent))]
+        else:
+            raise UserError(
+                f"{path} is neither a file nor a folder; pass photographs or folders of photographs"
+            )
         for name in names:
             photo = Photo(folder / name, name, image_id(name))
             if photo.id in photos:
                 raise UserError(
-                    f"{photos[photo.id].path} and {photo.path} have the same id, {photo.id}, since "
-                    "ids follow from the name "
-                    f"{name!r}; caption them in separate runs, or pass the folder above both"
+                    f"{photos[photo.id].path} and {photo.path} have the same id, {photo.id}, "
+                    f"because the id is computed from the name {name!r}; caption them in separate "
+                    "runs, or pass a folder that contains both"
                 )
             photos[photo.id] = photo
     return list(photos.values())
 
 
 def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) -> None:
-    """Write the JSON and list the unreadable photographs; UserError if none could be read."""
+    """List the unreadable photographs and write the JSON file.
+
+    Raises:
+        UserError: no photograph could be read.
+    """
     if unreadable and not records:
         raise UserError(f"none of the photographs can be read: {'; '.join(unreadable[:5])}")
     for line in unreadable:
@@ -214,10 +241,8 @@ def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) ->
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-        say(
-            f"{len(records)} captions: "
-            f"{config.out}{f'; {len(unreadable)} left out' if unreadable else ''}"
-        )
+        left_out = f"; {len(unreadable)} photographs left out" if unreadable else ""
+        say(f"{len(records)} captions: {config.out}{left_out}")
 
 
 if __name__ == "__main__":

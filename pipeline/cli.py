@@ -1,22 +1,23 @@
-"""A command's configuration is one frozen dataclass; its fields make the options, their checks and
-the record.
+"""Command-line options from a frozen dataclass.
+
+Each field of the dataclass is one option. It has a default, a help text and bounds.
 
     @dataclass(frozen=True)
     class ExtractConfig(Settings):
-        dataset: str = setting("sample", "layout of the photographs", registry=DATASETS,
-            group="data")
+        dataset: str = setting("sample", "dataset format", registry=DATASETS, group="data")
         batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
 
     @command(ExtractConfig)
     def main(config: ExtractConfig) -> None: ...
 
-A setting with a `registry` names an extension (a task, a dataset, a decoder). Each entry of the
-registry may have `Options`, a dataclass of its own settings: the command takes those of the names
-that are chosen, by flags or by --config, shows them under a heading of their own, and hands them
-over in `config.extensions`.
+A setting with a `registry` chooses an extension, such as a task, a dataset or a decoder. An entry
+of the registry may have a class `Options`, a dataclass of its own settings. The command accepts the
+options of the chosen entries only. --help shows them under their own heading, and
+`config.extensions` contains their values.
 
-`--config FILE` (TOML, or the config.json of an earlier run) sets any option; flags win over it. A
-user's mistake is printed as one message, without a traceback, and the command exits with 2.
+`--config FILE` (TOML, or the config.json of an earlier run) sets any option. Options on the command
+line override it. A user's mistake is printed as one message without a traceback, and the exit code
+is 2.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "bf16", "fp32")
-LARGEST = 2**63 - 1  # of a whole number
-KINDS = {
+LARGEST_INT = 2**63 - 1
+TYPE_NAMES = {
     str: "text",
     Path: "a path",
     int: "a whole number",
@@ -59,8 +60,9 @@ KINDS = {
 
 
 class UserError(click.ClickException):
-    """A user's mistake: what is wrong, where, and what fixes it. The command prints it and exits
-    with 2.
+    """A user's mistake. The message says what is wrong, where, and how to fix it.
+
+    The command prints the message and exits with code 2.
     """
 
     exit_code = 2
@@ -80,11 +82,17 @@ def setting(
     below: float | None = None,
     may_change_on_resume: bool = False,
 ) -> Any:
-    """A dataclass field that is also an option.
+    """Return a dataclass field that is also a command-line option.
 
-    choices: the values that it may have. registry: entries by name, of which it chooses one.
-    name: the name of a positional argument. group: the heading of its help.
-    at_least, above, at_most, below: bounds of a number.
+    Args:
+        default: value of the field if the option is not passed.
+        help: text for --help. The part after two spaces and "[" describes the default.
+        choices: the allowed values.
+        registry: extensions by name; the option chooses one of them.
+        name: name of a positional argument in --help. Empty for an option.
+        group: heading of the option in --help.
+        at_least, above, at_most, below: bounds of a number.
+        may_change_on_resume: whether a resumed run accepts another value.
     """
     metadata = {
         "help": help,
@@ -103,155 +111,161 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of all command configurations: checks bounds, and holds the options of the chosen
-    extensions.
+    """Base class of the configurations of all commands.
 
-    extensions: for each setting that chooses an extension (such as "task"), the given options by
-    name.
+    Attributes:
+        extensions: the options of the chosen extensions. The keys are the names of the settings
+            that choose an extension (such as "task"); the values map option names to values.
+
+    Raises:
+        UserError: a value is outside its bounds, or an extension or its option does not exist.
     """
 
     extensions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            check_bounds(item, getattr(self, item.name))
-            for option, value in self.extensions.get(item.name, {}).items():
-                known = {each.name: each for each in options_of(item, getattr(self, item.name))}
-                if option not in known:
-                    raise UserError(
-                        f"{flag_of(item.name)} {getattr(self, item.name)} has no option {option!r}"
-                    )
-                check_bounds(known[option], value)
+            value, flag = getattr(self, item.name), flag_of(item.name)
+            check_bounds(item, value)
+            options = {option.name: option for option in options_of(item, value)}
+            for name, option_value in self.extensions.get(item.name, {}).items():
+                if name not in options:
+                    raise UserError(f"{flag} {value} has no option {name!r}")
+                check_bounds(options[name], option_value)
             if (registry := item.metadata.get("registry")) is not None:
-                if getattr(self, item.name) not in registry:
-                    raise UserError(
-                        f"{flag_of(item.name)} is {getattr(self, item.name)!r}, not one of "
-                        f"{', '.join(registry)}"
-                    )
+                if value not in registry:
+                    raise UserError(f"{flag} is {value!r}, not one of {', '.join(registry)}")
                 self.options(item.name)  # raises UserError for invalid options
 
     def options(self, name: str) -> Any:
-        """The options of the extension that setting `name` chooses, as an instance of its
-        `Options`; None if it has none.
+        """Return the options of the extension that setting `name` chooses.
+
+        The result is an instance of the extension's `Options`, or None if it has no options.
         """
         item = next(item for item in fields(self) if item.name == name)
-        kind = _options_class(item, getattr(self, name))
-        return kind(**self.extensions.get(name, {})) if kind else None
+        options_class = _options_class(item, getattr(self, name))
+        return options_class(**self.extensions.get(name, {})) if options_class else None
 
     def record(self) -> dict[str, Any]:
-        """All settings and extension options by name, as JSON values."""
+        """Return all settings and extension options by name, as JSON values."""
         values = {
             item.name: getattr(self, item.name)
             for item in fields(self)
             if item.name != "extensions"
         }
-        for given in self.extensions.values():
-            values |= given
+        for options in self.extensions.values():
+            values |= options
         return {name: _as_json(value) for name, value in values.items()}
 
 
 def _as_json(value: Any) -> Any:
+    """Return a setting as a JSON value: a path as text, a tuple as a list."""
     if isinstance(value, tuple | list):
-        return [_as_json(part) for part in value]
+        return [_as_json(element) for element in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def flag_of(name: str) -> str:
+    """Return the command-line option of a setting: "max_length" gives "--max-length"."""
     return "--" + name.replace("_", "-")
 
 
-def _options_class(item: Any, chosen: Any) -> type | None:
-    """The `Options` class of entry `chosen` in a setting's registry, or None."""
+def _options_class(item: Field, entry: Any) -> type | None:
+    """Return the `Options` class of an entry of the setting's registry, or None."""
     registry = item.metadata.get("registry")
-    return getattr(registry.get(chosen), "Options", None) if registry else None
+    return getattr(registry.get(entry), "Options", None) if registry else None
 
 
-def options_of(item: Any, chosen: Any) -> list[Any]:
-    """The fields of the options of entry `chosen` in a setting's registry."""
-    kind = _options_class(item, chosen)
-    return list(fields(kind)) if kind else []
+def options_of(item: Field, entry: Any) -> list[Field]:
+    """Return the options of an entry of the setting's registry, as dataclass fields."""
+    options_class = _options_class(item, entry)
+    return list(fields(options_class)) if options_class else []
 
 
-def extension_options(items: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
-    """All options of all entries in the registries of `items`: (setting, entry name, option)."""
+def extension_options(items: Iterable[Field]) -> Iterator[tuple[Field, str, Field]]:
+    """Yield all options of all registries as (setting, entry name, option)."""
     for item in items:
         for entry in item.metadata.get("registry") or ():
             for option in options_of(item, entry):
                 yield item, entry, option
 
 
-def check_bounds(item: Any, value: Any) -> None:
-    """Raise UserError if a number is outside the bounds of its field."""
+def check_bounds(item: Field, value: Any) -> None:
+    """Raise UserError if a number is outside the bounds of its setting."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     at_least, above, at_most, below = (
         item.metadata.get(name) for name in ("at_least", "above", "at_most", "below")
     )
-    good = (at_least is None or value >= at_least) and (above is None or value > above)
-    if good and (at_most is None or value <= at_most) and (below is None or value < below):
+    above_lower = (at_least is None or value >= at_least) and (above is None or value > above)
+    below_upper = (at_most is None or value <= at_most) and (below is None or value < below)
+    if above_lower and below_upper:
         return
     if at_least is not None and below is not None:
-        wanted = f"in [{at_least:g}, {below:g})"
+        bounds = f"in [{at_least:g}, {below:g})"
     elif at_least is not None and value < at_least:
-        wanted = f"at least {at_least:g}"
+        bounds = f"at least {at_least:g}"
     elif above is not None and value <= above:
-        wanted = f"above {above:g}"
+        bounds = f"above {above:g}"
     else:
-        wanted = f"at most {at_most:,}" if at_most is not None else f"below {below:,}"
-    raise UserError(f"{flag_of(item.name)} is {value}, it must be {wanted}")
+        bounds = f"at most {at_most:,}" if at_most is not None else f"below {below:,}"
+    raise UserError(f"{flag_of(item.name)} is {value}, it must be {bounds}")
 
 
 def command(
     config_class: type, sections: Mapping[str, Sequence[tuple[str, str]]] | None = None
 ) -> Callable[[Callable], click.Command]:
-    """Turn `main(config)` into a click command whose options are the fields of `config_class`.
+    """Return a decorator that turns `main(config)` into a click command.
 
-    sections: further sections of --help, as rows of a name and a text by heading.
+    The fields of `config_class` become the options.
+
+    Args:
+        config_class: a subclass of `Settings`.
+        sections: additional sections of --help. Each heading has rows of a name and a text.
     """
 
     def decorate(main: Callable) -> click.Command:
+        items = [item for item in fields(config_class) if item.name != "extensions"]
+
         @functools.wraps(main)
         def call(**values: Any) -> None:
-            values.pop("config")
-            own = {item.name for item in fields(config_class)}
-            given = {name: values.pop(name) for name in [*values] if name not in own}
+            del values["config"]  # already read by the callback of --config
+            settings = {item.name: values.pop(item.name) for item in items}
+            passed = {name: value for name, value in values.items() if value not in (None, ())}
             extensions: dict[str, dict[str, Any]] = {}
-            for item in fields(config_class):
-                names = [option.name for option in options_of(item, values.get(item.name))]
-                if found := {
-                    name: given[name] for name in names if given.get(name) not in (None, ())
-                }:
-                    extensions[item.name] = found
-            main(config_class(**values, **({"extensions": extensions} if extensions else {})))
+            for item in items:
+                names = [option.name for option in options_of(item, settings[item.name])]
+                if options := {name: passed[name] for name in names if name in passed}:
+                    extensions[item.name] = options
+            main(config_class(**settings, **({"extensions": extensions} if extensions else {})))
 
-        types_of = typing.get_type_hints(config_class)
-        # options shared with other commands come last
-        own = config_class.__annotations__
-        items = [item for item in fields(config_class) if item.name != "extensions"]
-        options = [
-            _option(item, types_of[item.name])
-            for item in sorted(items, key=lambda f: f.name not in own)
-        ]
-        found = _Command(
+        types_by_name = typing.get_type_hints(config_class)
+        own_names = config_class.__annotations__
+        own_first = sorted(items, key=lambda item: item.name not in own_names)
+        click_command = _Command(
             name=main.__module__,
             callback=call,
-            params=[*options, _config_option(config_class)],
+            params=[
+                *(_option(item, types_by_name[item.name]) for item in own_first),
+                _config_option(config_class),
+            ],
             help=main.__doc__,
             context_settings={"show_default": True, "max_content_width": 110},
         )
-        found.registries = {
+        click_command.registries = {
             item.name: item for item in items if item.metadata.get("registry") is not None
         }
-        found.sections = sections or {}
-        return found
+        click_command.sections = sections or {}
+        return click_command
 
     return decorate
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn users' mistakes and system errors into UserError. Programming errors keep their
-    traceback.
+    """Convert users' mistakes and errors of the operating system to UserError.
+
+    Programming errors keep their traceback.
     """
     try:
         yield
@@ -260,16 +274,13 @@ def plain_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (
-            str(error).strip().splitlines()[0][:200]
-            if str(error).strip()
-            else "the system gives no more"
-        )
+        text = str(error).strip()
+        reason = text.splitlines()[0][:200] if text else "the system has no more memory"
         raise UserError(
             f"out of memory: {reason}; use smaller sizes or a smaller --batch"
         ) from error
     except OSError as error:
-        # not of the system; `| head`, which click handles
+        # without errno it is not an error of the system; click handles EPIPE, as with `| head`
         if error.errno is None or error.errno == errno.EPIPE:
             raise
         files = [os.fsdecode(name) if isinstance(name, str | bytes) else f"file descriptor {name}"
@@ -281,7 +292,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether numpy or torch (on a CPU or a GPU) failed to allocate an array."""
+    """Return whether the error says that numpy or torch could not allocate memory."""
     return (
         isinstance(error, MemoryError)
         or "alloc" in str(error)
@@ -290,12 +301,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class _Command(click.Command):
-    registries: Mapping[str, Any]  # the settings that choose an extension, by name
+    registries: Mapping[str, Field]  # the settings that choose an extension, by name
     sections: Mapping[str, Sequence[tuple[str, str]]]
 
-    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with plain_errors():  # --config is read here
-            return super().make_context(*arguments, **more)
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         # a character that the terminal cannot print must not stop the command
@@ -305,35 +316,37 @@ class _Command(click.Command):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["extensions"] = self._chosen(ctx, args)
+        ctx.meta["extensions"] = self._chosen_entries(ctx, args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            self._refuse_option_of_another(ctx, error)
+            self._explain_option_of_other_entry(ctx, error)
             raise
 
-    def _chosen(self, ctx: click.Context, args: Sequence[str]) -> dict[str, str]:
-        """The extension names chosen by the command line, else by --config, else by the
-        defaults.
-        """
-        recorded: Mapping[str, Any] = {}
-        if path := _value_of("--config", args):
-            recorded = _read_once(ctx, Path(path))
-        chosen = {}
-        for name, item in self.registries.items():
-            value = _value_of(flag_of(name), args) or recorded.get(name) or item.default
-            if isinstance(value, str) and value in item.metadata["registry"]:
-                chosen[name] = value
-        return chosen
+    def _chosen_entries(self, ctx: click.Context, args: Sequence[str]) -> dict[str, str]:
+        """Return the chosen registry entry of each setting.
 
-    def _refuse_option_of_another(self, ctx: click.Context, error: click.NoSuchOption) -> None:
-        for item, other, option in extension_options(self.registries.values()):
+        The command line overrides --config, and --config overrides the defaults.
+        """
+        config: Mapping[str, Any] = {}
+        if path := _value_of("--config", args):
+            config = _read_once(ctx, Path(path))
+        entries = {}
+        for name, item in self.registries.items():
+            entry = _value_of(flag_of(name), args) or config.get(name) or item.default
+            if isinstance(entry, str) and entry in item.metadata["registry"]:
+                entries[name] = entry
+        return entries
+
+    def _explain_option_of_other_entry(self, ctx: click.Context, error: click.NoSuchOption) -> None:
+        """Raise UserError if the unknown option belongs to an entry that is not chosen."""
+        for item, entry, option in extension_options(self.registries.values()):
             flag, setting_flag = flag_of(option.name), flag_of(item.name)
             if error.option_name in (flag, f"--no-{flag[2:]}"):
-                now = ctx.meta["extensions"].get(item.name, item.default)
+                chosen = ctx.meta["extensions"].get(item.name, item.default)
                 raise UserError(
-                    f"{error.option_name} is an option of {setting_flag} {other}; "
-                    f"{setting_flag} is {now} here"
+                    f"{error.option_name} is an option of {setting_flag} {entry}; "
+                    f"{setting_flag} is {chosen} here"
                 ) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -343,19 +356,20 @@ class _Command(click.Command):
         ]
 
     def _extension_options(self, ctx: click.Context) -> Iterator[tuple[str, list[click.Parameter]]]:
-        """Yield the heading and the options of each chosen extension. They are created once per
-        context.
+        """Yield a heading and the options of each chosen entry that has options.
+
+        The options are created once per context.
         """
-        made = ctx.meta.setdefault("extension options", {})
-        for name, chosen in ctx.meta.get("extensions", {}).items():
+        params = ctx.meta.setdefault("extension options", {})
+        for name, entry in ctx.meta.get("extensions", {}).items():
             item = self.registries[name]
-            if options := options_of(item, chosen):
-                if name not in made:
-                    kinds = typing.get_type_hints(_options_class(item, chosen))
-                    made[name] = [
-                        _extension_option(option, kinds[option.name]) for option in options
+            if options := options_of(item, entry):
+                if name not in params:
+                    types_by_name = typing.get_type_hints(_options_class(item, entry))
+                    params[name] = [
+                        _extension_option(option, types_by_name[option.name]) for option in options
                     ]
-                yield f"Options of {flag_of(name)} {chosen}", made[name]
+                yield f"Options of {flag_of(name)} {entry}", params[name]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -379,59 +393,60 @@ class _Command(click.Command):
 
 
 def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The last value of an option on the command line, given as `--flag value` or
-    `--flag=value`.
+    """Return the last value of an option on the command line, or None.
+
+    The value is given as `--flag value` or as `--flag=value`.
     """
-    found = None
-    for number, text in enumerate(args):
-        if text == "--":
+    value = None
+    for index, argument in enumerate(args):
+        if argument == "--":
             break
-        if text.startswith(f"{flag}="):
-            found = text.partition("=")[2]
-        elif text == flag and number + 1 < len(args):
-            found = args[number + 1]
-    return found
+        if argument.startswith(f"{flag}="):
+            value = argument.partition("=")[2]
+        elif argument == flag and index + 1 < len(args):
+            value = args[index + 1]
+    return value
 
 
-def _kind_of(annotation: Any) -> tuple[type, bool]:
-    """The type of an option's value, and whether the option may be repeated."""
-    members = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+def _value_type(annotation: Any) -> tuple[type, bool]:
+    """Return the type of an option's value, and whether the option may be repeated."""
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    kind = members[0] if union else annotation
-    if typing.get_origin(kind) is tuple:
-        return typing.get_args(kind)[0], True
-    return kind, False
+    value_type = members[0] if union else annotation
+    if typing.get_origin(value_type) is tuple:
+        return typing.get_args(value_type)[0], True
+    return value_type, False
 
 
-def _option(item: Any, annotation: Any) -> click.Parameter:
-    kind, multiple = _kind_of(annotation)
+def _option(item: Field, annotation: Any) -> click.Parameter:
+    value_type, multiple = _value_type(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        paths = click.Path(path_type=Path) if kind is Path else None
-        return click.Argument([item.name], nargs=-1, type=paths, metavar=metadata["name"])
+        param_type: Any = click.Path(path_type=Path) if value_type is Path else None
+        return click.Argument([item.name], nargs=-1, type=param_type, metavar=metadata["name"])
     flag = flag_of(item.name)
-    if kind is bool:
+    if value_type is bool:
         option = click.Option(
             [f"{flag}/--no-{flag[2:]}"], default=item.default, help=metadata["help"]
         )
     else:
         if metadata.get("registry") is not None:
-            reader: Any = _Registered(metadata["registry"])
+            param_type = _RegistryName(metadata["registry"])
         elif metadata.get("choices"):
-            reader = _Choice(metadata["choices"])
+            param_type = _Choice(metadata["choices"])
         else:
-            readers = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}
-            reader = readers.get(kind, kind)
+            param_types = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}
+            param_type = param_types.get(value_type, value_type)
         option = click.Option(
-            [flag], type=reader, default=item.default, multiple=multiple, help=metadata["help"]
+            [flag], type=param_type, default=item.default, multiple=multiple, help=metadata["help"]
         )
-    # our own attribute: --help is grouped by it
+    # an attribute that click does not have: --help groups the options by it
     option.group = metadata.get("group", "")  # type: ignore[attr-defined]
     return option
 
 
-def _extension_option(item: Any, annotation: Any) -> click.Parameter:
-    """As `_option`, with None as default: a preset or the extension's own default applies."""
+def _extension_option(item: Field, annotation: Any) -> click.Parameter:
+    """Return the option without a default, because a preset may replace the extension's default."""
     option = _option(item, annotation)
     option.default = () if option.multiple else None
     if item.default not in (None, ()):
@@ -441,33 +456,33 @@ def _extension_option(item: Any, annotation: Any) -> click.Parameter:
 
 class _Int(click.types.IntParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = super().convert(value, param, ctx)
-        return found if abs(found) <= LARGEST else self.fail("the number is too large", param, ctx)
+        number = super().convert(value, param, ctx)
+        if abs(number) > LARGEST_INT:
+            self.fail("the number is too large", param, ctx)
+        return number
 
 
 class _Float(click.types.FloatParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        found = super().convert(value, param, ctx)
-        return (
-            found
-            if math.isfinite(found)
-            else self.fail(f"{value!r} is not a finite number", param, ctx)
-        )
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class _Choice(click.Choice):
-    """A choice whose error names the nearest value; click would list all values."""
+    """A choice whose error message suggests the most similar value."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        near = difflib.get_close_matches(str(value), list(self.choices), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        similar = difflib.get_close_matches(str(value), list(self.choices), n=1)
+        hint = f" Did you mean {similar[0]!r}?" if similar else ""
         return f"{value!r} is not one of {', '.join(self.choices)}.{hint}"
 
 
-class _Registered(click.ParamType):
-    """A name in a registry, which may grow after the command was defined."""
+class _RegistryName(click.ParamType):
+    """The name of a registry entry. Entries may be added after the command is defined."""
 
     name = "name"
 
@@ -482,8 +497,8 @@ class _Registered(click.ParamType):
 
 
 def _config_option(config_class: type) -> click.Option:
-    own = {
-        name: _kind_of(annotation)
+    setting_types = {
+        name: _value_type(annotation)
         for name, annotation in typing.get_type_hints(config_class).items()
         if name != "extensions"
     }
@@ -491,40 +506,49 @@ def _config_option(config_class: type) -> click.Option:
     def load(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         if path is None:
             return
-        kinds = dict(own)
+        known_types = dict(setting_types)
         for item in fields(config_class):
-            chosen = ctx.meta.get("extensions", {}).get(item.name)
-            if options := _options_class(item, chosen):
-                types_of = typing.get_type_hints(options)
-                kinds |= {name: _kind_of(annotation) for name, annotation in types_of.items()}
-        found = dict(_read_once(ctx, path))
-        for name, value in [*found.items()]:
-            if name not in kinds and _is_default_of_another(config_class, name, value):
-                del found[name]
-            elif name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(kinds)}"
-                raise UserError(f"{path}: unknown setting {name[:80]!r}{hint}")
-            if kinds[name] == (Path, True) and isinstance(value, str):  # of older versions
-                found[name] = value = [value]
-            if value is not None and (wrong := _what_is_wrong(value, *kinds[name])):
-                raise UserError(f"{path}: {name} is {wrong} ({flag_of(name)})")
+            entry = ctx.meta.get("extensions", {}).get(item.name)
+            if options_class := _options_class(item, entry):
+                annotations = typing.get_type_hints(options_class)
+                known_types |= {name: _value_type(hint) for name, hint in annotations.items()}
+        values = dict(_read_once(ctx, path))
+        for name, value in [*values.items()]:
+            if name not in known_types and _is_default_of_other_entry(config_class, name, value):
+                del values[name]
+                continue
+            if name not in known_types:
+                similar = difflib.get_close_matches(name, known_types, n=1)
+                hint = (
+                    f"did you mean {similar[0]!r}?"
+                    if similar
+                    else f"known: {', '.join(known_types)}"
+                )
+                raise UserError(f"{path}: unknown setting {name[:80]!r}; {hint}")
+            # older versions recorded a single path for options that may now be repeated
+            if known_types[name] == (Path, True) and isinstance(value, str):
+                values[name] = value = [value]
+            if value is not None and (problem := _type_error(value, *known_types[name])):
+                raise UserError(f"{path}: {name} is {problem} ({flag_of(name)})")
         ctx.default_map = {
             **(ctx.default_map or {}),
-            **{k: v for k, v in found.items() if v is not None},
+            **{name: value for name, value in values.items() if value is not None},
         }
 
-    kind = click.Path(path_type=Path)
-    text = (
-        "read settings from a TOML file or an earlier run's config.json; command-line options "
-        "override it"
+    return click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        callback=load,
+        is_eager=True,
+        help="read settings from a TOML file or an earlier run's config.json; options on the "
+        "command line override it",
     )
-    return click.Option(["--config"], type=kind, callback=load, is_eager=True, help=text)
 
 
-def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
-    """Whether a recorded setting is the default of an extension that is not chosen; older runs
-    recorded all options.
+def _is_default_of_other_entry(config_class: type, name: str, value: Any) -> bool:
+    """Return whether a setting is the default of an option of an entry that is not chosen.
+
+    Such settings are ignored, because older versions recorded the options of all entries.
     """
     return any(
         option.name == name and option.default == value
@@ -532,36 +556,28 @@ def _is_default_of_another(config_class: type, name: str, value: Any) -> bool:
     )
 
 
-def _what_is_wrong(value: Any, kind: type, multiple: bool) -> str:
-    """Describe a value of a wrong type; "" for a valid one."""
+def _type_error(value: Any, value_type: type, multiple: bool) -> str:
+    """Return what is wrong with the type or the range of a value, or "" for a valid value."""
     if multiple and isinstance(value, list):
-        return next(
-            (
-                f"a list with {wrong}"
-                for each in value
-                if (wrong := _what_is_wrong(each, kind, False))
-            ),
-            "",
-        )
-    types_of = {Path: str, float: int | float}.get(kind, kind)
-    if (
-        multiple
-        or not isinstance(value, types_of)
-        or (isinstance(value, bool) and kind is not bool)
-    ):
-        names: dict[type, str] = {dict: "a table", list: "a list"}
-        shown = names.get(type(value)) or f"{type(value).__name__} {str(value)[:80]!r}"
-        return f"{shown}, not {'a list, each ' if multiple else ''}{KINDS[kind]}"
-    if isinstance(value, int) and abs(value) > LARGEST:
+        problems = (_type_error(element, value_type, False) for element in value)
+        return next((f"a list with {problem}" for problem in problems if problem), "")
+    accepted = {Path: str, float: int | float}.get(value_type, value_type)
+    bool_as_number = isinstance(value, bool) and value_type is not bool
+    if multiple or bool_as_number or not isinstance(value, accepted):
+        containers: dict[type, str] = {dict: "a table", list: "a list"}
+        actual = containers.get(type(value)) or f"{type(value).__name__} {str(value)[:80]!r}"
+        return f"{actual}, not {'a list, each ' if multiple else ''}{TYPE_NAMES[value_type]}"
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
         return "a number that is too large"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value}, not a finite number"
     if isinstance(value, str) and ("\0" in value or not _encodes(value)):
-        return "text with a character that no file name or caption has"
+        return "text with a character that is not valid in a file name or a caption"
     return ""
 
 
 def _encodes(text: str) -> bool:
+    """Return whether the file system's encoding has all characters of the text."""
     try:
         return bool(os.fsencode(text)) or not text
     except UnicodeEncodeError:
@@ -569,16 +585,21 @@ def _encodes(text: str) -> bool:
 
 
 def _read_once(ctx: click.Context, path: Path) -> Mapping[str, Any]:
-    """`read_config`, cached for one command line: it chooses extensions and sets options."""
-    kept = ctx.meta.setdefault("configs", {})
-    if path not in kept:
-        kept[path] = read_config(path)
-    return kept[path]
+    """Return the settings of a file. The file is read once per command line."""
+    configs = ctx.meta.setdefault("configs", {})
+    if path not in configs:
+        configs[path] = read_config(path)
+    return configs[path]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the settings from a TOML file, or from the `training` part of an earlier run's
-    config.json.
+    """Read settings from a TOML file, or from the `training` part of a run's config.json.
+
+    Returns:
+        The settings by name, with "-" replaced by "_" in the names.
+
+    Raises:
+        UserError: the file does not exist, cannot be parsed, or has no settings by name.
     """
     if not path.is_file():
         raise UserError(
@@ -586,13 +607,11 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSON, TOML or encoding errors, and numbers with 5,000 digits
+        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    # ValueError: invalid JSON, TOML or UTF-8, and integers that have too many digits
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    found = found.get("training", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds {type(found).__name__}, not settings by name")
-    return {name.replace("-", "_"): value for name, value in found.items()}
+    settings = content.get("training", content) if isinstance(content, dict) else content
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds {type(settings).__name__}, not settings by name")
+    return {name.replace("-", "_"): value for name, value in settings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_ca
 from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.extraction.views import parse_views
-from pipeline.runtime import Machine, open_machine, refuse_what_cannot_fit
+from pipeline.runtime import Machine, check_free_space, open_machine
 from pipeline.sources import SAMPLE_ROOT, SourceOptions
 from pipeline.terminal import Progress, human_bytes, progress, say
 
@@ -39,7 +40,7 @@ class ExtractConfig(SourceOptions):
     """The options of pipeline.extract."""
 
     split: str = setting(
-        "all", "which split", choices=("train", "dev", "val", "test", "all"), group="data"
+        "all", "split to extract", choices=("train", "dev", "val", "test", "all"), group="data"
     )
     regions: str = setting("grid", "kind of regions", registry=REGIONS, group="model")
     out: Path | None = setting(
@@ -47,25 +48,26 @@ class ExtractConfig(SourceOptions):
     )
     views: str = setting(
         "none",
-        "augmented views to keep too, for train to draw from: flip, crop:N, color:N, separated by "
-        "commas",
+        "augmented views to extract too; pipeline.train draws from them. A comma-separated list of "
+        "flip, crop:N and color:N",
         group="model",
     )
     allow_missing: bool = setting(
-        False, "list missing photographs as unreadable instead of stopping"
+        False, "list missing photographs as unreadable, instead of an error"
     )
     strict: bool = setting(False, "stop at the first photograph that cannot be read")
     retry_unreadable: bool = setting(
-        False, "try all unreadable photographs again, also unchanged ones"
+        False, "try all unreadable photographs again, including unchanged files"
     )
-    repair: bool = setting(False, "check every row first and extract damaged shards again")
+    repair: bool = setting(False, "check every row first, then extract the damaged shards again")
     verify: Path | None = setting(
         None,
-        "only check every row of this cache; exits with 1 and names the damaged rows if there are "
-        "any",
+        "only check every row of this cache, and list damaged rows; the exit code is then 1",
     )
     inspect: Path | None = setting(None, "only show the contents of this cache")
-    pack: Path | None = setting(None, "only pack the cache --out into one HDF5 file of this name")
+    pack: Path | None = setting(
+        None, "only pack the cache in --out into one HDF5 file with this name"
+    )
     batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
     workers: int | None = setting(
         None,
@@ -73,7 +75,9 @@ class ExtractConfig(SourceOptions):
         at_least=0,
         group="machine",
     )
-    limit: int | None = setting(None, "take only the first N photographs", at_least=1, group="data")
+    limit: int | None = setting(
+        None, "extract only the first N photographs", at_least=1, group="data"
+    )
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1, group="data")
     device: str = setting("auto", "device of the backbone", choices=DEVICES, group="machine")
     precision: str = setting(
@@ -83,8 +87,9 @@ class ExtractConfig(SourceOptions):
 
     @property
     def retry_all(self) -> bool:
-        """Whether unchanged unreadable photographs are tried again too: another pixel limit may
-        make them readable.
+        """Whether to try all unreadable photographs again, including unchanged files.
+
+        True with --max-pixels, because another pixel limit may make a photograph readable.
         """
         return self.retry_unreadable or self.max_pixels is not None
 
@@ -93,25 +98,25 @@ class ExtractConfig(SourceOptions):
 def main(config: ExtractConfig) -> None:
     """Run a CNN over every image once and cache its region features in HDF5.
 
-    Without options: draws the embedded sample of simple scenes and extracts it with the package's
-    own small backbone.
+    Without options, the command draws the embedded sample of simple scenes and extracts its
+    features with a small backbone that is part of the package.
     """
     cache = config.out or Path("cache") / config.dataset
     if config.verify or config.inspect or config.pack:
-        return look_after(config, cache)
+        return maintain(config, cache)
     machine = open_machine(config.device, config.seed, config.precision)
     source = open_photographs(config)
     images = source.select(config.split)[: config.limit]
-    missing = missing_photographs(source, images, config.allow_missing)
-    recipe = choose_recipe(config, machine, missing)
+    missing_ids = missing_photographs(source, images, config.allow_missing)
+    recipe = choose_recipe(config, machine, missing_ids)
     if config.repair:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
     shards = plan_shards(images, cache)
-    again = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
-    announce(cache, source, images, shards, again, recipe)
-    prepare_folder(cache, recipe)
-    bar = extract_all(images, cache, shards, again, recipe)
+    retry_shards = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
+    print_plan(cache, source, images, shards, retry_shards, recipe)
+    create_folder(cache, recipe)
+    bar = extract_all(images, cache, shards, retry_shards, recipe)
     finish(cache, images, bar)
 
 
@@ -119,44 +124,45 @@ def extract_all(
     images: Sequence[Image],
     cache: Path,
     shards: Sequence[Shard],
-    again: Sequence[Shard],
+    retry_shards: Sequence[Shard],
     recipe: Recipe,
 ) -> Progress:
-    """Extract this process's shards, then those that no other process has claimed."""
+    """Extract the shards of this process, then the shards that no other process has claimed.
+
+    Returns the progress bar, which has the number of extracted images and the time.
+    """
     machine = recipe.machine
-    mine = shards[machine.rank :: machine.world]
-    ordered = [*mine, *(shard for shard in shards if shard not in mine), *again]
-    count = to_do([*shards, *again], machine)
-    with Claims(cache) as claims, progress(count, "images", "extract") as bar:
-        made = extract_shards(ordered, claims, recipe, bar)
-        make_the_rest(made, images, cache, claims, recipe, bar)
+    own_shards = shards[machine.rank :: machine.world]
+    other_shards = [shard for shard in shards if shard not in own_shards]
+    # only an estimate, because the processes share the shards by claims
+    total = math.ceil(pending_images([*shards, *retry_shards]) / machine.world)
+    with Claims(cache) as claims, progress(total, "images", "extract") as bar:
+        written = extract_shards([*own_shards, *other_shards, *retry_shards], claims, recipe, bar)
+        # A process with another plan may have written a shard under a file name of this plan.
+        # Plan the remaining images again until none are left.
+        while written and remaining_images(images, cache):
+            written = extract_shards(plan_shards(images, cache), claims, recipe, bar)
     return bar
 
 
-def make_the_rest(
-    made: list[Path],
-    images: Sequence[Image],
-    cache: Path,
-    claims: Claims,
-    recipe: Recipe,
-    bar: Progress,
-) -> None:
-    """Plan and extract again as long as images are left: another plan may have taken a file name of
-    this one at the same time.
-    """
-    while made and absent(images, cache):
-        made = extract_shards(plan_shards(images, cache), claims, recipe, bar)
+def pending_images(shards: Sequence[Shard]) -> int:
+    """Return the number of images in shards that are not written yet."""
+    return sum(len(shard.images) for shard in shards if not shard.path.exists())
 
 
-def absent(images: Sequence[Image], cache: Path) -> list[Image]:
-    """Images that have neither a row nor an entry in unreadable.jsonl."""
+def remaining_images(images: Sequence[Image], cache: Path) -> list[Image]:
+    """Return the images that have neither a row nor an entry in unreadable.jsonl."""
     if not shard_paths(cache):
         return list(images)
-    found = FeatureCache(cache)
-    return [image for image in images if image.id not in found and image.id not in found.unreadable]
+    features = FeatureCache(cache)
+    return [
+        image
+        for image in images
+        if image.id not in features and image.id not in features.unreadable
+    ]
 
 
-def look_after(config: ExtractConfig, cache: Path) -> None:
+def maintain(config: ExtractConfig, cache: Path) -> None:
     """Run --verify, --inspect or --pack on an existing cache. No photographs are read."""
     if config.verify:
         verify_cache(config.verify)
@@ -167,40 +173,43 @@ def look_after(config: ExtractConfig, cache: Path) -> None:
 
 
 def open_photographs(config: ExtractConfig) -> Source:
-    """Open the dataset. Without options it is the embedded sample, which is printed."""
+    """Open the dataset. Without options this is the embedded sample, and a message says so."""
     if config.dataset == "sample" and config.root is None:
         say(
-            f"the embedded sample of drawn scenes, in {SAMPLE_ROOT}; your own: --dataset "
-            "folder --root PHOTOGRAPHS"
+            f"dataset: the embedded sample of drawn scenes, in {SAMPLE_ROOT}; for your own data "
+            "pass --dataset folder --root PHOTOGRAPHS"
         )
     return config.open_source()
 
 
 def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) -> set[int]:
-    """Ids of `images` without a file. Unless --allow-missing, UserError with the count and the
-    first five.
+    """Return the ids of the images whose file does not exist.
+
+    Raises:
+        UserError: files are missing and `allowed` is false. The message has their number and the
+            first five names.
     """
-    absent = {image.id for image in source.missing}
-    missing = [image for image in images if image.id in absent]
+    source_missing_ids = {image.id for image in source.missing}
+    missing = [image for image in images if image.id in source_missing_ids]
     if missing and not allowed:
-        disk = Listing(source.root)
-        first = ", ".join(image.name + there_is(disk.similar(image.name)) for image in missing[:5])
+        listing = Listing(source.root)
+        names = [image.name + similar_hint(listing.similar(image.name)) for image in missing[:5]]
         raise UserError(
-            f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: {first}"
-            f"{', ...' if len(missing) > 5 else ''}; put them there, or pass --allow-missing "
-            "to go on without them"
+            f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: "
+            f"{', '.join(names)}{', ...' if len(missing) > 5 else ''}; add the files, or pass "
+            "--allow-missing to continue without them"
         )
     return {image.id for image in missing}
 
 
-def there_is(similar: Sequence[str]) -> str:
-    """A hint for a missing photograph: the photographs with similar names, in parentheses."""
+def similar_hint(similar: Sequence[str]) -> str:
+    """Return a hint that names up to three photographs among the similar file names, or ""."""
     photographs = [name for name in similar if Path(name).suffix.lower() in {*SUFFIXES, *HEIC}]
     return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
-def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) -> Recipe:
-    """Make the recipe of the rows from the options."""
+def choose_recipe(config: ExtractConfig, machine: Machine, missing_ids: set[int]) -> Recipe:
+    """Open the backbone and collect everything that determines the rows of the cache."""
     views = parse_views(config.views)
     backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
     provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
@@ -212,21 +221,22 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing: set[int]) ->
         config.batch,
         decoding_workers(config.workers),
         config.strict,
-        frozenset(missing),
+        frozenset(missing_ids),
         config.max_pixels,
     )
 
 
-def prepare_folder(cache: Path, recipe: Recipe) -> None:
-    """Create the cache folder, with the backbone's weights unless the hub has them."""
+def create_folder(cache: Path, recipe: Recipe) -> None:
+    """Create the cache folder. Save the backbone's weights there, unless they are from a hub."""
     cache.mkdir(parents=True, exist_ok=True)
     if not recipe.backbone.from_hub and recipe.machine.rank == 0:
         keep_backbone(recipe.backbone, cache)
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
-    """The record beside the identity. A difference in it changes at most the last digits of a
-    row.
+    """Return the precision, decoder, device and versions as a record for the shards.
+
+    A difference in this record changes at most the last digits of the features.
     """
     return {
         "precision": BF16 if machine.precision == "bf16" else machine.precision,
@@ -242,86 +252,82 @@ def describe_versions(machine: Machine) -> dict[str, Any]:
 def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
     """Raise UserError if an existing cache has another identity, precision or decode path."""
     if cache.exists() and not cache.is_dir():
-        raise UserError(f"--out {cache} is a file; a cache is a folder")
+        raise UserError(f"--out {cache} is a file; pass the path of a folder for the cache")
     header = cache_header(cache)
     if header is None:
         return
-    identity, provenance = recipe.identity, recipe.provenance
-    found = differences(identity, header[0]) + differences(
-        provenance, header[1], ("precision", "decode", "views")
+    cache_identity, cache_provenance = header
+    changes = differences(recipe.identity, cache_identity) + differences(
+        recipe.provenance, cache_provenance, ("precision", "decode", "views")
     )
-    if found:
+    if changes:
         raise UserError(
-            f"{cache} was made with other options ({'; '.join(found)}); pass another --out, or the "
-            "same options"
+            f"{cache} was extracted with other options ({'; '.join(changes)}); pass another --out, "
+            "or the same options"
         )
-    if other := differences(provenance, header[1]):
-        say(f"warning: {cache} was begun with {'; '.join(other)}")
+    if changes := differences(recipe.provenance, cache_provenance):
+        say(f"warning: the first rows of {cache} were extracted with {'; '.join(changes)}")
 
 
-def to_do(shards: Sequence[Shard], machine: Machine) -> int:
-    """Approximate number of images that this process extracts."""
-    return -(
-        -sum(len(shard.images) for shard in shards if not shard.path.exists()) // machine.world
-    )
-
-
-def announce(
+def print_plan(
     cache: Path,
     source: Source,
     images: Sequence[Image],
     shards: Sequence[Shard],
-    again: Sequence[Shard],
+    retry_shards: Sequence[Shard],
     recipe: Recipe,
 ) -> None:
-    """Print what will be done; UserError if the disk is too small."""
-    rows = sum(len(shard.images) for shard in [*shards, *again] if not shard.path.exists())
+    """Print the model, the number of images and the disk space.
+
+    Raises:
+        UserError: the free disk space is too small for the new rows.
+    """
+    rows = pending_images([*shards, *retry_shards])
     regions, channels = recipe.shape
     views = 1 + len(recipe.views)
-    space = refuse_what_cannot_fit(cache, rows * (views * regions * (channels * 2 + 16) + 400))
-    done = len(images) - sum(len(shard.images) for shard in shards if not shard.path.exists())
+    # float16 features, four float32 box coordinates, and about 400 bytes of tables for each image
+    bytes_per_image = views * regions * (channels * 2 + 16) + 400
+    space = check_free_space(cache, rows * bytes_per_image)
+    done = len(images) - pending_images(shards)
     name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
-    also = f" and as much of each view ({', '.join(recipe.views)})" if recipe.views else ""
+    view_names = ""
+    if recipe.views:
+        view_names = f" and the same size again for each view ({', '.join(recipe.views)})"
     say(
-        f"{name} ({weights}), {regions} regions x {channels}{also}, on {recipe.machine}, "
-        f"{recipe.workers} decoding"
+        f"{name} ({weights}), {regions} regions x {channels}{view_names}, on {recipe.machine}, "
+        f"{recipe.workers} decoding workers"
     )
     say(
         f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows "
         f"to {cache}, {space}"
     )
-    if again:
-        say(
-            f"{sum(len(shard.images) for shard in again):,} photographs that could not be read "
-            "are tried again"
-        )
+    if retry_shards:
+        retries = sum(len(shard.images) for shard in retry_shards)
+        say(f"{retries:,} photographs that could not be read are tried again")
 
 
 def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
-    """The process that finishes last joins the shards into features.h5. Prints a summary and the
-    next command.
+    """Write the index features.h5 if all images are done. Print a summary and the next command.
+
+    If other processes still extract images, the last of them writes the index.
     """
-    if left := absent(images, cache):
+    if remaining := remaining_images(images, cache):
         say(
-            f"this process's part of {cache} is done; {len(left):,} images are still being "
-            f"extracted by other processes; the last one to finish joins the shards (the shard of "
-            f"a killed process is left to the next run)"
+            f"this process has finished its part of {cache}. Other processes still extract "
+            f"{len(remaining):,} images; the last process to finish writes the index. If a process "
+            "was killed, run the command again to extract its shard"
         )
         return
     unreadable = write_index(cache)
     sweep(cache)
     size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))
-    speed = (
-        f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
-        if bar.done
-        else "nothing was left to do"
-    )
+    speed = "all images were already extracted"
+    if bar.done:
+        speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
     say(f"{cache}: complete, {human_bytes(size)}; {speed}")
     if unreadable:
         have = "photograph has" if len(unreadable) == 1 else "photographs have"
-        say(
-            f"{len(unreadable)} {have} no row, listed with reasons in {cache / 'unreadable.jsonl'}:"
-        )
+        say(f"{len(unreadable)} {have} no row; {cache / 'unreadable.jsonl'} has the reasons:")
         for record in unreadable[:5]:
             say(f"  {record.file_name}: {record.reason}")
     say(f"next: python -m pipeline.train --features {cache} ...")

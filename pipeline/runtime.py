@@ -1,7 +1,7 @@
-"""Device, precision, threads, rank and free disk space.
+"""Device, precision, threads, rank of the process, and free disk space.
 
-Precision is chosen by the hardware and printed: bf16 on GPUs that support it and on CPUs with
-avx512_bf16 or AMX, else fp32.
+The default precision depends on the hardware: bf16 on GPUs that support it and on CPUs with
+avx512_bf16 or AMX, otherwise fp32.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from pipeline.terminal import human_bytes
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a stage runs: device, autocast precision (bf16 or fp32), and this process's `rank` of
-    `world`.
+    """The hardware that a command runs on.
+
+    Attributes:
+        device: the device of the model.
+        precision: "bf16" or "fp32", the precision of autocast.
+        rank: number of this process among all processes.
+        world: number of processes.
+        setup: settings of the allocator and the threads, as printed.
     """
 
     device: torch.device
     precision: str
     rank: int
     world: int
-    setup: str = ""  # settings made for speed, as printed
+    setup: str = ""
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Return a context that runs matrix products in bf16 if the precision is bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def __str__(self) -> str:
@@ -46,34 +53,44 @@ class Machine:
 
 
 def open_machine(device: str = "auto", seed: int = 0, precision: str = "auto") -> Machine:
-    """Choose device and precision, seed all generators, and configure allocator and threads;
-    UserError if the device is not available.
+    """Choose the device and the precision, and seed all random number generators.
+
+    This also configures the memory allocator and the number of threads.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps". "auto" chooses CUDA, else MPS, else the CPU.
+        seed: the seed, from 0 to 2**63 - 1.
+        precision: "auto", "bf16" or "fp32".
+
+    Raises:
+        UserError: the device is not available, or the seed is out of range.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}, it must be at least 0 and below 2**63")
-    setup = _keep_freed_memory() + _keep_to_quota()
+    setup = _keep_freed_memory() + _limit_threads_to_quota()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    found = torch.device(_best_device() if device == "auto" else device)
-    if found.type == "cuda":
+    chosen = torch.device(_best_device() if device == "auto" else device)
+    if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(
-                "--device cuda: torch sees no CUDA device here; use --device cpu or auto"
+                "--device cuda: torch finds no CUDA device; pass --device cpu or --device auto"
             )
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
             raise UserError(
-                f"process {local} of this machine has no GPU, it has "
-                f"{torch.cuda.device_count()}; start fewer"
+                f"there is no GPU for process {local_rank} of this machine, which has {gpus} GPUs; "
+                f"start at most {gpus} processes"
             )
-        found = torch.device("cuda", local)
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu or auto")
+        chosen = torch.device("cuda", local_rank)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "--device mps: torch finds no Apple GPU; pass --device cpu or --device auto"
+        )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Machine(
-        found, _best_precision(found) if precision == "auto" else precision, rank, world, setup
-    )
+    chosen_precision = _best_precision(chosen) if precision == "auto" else precision
+    return Machine(chosen, chosen_precision, rank, world, setup)
 
 
 def _best_device() -> str:
@@ -92,13 +109,14 @@ def _best_precision(device: torch.device) -> str:
 
 
 def _keep_freed_memory() -> str:
-    """Configure glibc to keep freed memory. Returning the tensors of each step and faulting them in
-    again makes a CPU run 3 to 10 times slower.
+    """Configure glibc to keep freed memory, and return a text for the log.
 
-    Equals setting MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, which win if
-    they are set. No effect without glibc. Returns a text for the log.
+    Otherwise each step returns its tensors to the system and faults them in again, which makes a
+    CPU run 3 to 10 times slower. The effect is that of the environment variables
+    MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, which override these
+    settings. There is no effect without glibc.
     """
-    done = False
+    changed = False
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for option, value, name in (
@@ -107,52 +125,57 @@ def _keep_freed_memory() -> str:
             (-2, 1 << 28, "TOP_PAD"),
         ):
             if f"MALLOC_{name}_" not in os.environ:
-                done = bool(libc.mallopt(option, value)) or done
-    return ", freed memory kept" if done else ""
+                changed = bool(libc.mallopt(option, value)) or changed
+    return ", freed memory kept" if changed else ""
 
 
-def _keep_to_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
-    """Limit the number of threads to the CPU quota of a container (cgroup v2), which torch ignores.
+def _limit_threads_to_quota(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:
+    """Limit the threads to the CPU quota of a container (cgroup v2), and return a text for the log.
 
-    Threads beyond the quota wait for each other and cost up to 10 times the time. OMP_NUM_THREADS
-    wins. Returns a text for the log.
+    torch ignores the quota. Threads beyond the quota wait for each other, and steps take up to 10
+    times as long. The environment variable OMP_NUM_THREADS overrides this limit.
     """
     try:
-        quota, period = group.read_text().split()
+        quota, period = quota_file.read_text().split()
     except (OSError, ValueError):
         return ""
-    there = torch.get_num_threads()
-    if (
-        quota == "max"
-        or "OMP_NUM_THREADS" in os.environ
-        or (allowed := max(1, int(quota) // int(period))) >= there
-    ):
+    if quota == "max" or "OMP_NUM_THREADS" in os.environ:
+        return ""
+    threads, allowed = torch.get_num_threads(), max(1, int(quota) // int(period))
+    if allowed >= threads:
         return ""
     torch.set_num_threads(allowed)
-    return f", {allowed} of {there} threads: the container's share"
+    return f", {allowed} of {threads} threads, by the CPU quota of the container"
 
 
-def refuse_what_cannot_fit(path: Path, need: int) -> str:
-    """Compare `need` bytes with the free disk space at `path`. Returns both as text; UserError if
-    the space is too small.
+def check_free_space(path: Path, size: int) -> str:
+    """Check that `size` bytes fit on the disk of `path`, which need not exist yet.
+
+    Returns:
+        The size and the free space as text.
+
+    Raises:
+        UserError: the free space is too small.
     """
-    place = path
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if need > free:
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if size > free:
         raise UserError(
-            f"{path} needs {human_bytes(need)}, {place} has {human_bytes(free)} free; choose "
+            f"{path} needs {human_bytes(size)}, but {existing} has {human_bytes(free)} free; pass "
             "another --out"
         )
-    return f"{human_bytes(need)}, {human_bytes(free)} free"
+    return f"{human_bytes(size)}, {human_bytes(free)} free"
 
 
 def free_memory() -> int:
-    """Bytes of RAM available without swapping, or all RAM if the system does not report it."""
+    """Return the number of bytes of RAM that are available without swapping.
+
+    If the system does not report it, return the size of the RAM.
+    """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return (
-            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-        )
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

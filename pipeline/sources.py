@@ -1,4 +1,4 @@
-"""The dataset options that several commands share."""
+"""The dataset options of several commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_ROOT = Path("datasets/sample")
 
 @dataclass(frozen=True)
 class SourceOptions(Settings):
-    """A dataset, by its format and its root folder."""
+    """The options that choose a dataset and its feature cache."""
 
     dataset: str = setting("sample", "dataset format", registry=DATASETS, group="data")
     root: Path | None = setting(
@@ -29,26 +29,30 @@ class SourceOptions(Settings):
     )
     annotations: tuple[Path, ...] = setting(
         (),
-        "caption file, where the dataset format does not name it",
+        "caption file, if the dataset format has no fixed name for it",
         group="data",
         may_change_on_resume=True,
     )
     images: tuple[Path, ...] = setting(
         (),
-        "folder of the photographs, for --dataset coco and vqa",
+        "folder of the photographs, with --dataset coco and vqa",
         group="data",
         may_change_on_resume=True,
     )
 
     def open_cache(self, features: Path | None) -> FeatureCache | NoFeatures:
-        """The cache at `features` (None: cache/DATASET; `none`: no images)."""
+        """Open the feature cache at `features`, by default cache/DATASET.
+
+        With the path `none`, no image features are used.
+        """
         if features == NoFeatures.path:
             return NoFeatures()
         return FeatureCache(features or Path("cache") / self.dataset)
 
     def open_source(self) -> Source:
-        """Open the dataset and print the reader's notes. The embedded sample is drawn if it is
-        absent.
+        """Open the dataset and print the notes of its reader.
+
+        The embedded sample is drawn if it does not exist.
         """
         root = self.root
         if self.dataset == "sample":

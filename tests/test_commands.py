@@ -603,7 +603,7 @@ def test_caption_writes_a_txt_beside_each_photograph_that_has_none(world, tmp_pa
     output = works(caption.main, *common, "--prefix", "sks,\n")
     assert (
         "2 .txt files written beside the photographs; 1 photograph has one already, which "
-        "stays as it is" in output
+        "was not changed" in output
     )
     captions = {
         each["file_name"]: each["caption"]
@@ -647,7 +647,7 @@ def test_evaluate_of_one_photograph_names_the_split_to_pass(tmp_path):
 
 
 def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, capsys):
-    texts = caption.Texts("sks,")
+    texts = caption.TxtWriter("sks,")
     names = (
         "x/a.jpg",
         "x/a.png",
@@ -668,7 +668,7 @@ def test_a_txt_that_cannot_be_written_is_listed_and_all_else_is_done(tmp_path, c
     told = " ".join(capsys.readouterr().err.split())
     assert "3 .txt files written beside the photographs; 1 photograph has one already" in told
     for name, why in (
-        ("x/a.png", f"its .txt would be that of {tmp_path}/x/a.jpg"),
+        ("x/a.png", f"{tmp_path}/x/a.jpg has the same .txt file"),
         ("x/Captions.jpg", "a file of captions"),
         ("flickr8k.token.png", "a file of captions"),
         ("gone/b.txt", "No such file"),
@@ -707,7 +707,7 @@ def test_caption_writes_out_and_ends_with_2_where_a_txt_cannot_be_written(
         "--out",
         tmp_path / "out.json",
     )
-    assert f"1 .txt could not be written: {tmp_path}/a.txt: No space left on device" in told
+    assert f"1 .txt file could not be written: {tmp_path}/a.txt: No space left on device" in told
     assert (
         len(json.loads((tmp_path / "out.json").read_text())) == 2
         and (tmp_path / long).with_suffix(".txt").exists()

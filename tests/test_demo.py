@@ -34,7 +34,7 @@ def test_the_demo_captions_held_out_scenes_truly_and_only_by_looking(tmp_path, m
     written = {line["image_id"]: line["caption"] for line in results}
     assert written.keys() == held_out
     assert true == pytest.approx(
-        100 * demo.scene_true(tmp_path / "datasets/sample", written), abs=0.06
+        100 * demo.scene_true_share(tmp_path / "datasets/sample", written), abs=0.06
     )
     assert len(load_scenes(tmp_path / "datasets/sample")) == 2500
     shown = json.loads((tmp_path / "captions.json").read_text())

@@ -299,7 +299,7 @@ def test_ids_choose_the_images_and_captions_of_others_are_counted(at):
     put(at / "two.json", {1: CAPTIONS[1], 3: CAPTIONS[3]})
     chosen = record(at)["scores"]
     output = works(evaluate.main, *files(at, "two.json"), "--out", at / "out.json")
-    assert record(at)["scores"] == pytest.approx(chosen) and "captions 2 of 4 images" in output
+    assert record(at)["scores"] == pytest.approx(chosen) and "captions of 2 of 4 images" in output
 
 
 def test_an_empty_caption_scores_nothing_and_is_counted(at):

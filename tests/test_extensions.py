@@ -281,7 +281,7 @@ def test_a_kind_of_regions_is_extracted_trained_on_and_captions_photographs(draw
         (6, 16),
         {"regions": "pixels", "columns": 6, "seed": 0},
     )
-    assert "nothing was left to do" in works(extract.main, *asked)
+    assert "all images were already extracted" in works(extract.main, *asked)
     assert "60 rows, all checksums are correct" in works(
         extract.main, "--verify", tmp_path / "cache"
     )
@@ -452,6 +452,16 @@ def test_a_config_file_chooses_and_a_flag_wins_over_it(tmp_path):
     assert "questions" in refused(
         train.main, "--config", tmp_path / "c.toml", "--task", "captioning"
     )
+
+
+def test_recorded_defaults_of_what_is_not_chosen_are_ignored_and_other_values_refused(tmp_path):
+    """Older versions recorded the options of all entries."""
+    file = tmp_path / "c.json"
+    file.write_text('{"training": {"dataset": "coco", "captions_from": "auto"}}')
+    params = extract.main.make_context("extract", ["--config", str(file)]).params
+    assert params["dataset"] == "coco" and "captions_from" not in params
+    file.write_text('{"training": {"dataset": "coco", "captions_from": "txt"}}')
+    assert "unknown setting 'captions_from'" in refused(extract.main, "--config", file)
 
 
 def test_python_gives_options_by_the_setting_that_chooses():

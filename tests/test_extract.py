@@ -590,7 +590,7 @@ def test_a_checkpoint_trained_on_views_reads_a_cache_without_them_and_says_nothi
     told = works(
         train.main, *at(world), "--features", tmp_path / "cache", "--out", tmp_path / "run", *QUICK
     )
-    assert "as much of each view (flip)" in told
+    assert "the same size again for each view (flip)" in told
     told = works(
         evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run"
     )

@@ -219,12 +219,12 @@ def test_a_record_that_no_training_wrote_is_refused_before_anything_is_opened(
 
 def test_a_network_larger_than_its_weights_takes_no_memory(copy, monkeypatch):
     record = json.loads((copy / "config.json").read_text())
-    record["features"] |= {"backbone": "vit_tiny_patch16_224", "arguments": {"depth": 60}}
+    record["features"] |= {"backbone": "resnet18", "arguments": {"layers": [60] * 4}}
     (copy / "config.json").write_text(json.dumps(record))
     monkeypatch.setattr(
         "pipeline.extraction.grid.create_backbone", lambda *_: pytest.fail("it was built")
     )
-    with pytest.raises(UserError, match="does not fit vit_tiny_patch16_224"):
+    with pytest.raises(UserError, match="does not fit resnet18"):
         load_captioner(copy)
 
 

@@ -227,7 +227,7 @@ def test_a_foreign_package_on_pythonpath_or_imported_before_is_named(tmp_path):
         "sys.path[0]\n"
     )
     done = python(tmp_path, "-c", begin + "import pipeline.scoring")
-    assert "ImportError" in done.stderr and "it was imported before" in done.stderr
+    assert "ImportError" in done.stderr and "it was imported earlier" in done.stderr
     begin = "import types, sys; sys.modules['models'] = types.ModuleType('models')\n"
     done = python(tmp_path, "-c", begin + "import pipeline.scoring")
     assert "ImportError: a module called 'models' hides" in done.stderr

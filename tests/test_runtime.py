@@ -29,14 +29,14 @@ def test_threads_keep_to_the_containers_quota(text, allowed, tmp_path, monkeypat
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    said = runtime._keep_to_quota(tmp_path / "cpu.max")
+    said = runtime._limit_threads_to_quota(tmp_path / "cpu.max")
     assert threads == [allowed] and said == (
-        f", {allowed} of 8 threads: the container's share" if allowed < 8 else ""
+        f", {allowed} of 8 threads, by the CPU quota of the container" if allowed < 8 else ""
     )
     threads[0] = 8
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert runtime._keep_to_quota(tmp_path / "cpu.max") == "" and threads == [8]
-    assert runtime._keep_to_quota(tmp_path / "absent") == ""
+    assert runtime._limit_threads_to_quota(tmp_path / "cpu.max") == "" and threads == [8]
+    assert runtime._limit_threads_to_quota(tmp_path / "absent") == ""
 
 
 def write_again_and_again() -> None:

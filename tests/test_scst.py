@@ -318,7 +318,7 @@ def test_a_run_trained_on_dev_too_is_not_begun_with_where_dev_chooses(world, tmp
         train.main,
         *critical(world, tmp_path / "first", tmp_path / "run", "--train-on-dev", "--epochs", 1),
     )
-    assert "nothing was chosen" in output
+    assert "no best epoch was chosen" in output
 
 
 def test_a_checkpoint_that_is_not_there_is_named(world, tmp_path):

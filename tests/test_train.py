@@ -427,12 +427,12 @@ def test_two_processes_go_by_one_clock(world, tmp_path):
     watch = """
 import os, sys
 from pipeline import train
-plain, folder = train.finish, sys.argv[1]
+plain, folder = train.print_result, sys.argv[1]
 def finish(run):
     total = sum(weight.double().sum().item() for weight in run.captioner.parameters())
     open(os.path.join(folder, os.environ["RANK"]), "w").write(repr((run.step, run.state.lr, total)))
     plain(run)
-train.finish = finish
+train.print_result = finish
 train.main(sys.argv[2:], standalone_mode=False)
 """
     (tmp_path / "watch.py").write_text(watch)
@@ -472,7 +472,7 @@ def test_the_learning_rate_rises_to_its_peak_and_goes_as_its_schedule_says(sched
 
 def test_dev_is_trained_on_where_asked_and_then_chooses_nothing(world, tmp_path):
     output = works(train.main, *options(world, tmp_path / "run", "--train-on-dev"))
-    assert "trained on dev too, nothing was chosen" in output
+    assert "no best epoch was chosen, because dev was part of the training data" in output
     lines = told(tmp_path / "run")
     assert not any("dev" in line for line in lines)
     assert (
@@ -694,7 +694,7 @@ def test_a_run_on_pieces_of_words_is_scored_and_captions_in_words(world, tmp_pat
         train.main,
         *options(world, tmp_path / "run", "--vocabulary", "bpe", "--vocab-size", 60, "--epochs", 8),
     )
-    assert "60 pieces of words; unknown: 0.00% of train, 0.00% of dev" in told
+    assert "60 subwords; unknown: 0.00% of train, 0.00% of dev" in told
     pieces = json.loads((tmp_path / "run" / "vocab.json").read_text())
     assert len(pieces) == 60 and (tmp_path / "run" / "tokenizer.json").exists()
     line = works(caption.main, *photos(world, 1), "--checkpoint", tmp_path / "run")

@@ -6,13 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import PIL
 import pytest
 
 from data.cache.reader import FeatureCache
 from data.datasets.sample import draw_sample
 from pipeline import caption, evaluate, extract, train
 from tests import test_commands
-from tests.test_commands import LOOK, works
+from tests.test_commands import LOOK, refused, works
 from tests.test_train import interrupt_at
 
 MADE = Path(__file__).parent / "fixtures" / "v0.1"
@@ -52,19 +53,11 @@ def test_its_cache_is_whole_and_goes_on(made):
     cache = FeatureCache("cache")
     assert (len(cache), cache.shape, cache.views) == (40, (4, 96), ("flip",))
     assert "40 rows, all checksums are correct" in works(extract.main, "--verify", "cache")
-    output = works(
-        extract.main,
-        *AT,
-        *LOOK,
-        "--grid",
-        "2x2",
-        "--views",
-        "flip",
-        "--out",
-        "cache",
-        *MACHINE,
-    )
-    assert "nothing was left to do" in output
+    again = [*AT, *LOOK, "--grid", "2x2", "--views", "flip", "--out", "cache", *MACHINE]
+    if PIL.__version__.startswith("13."):  # as it was made: another one may decode other pixels
+        assert "all images were already extracted" in works(extract.main, *again)
+    else:
+        assert "decode: pillow 13" in refused(extract.main, *again)
 
 
 @pytest.mark.parametrize("run", ["word", "bpe", "scst", "whole"])

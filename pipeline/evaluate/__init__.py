@@ -1,10 +1,10 @@
-"""Score captions: of one or several checkpoints over cached features, or from a file."""
+"""Score the captions of a checkpoint, of an ensemble of checkpoints, or of a file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data import DataError
@@ -29,48 +29,56 @@ from pipeline.terminal import say
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    """Caption a split over cached features and score the captions, or score a file of captions.
+    """Score a checkpoint on a split of a dataset, or score a file of captions.
 
-    Without options it evaluates the run and the cache of the embedded sample. To score a file:
-    --captions results.json --references annotations.json [--ids FILE] [--out scores.json].
+    The command decodes from the cached features. Without options, it evaluates the run and the
+    cache of the embedded sample. To score a file: --captions results.json --references
+    annotations.json [--ids FILE] [--out scores.json].
     """
     if config.captions:
         return score_captions(config, list(jobs_of_files(config)))
-    opened = open_checkpoints(config)
-    if opened.task.scored_as_captions:
-        score_captions(config, [job_of_checkpoint(config, opened)])
+    evaluation = open_checkpoints(config)
+    if evaluation.task.scored_as_captions:
+        score_captions(config, [job_of_checkpoint(config, evaluation)])
     else:
-        score_task(config, opened)
+        score_task(config, evaluation)
 
 
 def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
-    """Score the captions of each job, write the scores, and print them."""
+    """Score the captions of each job, write the scores to files, and print them.
+
+    Raises:
+        UserError: a score that an option requested cannot be computed. All other scores are
+            written first.
+    """
     if config.server:
-        send_to_server(config, jobs[0])
+        write_server_files(config, jobs[0])
     with open_meteor(config.meteor) as meteor:
-        cards = [
-            make_card(job.name, job.captions, job.scorer, meteor, config.spice)
+        scored = [
+            (job, make_card(job.name, job.captions, job.scorer, meteor, config.spice))
             for job in jobs
             if job.scorer
         ]
+        cards = [card for _, card in scored]
         if config.against and cards:
-            cards[0].record["against"] = compare(cards[0], other_card(config, jobs[0], meteor))
-    scored = [
-        (job, card) for job, card in zip([job for job in jobs if job.scorer], cards, strict=True)
-    ]
+            other_card = make_other_card(config, jobs[0], meteor)
+            cards[0].record["against"] = compare(cards[0], other_card)
     for job, card in scored:
         write_card(job, card)
     if cards:
         print_cards(cards, config.format)
     for job, card in scored:
         print_examples(card, job.captions, config.examples, to_stderr=config.format != "table")
-    refuse_silence(cards)
+    refuse_missing_scores(cards)
 
 
 @contextlib.contextmanager
-def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
-    """The METEOR program for all captions of this command, or the reason why it cannot run."""
-    if not wanted:
+def open_meteor(requested: bool) -> Iterator[Meteor | NotComputed | None]:
+    """Start the METEOR program once for all captions of this command.
+
+    Yields the program, the error if it cannot start, or None if METEOR is not requested.
+    """
+    if not requested:
         yield None
         return
     try:
@@ -82,50 +90,48 @@ def open_meteor(wanted: bool) -> Iterator[Meteor | NotComputed | None]:
         yield meteor
 
 
-def other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
-    """The scores of --against, over exactly the images of `job`."""
-    assert config.against is not None and job.scorer is not None  # else nothing is compared
+def make_other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
+    """Score the captions of --against on the images of `job`."""
+    assert config.against is not None and job.scorer is not None
     captions = read_results(config.against)
     missing = [image_id for image_id in job.captions if image_id not in captions]
     if missing:
         raise DataError(
-            f"image {missing[0]} has no caption in {config.against} "
-            f"({len(missing):,} such); "
-            "two captioners are compared over the same images"
+            f"image {missing[0]} has no caption in {config.against} ({len(missing):,} such); "
+            "--against needs captions of the same images"
         )
     captions = {image_id: captions[image_id] for image_id in job.captions}
     return make_card(config.against.name, captions, job.scorer, meteor, config.spice)
 
 
 def write_card(job: Job, card: Card) -> None:
-    """Write scores.json and the scores of each image; nothing for a file of captions without
-    --out.
-    """
+    """Write scores.json and the scores of each image, if the job has an output file."""
     if job.out is None:
         return
     job.out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(job.out, json.dumps(card.record | job.about, indent=2) + "\n")
     images = job.out.with_name(f"{job.out.stem}-images.jsonl")
     atomic_write_text(images, image_lines(card, job.captions))
-    say(f"scores: {job.out}\neach image's: {images}")
+    say(f"scores: {job.out}\nscores of each image: {images}")
     if "split" in job.about:
         say(f"captions: {job.out.with_name('captions-' + job.about['split'] + '.json')}")
 
 
-def send_to_server(config: EvaluateConfig, job: Job) -> None:
+def write_server_files(config: EvaluateConfig, job: Job) -> None:
+    """Write the files for the COCO evaluation server."""
     assert config.server is not None
     folder = job.out.parent if job.out else Path()
     for path in write_server(folder, config.server, job.captions, job.images):
-        say(f"for the server: {path}")
+        say(f"for the evaluation server: {path}")
 
 
-def refuse_silence(cards: Iterable[Card]) -> None:
-    """Raise UserError if a requested score could not be computed, after all others are written."""
-    found: Mapping[str, str] = {
-        name: why
+def refuse_missing_scores(cards: Iterable[Card]) -> None:
+    """Raise UserError if a requested score (METEOR or SPICE) could not be computed."""
+    reasons = {
+        name: reason
         for card in cards
-        for name, why in card.not_computed.items()
+        for name, reason in card.not_computed.items()
         if name in card.values and name in ON_REQUEST
     }
-    if found:
-        raise UserError("; ".join(found.values()))
+    if reasons:
+        raise UserError("; ".join(reasons.values()))

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint, or of an ensemble, over cached features."""
+"""Evaluation of a checkpoint, or of an ensemble of checkpoints, on cached features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ if TYPE_CHECKING:  # importing torch takes seconds, and scoring a file does not 
     from pipeline.decoding.captioner import Caption
 
 
-class Opened(NamedTuple):
-    """What is evaluated: checkpoints of one task (several form an ensemble), their cache, and the
-    output file.
+class Evaluation(NamedTuple):
+    """Checkpoints of one task, and their feature cache.
+
+    Several checkpoints form an ensemble. `folder` is the default folder for the scores.
     """
 
     checkpoints: list[Checkpoint]
@@ -42,57 +43,66 @@ class Opened(NamedTuple):
     folder: Path
 
 
-def open_checkpoints(config: EvaluateConfig) -> Opened:
-    """Open the checkpoints and the cache; UserError if they do not fit together."""
+def open_checkpoints(config: EvaluateConfig) -> Evaluation:
+    """Open the checkpoints and the feature cache.
+
+    Raises:
+        UserError: the cache has other features than the checkpoints were trained on, or the
+            checkpoints have different vocabularies or tasks.
+    """
     from pipeline.checkpoints.checkpoint import check_features, load_checkpoint
     from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 
     folders = config.checkpoint or (Path("runs") / config.dataset,)
     if config.out is None and any(str(folder).startswith(SCHEME) for folder in folders):
         raise UserError(
-            "a checkpoint of the hub has no folder here to write scores into; pass --out "
-            "scores.json"
+            "a checkpoint from the hub has no local folder for the scores; pass --out scores.json"
         )
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
-    checkpoint = checkpoints[0]
+    first = checkpoints[0]
     features = config.features
-    if features is None and checkpoint.identity == NoFeatures.identity:
+    if features is None and first.identity == NoFeatures.identity:
         features = NoFeatures.path
     cache = config.open_cache(features)
-    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
-    for place, each in zip(folders, checkpoints, strict=True):
-        check_features(each, cache)
-        if each.vocabulary.words != checkpoint.vocabulary.words:
+    task = task_of(first.training, first.vocabulary.segment)
+    for folder, checkpoint in zip(folders, checkpoints, strict=True):
+        check_features(checkpoint, cache)
+        if checkpoint.vocabulary.words != first.vocabulary.words:
             raise UserError(
-                f"{place} and {folders[0]} have different vocabularies; an ensemble needs runs "
-                f"with the same captions"
+                f"{folder} and {folders[0]} have different vocabularies; an ensemble needs runs "
+                "that were trained on the same captions"
             )
-        if task_of(each.training, each.vocabulary.segment).name != task.name:
+        if task_of(checkpoint.training, checkpoint.vocabulary.segment).name != task.name:
             raise UserError(
-                f"{place} and {folders[0]} were trained for different tasks; an ensemble needs one "
-                f"task"
+                f"{folder} and {folders[0]} were trained for different tasks; an ensemble needs "
+                "runs of one task"
             )
-    return Opened(
-        checkpoints, task, cache, folders[0].parent / "+".join(folder.name for folder in folders)
-    )
+    name = "+".join(folder.name for folder in folders)
+    return Evaluation(checkpoints, task, cache, folders[0].parent / name)
 
 
 def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tuple[Source, str]:
     """Open the dataset and choose the split to score."""
     source = config.open_source()
     split = config.split or choose_split(source, checkpoints[0])
-    if split == "dev" and any(each.training.get("train_on_dev") for each in checkpoints):
+    if split == "dev" and any(
+        checkpoint.training.get("train_on_dev") for checkpoint in checkpoints
+    ):
         say(
-            "warning: this checkpoint was trained on dev too; its dev scores do not measure new "
-            "photographs"
+            "warning: dev was part of the training data of this checkpoint, so its dev scores do "
+            "not measure the quality on new photographs"
         )
     return source, split
 
 
-def score_task(config: EvaluateConfig, opened: Opened) -> None:
-    """Generate the answers of a split, write them and their scores, and print the scores."""
-    checkpoints, task, cache, folder = opened
-    captions_only = {
+def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
+    """Decode a split, write the outputs and their scores to files, and print the scores.
+
+    Raises:
+        UserError: an option applies to captioning only.
+    """
+    checkpoints, task, cache, folder = evaluation
+    captioning_options = {
         "ids": config.ids,
         "server": config.server,
         "against": config.against,
@@ -101,9 +111,9 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
         "spice": config.spice,
         "train_captions": config.train_captions,
     }
-    if wrong := [name for name, value in captions_only.items() if value]:
+    if passed := [name for name, value in captioning_options.items() if value]:
         raise UserError(
-            f"{flag_of(wrong[0])} is an option of captioning; {folder} was trained for --task "
+            f"{flag_of(passed[0])} is an option of captioning; {folder} was trained for --task "
             f"{task.name}"
         )
     source, split = open_split(config, checkpoints)
@@ -113,8 +123,8 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
         f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
         f"{task.unit}, {left_out} photographs left out"
     )
-    found, decoding = decode(config, checkpoints, cache, examples)
-    outputs = {id_: texts[0].text for id_, texts in found.items()}
+    texts_by_id, decoding = decode(config, checkpoints, cache, examples)
+    outputs = {example_id: texts[0].text for example_id, texts in texts_by_id.items()}
     task.answers = checkpoints[0].answers
     scores = task.score(outputs, examples)
     out = config.out or folder / f"scores-{split}.json"
@@ -127,7 +137,8 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
         + "\n"
         for e in examples
     ]
-    atomic_write_text(out.with_name(f"outputs-{split}.jsonl"), "".join(lines))
+    outputs_path = out.with_name(f"outputs-{split}.jsonl")
+    atomic_write_text(outputs_path, "".join(lines))
     record = {
         "task": task.name,
         "split": split,
@@ -140,52 +151,62 @@ def score_task(config: EvaluateConfig, opened: Opened) -> None:
     for name, value in scores.items():
         if isinstance(value, float):
             click.echo(f"{name:<12} {value:.4f}")
-    say(f"scores: {out}\noutputs: {out.with_name(f'outputs-{split}.jsonl')}")
+    say(f"scores: {out}\noutputs: {outputs_path}")
 
 
-def job_of_checkpoint(config: EvaluateConfig, opened: Opened) -> Job:
-    """Caption the split over the cache. The captions are written before they are scored."""
-    checkpoints, _, cache, folder = opened
+def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
+    """Caption a split and write the captions to a file. Return a job to score them."""
+    checkpoints, _, cache, folder = evaluation
     checkpoint = checkpoints[0]
     source, split = open_split(config, checkpoints)
-    wanted = source.select(split)
+    selected = source.select(split)
     if config.ids:
-        wanted = choose(wanted, read_ids(config.ids), source.annotations or source.root, config.ids)
+        image_ids = read_ids(config.ids)
+        selected = choose(selected, image_ids, source.annotations or source.root, config.ids)
     if config.server:
-        server_split(wanted)  # checked before decoding, which may take hours
-    examples = caption_examples(wanted[: config.limit])
+        server_split(selected)  # checked before decoding, because decoding may take hours
+    examples = caption_examples(selected[: config.limit])
     examples, images, left_out = with_rows(examples, source.by_id, cache, split)
-    scored = not config.server or any(image.captions for image in images)
-    if scored:
+    has_references = any(image.captions for image in images)
+    if has_references or not config.server:
         check_captioned(images, split)
     say(
         f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, "
         f"{left_out} left out"
     )
-    written, decoding = decode(config, checkpoints, cache, examples)
+    captions_by_id, decoding = decode(config, checkpoints, cache, examples)
     out = config.out or folder / f"scores-{split}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    captions = {image_id: found[0].text for image_id, found in written.items()}
-    write_results(out.with_name(f"captions-{split}.json"), captions)
+    best_captions = {image_id: captions[0].text for image_id, captions in captions_by_id.items()}
+    write_results(out.with_name(f"captions-{split}.json"), best_captions)
     if config.nbest is not None:
-        atomic_write_text(out.with_name(f"nbest-{split}.json"), nbest_lines(written))
-        say(f"all captions, with log-probabilities: {out.with_name(f'nbest-{split}.json')}")
+        nbest_path = out.with_name(f"nbest-{split}.json")
+        atomic_write_text(nbest_path, nbest_json(captions_by_id))
+        say(f"all captions with their log-probabilities: {nbest_path}")
     scorer = None
-    if scored:
+    if has_references:
         segment = config.segment or checkpoint.vocabulary.segment
-        captions_by_image = {image.id: image.captions for image in images}
-        references = References(captions_by_image, frequencies=frequencies(config), segment=segment)
+        references = References(
+            {image.id: image.captions for image in images},
+            frequencies=frequencies(config),
+            segment=segment,
+        )
         train = train_tokens(
             config, segment, [image for image in source.images if image.split == "train"]
         )
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
-    return Job(folder.name, captions, wanted, scorer, out, about)
+    return Job(folder.name, best_captions, selected, scorer, out, about)
 
 
 def choose_split(source: Source, checkpoint: Checkpoint) -> str:
-    """The split to score: test, else val, else (for a source without splits) what was not trained
-    on.
+    """Return the split to score: test, else val.
+
+    Without test and val it is dev or all images. It is dev if the checkpoint was trained on this
+    source.
+
+    Raises:
+        UserError: the split has no images.
     """
     split = source.reported()
     if split == "all" and checkpoint.trained_on == source.digest:
@@ -193,11 +214,11 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
     if split in ("dev", "all"):
         try:
             source.select(split)
-        except DataError as error:  # a single photograph, which is in train
-            raise UserError(f"{error}; to score what was trained on, pass --split train") from error
+        except DataError as error:  # the only photograph is in train
+            raise UserError(f"{error}; to score the training data, pass --split train") from error
         say(
-            f"{source.root} names no test or val: scoring {split}; dev is what pipeline.train "
-            "keeps from training"
+            f"{source.root} has no test or val split, so {split} is scored; dev contains the "
+            "images that pipeline.train does not train on"
         )
     return split
 
@@ -208,7 +229,11 @@ def decode(
     cache: FeatureCache | NoFeatures,
     examples: Sequence[Example],
 ) -> tuple[dict[Any, list[Caption]], dict[str, Any]]:
-    """Texts by example id, and the decoding options."""
+    """Decode the examples with the checkpoint, or with the ensemble of the checkpoints.
+
+    Returns:
+        The texts of each example by example id, best first, and the decoding options.
+    """
     from models.generation.ensemble import Ensemble
     from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_generator
     from pipeline.runtime import open_machine
@@ -221,26 +246,26 @@ def decode(
     defaults = dict(checkpoints[0].decoding)
     if config.sample:
         del decoding["beam"], defaults["beam"]
-    how = "samples" if config.sample else f"beam {decoding['beam']}"
-    how += f", consensus with {config.consensus} samples" if config.consensus else ""
-    with by_option(), progress(len(examples), "images", how) as bar:
+    method = "samples" if config.sample else f"beam {decoding['beam']}"
+    method += f", consensus with {config.consensus} samples" if config.consensus else ""
+    with by_option(), progress(len(examples), "images", method) as bar:
         checkpoint = replace(checkpoints[0], decoding=defaults)
         writer = make_generator(captioner, checkpoint, machine, config.given(), config.seed)
         texts = generate_texts(writer, cache, examples, config.batch, bar.step)
     say(
-        f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {how}, "
+        f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {method}, "
         f"on {machine}"
     )
     return texts, decoding
 
 
-def nbest_lines(written: Mapping[int, Sequence[Caption]]) -> str:
-    """All captions of each image as JSON, one image per line."""
+def nbest_json(captions_by_id: Mapping[int, Sequence[Caption]]) -> str:
+    """Return all captions of each image as JSON, with one image per line."""
     lines = [
         json.dumps(
             {"image_id": image_id, "captions": [caption.record() for caption in captions]},
             ensure_ascii=False,
         )
-        for image_id, captions in written.items()
+        for image_id, captions in captions_by_id.items()
     ]
     return "[\n" + ",\n".join(lines) + "\n]\n"

@@ -14,10 +14,7 @@ from data.sources import Image
 from pipeline.cli import DEVICES, PRECISIONS, UserError, flag_of, setting
 from pipeline.decoding.options import DecodingOptions
 from pipeline.scoring.ngrams import References
-from pipeline.scoring.report import (
-    FORMATS,
-    Scorer,
-)
+from pipeline.scoring.report import FORMATS, Scorer
 from pipeline.sources import SourceOptions
 from pipeline.tasks.captioning import UNFINISHED
 
@@ -31,26 +28,28 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         "checkpoint folder written by pipeline.train, or hf-hub:user/name; repeat it for an "
         "ensemble  [runs/DATASET]",
     )
-    features: Path | None = setting(None, "the cache  [cache/DATASET]")
+    features: Path | None = setting(None, "feature cache  [cache/DATASET]")
     split: str | None = setting(
         None, "split to score  [test, else val]", choices=("train", "dev", "val", "test", "all")
     )
     captions: tuple[Path, ...] = setting(
-        (), "score this COCO results file instead of a checkpoint; may be repeated"
+        (), "COCO results file to score instead of a checkpoint; may be repeated"
     )
     references: Path | None = setting(
-        None, "references for --captions: a COCO captions file or Karpathy's JSON"
+        None, "reference captions for --captions: a COCO captions file or Karpathy's JSON"
     )
     ids: Path | None = setting(
         None, "file with the image ids to score: one per line, or a JSON list"
     )
     against: Path | None = setting(
         None,
-        "another results file over the same images, for a paired bootstrap test of the difference",
+        "results file of another captioner on the same images, for a paired bootstrap test of the "
+        "difference",
     )
     df: Path | None = setting(
         None,
-        "captions file for CIDEr's document frequencies (Karpathy's: train)  [the references]",
+        "captions file for CIDEr's document frequencies; of Karpathy's JSON the train split  [the "
+        "references]",
     )
     cache_dir: Path | None = setting(
         None,
@@ -61,7 +60,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     segment: str | None = setting(
         None,
-        "what a word is: characters for captions without spaces between words  [the run's, "
+        "unit of the captions: characters for languages without spaces between words  [the run's, "
         "else words]",
         choices=SEGMENTS,
     )
@@ -69,8 +68,9 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     spice: bool = setting(False, "also compute SPICE (needs Java)")
     bootstrap: int = setting(
         1000,
-        "bootstrap resamples for intervals and --against; 0: no intervals",
+        "number of bootstrap resamples for intervals and --against; 0: no intervals",
         at_least=0,
+        at_most=1_000_000,
         group="scores",
     )
     examples: int = setting(
@@ -78,7 +78,7 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     format: str = setting("table", "output format", choices=FORMATS)
     server: str | None = setting(
-        None, "write files for the COCO evaluation server under this method name"
+        None, "write the files for the COCO evaluation server, with this method name"
     )
     out: Path | None = setting(
         None, "output file; a folder if --captions is repeated  [CHECKPOINT/scores-SPLIT.json]"
@@ -98,77 +98,96 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bootstrap > 1_000_000:
-            raise UserError(f"--bootstrap is {self.bootstrap:,}; at most 1,000,000 are possible")
-        read = [
-            *self.captions,
-            *(
-                getattr(self, name)
-                for name in ("references", "ids", "against", "df", "train_captions")
-            ),
-        ]
-        if self.out and any(file and file.resolve() == self.out.resolve() for file in read):
-            raise UserError(f"--out {self.out} would overwrite a file that is read; name another")
-        if self.out and self.out.is_dir() and len(self.captions) < 2:
-            raise UserError(
-                f"--out {self.out} is a folder; name the file, as {self.out / 'scores.json'}"
-            )
+        self._check_out()
         if self.captions and not self.references:
             raise UserError(
-                "--captions needs --references: a COCO captions file to score them against"
+                "--captions needs --references: a COCO captions file with the reference captions"
             )
         if self.captions and self.checkpoint:
             raise UserError("--captions and --checkpoint: score a file or a checkpoint, not both")
-        if self.captions and (found := self.given()):
+        if self.captions and (decoding := self.given()):
             raise UserError(
-                f"{flag_of(next(iter(found)))} is an option of decoding; --captions are scored "
-                f"without decoding"
+                f"{flag_of(next(iter(decoding)))} is a decoding option, but --captions are not "
+                "decoded; remove the option"
             )
         if self.references and not self.captions:
             raise UserError(
-                "--references goes with --captions; a checkpoint is scored against its --dataset"
+                "--references goes with --captions; the references of a checkpoint come from "
+                "--dataset"
             )
         if self.server and (self.limit or len(self.captions) > 1):
             raise UserError(
-                "--server takes one method's captions of all images: no --limit, at most one "
-                "--captions"
+                "--server needs the captions of all images by one method: no --limit, and at most "
+                "one --captions"
             )
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
             raise UserError(
-                "--against compares with one results file, by resampling: one --captions, and "
-                "--bootstrap above 0"
+                "--against compares the captions with one other results file by bootstrap "
+                "resampling: pass at most one --captions, and --bootstrap above 0"
+            )
+
+    def _check_out(self) -> None:
+        """Raise UserError if --out is an input file, or a folder where a file is needed."""
+        if self.out is None:
+            return
+        inputs = [self.references, self.ids, self.against, self.df, self.train_captions]
+        if any(file and file.resolve() == self.out.resolve() for file in [*self.captions, *inputs]):
+            raise UserError(f"--out {self.out} would overwrite an input file; pass another name")
+        if self.out.is_dir() and len(self.captions) < 2:
+            raise UserError(
+                f"--out {self.out} is a folder; name the file, such as {self.out / 'scores.json'}"
             )
 
 
 @dataclass(frozen=True)
 class Job:
-    """Captions and their references. scorer: None if the images have no references."""
+    """Captions to score.
+
+    Attributes:
+        name: name in the table of scores.
+        captions: captions by image id.
+        images: with --server, all images that need a caption.
+        scorer: the references; None if the images have no references.
+        out: path of scores.json; None: no file.
+        about: further entries of scores.json.
+    """
 
     name: str
     captions: dict[int, str]
-    # for --server: all images that need a caption
     images: Sequence[Image]
     scorer: Scorer | None
     out: Path | None
-    about: dict[str, Any] = field(default_factory=dict)  # further entries of scores.json
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:
+    """Return the captions of --df by image id, or None without --df.
+
+    Raises:
+        DataError: the file has no captions of a train split.
+    """
     if config.df is None:
         return None
-    found: dict[int, Sequence[str]] = {
+    captions: dict[int, Sequence[str]] = {
         image.id: image.captions for image in read_references(config.df, "train") if image.captions
     }
-    if not found:
+    if not captions:
         raise DataError(
-            f"--df {config.df} has no captions of a train split to take document frequencies from"
+            f"--df {config.df} has no captions of a train split for the document frequencies"
         )
-    return found
+    return captions
 
 
 def train_tokens(
     config: EvaluateConfig, segment: str, images: Iterable[Image] = ()
 ) -> frozenset[tuple[str, ...]] | None:
+    """Return the tokens of the training captions, or None if there are no training captions.
+
+    The captions of --train-captions replace those of `images`.
+
+    Raises:
+        DataError: --train-captions has no captions of a train split.
+    """
     if config.train_captions:
         images = read_references(config.train_captions, "train")
     captions = [caption for image in images for caption in image.captions]
@@ -185,5 +204,6 @@ def make_scorer(
     name: str,
     train: frozenset[tuple[str, ...]] | None,
 ) -> Scorer:
-    source = config.df.name if config.df else "references"
-    return Scorer(references, name, source, train, config.bootstrap, config.seed, UNFINISHED)
+    """Return a scorer with the bootstrap settings of the command."""
+    df_source = config.df.name if config.df else "references"
+    return Scorer(references, name, df_source, train, config.bootstrap, config.seed, UNFINISHED)

@@ -17,21 +17,22 @@ from pipeline.terminal import say
 
 
 def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
-    """A job for each file of captions, with the references of its images."""
+    """Yield a job for each file of captions, with the references of its images."""
     if config.out and len(config.captions) > 1 and (config.out.suffix or config.out.is_file()):
         raise UserError(
-            f"--out {config.out} with several --captions must be a folder: each gets its own "
-            "NAME.json there"
+            f"--out {config.out} with several --captions must be a folder; the scores of each "
+            "file are written to NAME.json there"
         )
     stems = [file.stem for file in config.captions]
     if config.out and len(set(stems)) < len(stems):
         raise UserError(
-            f"several --captions are called {max(stems, key=stems.count)}.json, and so would "
-            "be their scores"
+            f"several --captions are called {max(stems, key=stems.count)}.json, so their scores "
+            "would overwrite each other; rename the files"
         )
     assert config.references is not None  # --captions needs it
     train = train_tokens(config, segment_of_file(config))
-    opened: dict[tuple[int, ...], References] = {}
+    references_by_ids: dict[tuple[int, ...], References] = {}
+    several = len(config.captions) > 1
     for file in config.captions:
         captions = dict(list(read_results(file).items())[: config.limit])
         images: Sequence[Image] = ()
@@ -39,42 +40,49 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
             images = read_references(config.references, config.split)
         scorer = None
         if not images or any(image.captions for image in images):
-            captions, references = match(config, file, captions, opened)
+            captions, references = match_references(config, file, captions, references_by_ids)
             scorer = make_scorer(config, references, config.references.name, train)
         else:
-            say(f"{config.references} has no captions: nothing is scored")
-        several = len(config.captions) > 1
+            say(f"{config.references} has no captions, so nothing is scored")
         out = config.out / f"{file.stem}.json" if config.out and several else config.out
         yield Job(file.name, captions, images, scorer, out)
 
 
-def match(
+def match_references(
     config: EvaluateConfig,
     file: Path,
     captions: dict[int, str],
-    opened: dict[tuple[int, ...], References],
+    references_by_ids: dict[tuple[int, ...], References],
 ) -> tuple[dict[int, str], References]:
-    """Match captions with references. Files over the same images share one set of references; the
-    rest is counted.
+    """Return the captions and the references of the images that have both.
+
+    Args:
+        captions: the captions of `file`, by image id.
+        references_by_ids: the references that were already opened, by image ids. The key () has
+            the references of all images. Files with captions of the same images share one entry.
+
+    Raises:
+        DataError: a caption has no references without --ids, an image of --ids has no caption, or
+            no image has both.
     """
-    if () not in opened:
-        opened[()] = open_references(config)
-        if config.segment is None and any(map(UNSPACED_RUN.search, opened[()].vocabulary)):
+    if () not in references_by_ids:
+        references_by_ids[()] = open_references(config)
+        if config.segment is None and any(
+            map(UNSPACED_RUN.search, references_by_ids[()].vocabulary)
+        ):
             captions_by_image = references_by_image(config)
-            warn_without_blanks(
+            warn_without_spaces(
                 caption for group in captions_by_image.values() for caption in group
             )
-    references = opened[()]
+    references = references_by_ids[()]
     if unknown := [image_id for image_id in captions if image_id not in references.rows]:
         if not config.ids:
             raise DataError(
                 f"image {unknown[0]} of {file} has no references in {config.references} "
                 f"({len(unknown):,} such)"
             )
-        say(
-            f"{file}: {len(unknown):,} captions are left out: {config.ids} does not have their "
-            "images"
-        )
+        say(f"{file}: {len(unknown):,} captions are left out, because {config.ids} does not "
+            "contain their images")  # fmt: skip
     if missing := [image_id for image_id in references.rows if image_id not in captions]:
         if config.ids and not config.limit:
             raise DataError(
@@ -82,25 +90,28 @@ def match(
                 f"({len(missing):,} such)"
             )
         say(
-            f"{file} captions {len(references) - len(missing):,} of {len(references):,} images "
-            f"of {config.references}; "
-            "the others are left out (with --ids they would be an error)"
+            f"{file} has captions of {len(references) - len(missing):,} of {len(references):,} "
+            f"images of {config.references}; the other images are left out. With --ids, a missing "
+            "caption is an error"
         )
-        key = tuple(image_id for image_id in references.rows if image_id in captions)
-        if not key:
+        image_ids = tuple(image_id for image_id in references.rows if image_id in captions)
+        if not image_ids:
             raise DataError(f"no image of {file} is in {config.references}")
-        if key not in opened:
-            captions_of_key = references_by_image(config, set(key))
-            opened[key] = References(
-                captions_of_key, frequencies=frequencies(config), segment=segment_of_file(config)
+        if image_ids not in references_by_ids:
+            references_by_ids[image_ids] = References(
+                references_by_image(config, set(image_ids)),
+                frequencies=frequencies(config),
+                segment=segment_of_file(config),
             )
-        references = opened[key]
+        references = references_by_ids[image_ids]
     return {image_id: captions[image_id] for image_id in references.rows}, references
 
 
 def open_references(config: EvaluateConfig) -> References:
-    """The reference statistics of the whole file, or of --ids, from the cache folder if they are
-    there.
+    """Return the n-gram statistics of all references, or of the images of --ids.
+
+    The statistics are read from --cache-dir if the same files were scored before. Otherwise they
+    are computed and saved there.
     """
     folder = config.cache_dir or user_cache()
     if folder is None:
@@ -123,37 +134,45 @@ def open_references(config: EvaluateConfig) -> References:
 
 
 def count_references(config: EvaluateConfig) -> References:
+    """Compute the n-gram statistics of the references."""
     captions = references_by_image(config)
     return References(captions, frequencies=frequencies(config), segment=segment_of_file(config))
 
 
 def segment_of_file(config: EvaluateConfig) -> str:
+    """Return the unit of the captions of a file: "words" or "characters"."""
     return config.segment or "words"
 
 
-def warn_without_blanks(captions: Iterable[str]) -> None:
+def warn_without_spaces(captions: Iterable[str]) -> None:
+    """Print a warning if the captions have no spaces between words."""
     if example := without_blanks(captions):
         say(
-            f"warning: the captions have no spaces between words (as {example[:40]!r}), so "
-            "that each sentence is one word; "
-            "pass --segment characters"
+            f"warning: the captions have no spaces between words (such as {example[:40]!r}), so "
+            "each sentence counts as one word; pass --segment characters"
         )
 
 
 def references_by_image(
     config: EvaluateConfig, only: set[int] | None = None
 ) -> dict[int, Sequence[str]]:
+    """Return the reference captions by image id.
+
+    Args:
+        only: ids of the images to return; None: all images of the split or of --ids.
+
+    Raises:
+        DataError: no image has captions.
+    """
     assert config.references is not None  # --captions needs it
     images = read_references(config.references, config.split)
     if config.ids:
         images = choose(images, read_ids(config.ids), config.references, config.ids)
-    found: dict[int, Sequence[str]] = {
+    captions: dict[int, Sequence[str]] = {
         image.id: image.captions for image in images if image.captions or config.ids
     }
-    if not found:
+    if not captions:
         raise DataError(f"{config.references} has images but no captions to score against")
-    return (
-        found
-        if only is None
-        else {image_id: found[image_id] for image_id in found if image_id in only}
-    )
+    if only is None:
+        return captions
+    return {image_id: captions[image_id] for image_id in captions if image_id in only}

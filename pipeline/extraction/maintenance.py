@@ -17,7 +17,7 @@ from data import DataError
 from data.cache.reader import FeatureCache, cache_header, reading_shard, shard_paths
 from data.cache.writer import pack, verify_shard
 from pipeline.cli import UserError
-from pipeline.runtime import Machine, refuse_what_cannot_fit
+from pipeline.runtime import Machine, check_free_space
 from pipeline.terminal import human_bytes, progress, say
 
 PRINTED_ROWS = 3  # number of rows that --inspect prints
@@ -145,7 +145,7 @@ def pack_cache(path: Path, target: Path) -> None:
         raise UserError(f"--pack: {path} is not a cache; pass the cache as --out CACHE")
     cache = FeatureCache(path)
     size = sum(file.stat().st_size for file in cache.paths)
-    say(f"{path}: {len(cache):,} rows to {target}, {refuse_what_cannot_fit(target.parent, size)}")
+    say(f"{path}: {len(cache):,} rows to {target}, {check_free_space(target.parent, size)}")
     with progress(len(cache), "rows", "pack") as bar:
         pack(cache, target, bar.step)
     say(
