@@ -548,7 +548,7 @@ def test_crops_and_colours_are_the_rows_of_the_changed_pixels(tmp_path, resize):
         ("crop", "'crop' is not one of flip, crop:N, color:N"),
         ("flip,zoom:2", "'zoom:2' is not one of"),
         ("crop:2,crop:1", "it names a type of view twice"),
-        ("crop:100", "100 views, at most 64"),
+        ("crop:100", "100 views; the maximum is 64"),
     ],
 )
 def test_views_that_cannot_be_kept_are_refused(text, message):

@@ -906,7 +906,7 @@ def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tm
     works(train.main, *options(world, run))
     last = [line for line in told(run) if "dev" in line][-1]
     output = works(train.main, *options(world, run, "--resume", "--epochs", 5))
-    assert "the 3 epochs added get a new cosine schedule" in output
+    assert "the 3 epochs added get a new cosine learning rate schedule" in output
     lines = told(run)
     steps = last["step"] // 2
     assert [line["step"] for line in lines if "dev" in line] == [
