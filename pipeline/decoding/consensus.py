@@ -95,9 +95,9 @@ class Frequencies:
         """
         if not (folder / NAME).exists():
             raise UserError(
-                f"--consensus: {folder} has no {NAME}. Runs of older versions of Onceover do not "
-                "have it; train again. Also vocabularies of more than "
-                f"{MAX_WORDS:,} words have none"
+                f"--consensus: {folder} has no {NAME}: runs of old versions of Onceover, and "
+                f"vocabularies of more than {MAX_WORDS:,} words have none. Train again, or omit "
+                "--consensus"
             )
         tensors, _ = load_tensors(folder / NAME)
         dtypes = {"names": torch.int64, "counts": torch.int32, "documents": torch.int64}
