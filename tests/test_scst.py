@@ -231,7 +231,7 @@ def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_cap
         1,
     ]
     output = works(train.main, *asked, "--lr", 1e-4)
-    assert f"of {begun}: width" in output
+    assert f"initialised from {begun}: width" in output
     losses = [line["dev"]["loss"] for line in told(begun) if "dev" in line]
     assert told(tmp_path / "run")[0]["step"] == 0
     assert told(tmp_path / "run")[0]["dev"]["loss"] < losses[0] - 0.5
