@@ -15,12 +15,12 @@ from pipeline import demo, train
 @pytest.mark.slow
 def test_the_demo_captions_held_out_scenes_truly_and_only_by_looking(tmp_path, monkeypatch):
     """Trained for a third of its epochs, in smaller steps: 94 % of the captions are true."""
-    plain, fewer = demo.stage, ["--epochs", "6", "--batch", "12"]
+    plain, fewer = demo.run_command, ["--epochs", "6", "--batch", "12"]
 
     def shorter(command: click.Command, *arguments: str) -> None:
         plain(command, *arguments, *(fewer if command is train.main else []))
 
-    monkeypatch.setattr(demo, "stage", shorter)
+    monkeypatch.setattr(demo, "run_command", shorter)
     result = CliRunner().invoke(demo.main, ["--work", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
     lines = result.stdout.strip().splitlines()
