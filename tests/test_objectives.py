@@ -299,7 +299,7 @@ def test_in_bf16_every_weight_has_its_gradient():
     fp32, bf16 = (
         objective(captioner, machine=replace(FP32, precision=p)) for p in ("fp32", "bf16")
     )
-    fp32.draw_samples = bf16.draw  # bf16 draws others here and there
+    fp32.draw_samples = bf16.draw_samples  # bf16 draws others here and there
     wanted, found = (
         gradient(captioner, critical(captioner, four, 0, 0.0).loss) for critical in (fp32, bf16)
     )
