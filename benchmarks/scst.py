@@ -197,7 +197,7 @@ def parts_of_a_step(
     def sampling() -> None:
         with machine.autocast():
             results["memory"] = captioner.encode(Regions(batch.features, batch.boxes, batch.counts))
-        results["samples"] = objective.draw(results["memory"], batch.image_ids, 0)
+        results["samples"] = objective.draw_samples(results["memory"], batch.image_ids, 0)
 
     def rewarding() -> None:
         results["rewards"] = rewards(batch.image_ids, results["samples"])

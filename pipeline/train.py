@@ -51,8 +51,8 @@ def main(config: TrainConfig) -> None:
     pipeline.extract writes without options.
     """
     machine = open_machine(config.device, config.seed, config.precision)
-    with distributed.joined(machine):
-        with distributed.first_alone(machine):  # rank 0 draws the sample if it does not exist
+    with distributed.process_group(machine):
+        with distributed.rank_zero_first(machine):  # rank 0 draws the sample if it does not exist
             source, cache, folder = open_inputs(config)
         init = open_init(config, folder, cache)
         config = choose_segment(config, source, init)
@@ -111,7 +111,7 @@ def print_plan(run: Run, cache: FeatureCache | NoFeatures) -> None:
             f"{config.baseline}"
         )
     parameters = sum(p.numel() for p in run.captioner.parameters())
-    length = f"{config.epochs} epochs of {run.steps_an_epoch} steps" if config.epochs else "epochs"
+    length = f"{config.epochs} epochs of {run.steps_per_epoch} steps" if config.epochs else "epochs"
     length += f", at most {config.minutes:g} minutes" if config.minutes else ""
     origin = f"initialised from {config.init}" if config.init else f"preset {config.preset}"
     processes = f", {machine.world} processes" if machine.world > 1 else ""

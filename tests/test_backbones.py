@@ -124,7 +124,7 @@ def test_classifier_tensors_are_left_out_with_one_line_and_anything_else_is_an_e
             backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"]
         )
         assert (
-            capsys.readouterr().err == f"left out of {name}, the classifier: fc.bias, fc.weight\n"
+            capsys.readouterr().err == f"{name}: the classifier is left out: fc.bias, fc.weight\n"
         )
     for wrong in (
         {**weights, "extra": torch.ones(1)},
@@ -164,7 +164,9 @@ def test_a_prefix_common_to_all_keys_is_taken_off_and_said(tmp_path, capsys, pre
     file = save_weights(tmp_path, {prefix + key: value for key, value in weights.items()}, suffix)
     found = open_backbone("test_resnet", file, {}).network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in found.items())
-    assert f"w{suffix}: the prefix '{prefix}' was taken off its keys\n" in capsys.readouterr().err
+    assert (
+        f"w{suffix}: the prefix '{prefix}' was removed from its keys\n" in capsys.readouterr().err
+    )
 
 
 def test_wrapped_weights_of_torch_itself_are_read(tmp_path):
@@ -246,7 +248,7 @@ def test_weights_are_found_in_checkpoints_of_training_programs(tmp_path, capsys,
         "test_resnet", save_weights(tmp_path, around(weights)[kind], ".pth"), {}
     )
     assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
-    both = "w.pth holds several state dicts (state_dict_ema, state_dict): state_dict is read"
+    both = "w.pth has several state dicts (state_dict_ema, state_dict); state_dict is used"
     assert (both in capsys.readouterr().err) == (kind == "timm")
 
 
@@ -295,7 +297,10 @@ def test_one_prefix_with_all_weights_is_taken_and_two_are_refused(tmp_path, caps
     }
     backbone = open_backbone("test_resnet", save_weights(tmp_path, one, ".pth"), {})
     assert torch.equal(backbone.network.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
-    assert "not under 'model.': criterion.weight (1 in all)" in capsys.readouterr().err
+    assert (
+        "without the prefix 'model.' are left out: criterion.weight (1 in total)"
+        in capsys.readouterr().err
+    )
     two = one | {f"teacher.{key}": value + 1 for key, value in weights.items()}
     with pytest.raises(ModelError, match=r"several prefixes \(model., teacher.\)"):
         open_backbone("test_resnet", save_weights(tmp_path, two, ".pth"), {})
@@ -305,7 +310,7 @@ def test_what_is_no_tensor_beside_weights_is_left_out_and_said(tmp_path, capsys)
     weights = {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}
     torch.save({**weights, "epoch": 3}, tmp_path / "w.pth")
     assert read_weights(tmp_path / "w.pth") == weights
-    assert "no tensors: epoch (1 in all)" in capsys.readouterr().err
+    assert "not tensors are left out: epoch (1 in total)" in capsys.readouterr().err
 
 
 def test_a_weights_file_with_code_in_it_runs_none(tmp_path):

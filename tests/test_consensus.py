@@ -78,11 +78,13 @@ def test_frequencies_are_kept_with_a_run_and_read_back_the_same(tmp_path):
     )
     counted.save(tmp_path)
     read = Frequencies.load(tmp_path)
-    assert np.array_equal(read.names, counted.names) and np.array_equal(read.counts, counted.counts)
+    assert np.array_equal(read.ngrams, counted.ngrams) and np.array_equal(
+        read.counts, counted.counts
+    )
     assert (
         read.documents == 30
         and (counted.counts > 1).all()
-        and (np.diff(counted.names.astype(object)) > 0).all()
+        and (np.diff(counted.ngrams.astype(object)) > 0).all()
     )
 
 
@@ -100,7 +102,7 @@ def test_the_caption_taken_is_the_beam_of_the_highest_expected_cider(world):
     regions = Regions(*(torch.from_numpy(part) for part in cache.rows(cache.ids[:5].tolist())))
     found = captioner.generate(regions, num_beams=8, num_return_sequences=8, consensus=30, seed=3)
     beams = captioner.generate(regions, num_beams=8, num_return_sequences=8)
-    writer = next(iter(captioner.writers.values()))
+    writer = next(iter(captioner.generators.values()))
     options = dict(num_beams=1, do_sample=True, num_return_sequences=30)
     with torch.inference_mode():
         memory = captioner.captioner.encode(regions)
@@ -173,5 +175,5 @@ def test_a_checkpoint_without_frequencies_or_with_broken_ones_is_named(world, tm
             {name: value.clone() for name, value in (tensors | change).items()},
             tmp_path / "run" / NAME,
         )
-        with pytest.raises(UserError, match="no document frequencies"):
+        with pytest.raises(UserError, match="no valid document frequencies"):
             Frequencies.load(tmp_path / "run")

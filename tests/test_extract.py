@@ -158,7 +158,7 @@ def test_verify_exits_with_1_naming_the_row_and_repair_makes_only_that_shard_aga
     monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 20)
     options = [*at(world), *SMALL, "--out", tmp_path / "cache"]
     works(extract.main, *options)
-    assert "60 rows, all as they were written" in works(
+    assert "60 rows, all checksums are correct" in works(
         extract.main, "--verify", tmp_path / "cache"
     )
     whole = FeatureCache(tmp_path / "cache")
@@ -222,7 +222,7 @@ def test_every_later_stage_takes_a_packed_cache(world, tmp_path):
         evaluate.main, *at(world), "--features", world / "cache", "--checkpoint", tmp_path / "run"
     )
     assert load_captioner(tmp_path / "run").caption(photos(world, 1))
-    assert "--pack writes the cache that --out names" in refused(
+    assert "is not a cache; pass the cache as --out CACHE" in refused(
         extract.main, "--out", tmp_path, "--pack", tmp_path / "q"
     )
 
@@ -547,8 +547,8 @@ def test_crops_and_colours_are_the_rows_of_the_changed_pixels(tmp_path, resize):
     [
         ("crop", "'crop' is not one of flip, crop:N, color:N"),
         ("flip,zoom:2", "'zoom:2' is not one of"),
-        ("crop:2,crop:1", "a kind of view is named twice"),
-        ("crop:100", "100 views, at most 64"),
+        ("crop:2,crop:1", "it names a type of view twice"),
+        ("crop:100", "100 views; the maximum is 64"),
     ],
 )
 def test_views_that_cannot_be_kept_are_refused(text, message):

@@ -146,7 +146,7 @@ def test_samples_come_as_often_as_they_are_likely_cut_ones_too(temperature):
     with torch.no_grad():
         memory = captioner.encode(regions(one))
         p = enumerated_log_p(captioner, memory, temperature).exp()
-        drawn = torch.cat([critical.draw(memory, [0], step)[0] for step in range(20)])
+        drawn = torch.cat([critical.draw_samples(memory, [0], step)[0] for step in range(20)])
     counts = (drawn[:, None] == every_caption()).all(-1).sum(0)
     assert counts.sum() == len(drawn)  # nothing else is said
     chi_square = ((counts - len(drawn) * p) ** 2 / (len(drawn) * p)).sum()
@@ -183,21 +183,21 @@ def test_with_dropout_sampling_and_the_teacher_forced_pass_both_have_it():
     captioner = small(60, 12, 64)
     critical, four = objective(captioner), images(4)
     memory = captioner.encode(regions(four))  # without
-    drawn = critical.draw(memory, four.image_ids, 3)
+    drawn = critical.draw_samples(memory, four.image_ids, 3)
 
     def log_p():
         return self_critical_loss(captioner, memory, drawn, torch.ones(4, 5), critical.policy)[1]
 
-    assert torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and torch.equal(
+    assert torch.equal(drawn, critical.draw_samples(memory, four.image_ids, 3)) and torch.equal(
         log_p(), log_p()
     )
     for module in captioner.modules():
         if hasattr(module, "p"):
             module.p = 0.5
     torch.manual_seed(0)
-    assert not torch.equal(drawn, critical.draw(memory, four.image_ids, 3)) and not torch.equal(
-        log_p(), log_p()
-    )
+    assert not torch.equal(
+        drawn, critical.draw_samples(memory, four.image_ids, 3)
+    ) and not torch.equal(log_p(), log_p())
 
 
 def test_what_is_drawn_follows_from_seed_step_and_image_alone():
@@ -209,7 +209,7 @@ def test_what_is_drawn_follows_from_seed_step_and_image_alone():
             *(part[chosen] for part in (six.features, six.boxes, six.counts, six.tokens)), chosen
         )
         of_seed = objective(captioner, seed=seed) if seed else critical
-        return of_seed.draw(captioner.encode(regions(batch)), chosen, step)
+        return of_seed.draw_samples(captioner.encode(regions(batch)), chosen, step)
 
     together = draw([0, 1, 2, 3, 4, 5])
     torch.manual_seed(99)
@@ -224,7 +224,9 @@ def test_what_is_drawn_follows_from_seed_step_and_image_alone():
 def test_more_samples_than_are_attended_to_together_begin_with_the_same(many):
     captioner, two = small(60, 12, 64), images(2)
     memory = captioner.encode(regions(two))
-    few, more = (objective(captioner, num_samples=k).draw(memory, [0, 1], 3) for k in (5, many))
+    few, more = (
+        objective(captioner, num_samples=k).draw_samples(memory, [0, 1], 3) for k in (5, many)
+    )
     assert more.shape == (2, many, 12) and torch.equal(more[:, :5], few)
 
 
@@ -232,10 +234,10 @@ def test_beam_samples_are_the_beams_and_their_advantages_sum_to_nothing():
     captioner, three = small(60, 12, 64), images(3)
     critical = objective(captioner, samples="beam", num_samples=4)
     memory = captioner.encode(regions(three))
-    drawn = critical.draw(memory, three.image_ids, 0)
+    drawn = critical.draw_samples(memory, three.image_ids, 0)
     plain = beam_search(captioner, memory, Generation(num_beams=4, num_return_sequences=4))
     assert torch.equal(drawn, plain.tokens)
-    rewards = critical.rewarded(drawn, three.image_ids, 0)
+    rewards = critical.compute_rewards(drawn, three.image_ids, 0)
     advantages = rewards - critical.baseline(memory, rewards, three.image_ids, 0)
     assert advantages.abs().sum() > 0 and advantages.sum(1).abs().max() < 1e-4
     assert critical(captioner, three, 0, 0.0).loss.requires_grad
@@ -282,7 +284,7 @@ def test_parts_of_a_step_add_up_to_the_whole():
     critical = objective(captioner)
     whole = critical(captioner, six, 3, 0.0)
     parts = [critical(captioner, part, 3, 0.0) for part in six.split(3)]
-    torch.testing.assert_close(sum(part.figures for part in parts), whole.figures)
+    torch.testing.assert_close(sum(part.metrics for part in parts), whole.metrics)
     wanted = gradient(captioner, whole.loss)
     assert (
         sum(gradient(captioner, part.loss) for part in parts) - wanted
@@ -297,7 +299,7 @@ def test_in_bf16_every_weight_has_its_gradient():
     fp32, bf16 = (
         objective(captioner, machine=replace(FP32, precision=p)) for p in ("fp32", "bf16")
     )
-    fp32.draw = bf16.draw  # bf16 draws others here and there
+    fp32.draw_samples = bf16.draw_samples  # bf16 draws others here and there
     wanted, found = (
         gradient(captioner, critical(captioner, four, 0, 0.0).loss) for critical in (fp32, bf16)
     )
@@ -311,9 +313,9 @@ def test_in_bf16_every_weight_has_its_gradient():
 def test_figures_are_what_was_drawn():
     captioner, four = small(60, 12, 64), images(4)
     critical = objective(captioner)
-    drawn = critical.draw(captioner.encode(regions(four)), four.image_ids, 0)
+    drawn = critical.draw_samples(captioner.encode(regions(four)), four.image_ids, 0)
     figures = dict(
-        zip(critical.names, critical(captioner, four, 0, 0.0).figures.tolist(), strict=True)
+        zip(critical.names, critical(captioner, four, 0, 0.0).metrics.tolist(), strict=True)
     )
     ends = (drawn == EOS).any(2)
     words = [len(row) if EOS not in row else row.index(EOS) for row in drawn.flatten(0, 1).tolist()]
@@ -346,16 +348,22 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none_rather_than_words_
     ("settings", "complaint"),
     [
         ({"init": None}, "--scst needs --init"),
-        ({"num_samples": 1}, "--num-samples 1 leaves no other samples"),
-        ({"samples": "beam", "baseline": "greedy"}, "not with --baseline greedy"),
+        ({"num_samples": 1}, "--num-samples 1: each sample is compared with the other samples"),
+        (
+            {"samples": "beam", "baseline": "greedy"},
+            "--samples beam cannot be used with --baseline greedy",
+        ),
         ({"word_dropout": 0.1}, "not of --scst"),
         ({"num_samples": 0}, "must be at least 1"),
         ({"scheduled_sampling": 0.1}, "--scheduled-sampling is of training"),
-        ({"num_samples": 1, "samples": "beam"}, "leaves no other samples"),
+        ({"num_samples": 1, "samples": "beam"}, "each sample is compared with the other samples"),
         ({"label_smoothing": 0.2}, "not of --scst"),
         ({"scst": False, "reward": "BLEU-4"}, "--reward is of --scst"),
         ({"scst": False, "num_samples": 9}, "is of --scst"),
-        ({"samples": "beam", "temperature": 0.5}, "have no --temperature"),
+        (
+            {"samples": "beam", "temperature": 0.5},
+            "--samples beam cannot be used with --temperature",
+        ),
         ({"temperature": 0.0}, "--temperature is 0.0, it must"),
         ({"scst": False, "temperature": 0.5}, "--temperature is of --scst"),
         ({"temperature": -1.0}, "must be above 0"),
@@ -375,7 +383,7 @@ def test_a_gpu_gives_the_same_figures_and_gradient():
     captioner.cuda()
     found = objective(captioner, machine=replace(open_machine("cuda"), precision="fp32"))
     found = found(captioner, four.to(torch.device("cuda")), 0, 0.0)
-    torch.testing.assert_close(found.figures.cpu(), wanted.figures, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.metrics.cpu(), wanted.metrics, rtol=1e-3, atol=1e-3)
     assert (
         torch.cosine_similarity(gradient(captioner, found.loss).cpu(), wanted_gradient, dim=0)
         > 0.999

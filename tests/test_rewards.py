@@ -190,10 +190,10 @@ def test_the_worked_example_of_the_documents_pays_for_colours_that_are_there(tmp
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
-        ([1.0], "gave 1 numbers for 2 captions"),
-        (["a", "b"], "does not give a number"),
-        (None, "does not give a number"),
-        ([None, 1], "does not give a number"),
+        ([1.0], "returned 1 numbers for 2 captions"),
+        (["a", "b"], "does not return a number for each caption"),
+        (None, "does not return a number for each caption"),
+        ([None, 1], "does not return a number for each caption"),
     ],
 )
 def test_a_callable_that_gives_no_numbers_is_named(mine, answer, complaint):

@@ -127,7 +127,7 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
     monkeypatch.undo()
     again = result.output[result.output.index("--config") :].split("\n")[0].split()
     monkeypatch.setattr(setup, "load_checkpoint", None)
-    assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
+    assert "resuming" in works(train.main, *again, "--out", tmp_path / "run")
     assert_same_run(through, tmp_path / "run")
 
 
@@ -159,7 +159,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     with pytest.raises(ZeroDivisionError):
         run(train.main, *critical(world, begun, tmp_path / "run", *NOISY))
     monkeypatch.undo()
-    assert "starting it again" in works(
+    assert "ended before its first save; it starts again" in works(
         train.main, *critical(world, begun, tmp_path / "run", *NOISY, "--resume")
     )
     assert_same_run(through, tmp_path / "run")
@@ -245,7 +245,7 @@ def test_time_that_is_up_ends_the_run_after_one_more_look_at_dev(
 ):
     """Dev after every five steps of six an epoch: up within an epoch, right after dev, at an
     epoch's end, within the next. A run that is killed in that last look takes it again."""
-    monkeypatch.setattr(trainer.Run, "done", lambda run: float(run.step >= up_at))
+    monkeypatch.setattr(trainer.Run, "progress", lambda run: float(run.step >= up_at))
     plain, asked = (
         validation.dev_scores,
         [*critical(world, begun, tmp_path / "run"), "--eval-steps", "5", "--minutes", "60"],

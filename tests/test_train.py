@@ -132,7 +132,7 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(world, through, tmp_path, mon
     )
     monkeypatch.undo()
     again = result.output[result.output.index("--config") :].split("\n")[0].split()
-    assert "going on with" in works(train.main, *again, "--out", tmp_path / "run")
+    assert "resuming" in works(train.main, *again, "--out", tmp_path / "run")
     assert_same_run(through, tmp_path / "run")
 
 
@@ -148,7 +148,7 @@ def test_a_run_begun_before_an_option_was_there_goes_on(world, tmp_path):
     for name in ("init", "scst", "num_samples", "eval_steps"):
         del record["training"][name]
     path.write_text(json.dumps(record))
-    assert "going on with" in works(
+    assert "resuming" in works(
         train.main, *options(world, tmp_path / "run", "--epochs", 1, "--resume")
     )
 
@@ -405,7 +405,7 @@ def test_a_run_whose_time_was_up_is_scored_after_it_was_stopped_in_dev(
 
     monkeypatch.setattr(validation, "dev_scores", stopped)
     # up within the first epoch
-    monkeypatch.setattr(trainer.Run, "done", lambda run: 1.0 if run.step >= 3 else 0.5)
+    monkeypatch.setattr(trainer.Run, "progress", lambda run: 1.0 if run.step >= 3 else 0.5)
     timed = options(
         world, tmp_path / "run", "--minutes", 5, "--patience", 10_000, "--epochs", 100_000
     )
@@ -718,7 +718,7 @@ def test_a_run_on_pieces_of_words_is_scored_and_captions_in_words(world, tmp_pat
         8,
         "--resume",
     )
-    assert "going on with" in run_ranks(again, 1, tmp_path)  # a new process reads tokenizer.json
+    assert "resuming" in run_ranks(again, 1, tmp_path)  # a new process reads tokenizer.json
 
 
 def test_the_share_of_unknown_words_is_shown(world, tmp_path):
@@ -906,7 +906,7 @@ def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tm
     works(train.main, *options(world, run))
     last = [line for line in told(run) if "dev" in line][-1]
     output = works(train.main, *options(world, run, "--resume", "--epochs", 5))
-    assert "the 3 epochs added get a new cosine schedule" in output
+    assert "the 3 epochs added get a new cosine learning rate schedule" in output
     lines = told(run)
     steps = last["step"] // 2
     assert [line["step"] for line in lines if "dev" in line] == [

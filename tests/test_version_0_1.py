@@ -52,7 +52,7 @@ def losses(run: Path) -> dict[int, float]:
 def test_its_cache_is_whole_and_goes_on(made):
     cache = FeatureCache("cache")
     assert (len(cache), cache.shape, cache.views) == (40, (4, 96), ("flip",))
-    assert "40 rows, all as they were written" in works(extract.main, "--verify", "cache")
+    assert "40 rows, all checksums are correct" in works(extract.main, "--verify", "cache")
     again = [*AT, *LOOK, "--grid", "2x2", "--views", "flip", "--out", "cache", *MACHINE]
     if PIL.__version__.startswith("13."):  # as it was made: another one may decode other pixels
         assert "all images were already extracted" in works(extract.main, *again)
@@ -110,7 +110,7 @@ def test_its_runs_serve_as_init(made, run, more):
 
 def test_its_half_finished_run_goes_on_as_it_would_have(made):
     output = works(train.main, "--config", "half/config.json", "--out", "half", "--resume")
-    assert "going on with half after step 71" in output
+    assert "resuming half after step 71" in output
     assert losses(Path("half")) == pytest.approx(losses(MADE / "whole"), abs=1e-3)
 
 

@@ -17,7 +17,7 @@ from pipeline.cli import UserError
 from pipeline.extraction import weights_package
 from pipeline.extraction.backbone import extract_regions, framing_of
 from pipeline.extraction.grid import open_backbone
-from pipeline.extraction.weights_package import PACKAGES, in_order
+from pipeline.extraction.weights_package import PACKAGES, rename_in_order
 from pipeline.runtime import open_machine
 
 
@@ -95,13 +95,13 @@ def test_tensors_in_another_order_or_number_are_refused():
     wanted = {"stem.weight": torch.zeros(4, 3), "bn.weight": torch.zeros(4)}
     theirs = {"_stem.weight": torch.ones(4, 3), "_bn.weight": torch.ones(4)}
     classifier = {"_fc.weight": torch.ones(10, 4), "_fc.bias": torch.ones(10)}
-    mapped = in_order({**theirs, **classifier}, wanted, "file")
+    mapped = rename_in_order({**theirs, **classifier}, wanted, "file")
     assert list(mapped) == list(wanted) and mapped["stem.weight"].all()
     with pytest.raises(ModelError, match="holds 2 tensors; the backbone has 2"):
-        in_order(theirs, wanted, "file")
+        rename_in_order(theirs, wanted, "file")
     swapped = dict(reversed(theirs.items()))
     with pytest.raises(ModelError, match=r"_bn.weight \[4\] does not fit .* stem.weight \[4, 3\]"):
-        in_order({**swapped, **classifier}, wanted, "file")
+        rename_in_order({**swapped, **classifier}, wanted, "file")
     biases = {"_stem.weight": torch.ones(4, 3), "_bn.bias": torch.ones(4)}
     with pytest.raises(ModelError, match=r"_bn.bias"):
-        in_order({**biases, **classifier}, wanted, "file")
+        rename_in_order({**biases, **classifier}, wanted, "file")

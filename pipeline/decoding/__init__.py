@@ -1,4 +1,4 @@
-"""From regions or photographs to captions.
+"""Generate captions from photographs or from cached regions.
 
 from pipeline.decoding import load_captioner
 
@@ -12,7 +12,9 @@ __all__ = ["PhotoCaptioner", "load_captioner"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when a captioner is used; scoring a file of captions does not need it."""
+    """Import torch only if a captioner is used, because scoring a file of captions needs no
+    torch.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pipeline.decoding import captioner

@@ -1,9 +1,10 @@
-"""Captions from regions and from photographs: what train's validation, evaluate and caption share.
+"""Generation of captions from regions and from photographs.
 
-captioner = load_captioner("runs/f8k")
-captioner.caption("photo.jpg")                                 # "a dog runs through the grass"
-captioner.generate(regions, num_beams=5, min_length=8)         # for each image its captions with
-                                                               their log p
+Validation, pipeline.evaluate and pipeline.caption use this module.
+
+    captioner = load_captioner("runs/f8k")
+    captioner.caption("photo.jpg")  # "a dog runs through the grass"
+    captioner.generate(regions, num_beams=5, min_length=8)  # captions with log-probabilities
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
 
-TOGETHER = 4000  # beams and samples that are in memory at a time
+MAX_SEQUENCES = 4000  # maximum number of beams and samples that are in memory at a time
 
 
 class Caption(NamedTuple):
-    """A caption, the log-probability of its words and its end in nats, and its score: log_p /
-    words**length_penalty (with consensus: its expected CIDEr).
+    """A generated text.
+
+    log_p: log-probability of its words and its end, in nats.
+    score: log_p / words**length_penalty; with --consensus its expected CIDEr.
     """
 
     text: str
@@ -58,14 +61,16 @@ class Caption(NamedTuple):
     score: float
 
     def record(self) -> dict[str, Any]:
-        """The caption as an entry of files with several captions per image."""
+        """Return the entry for files with several captions per image."""
         return {"caption": self.text, "log_probability": self.log_p}
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """Number of samples per image for minimum Bayes risk decoding, and the document frequencies of
-    CIDEr.
+    """Options of minimum Bayes risk decoding.
+
+    samples: number of samples per image.
+    frequencies: document frequencies for CIDEr.
     """
 
     samples: int
@@ -74,17 +79,20 @@ class Consensus:
 
 @dataclass(frozen=True)
 class CaptionGenerator:
-    """Turns regions into texts: a decoder (or an Ensemble) with its vocabulary and options, on a
-    machine.
+    """Generates texts from regions: a decoder (or an Ensemble), its vocabulary and options.
+
+    seed: seed of random samples.
+    consensus: options of minimum Bayes risk decoding; None: no such decoding.
+    answers: text of each class, for a decoder with classes.
     """
 
     captioner: Decoder
     vocabulary: Vocabulary
     machine: Machine
     options: Generation
-    seed: int = 0  # of samples
+    seed: int = 0
     consensus: Consensus | None = None
-    answers: tuple[str, ...] = ()  # of a decoder with classes
+    answers: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -93,19 +101,19 @@ class CaptionGenerator:
         prompts: Tensor | None = None,
         image: Sequence[int] | None = None,
     ) -> list[list[Caption]]:
-        """Generate the texts of each example of a batch, best first. Samples follow from the seed
-        and the batch's `number`.
+        """Generate the texts of each example of a batch, best first.
 
-        prompts: [N,P] int64, padded on the left; None: no prompts. image: the image of each
-        example; None: one example per image.
+        number: number of the batch. Random samples depend only on the seed and this number.
+        prompts: [N,P] int64, padded on the left; None: no prompts.
+        image: index of the image of each example; None: one example per image.
+
+        Raises UserError if the memory is too small, or if no text of an example has a finite
+        probability.
         """
         device = self.machine.device
-        seed = (self.seed * 1_000_003 + number) % 2**63
-        draws = (
-            torch.Generator(device).manual_seed(seed)
-            if self.options.do_sample or self.consensus
-            else None
-        )
+        rng = None
+        if self.options.do_sample or self.consensus:
+            rng = torch.Generator(device).manual_seed((self.seed * 1_000_003 + number) % 2**63)
         try:
             with torch.inference_mode(), self.machine.autocast():
                 memory = self.captioner.encode(Regions(*(part.to(device) for part in regions)))
@@ -115,10 +123,10 @@ class CaptionGenerator:
                 if self.answers:
                     return self.best_answers(memory, prompts)
                 if self.consensus is not None:
-                    found = self.mbr_rerank(memory, draws, prompts)
+                    output = self.mbr_rerank(memory, rng, prompts)
                 else:
-                    found = generate(
-                        self.captioner, memory, self.options, draws, self.search, prompts
+                    output = generate(
+                        self.captioner, memory, self.options, rng, self.search, prompts
                     )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -126,91 +134,88 @@ class CaptionGenerator:
             raise UserError(
                 f"out of memory; use fewer beams or a smaller --batch: {str(error)[:200]}"
             ) from error
-        captions = [
+        texts = [
             [
-                Caption(self.vocabulary.decode(row), *pair)
-                for row, *pair in zip(*of_image, strict=True)
-                if pair[0] > -torch.inf
+                Caption(self.vocabulary.decode(ids), log_p, score)
+                for ids, log_p, score in zip(*image_output, strict=True)
+                if log_p > -torch.inf
             ]
-            for of_image in zip(
-                found.tokens.tolist(), found.log_p.tolist(), found.scores.tolist(), strict=True
+            for image_output in zip(
+                output.tokens.tolist(), output.log_p.tolist(), output.scores.tolist(), strict=True
             )
         ]
-        if not all(captions):
+        if not all(texts):
             raise UserError(
-                "no caption of an image has a finite probability: its features or the weights "
-                "hold numbers that are too large "
-                "or not finite; check the cache with pipeline.extract --verify, or train with "
-                "a lower --lr"
+                "no caption of an image has a finite probability: the features or the weights "
+                "have values that are too large or not finite; check the cache with "
+                "pipeline.extract --verify, or train with a lower --lr"
             )
-        return captions
+        return texts
 
     def best_answers(self, memory: Memory, prompts: Tensor | None) -> list[list[Caption]]:
-        """The num_return_sequences best classes of each example; their score is the probability."""
+        """Return the answers of the `num_return_sequences` most likely classes of each example.
+
+        The score of an answer is its probability.
+        """
         first = first_tokens(memory.images, self.options.bos_token_id, memory.device, prompts)
         cache = self.captioner.init_cache(memory, 1, prompts)
         logits = self.captioner.class_logits(first[:, None], memory, cache).float()
-        best = logits.softmax(1).topk(min(self.options.num_return_sequences, len(self.answers)))
+        count = min(self.options.num_return_sequences, len(self.answers))
+        probabilities, classes = (value.tolist() for value in logits.softmax(1).topk(count))
         return [
             [
-                Caption(self.answers[number], math.log(max(p, 1e-45)), p)
-                for p, number in zip(*row, strict=True)
+                Caption(self.answers[class_], math.log(max(p, 1e-45)), p)
+                for p, class_ in zip(*row, strict=True)
             ]
-            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for row in zip(probabilities, classes, strict=True)
         ]
 
     def mbr_rerank(
-        self, memory: Memory, draws: torch.Generator | None, prompts: Tensor | None = None
+        self, memory: Memory, rng: torch.Generator | None, prompts: Tensor | None = None
     ) -> Captions:
-        """Rerank the beams of each image by expected CIDEr, which becomes their score (minimum
-        Bayes risk).
+        """Generate captions by beam search, and rank them by expected CIDEr (minimum Bayes risk).
 
-        Images are processed in parts to bound memory.
+        The expected CIDEr becomes the score. Images are processed in parts to bound the memory.
         """
         assert self.consensus is not None
         beams, samples = self.options.num_beams, self.consensus.samples
-        wanted = self.options.num_return_sequences
+        count = self.options.num_return_sequences
         search = replace(self.options, num_return_sequences=beams)
-        draw = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
+        sampling = replace(self.options, num_beams=1, do_sample=True, num_return_sequences=samples)
+        images_per_part = max(1, MAX_SEQUENCES // (beams + samples))
         parts = []
-        for images in torch.arange(memory.images, device=memory.device).split(
-            max(1, TOGETHER // (beams + samples))
-        ):
+        for images in torch.arange(memory.images, device=memory.device).split(images_per_part):
             part = memory.keep(images)
-            read = None if prompts is None else prompts[images]
-            drawn = generate(self.captioner, part, draw, draws, prompts=read).tokens.cpu().numpy()
-            tokens, _, log_p = generate(self.captioner, part, search, prompts=read)
-            pairs = zip(tokens.cpu().numpy(), drawn, strict=True)
+            part_prompts = None if prompts is None else prompts[images]
+            sampled = generate(self.captioner, part, sampling, rng, prompts=part_prompts).tokens
+            tokens, _, log_p = generate(self.captioner, part, search, prompts=part_prompts)
+            pairs = zip(tokens.cpu().numpy(), sampled.cpu().numpy(), strict=True)
             cider = np.stack([expected_cider(*pair, self.consensus.frequencies) for pair in pairs])
             scores = torch.from_numpy(cider).to(log_p).masked_fill(log_p == -torch.inf, -torch.inf)
-            scores, best = (
-                value[:, :wanted] for value in scores.sort(descending=True, stable=True)
-            )
+            scores, best = (value[:, :count] for value in scores.sort(descending=True, stable=True))
             rows = best[:, :, None].expand(-1, -1, tokens.shape[2])
             parts.append(Captions(tokens.gather(1, rows), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Token ids of prompts, [N,P] int64 padded on the left; None if all are empty.
+        """Encode prompts to token ids: [N,P] int64, padded on the left; None if all are empty.
 
         A prompt longer than `max_prompt` loses its first tokens, as in training.
         """
         if not any(prompts):
             return None
-        most, segment = self.captioner.config.max_prompt, self.vocabulary.segment
+        max_prompt, segment = self.captioner.config.max_prompt, self.vocabulary.segment
         ids = [self.vocabulary.encode(segmented(prompt, segment)) for prompt in prompts]
-        ids = [last_tokens(tokens, most) for tokens in ids]
+        ids = [last_tokens(tokens, max_prompt) for tokens in ids]
         longest = max(map(len, ids))
-        return (
-            torch.tensor(
-                [[PAD] * (longest - len(tokens)) + tokens for tokens in ids], dtype=torch.int64
-            )
-            if longest
-            else None
-        )
+        if not longest:
+            return None
+        padded = [[PAD] * (longest - len(tokens)) + tokens for tokens in ids]
+        return torch.tensor(padded, dtype=torch.int64)
 
     @functools.cached_property
     def search(self) -> BeamSearch:
+        """The beam search. It is reused, because it may hold CUDA graphs."""
         return BeamSearch(self.captioner, self.options)
 
 
@@ -221,38 +226,36 @@ def generate_texts(
     batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int | str, list[Caption]]:
-    """Generate the texts of each example over cached features: {example id: texts, best first}.
+    """Generate the texts of examples from cached features.
 
-    Consecutive examples of one image share its encoding. done: called with the size of each
-    finished batch.
+    batch: examples per batch. Examples of one image in a batch share its encoding.
+    done: function that is called with the number of examples of each finished batch.
+
+    Returns the texts by example id, best first.
     """
-    texts: dict[int | str, list[Caption]] = {}
 
     def generate_batch(numbered: tuple[int, Sequence[Example]]) -> list[list[Caption]]:
         number, chosen = numbered
         image_ids = list(dict.fromkeys(example.image_id for example in chosen))
-        place = {image_id: at for at, image_id in enumerate(image_ids)}
-        image = (
-            None
-            if len(image_ids) == len(chosen)
-            else [place[example.image_id] for example in chosen]
-        )
-        regions = rows_of(cache, image_ids)
-        return generator(
-            regions, number, generator.encode_prompts([example.prompt for example in chosen]), image
-        )
+        image = None
+        if len(image_ids) < len(chosen):
+            index = {image_id: i for i, image_id in enumerate(image_ids)}
+            image = [index[example.image_id] for example in chosen]
+        prompts = generator.encode_prompts([example.prompt for example in chosen])
+        return generator(read_regions(cache, image_ids), number, prompts, image)
 
+    texts: dict[int | str, list[Caption]] = {}
     batches = list(iterate(examples, batch))
     with evaluating(generator.captioner):
-        found = on_every_core(generate_batch, list(enumerate(batches)), generator.machine)
-        for chosen, texts_of_batch in zip(batches, found, strict=True):
-            texts.update(zip((example.id for example in chosen), texts_of_batch, strict=True))
+        outputs = on_every_core(generate_batch, list(enumerate(batches)), generator.machine)
+        for chosen, batch_texts in zip(batches, outputs, strict=True):
+            texts.update(zip((example.id for example in chosen), batch_texts, strict=True))
             done(len(chosen))
     return texts
 
 
-def rows_of(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
-    """The regions of images in a cache. An image id of None has 0 regions."""
+def read_regions(cache: FeatureCache | NoFeatures, image_ids: Sequence[int | None]) -> Regions:
+    """Read the regions of images from a cache. An image id of None has 0 regions."""
     ids = [image_id for image_id in image_ids if image_id is not None]
     parts = [torch.from_numpy(part) for part in cache.rows(ids)]
     if len(ids) == len(image_ids):
@@ -268,23 +271,21 @@ def caption_rows(
     batch: int = 100,
     done: Callable[[int], None] = lambda count: None,
 ) -> dict[int, list[Caption]]:
-    """Generate captions by image id over cached features: `generate_texts` without prompts."""
-    found = generate_texts(
-        generator,
-        cache,
-        [Example(image_id, image_id, "", ()) for image_id in image_ids],
-        batch,
-        done,
-    )
-    return cast(dict[int, list[Caption]], found)  # the examples' ids are those of the images
+    """Generate the captions of images from cached features: `generate_texts` without prompts.
+
+    Returns the captions by image id, best first.
+    """
+    examples = [Example(image_id, image_id, "", ()) for image_id in image_ids]
+    captions = generate_texts(generator, cache, examples, batch, done)
+    return cast(dict[int, list[Caption]], captions)  # the id of an example is its image id
 
 
 def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator:
-    """Yield work(part) for each part, in order. On a CPU one thread per core processes parts in
-    parallel.
+    """Yield work(part) for each part, in order.
 
-    This is faster than one part at a time with all cores, because decoding consists of many small
-    products and each would wait for the slowest core (10 % on an idle machine, more on a busy one).
+    On a CPU, one thread per core processes the parts in parallel. This is faster than one part at a
+    time on all cores, because decoding has many small matrix products, and each of them would wait
+    for the slowest core (10 % on an idle machine, more on a busy one).
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(parts)) if machine.device.type == "cpu" else 1
@@ -298,13 +299,14 @@ def on_every_core(work: Callable, parts: Sequence, machine: Machine) -> Iterator
             pool.shutdown(cancel_futures=True)
             raise
         finally:
-            # what was set in the pool is what threads begun later would take
+            # set_num_threads in the pool also changes the default of threads that start later
             torch.set_num_threads(cores)
 
 
 def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
-    """Store the weights of linear layers in bf16, as autocast would round them at every call.
-    Captions do not change.
+    """Store the weights of linear layers in bf16, if the precision is bf16.
+
+    Autocast rounds the weights to bf16 at every call, so the captions do not change.
     """
     if machine.precision == "bf16":
         for module in captioner.modules():
@@ -315,32 +317,38 @@ def cast_linears_to_bf16(captioner: nn.Module, machine: Machine) -> None:
 # ------------------------------------------------------------------------------------------ options
 
 
-def make_writer(
+def make_generator(
     captioner: nn.Module,
     checkpoint: Checkpoint,
     machine: Machine,
     given: Mapping[str, Any],
     seed: int = 0,
 ) -> CaptionGenerator:
-    """Make a CaptionGenerator from a run's decoding defaults, overridden by `given`."""
+    """Create a CaptionGenerator.
+
+    captioner: the decoder of the checkpoint, or an Ensemble.
+    given: decoding options, which override the defaults of the run.
+    seed: seed of random samples.
+    """
     given = dict(given)
     samples = given.pop("consensus", None)
     consensus = None
     if samples:
-        assert checkpoint.folder is not None  # it was loaded from there
+        assert checkpoint.folder is not None  # set by load_checkpoint
         consensus = Consensus(samples, Frequencies.load(checkpoint.folder))
-    how = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
-    decoder = cast(Decoder, captioner)  # an Ensemble has what generation asks of a decoder
+    options = make_generation(checkpoint.decoding, checkpoint.vocabulary, given)
+    decoder = cast(Decoder, captioner)  # an Ensemble has the methods that generation calls
     return CaptionGenerator(
-        decoder, checkpoint.vocabulary, machine, how, seed, consensus, checkpoint.answers
+        decoder, checkpoint.vocabulary, machine, options, seed, consensus, checkpoint.answers
     )
 
 
 def make_generation(
     defaults: Mapping[str, Any], vocabulary: Vocabulary, given: Mapping[str, Any]
 ) -> Generation:
-    """Make the Generation options from `given`, on top of a run's `defaults`; ModelError for
-    invalid options.
+    """Create Generation options from `given` and the `defaults` of a run.
+
+    Raises ModelError for invalid options.
     """
     options = {**defaults, **given}
     for name in ("bad_words", "force_words"):
@@ -352,29 +360,27 @@ def make_generation(
 def phrase_ids(
     phrases: Sequence[str], vocabulary: Vocabulary, must_be_known: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each phrase. A phrase with an unknown word is a ModelError if it is required;
-    otherwise it is left out with a message.
+    """Encode phrases to token ids.
+
+    A phrase without words or with an unknown word is left out with a message. It raises ModelError
+    if `must_be_known`.
     """
-    found = []
+    ids = []
     for phrase in phrases:
         words = segmented(phrase, vocabulary.segment)
-        ids = vocabulary.encode(words)
         unknown = [
-            word for word in words if any(number <= UNK for number in vocabulary.encode([word]))
+            word for word in words if any(token <= UNK for token in vocabulary.encode([word]))
         ]
         if words and not unknown:
-            found.append(tuple(ids))
-        elif must_be_known:
-            raise ModelError(
-                f"force_words_ids: {phrase!r}: {unknown or 'nothing'} is not in this captioner's "
-                f"vocabulary"
-            )
-        else:
-            say(
-                f"no caption has {phrase!r} anyhow: {unknown or 'nothing'} is not in this "
-                f"captioner's vocabulary"
-            )
-    return tuple(found)
+            ids.append(tuple(vocabulary.encode(words)))
+            continue
+        reason = "it has no words"
+        if unknown:
+            reason = f"the captioner's vocabulary does not have {', '.join(map(repr, unknown))}"
+        if must_be_known:
+            raise ModelError(f"force_words_ids: {phrase!r} cannot be generated: {reason}")
+        say(f"{phrase!r} is not forbidden, because no caption can have it: {reason}")
+    return tuple(ids)
 
 
 # -------------------------------------------------------------------------------------- photographs
@@ -383,17 +389,18 @@ def phrase_ids(
 class PhotoCaptioner(
     ModelHubMixin, library_name="onceover", pipeline_tag="image-to-text", model_card_template=CARD
 ):
-    """A checkpoint with its backbone: captions photographs.
+    """Captions photographs with a checkpoint and its backbone.
 
-    `options` are fields of models.generation.options.Generation, named as in Hugging Face's
-    generate, and `bad_words` and `force_words`, phrases as text. `save_pretrained` and
-    `push_to_hub` come from huggingface_hub.
+    The `options` of its methods are the fields of models.generation.options.Generation, which have
+    the names of Hugging Face's generate, and `bad_words` and `force_words` (phrases as text).
+    `save_pretrained` and `push_to_hub` come from huggingface_hub.
     """
 
-    # the mixin makes none of its own of what __init__ takes
+    # prevents that the mixin creates a config from the arguments of __init__
     _hub_mixin_config: Any = {}  # noqa: RUF012
 
-    max_pixels: int | None = None  # photographs of more are unreadable; None: Pillow's limit
+    # maximum number of pixels of a photograph; larger ones are unreadable; None: Pillow's limit
+    max_pixels: int | None = None
 
     def __init__(
         self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path
@@ -402,70 +409,79 @@ class PhotoCaptioner(
         self.captioner = checkpoint.captioner.to(machine.device)
         cast_linears_to_bf16(self.captioner, machine)
         self.backbone = place_backbone(backbone, machine)
-        # the last one is kept: the next batch mostly has the same options
-        self.writers: dict[str, CaptionGenerator] = {}
+        # the last generator by its options: the next batch usually has the same options
+        self.generators: dict[str, CaptionGenerator] = {}
 
     def generate(
         self, regions: Regions, seed: int = 0, number: int = 0, **options: Any
     ) -> list[list[Caption]]:
-        """Captions of each image of `regions`, num_return_sequences per image, best first."""
-        asked = repr((seed, sorted(options.items())))
-        if asked not in self.writers:
-            self.writers = {
-                asked: make_writer(self.captioner, self.checkpoint, self.machine, options, seed)
+        """Generate `num_return_sequences` captions of each image, best first.
+
+        seed, number: seed of random samples and number of the batch; the samples depend on both.
+        """
+        key = repr((seed, sorted(options.items())))
+        if key not in self.generators:
+            self.generators = {
+                key: make_generator(self.captioner, self.checkpoint, self.machine, options, seed)
             }
-        return self.writers[asked](regions, number)
+        return self.generators[key](regions, number)
 
     def caption(
         self, photos: Photograph | Sequence[Photograph], batch: int = 16, **options: Any
     ) -> str | list[str]:
-        """The caption of a photograph, or the captions of a list of them.
+        """Return the caption of a photograph, or the captions of a list of photographs.
 
-        A photograph is a path, a PIL image, the bytes of an image file or a uint8 array [H,W],
-        [H,W,3] or [H,W,4]; a list may mix them. Raises NotAPhotograph (a TypeError) for anything
-        else, and UnreadableImage, with the path in front, for the first photograph that cannot be
-        read.
+        photos: a photograph is a path, a PIL image, the bytes of an image file, or a uint8 array
+            [H,W], [H,W,3] or [H,W,4]. A list may have photographs of several types.
+        batch: photographs per batch.
+
+        Raises NotAPhotograph (a TypeError) for another type, and UnreadableImage for the first
+        photograph that cannot be read.
         """
-        photographs, one = as_photographs(photos)
-        captions: list[str] = []
+        photographs, is_single = as_photographs(photos)
+        texts: list[str] = []
         for number, chosen in enumerate(iterate(photographs, batch)):
-            found = self.try_caption(chosen, number=number, **options)
-            for photo, (written, reason) in zip(chosen, found, strict=True):
+            results = self.try_caption(chosen, number=number, **options)
+            for photo, (captions, reason) in zip(chosen, results, strict=True):
                 if reason:
-                    raise UnreadableImage(f"{describe(photo, len(captions))}: {reason}")
-                captions.append(written[0].text)
-        return captions[0] if one else captions
+                    raise UnreadableImage(f"{describe(photo, len(texts))}: {reason}")
+                texts.append(captions[0].text)
+        return texts[0] if is_single else texts
 
     def try_caption(
         self, photos: Sequence[Photograph], **options: Any
     ) -> list[tuple[list[Caption], str]]:
-        """Caption one batch of photographs: (captions, "") for each one, ([], reason) for
-        unreadable ones.
+        """Caption one batch of photographs, and report unreadable ones.
+
+        Returns (captions, "") for each readable photograph, and ([], reason) for each unreadable
+        one.
         """
         regions, reasons = self.extract(photos)
-        captions = iter([] if regions is None else self.generate(regions, **options))
-        return [([] if reason else next(captions), reason) for reason in reasons]
+        remaining = iter([] if regions is None else self.generate(regions, **options))
+        return [([] if reason else next(remaining), reason) for reason in reasons]
 
     def extract(self, photos: Sequence[Photograph]) -> tuple[Regions | None, list[str]]:
-        """The regions of the readable photographs, and for each photograph why it is unreadable
-        ("" if it is readable). None: no photograph is readable.
+        """Extract the regions of the readable photographs.
+
+        Returns (regions, reasons): the regions, None if no photograph is readable, and for each
+        photograph the reason why it is unreadable, "" if it is readable.
         """
         photographs = Photographs(photos, framing_of(self.backbone, self.max_pixels))
-        read = [photographs[i] for i in range(len(photographs))]
-        reasons = [reason for _, reason in read]
-        good = [photo for photo, _ in read if photo is not None]
-        if not good:
+        decoded = [photographs[i] for i in range(len(photographs))]
+        reasons = [reason for _, reason in decoded]
+        readable = [photo for photo, _ in decoded if photo is not None]
+        if not readable:
             return None, reasons
-        pixels, frames = stack(good)
-        return extract_regions(self.backbone, pixels, self.machine, frames), reasons
+        pixels, view_boxes = stack(readable)
+        return extract_regions(self.backbone, pixels, self.machine, view_boxes), reasons
 
     def answers(
         self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any
     ) -> list[list[Caption]]:
-        """The `count` best answers to each question about a photograph, best first.
+        """Answer questions about a photograph: the `count` best answers to each, best first.
 
-        The photograph is encoded once. Raises UnreadableImage, and UserError for a checkpoint that
-        was not trained on questions.
+        The photograph is encoded once. Raises UnreadableImage, and UserError if the checkpoint was
+        not trained on questions.
         """
         if not self.captioner.config.max_prompt:
             raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
@@ -474,22 +490,25 @@ class PhotoCaptioner(
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
         beams = max(count, self.checkpoint.decoding["beam"])
         options = {"num_beams": beams, **options, "num_return_sequences": count}
-        generator = make_writer(self.captioner, self.checkpoint, self.machine, options)
+        generator = make_generator(self.captioner, self.checkpoint, self.machine, options)
         return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
 
     def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
-        """The best answer to a question about a photograph, or those to a list of questions."""
+        """Return the best answer to a question about a photograph, or to each of a list of
+        questions.
+        """
         questions = [question] if isinstance(question, str) else question
-        best = [found[0].text for found in self.answers(photo, questions, 1)]
-        return best[0] if isinstance(question, str) else best
+        texts = [answers[0].text for answers in self.answers(photo, questions, 1)]
+        return texts[0] if isinstance(question, str) else texts
 
-    # the mixin's own arguments, as `revision`, are among `options`
+    # `options` takes the arguments of the mixin's method, such as `revision`
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> PhotoCaptioner:
-        """Open a checkpoint folder, or `user/name` from the hub. options: those of
-        huggingface_hub's snapshot_download.
+        """Open a checkpoint folder, or `user/name` from the hub.
+
+        options: arguments of huggingface_hub's snapshot_download.
         """
         folder = (
             Path(name) if Path(name).is_dir() else checkpoint_folder(f"{SCHEME}{name}", **options)
@@ -497,11 +516,13 @@ class PhotoCaptioner(
         return load_captioner(folder, device, precision)
 
     def save_pretrained(self, save_directory: Path | str, **options: Any) -> str | None:
-        """Write the checkpoint's files, without those that only training needs, and a model
-        card.
+        """Write the files of the checkpoint and a model card.
+
+        Files that only training needs are left out. options: arguments of huggingface_hub's
+        save_pretrained. Raises UserError if the folder is that of the checkpoint.
         """
         if Path(save_directory).resolve() == self.folder.resolve():
-            raise UserError(f"{save_directory} is the checkpoint itself; name another folder")
+            raise UserError(f"{save_directory} is the checkpoint itself; pass another folder")
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -511,8 +532,9 @@ class PhotoCaptioner(
 def load_captioner(
     path: Path | str, device: str = "auto", precision: str = "auto"
 ) -> PhotoCaptioner:
-    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs. It needs no other
-    file.
+    """Open a checkpoint folder, or `hf-hub:user/name`, to caption photographs.
+
+    device: "auto", "cpu", "cuda" or "mps". precision: "auto", "fp32" or "bf16".
     """
     folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)

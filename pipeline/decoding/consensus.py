@@ -1,15 +1,16 @@
-"""Minimum Bayes risk (Kumar and Byrne 2004): of the beams' captions the one nearest, by CIDEr, to
-what the captioner draws.
+"""Minimum Bayes risk decoding (Kumar and Byrne 2004) with CIDEr.
 
-The likeliest caption is a safe one; the one that agrees most with all that might be said scores
-higher. A caption's expected CIDEr is the mean of CIDEr-D against samples in place of references,
-document frequencies being those of the training captions. C candidates, S samples, L words at most,
-N = 4 lengths of n-grams.
+Of the captions of a beam search, it chooses the one with the highest expected CIDEr. The expected
+CIDEr of a caption is its mean CIDEr-D against samples of the captioner, which replace the
+references. The document frequencies are those of the training captions. The most likely caption is
+often generic; the chosen caption scores higher.
 
-This is a CIDEr of its own, beside pipeline.scoring.token_cider: there the samples would be
-references that are counted anew for each image, and their document frequencies cannot be those of
-the training captions. For 5 beams and 50 samples this takes 2.5 ms an image, token_cider 5.3 ms one
-image at a time and 2.8 ms for 50 images together (2 cores of an AMD EPYC, one thread, 2026-11-28).
+C: candidates. S: samples. L: maximum number of words. n-grams have 1 to ORDERS = 4 words.
+
+pipeline.scoring.token_cider is not used here. It would count the samples of each image as
+references, and it cannot use the document frequencies of the training captions. For 5 beams and 50
+samples this module takes 2.5 ms per image. token_cider takes 5.3 ms for one image at a time, and
+2.8 ms per image for 50 images together (2 cores of an AMD EPYC, one thread, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -27,54 +28,61 @@ from pipeline.cli import UserError
 from pipeline.scoring.metrics import SIGMA
 from pipeline.scoring.ngrams import ORDERS
 
-BITS, MOST_WORDS = 16, 2**16 - 1  # four words are packed into one number; 0 is padding
+# An n-gram is packed into 64 bits: 16 bits for each of up to 4 words. 0 means no word.
+BITS, MAX_WORDS = 16, 2**16 - 1
 NAME = "frequencies.safetensors"
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Document frequencies of n-grams: in how many of `documents` training images they occur.
+    """Document frequencies: the number of training images whose captions have an n-gram.
 
-    names [G] uint64, sorted; counts [G] int32. N-grams of a single image are left out, because
-    CIDEr treats an unseen n-gram as one with a document frequency of 1.
+    ngrams: [G] uint64, packed n-grams (`pack_ngrams`), sorted. N-grams of one image only are left
+        out, because CIDEr treats an unknown n-gram as one with a document frequency of 1.
+    counts: [G] int32, their document frequencies.
+    documents: number of training images.
     """
 
-    names: np.ndarray
+    ngrams: np.ndarray
     counts: np.ndarray
     documents: int
 
     @classmethod
     def count(cls, images: Iterable[Sequence[Sequence[int]]]) -> Frequencies:
-        """Count over the captions' token ids, grouped by image. <bos> and <eos> are not words."""
-        found, documents = [], 0
+        """Count the n-grams of captions.
+
+        images: for each image its captions as token ids. <bos> and <eos> are not counted.
+        """
+        ngrams_of_images = []
         for captions in images:
-            words = [
-                [number for number in caption if number not in (BOS, EOS)] for caption in captions
-            ]
-            table = np.zeros((len(words), max(map(len, words)) or 1), np.int64)
-            for row, caption in zip(table, words, strict=True):
-                row[: len(caption)] = caption
-            lengths = np.array([len(caption) for caption in words])
-            names = [
-                name_ngrams(table, n)[place_of(lengths, table.shape[1], n)]
+            words = [[token for token in ids if token not in (BOS, EOS)] for ids in captions]
+            lengths = np.array([len(ids) for ids in words])
+            table = np.zeros((len(words), lengths.max() or 1), np.int64)
+            for row, ids in zip(table, words, strict=True):
+                row[: len(ids)] = ids
+            ngrams = [
+                pack_ngrams(table, n)[ngram_mask(lengths, table.shape[1], n)]
                 for n in range(1, ORDERS + 1)
             ]
-            found.append(np.unique(np.concatenate(names)))
-            documents += 1
-        distinct, counts = np.unique(np.concatenate(found), return_counts=True)
-        return cls(distinct[counts > 1], counts[counts > 1].astype(np.int32), documents)
+            ngrams_of_images.append(np.unique(np.concatenate(ngrams)))
+        distinct, counts = np.unique(np.concatenate(ngrams_of_images), return_counts=True)
+        several = counts > 1
+        return cls(distinct[several], counts[several].astype(np.int32), len(ngrams_of_images))
 
-    def idf(self, names: np.ndarray) -> np.ndarray:
-        """Inverse document frequencies log(documents / document frequency) of n-grams by name."""
-        if not len(self.names):
-            return np.full(len(names), np.log(self.documents))
-        place = np.minimum(np.searchsorted(self.names, names), len(self.names) - 1)
-        counts = np.where(self.names[place] == names, self.counts[place], 1)
+    def idf(self, ngrams: np.ndarray) -> np.ndarray:
+        """Inverse document frequencies: log(documents / document frequency), [G] float64.
+
+        ngrams: [G] uint64, packed.
+        """
+        if not len(self.ngrams):
+            return np.full(len(ngrams), np.log(self.documents))
+        index = np.minimum(np.searchsorted(self.ngrams, ngrams), len(self.ngrams) - 1)
+        counts = np.where(self.ngrams[index] == ngrams, self.counts[index], 1)
         return np.log(self.documents) - np.log(counts)
 
     def save(self, folder: Path) -> None:
         tensors = {
-            "names": torch.from_numpy(self.names.view(np.int64)),
+            "names": torch.from_numpy(self.ngrams.view(np.int64)),
             "counts": torch.from_numpy(self.counts),
             "documents": torch.tensor(self.documents),
         }
@@ -82,73 +90,72 @@ class Frequencies:
 
     @classmethod
     def load(cls, folder: Path) -> Frequencies:
-        """Load the frequencies of a checkpoint; UserError if the file is missing or invalid."""
+        """Load the frequencies of a checkpoint. Raises UserError if the file is missing or
+        invalid.
+        """
         if not (folder / NAME).exists():
             raise UserError(
-                f"--consensus: {folder} has no {NAME}: vocabularies of more than "
-                f"{MOST_WORDS:,} words have none, nor "
-                "have runs that were trained before there was one; train it again"
+                f"--consensus: {folder} has no {NAME}: runs of old versions of Onceover, and "
+                f"vocabularies of more than {MAX_WORDS:,} words have none. Train again, or omit "
+                "--consensus"
             )
         tensors, _ = load_tensors(folder / NAME)
-        kinds = {"names": torch.int64, "counts": torch.int32, "documents": torch.int64}
+        dtypes = {"names": torch.int64, "counts": torch.int32, "documents": torch.int64}
         shapes = {
-            name: value.shape for name, value in tensors.items() if value.dtype == kinds.get(name)
+            name: value.shape for name, value in tensors.items() if value.dtype == dtypes.get(name)
         }
-        if (
-            shapes.keys() != kinds.keys()
-            or shapes["names"] != shapes["counts"]
-            or shapes["documents"] != ()
-        ):
+        is_valid = (
+            shapes.keys() == dtypes.keys()
+            and len(shapes["names"]) == 1
+            and shapes["names"] == shapes["counts"]
+            and shapes["documents"] == ()
+        )
+        if is_valid:
+            ngrams, counts = tensors["names"].numpy().view(np.uint64), tensors["counts"].numpy()
+            documents = int(tensors["documents"])
+            is_sorted = (np.diff(ngrams.astype(object)) > 0).all()
+            is_valid = bool(is_sorted and (counts >= 1).all() and (counts <= documents).all())
+        if not is_valid:
             raise UserError(
-                f"{folder / NAME} holds no document frequencies; copy it again, or train again"
-            )
-        names, counts = tensors["names"].numpy().view(np.uint64), tensors["counts"].numpy()
-        documents = int(tensors["documents"])
-        if (
-            names.ndim != 1
-            or (np.diff(names.astype(object)) <= 0).any()
-            or (counts < 1).any()
-            or (counts > documents).any()
-        ):
-            raise UserError(
-                f"{folder / NAME} holds no document frequencies; copy it again, or train again"
+                f"{folder / NAME} has no valid document frequencies; copy it again, or train again"
             )
         if documents < 2:
             raise UserError(
-                "--consensus: CIDEr weighs an n-gram by how few training images have it in "
-                f"their captions, and {folder} was "
-                "trained on one image: all weights are 0. Leave --consensus out, or train on "
-                "more images"
+                "--consensus: CIDEr gives an n-gram a higher weight if fewer training images have "
+                f"it in their captions, and {folder} was trained on one image: all weights are 0. "
+                "Omit --consensus, or train on more images"
             )
-        return cls(names, counts, documents)
+        return cls(ngrams, counts, documents)
 
 
 def save_frequencies(images: Sequence[Sequence[Sequence[int]]], words: int, folder: Path) -> None:
-    """Count and save the document frequencies of a run's captions.
+    """Count and save the document frequencies of the training captions.
 
-    A vocabulary of more than MOST_WORDS words has none, because its n-grams do not fit 64 bits;
-    --consensus reports that.
+    images: for each image its captions as token ids. words: size of the vocabulary.
+
+    Nothing is saved if the vocabulary has more than MAX_WORDS words, because its n-grams do not fit
+    into 64 bits.
     """
-    if words <= MOST_WORDS:
+    if words <= MAX_WORDS:
         Frequencies.count(images).save(folder)
 
 
-def name_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """Pack the n-gram at each position of token ids [K,L] into one number: uint64 [K,L-n+1]."""
-    if tokens.max(initial=0) >= MOST_WORDS:
-        raise UserError(f"--consensus takes vocabularies of up to {MOST_WORDS:,} words")
-    width = tokens.shape[1] - n + 1
-    names = np.zeros((len(tokens), max(width, 0)), np.uint64)
+def pack_ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
+    """Pack the n-gram at each position of token ids [K,L] into one number: [K,L-n+1] uint64."""
+    if tokens.max(initial=0) >= MAX_WORDS:
+        raise UserError(f"--consensus needs a vocabulary of at most {MAX_WORDS:,} words")
+    width = max(tokens.shape[1] - n + 1, 0)
+    ngrams = np.zeros((len(tokens), width), np.uint64)
     for k in range(n):
-        names |= (tokens[:, k : k + max(width, 0)].astype(np.uint64) + np.uint64(1)) << np.uint64(
-            BITS * k
-        )
-    return names
+        words = tokens[:, k : k + width].astype(np.uint64) + np.uint64(1)
+        ngrams |= words << np.uint64(BITS * k)
+    return ngrams
 
 
-def place_of(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
-    """Mask of the positions where n-grams begin in captions of `lengths` [K], padded to `width`
-    words: bool [K,width-n+1].
+def ngram_mask(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
+    """Mask of the positions that begin an n-gram of words, without padding: [K,width-n+1] bool.
+
+    lengths: [K], numbers of words of captions that are padded to `width`.
     """
     return np.arange(max(width - n + 1, 0)) < (lengths - n + 1)[:, None]
 
@@ -156,35 +163,36 @@ def place_of(lengths: np.ndarray, width: int, n: int) -> np.ndarray:
 def expected_cider(
     candidates: np.ndarray, samples: np.ndarray, frequencies: Frequencies
 ) -> np.ndarray:
-    """The mean CIDEr-D of each of `candidates` [C,L] against `samples` [S,L]: [C] float64.
+    """Compute the mean CIDEr-D of each candidate against the samples: [C] float64.
 
-    Captions end at their <eos>.
+    candidates: [C,L] token ids. samples: [S,L] token ids. Captions end at their first <eos>.
     """
+    count = len(candidates)  # the first `count` rows are candidates, the others are samples
     tokens = np.concatenate([candidates, samples])
     lengths = np.where((tokens == EOS).any(1), (tokens == EOS).argmax(1), tokens.shape[1])
-    own, similar = slice(len(candidates)), np.zeros((len(candidates), len(samples)))
+    similarity = np.zeros((count, len(samples)))
     for n in range(1, ORDERS + 1):
-        rows, places = np.nonzero(place_of(lengths, tokens.shape[1], n))
-        names, column = np.unique(name_ngrams(tokens, n)[rows, places], return_inverse=True)
+        rows, positions = np.nonzero(ngram_mask(lengths, tokens.shape[1], n))
+        ngrams, column = np.unique(pack_ngrams(tokens, n)[rows, positions], return_inverse=True)
         counts = np.bincount(
-            rows * len(names) + column, minlength=len(tokens) * len(names)
-        ).reshape(len(tokens), len(names))
-        idf = frequencies.idf(names)
+            rows * len(ngrams) + column, minlength=len(tokens) * len(ngrams)
+        ).reshape(len(tokens), len(ngrams))
+        idf = frequencies.idf(ngrams)
         norms = np.sqrt(((counts * idf) ** 2).sum(1))
-        there = counts[own].any(0)  # n-grams that no candidate has only enter the norms
-        mine, theirs, weights = (
-            counts[own][:, there],
-            counts[len(candidates) :][:, there],
-            idf[there] ** 2,
+        # The dot products only need the n-grams of the candidates.
+        in_candidates = counts[:count].any(0)
+        candidate_counts, sample_counts = np.split(counts[:, in_candidates], [count])
+        weights = idf[in_candidates] ** 2
+        dots = np.zeros_like(similarity)
+        # min(a, b) * b is the sum over k of (a >= k) * (b >= k) * b
+        for k in range(1, candidate_counts.max(initial=0) + 1):
+            weighted = sample_counts * (sample_counts >= k) * weights
+            dots += (candidate_counts >= k).astype(np.float32) @ weighted.astype(np.float32).T
+        norm_products = norms[:count, None] * norms[count:]
+        similarity += np.divide(
+            dots, norm_products, out=np.zeros_like(dots), where=norm_products > 0
         )
-        dots = np.zeros_like(similar)
-        # min(a, b) b = the sum over k of [a >= k] [b >= k] b
-        for k in range(1, mine.max(initial=0) + 1):
-            dots += (mine >= k).astype(np.float32) @ (theirs * (theirs >= k) * weights).astype(
-                np.float32
-            ).T
-        both = norms[own, None] * norms[len(candidates) :]
-        similar += np.divide(dots, both, out=np.zeros_like(dots), where=both > 0)
-    pairs = np.maximum(lengths - 1, 0)  # pycocoevalcap's length
-    apart = pairs[own, None] - pairs[len(candidates) :]
-    return (similar / ORDERS * np.exp(-(apart**2) / (2 * SIGMA**2))).mean(1) * 10
+    bigrams = np.maximum(lengths - 1, 0)  # the caption length that pycocoevalcap uses
+    difference = bigrams[:count, None] - bigrams[count:]
+    penalty = np.exp(-(difference**2) / (2 * SIGMA**2))
+    return (similarity / ORDERS * penalty).mean(1) * 10

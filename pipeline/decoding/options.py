@@ -11,7 +11,7 @@ from typing import Any
 from models import MAX_CAPTIONS, ModelError
 from pipeline.cli import Settings, UserError, flag_of, setting
 
-# names of options in models.generation.options.Generation, where they differ
+# names of the options in models.generation.options.Generation, if they differ
 NAMES = {
     "beam": "num_beams",
     "sample": "do_sample",
@@ -26,43 +26,47 @@ NAMES = {
 
 @dataclass(frozen=True)
 class DecodingOptions(Settings):
-    """Options of beam search and sampling. None: the run's own value, or the default of
-    Generation.
-    """
+    """Options of beam search and sampling. None: the default of the run, or of `Generation`."""
 
-    beam: int | None = setting(None, "beams  [the run's]", at_most=MAX_CAPTIONS, group="decoding")
+    beam: int | None = setting(
+        None, "beam size  [the run's]", at_most=MAX_CAPTIONS, group="decoding"
+    )
     length_penalty: float | None = setting(
         None,
-        "length penalty: scores are divided by length to this power  [the run's]",
+        "length penalty: a score is the log-probability divided by the length to this power  [the "
+        "run's]",
         group="decoding",
     )
-    sample: bool = setting(False, "draw random captions instead of beam search", group="decoding")
+    sample: bool = setting(False, "sample captions instead of beam search", group="decoding")
     temperature: float | None = setting(
         None, "sampling temperature, with --sample  [1]", group="decoding"
     )
     top_k: int | None = setting(
-        None, "with --sample, draw from the K most likely words  [all]", group="decoding"
+        None, "with --sample, sample from the K most likely words  [all]", group="decoding"
     )
     top_p: float | None = setting(
         None,
-        "with --sample, nucleus sampling: draw from the most likely words whose probabilities add "
-        "up to this  [1]",
+        "with --sample, nucleus sampling: sample from the most likely words whose probabilities "
+        "sum to this value  [1]",
         group="decoding",
     )
-    beam_groups: int | None = setting(None, "groups of diverse beam search  [1]", group="decoding")
+    beam_groups: int | None = setting(
+        None, "number of groups of diverse beam search  [1]", group="decoding"
+    )
     diversity: float | None = setting(
         None,
-        "diversity penalty: log-probability that a word loses if an earlier group chose it  [0]",
+        "diversity penalty: subtracted from the log-probability of a word each time that an "
+        "earlier group chose it  [0]",
         group="decoding",
     )
     no_repeat_ngram: int | None = setting(
-        None, "forbid repeated N-grams  [not forbidden]", group="decoding"
+        None, "forbid repeated n-grams of this length  [allowed]", group="decoding"
     )
     min_length: int | None = setting(
-        None, "smallest number of words of a caption  [0]", group="decoding"
+        None, "minimum number of words of a caption  [0]", group="decoding"
     )
     max_length: int | None = setting(
-        None, "largest number of words of a caption  [the run's]", group="decoding"
+        None, "maximum number of words of a caption  [the run's]", group="decoding"
     )
     bad_words: tuple[str, ...] = setting(
         (), "forbidden word or phrase; may be repeated", group="decoding"
@@ -72,21 +76,21 @@ class DecodingOptions(Settings):
     )
     consensus: int | None = setting(
         None,
-        "minimum Bayes risk decoding: choose the beam with the highest mean CIDEr against this "
-        "many samples",
+        "minimum Bayes risk decoding: number of samples per image. The caption is the beam with "
+        "the highest mean CIDEr against the samples",
         at_least=1,
         at_most=MAX_CAPTIONS,
         group="decoding",
     )
     nbest: int | None = setting(
         None,
-        "captions per image, with their log-probabilities  [1]",
+        "number of captions per image; the output also has their log-probabilities  [1]",
         at_most=MAX_CAPTIONS,
         group="decoding",
     )
 
     def given(self) -> dict[str, Any]:
-        """The options that were set, by name."""
+        """Return the options that are not their default, by name."""
         values = {
             item.name: getattr(self, item.name)
             for item in fields(DecodingOptions)
@@ -101,17 +105,19 @@ class DecodingOptions(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample and self.beam is not None:
-            raise UserError("--sample draws each caption by itself; it takes no --beam")
+            raise UserError("--sample cannot be used with --beam: it samples without beam search")
         if self.consensus and (self.sample or self.beam_groups or self.force_words):
             raise UserError(
-                "--consensus chooses among the beams: no --sample, --beam-groups or "
-                "--force-words with it"
+                "--consensus cannot be used with --sample, --beam-groups or --force-words: it "
+                "chooses one of the beams"
             )
 
 
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
-    """Rewrite the argument names in a ModelError as option names."""
+    """Context manager: replaces argument names in a ModelError by option names, and raises it as
+    UserError.
+    """
     flags = {
         NAMES.get(item.name, item.name): flag_of(item.name) for item in fields(DecodingOptions)
     }
@@ -119,6 +125,6 @@ def by_option() -> Iterator[None]:
         yield
     except ModelError as error:
         text = re.sub(
-            r"\w+_\w+|\btemperature\b", lambda found: flags.get(found[0], found[0]), str(error)
+            r"\w+_\w+|\btemperature\b", lambda match: flags.get(match[0], match[0]), str(error)
         )
         raise UserError(text) from error

@@ -234,7 +234,7 @@ def decode(
         The texts of each example by example id, best first, and the decoding options.
     """
     from models.generation.ensemble import Ensemble
-    from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_writer
+    from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_generator
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
@@ -249,7 +249,7 @@ def decode(
     method += f", consensus with {config.consensus} samples" if config.consensus else ""
     with by_option(), progress(len(examples), "images", method) as bar:
         checkpoint = replace(checkpoints[0], decoding=defaults)
-        writer = make_writer(captioner, checkpoint, machine, config.given(), config.seed)
+        writer = make_generator(captioner, checkpoint, machine, config.given(), config.seed)
         texts = generate_texts(writer, cache, examples, config.batch, bar.step)
     say(
         f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {method}, "

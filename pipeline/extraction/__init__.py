@@ -1,1 +1,1 @@
-"""Extraction of photographs into the shards of a feature cache, and maintenance of caches."""
+"""Extraction of photographs to the shards of a feature cache, and maintenance of caches."""

@@ -1,7 +1,6 @@
-"""Run a backbone on a machine and store its weights with a cache.
+"""Run a backbone on a device, and store its weights with a cache.
 
-Extraction and captioning both use `extract_regions`, so a photograph gets the same features in
-both.
+Extraction and captioning both call `extract_regions`, so they compute the same features.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from pipeline.checkpoints.tensors import save_tensors
 from pipeline.runtime import Machine
 
 MAX_PIXELS_HELP = (
-    "largest number of pixels of a photograph; larger ones are listed as unreadable. "
-    "Decoding takes 9 bytes per pixel in each worker  [89 million]"
+    "maximum number of pixels of a photograph; larger ones are listed as unreadable. "
+    "Decoding needs 9 bytes of memory per pixel in each worker  [89 million]"
 )
 
 
@@ -29,7 +28,7 @@ def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
 
 
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
-    """Save the weights once as backbone.safetensors, so that the folder needs no other file."""
+    """Save the weights as backbone.safetensors in `folder`, if the file does not exist."""
     target = folder / "backbone.safetensors"
     if not target.exists():
         save_tensors(target, backbone.weights())
@@ -46,16 +45,18 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
 def extract_regions(
     backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None
 ) -> Regions:
-    """Compute the regions of photographs as a cache stores them: features [B,R,C] float16, on the
-    machine's device.
+    """Compute the regions of photographs.
 
-    pixels: [B,3,H,W] uint8. view_boxes: [B,4] on the host, the part of the photograph that the
-    pixels show, x0 y0 x1 y1 in 0..1; None: the whole photograph.
+    pixels: [B,3,H,W] uint8.
+    view_boxes: [B,4] on the CPU, the part of each photograph that the pixels show, x0 y0 x1 y1 in
+        0..1; None: the whole photograph.
+
+    Returns regions on the machine's device with features [B,R,C] float16, as a cache stores them.
     """
     if view_boxes is not None and torch.equal(
         view_boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(view_boxes)
     ):
-        view_boxes = None  # all cells are whole: no box has to be clipped
+        view_boxes = None  # the pixels show whole photographs, so no cell has to be clipped
     with torch.inference_mode(), machine.autocast():
         images = pixels.to(machine.device, non_blocking=True).contiguous(
             memory_format=torch.channels_last

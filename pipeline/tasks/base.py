@@ -1,7 +1,7 @@
-"""What every task is. Training, validation and evaluation use nothing else.
+"""The interface of tasks, which training, validation and evaluation use.
 
-A task turns a dataset into examples, and the texts that a decoder gives for them into scores. It is
-one file under pipeline/tasks/ and one line in pipeline/tasks/registry.py.
+A task creates examples from a dataset, and scores the texts that a decoder generates for them. A
+new task is one file in pipeline/tasks/ and one line in pipeline/tasks/registry.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ __all__ = ["Example", "Task"]
 
 
 class Task(ABC):
-    """A task, with its options.
+    """Base class of tasks.
 
-    name: its name in the registry.
-    metric: the score that chooses the best epoch, of those that `score` gives; higher is better.
-    shown: further scores that training prints for each validation, with the names to print them by.
-    unit: what its texts are called, in the plural.
-    Options: a frozen dataclass of the task's own options, fields with `setting`; None: it has none.
-    scored_as_captions: `score` is that of captions, and pipeline.evaluate gives it with all that
-        captions have (intervals, METEOR, comparison with another file).
-    output: "words": the decoder generates text; "classes": it chooses one of `answers`.
-    self_critical: whether --scst can train it: rewards are scores of a text against its image's
-        references.
+    name: name of the task in the registry.
+    metric: the score that chooses the best epoch, a key of the result of `score`; higher is better.
+    shown: further scores that training prints at each validation: {key: printed name}.
+    unit: name of the texts in messages, in the plural.
+    Options: a frozen dataclass of options whose fields are made by `setting`; None: no options.
+    scored_as_captions: whether the scores are those of captions. Then pipeline.evaluate also
+        computes confidence intervals, METEOR, and comparisons with other files.
+    self_critical: whether --scst can train the task. The rewards compare a text with the references
+        of its image.
+    output: "words": the decoder generates text; "classes": the decoder chooses one of `answers`.
+    answers: with output "classes", the text of each class.
     """
 
     name: str
@@ -42,7 +43,11 @@ class Task(ABC):
     answers: tuple[str, ...] = ()
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
-        """options: an instance of Options; segment: what a word is, as data.segmentation has it."""
+        """Create the task.
+
+        options: an instance of Options; None: the default options.
+        segment: unit of the texts, one of data.segmentation.SEGMENTS.
+        """
         self.options: Any = (
             options if options is not None else self.Options() if self.Options else None
         )
@@ -50,32 +55,41 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
-        """The examples of a split, those of one image side by side; limit: of the first images
-        only.
+        """Create the examples of a split. Examples of one image are adjacent.
 
-        Raises DataError for a split that does not exist, and for one that lacks what the task
-        needs.
+        limit: use only the first `limit` images.
+
+        Raises DataError if the split does not exist or lacks data for the task.
         """
 
     @abstractmethod
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
-        """Scores by name, `metric` among them, of the text in `outputs` (by example id) for each
-        example.
+        """Compute scores of generated texts.
 
-        train: the training examples, which a score may take its statistics from.
+        outputs: the text of each example, by example id.
+        examples: the examples with their references.
+        train: the training examples, for scores that need statistics of the training texts.
+
+        Returns the scores by name, including `metric`.
         """
 
     def choose_answers(self, train: Sequence[Example]) -> str:
-        """With output "classes": set `answers` from the training examples. Returns a line to
-        print.
+        """With output "classes": set `answers` from the training examples.
+
+        Returns a message for the user.
         """
         return ""
 
     def labels(self, example: Example) -> list[tuple[int, float]]:
-        """With output "classes": the classes that are right, with weights in 0..1."""
+        """With output "classes": return the correct classes of an example, with weights in
+        0..1.
+        """
         return []
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:
-        """Whether a text with these words (prompt and target) also holds of the mirrored image."""
+        """Return whether a text is also true of the mirrored image.
+
+        words: the words of its prompt and its target.
+        """
         return True

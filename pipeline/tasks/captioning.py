@@ -1,4 +1,4 @@
-"""Captioning: an image, no prompt, and its reference captions."""
+"""The captioning task: an image without a prompt, and its reference captions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 
 FEW_DOCUMENTS = 100  # with fewer images, CIDEr also counts document frequencies in train
-SIDES = ("left", "right")  # words that begin so do not hold for a mirrored image
+# A caption with a word that starts with one of these is not true of the mirrored image.
+SIDES = ("left", "right")
 
-# Articles, prepositions and conjunctions, after which more must come; not those that are adverbs
-# too ("a dog looks up").
+# Articles, prepositions and conjunctions. A caption that ends with one of them is unfinished. Words
+# that can also be adverbs are not in the list ("a dog looks up").
 _ENDINGS = (
     "a an the about against among as at beside between during for from in into like of on onto "
     "per than to toward towards upon "
@@ -26,14 +27,12 @@ UNFINISHED = frozenset(_ENDINGS.split())
 
 
 def caption_examples(images: Iterable[Image]) -> list[Example]:
-    """One example per image, with the image's id, no prompt and its captions."""
+    """Create one example per image. Its id is the image id; it has no prompt."""
     return [Example(image.id, image.id, "", image.captions) for image in images]
 
 
 class Captioning(Task):
-    """Scored as coco-caption does: CIDEr, BLEU-1 to 4, ROUGE-L. An example's id is its image's
-    id.
-    """
+    """Captioning. The scores are those of coco-caption: CIDEr, BLEU-1 to BLEU-4 and ROUGE-L."""
 
     name = "captioning"
     metric = "CIDEr"
@@ -41,7 +40,8 @@ class Captioning(Task):
     unit = "captions"
     scored_as_captions = True
     self_critical = True
-    _counted: tuple[Sequence[Example], References] | None = None
+    # examples of the last call of `score`, and their counted references
+    _cached: tuple[Sequence[Example], References] | None = None
 
     def examples(self, source: Source, split: str, limit: int | None = None) -> list[Example]:
         images = source.select(split)[:limit]
@@ -50,26 +50,27 @@ class Captioning(Task):
 
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, float]:  # fmt: skip
-        """Score captions as coco-caption does.
+        """Compute the scores of coco-caption.
 
-        With fewer than FEW_DOCUMENTS images, CIDEr counts document frequencies over train and these
-        images together. With a single image alone, all CIDEr scores would be 0.
+        With fewer than FEW_DOCUMENTS images, the document frequencies of CIDEr are counted over
+        train and these images. Without train, all CIDEr scores of a single image would be 0.
         """
-        if self._counted is None or self._counted[0] is not examples:
-            captions = _by_image(examples)
+        if self._cached is None or self._cached[0] is not examples:
+            references = _by_image(examples)
             frequencies = None
-            if len(captions) < FEW_DOCUMENTS and train:
-                frequencies = _by_image(train) | captions
-            self._counted = (
-                examples,
-                References(captions, frequencies=frequencies, segment=self.segment),
-            )
-        by_image = cast(Mapping[int, str], outputs)  # an example's id is its image's
-        return score(by_image, self._counted[1]).values
+            if len(references) < FEW_DOCUMENTS and train:
+                frequencies = _by_image(train) | references
+            counted = References(references, frequencies=frequencies, segment=self.segment)
+            self._cached = examples, counted
+        captions = cast(Mapping[int, str], outputs)  # the id of an example is its image id
+        return score(captions, self._cached[1]).values
 
     def holds_mirrored(self, words: Sequence[str]) -> bool:
         return not any(word.startswith(SIDES) for word in words)
 
 
 def _by_image(examples: Sequence[Example]) -> dict[int, tuple[str, ...]]:
-    return {e.image_id: e.targets for e in examples if e.image_id is not None}
+    """References by image id."""
+    return {
+        example.image_id: example.targets for example in examples if example.image_id is not None
+    }

@@ -15,18 +15,21 @@ TASKS: dict[str, type[Task]] = {"captioning": Captioning, "vqa": VisualQuestionA
 
 
 def task_of(training: Mapping[str, Any], segment: str) -> Task:
-    """Create the task that a run's config.json records, with its options; UserError for an unknown
-    task.
+    """Create the task of a run with its options.
+
+    training: the settings of the run, as in its config.json.
+    segment: unit of the texts, one of data.segmentation.SEGMENTS.
+
+    Raises UserError for an unknown task.
     """
     name = training.get("task", Captioning.name)
     if name not in TASKS:
         raise UserError(
             f"the checkpoint was trained for task {name!r}; this version has {', '.join(TASKS)}"
         )
-    options = TASKS[name].Options
-    if options is None:
-        return TASKS[name](segment=segment)
-    known = {item.name for item in fields(options)}
-    return TASKS[name](
-        options(**{key: value for key, value in training.items() if key in known}), segment
-    )
+    task = TASKS[name]
+    if task.Options is None:
+        return task(segment=segment)
+    names = {item.name for item in fields(task.Options)}
+    options = task.Options(**{key: value for key, value in training.items() if key in names})
+    return task(options, segment)

@@ -1,1 +1,1 @@
-"""The training run: configuration, loop, objectives, rewards, processes, log."""
+"""Training: settings, setup, loop, objectives, rewards, validation, processes and log."""

@@ -1,4 +1,4 @@
-"""The settings of pipeline.train, its presets, and the learning rate over time."""
+"""Settings and presets of pipeline.train, and the learning rate schedules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from pipeline.sources import SourceOptions
 from pipeline.tasks.registry import TASKS
 from pipeline.training.rewards import parse_rewards
 
-# Settings by the name of a preset, chosen by the number of captions where none is named; flags and
-# --config win over it.
+# Presets by name. Without --preset, the number of captions selects one. Options on the command line
+# and --config override the values of the preset.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # a few hundred photographs (docs/results.md): all that keeps a decoder from learning them by
-    # heart
+    # for a few hundred photographs: strong regularization against overfitting (docs/results.md)
     "few": {
         "width": 128,
         "heads": 4,
@@ -76,8 +75,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "lr": 3e-4,
         "batch": 50,
     },
-    # the best known on Flickr8k within an hour on two cores, over a cache with --views flip
-    # (docs/results.md)
+    # the best known settings for Flickr8k within an hour on two cores, over a cache with
+    # --views flip (docs/results.md)
     "flickr8k": {
         "width": 384,
         "heads": 6,
@@ -92,7 +91,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 11,
     },
 }
-# With --scst, in place of a preset's.
+# With --scst, these values replace those of the preset.
 SCST: Mapping[str, Any] = {
     "lr": 1e-5,
     "batch": 20,
@@ -100,11 +99,10 @@ SCST: Mapping[str, Any] = {
     "epochs": 15,
     "temperature": 0.5,
 }
-# A data set of few images is passed over until it had so many steps, of a twentieth of its images
-# each.
-SMALL_SET_STEPS, SMALLEST_BATCH = 1000, 8
-VALIDATION_STEPS = 50  # smallest number of steps between two validations of a small data set
-PATIENT_STEPS = 500  # steps before which --patience does not end a run
+# A small data set has a batch of a twentieth of its images, and enough epochs for this many steps.
+SMALL_SET_STEPS, MIN_BATCH = 1000, 8
+VALIDATION_STEPS = 50  # minimum number of steps between two validations on a small data set
+PATIENT_STEPS = 500  # --patience does not count validations in the first steps
 SCHEDULES = ("cosine", "noam", "constant")
 # Defaults that depend on neither the preset nor the size of the data.
 DEFAULTS: Mapping[str, Any] = {"region_dropout": 0.0, "ema": 0.0, "schedule": "cosine"}
@@ -112,11 +110,11 @@ DEFAULTS: Mapping[str, Any] = {"region_dropout": 0.0, "ema": 0.0, "schedule": "c
 
 @dataclass(frozen=True)
 class TrainConfig(SourceOptions):
-    """The options of pipeline.train. None: chosen by `resolve` from the size of the data."""
+    """The options of pipeline.train. `resolve` replaces None by a value, often from the data."""
 
     features: Path | None = setting(
         None,
-        "cache written by pipeline.extract, or none to train without images  [cache/DATASET]",
+        "cache written by pipeline.extract; none: train without images  [cache/DATASET]",
         group="data",
         may_change_on_resume=True,
     )
@@ -125,11 +123,14 @@ class TrainConfig(SourceOptions):
     )
     train_on_dev: bool = setting(
         False,
-        "train on train and dev for a fixed number of epochs; keeps the last epoch",
+        "train on train and dev for a fixed number of epochs, and keep the last epoch",
         group="data",
     )
     views: bool = setting(
-        True, "draw from the views in the cache (extract --views ...)", group="data"
+        True,
+        "in each epoch use the original or a random view of each image (see pipeline.extract "
+        "--views)",
+        group="data",
     )
     vocabulary: str = setting(
         "word",
@@ -148,28 +149,28 @@ class TrainConfig(SourceOptions):
     )
     max_length: int | None = setting(
         None,
-        "largest number of words (bpe: subwords) of a caption; longer ones are cut  [the 99th "
+        "maximum number of words (bpe: subwords) of a caption; longer captions are cut  [the 99th "
         "percentile; at least 20, bpe 30]",
         at_least=1,
         group="data",
     )
     min_count: int | None = setting(
         None,
-        "smallest number of occurrences of a word in the vocabulary  [5; 1 below 10,000 captions]",
+        "minimum number of occurrences of a word in the vocabulary  [5; 1 below 10,000 captions]",
         at_least=1,
         group="data",
     )
-    task: str = setting("captioning", "task", registry=TASKS, group="model")
-    decoder: str = setting("transformer", "which decoder", registry=DECODERS, group="model")
+    task: str = setting("captioning", "task to train", registry=TASKS, group="model")
+    decoder: str = setting("transformer", "decoder to train", registry=DECODERS, group="model")
     init: Path | None = setting(
         None,
-        "start from the weights, sizes and vocabulary of this run (or hf-hub:user/name)",
+        "run to start from: its weights, sizes and vocabulary; a folder or hf-hub:user/name",
         group="model",
         may_change_on_resume=True,
     )
     preset: str | None = setting(
         None,
-        "named settings, listed below  [few, tiny, small or base by captions]",
+        "named settings, listed below  [few, tiny, small or base, by the number of captions]",
         choices=tuple(PRESETS),
         group="model",
     )
@@ -182,14 +183,14 @@ class TrainConfig(SourceOptions):
     )
     minutes: float | None = setting(
         None,
-        "largest training time in minutes, including validation",
+        "maximum training time in minutes, including validation",
         above=0,
         group="training",
     )
     batch: int | None = setting(
         None,
         "images per step over all processes, each with all its captions  [by preset; for few "
-        "images a 20th of them; with --scst 20]",
+        "images a twentieth of them; with --scst 20]",
         at_least=1,
         group="training",
     )
@@ -203,24 +204,24 @@ class TrainConfig(SourceOptions):
         group="training",
     )
     warmup: float = setting(
-        0.05, "share of the training used for warm-up", at_least=0, below=1, group="training"
+        0.05, "share of the training that is warm-up", at_least=0, below=1, group="training"
     )
     weight_decay: float = setting(
         0.01, "weight decay of AdamW, for matrices only", at_least=0, group="training"
     )
     label_smoothing: float = setting(0.1, "label smoothing", at_least=0, below=1, group="training")
-    clip: float = setting(1.0, "gradient clipping norm", above=0, group="training")
+    clip: float = setting(1.0, "gradient clipping: maximum norm", above=0, group="training")
     ema: float | None = setting(
         None,
-        "decay of the moving average of the weights, which is scored and saved; 0: no average  [by "
-        "preset, else 0]",
+        "decay of the moving average of the weights; the averaged weights are scored and saved; "
+        "0: no average  [by preset, else 0]",
         at_least=0,
         below=1,
         group="training",
     )
     region_dropout: float | None = setting(
         None,
-        "share of the regions of each image that a step leaves out  [by preset, else 0]",
+        "share of the regions of each image that are removed in a step  [by preset, else 0]",
         at_least=0,
         below=1,
         group="training",
@@ -234,8 +235,8 @@ class TrainConfig(SourceOptions):
     )
     scheduled_sampling: float = setting(
         0.0,
-        "final share of the input words that are replaced by the model's own predictions; starts "
-        "at 0",
+        "share of the input words that are replaced by the model's own predictions at the end of "
+        "the training; it increases from 0",
         at_least=0,
         below=1,
         group="training",
@@ -248,41 +249,44 @@ class TrainConfig(SourceOptions):
     )
     patience: int = setting(
         5,
-        "validations without a better score on dev before the early "
-        "stop, from step "
-        f"{PATIENT_STEPS} on",
+        "early stopping: number of validations without a better score on dev, counted after step "
+        f"{PATIENT_STEPS}",
         at_least=1,
         group="training",
     )
     beam: int = setting(
-        5, "beam size for dev, stored as the run's default", at_least=1, group="training"
+        5,
+        "beam size for dev, stored as the default of this run",
+        at_least=1,
+        group="training",
     )
     length_penalty: float = setting(
         1.0,
-        "length penalty for dev, stored as the run's default",
+        "length penalty for dev, stored as the default of this run",
         group="training",
     )
     scst: bool = setting(
         False,
-        "self-critical sequence training of --init: raise the reward of its own samples",
+        "self-critical sequence training: continue --init, and raise the reward of its samples",
         group="self-critical",
     )
     num_samples: int = setting(5, "samples per image", at_least=1, group="self-critical")
     samples: str = setting(
         "random",
-        "random: random samples; beam: the beams of a beam search",
+        "random: random samples; beam: the captions of a beam search",
         choices=("random", "beam"),
         group="self-critical",
     )
     temperature: float | None = setting(
         None,
-        "temperature of the sampling distribution, which is also the one that is trained  [0.5]",
+        "temperature of the distribution that is sampled and trained  [0.5]",
         above=0,
         group="self-critical",
     )
     baseline: str = setting(
         "mean",
-        "baseline of the reward: the mean of the other samples, or the reward of greedy decoding",
+        "baseline of the reward; mean: mean reward of the other samples; greedy: reward of the "
+        "greedy caption",
         choices=("mean", "greedy"),
         group="self-critical",
     )
@@ -316,7 +320,7 @@ class TrainConfig(SourceOptions):
     )
     accumulate: int = setting(
         1,
-        "gradient accumulation: split each step into this many parts",
+        "gradient accumulation: number of parts of a step",
         at_least=1,
         group="machine",
         may_change_on_resume=True,
@@ -329,7 +333,7 @@ class TrainConfig(SourceOptions):
     )
     cache_in: str = setting(
         "auto",
-        "where the features are kept during training",
+        "location of the features during training",
         choices=("auto", "disk", "ram", "device"),
         group="machine",
         may_change_on_resume=True,
@@ -346,56 +350,67 @@ class TrainConfig(SourceOptions):
         super().__post_init__()
         if self.init and self.preset:
             raise UserError(
-                f"--preset {self.preset} cannot be used with --init, which keeps the sizes of its "
-                f"run; pass --lr and other options one by one"
+                f"--preset {self.preset} cannot be used with --init, because the sizes are those "
+                "of the --init run; pass --lr and other options one by one"
             )
         if self.scst:
             self._check_scst()
         else:
             self._refuse_changed(
-                "of --scst", "num_samples", "samples", "temperature", "baseline", "reward"
+                "of --scst; also pass --scst, or omit this option",
+                "num_samples",
+                "samples",
+                "temperature",
+                "baseline",
+                "reward",
             )
 
     @property
     def decoder_options(self) -> Mapping[str, Any]:
-        """The decoder options that were given or resolved, by name."""
+        """The decoder options by name, as given or resolved."""
         return self.extensions.get("decoder", {})
 
     def _check_scst(self) -> None:
         parse_rewards(self.reward)
         if self.init is None:
             raise UserError(
-                "--scst needs --init: a run of pipeline.train, trained on the captions first"
+                "--scst needs --init: first train on the captions without --scst, then pass that "
+                "run as --init"
             )
         if self.num_samples == 1 and not (self.samples == "random" and self.baseline == "greedy"):
             raise UserError(
-                "--num-samples 1 leaves no other samples to compare with; pass at least 2, or "
-                "--baseline greedy"
+                "--num-samples 1: each sample is compared with the other samples of its image; "
+                "pass at least 2, or --baseline greedy"
             )
         if self.samples == "beam" and self.baseline == "greedy":
             raise UserError(
-                "--samples beam: beams are compared with their own mean, not with --baseline greedy"
+                "--samples beam cannot be used with --baseline greedy: the baseline is the mean "
+                "of the beams"
             )
         if self.samples == "beam" and self.temperature is not None:
-            raise UserError("--samples beam: beams are not sampled, so they have no --temperature")
+            raise UserError(
+                "--samples beam cannot be used with --temperature: beam search does not sample"
+            )
         self._refuse_changed(
-            "of training on captions, not of --scst",
+            "of training on captions, not of --scst; omit it",
             "word_dropout",
             "scheduled_sampling",
             "label_smoothing",
         )
 
-    def _refuse_changed(self, what: str, *names: str) -> None:
-        """Raise UserError if one of these settings, which would have no effect, is not its
-        default.
+    def _refuse_changed(self, reason: str, *names: str) -> None:
+        """Raise UserError if one of these settings is not its default.
+
+        Such a setting would have no effect. reason: completes the message "--option is ...".
         """
         defaults = {item.name: item.default for item in fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"{flag_of(name)} is {what}")
+                raise UserError(f"{flag_of(name)} is {reason}")
 
 
 def choose_preset(config: TrainConfig, captions: int) -> str:
+    """Choose the preset for a number of captions."""
     if captions < 5_000 and config.dataset != "sample":
         return "few"
     return "tiny" if captions < 15_000 else "small" if captions < 100_000 else "base"
@@ -408,10 +423,12 @@ def resolve(
     sizes: Mapping[str, Any] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> TrainConfig:
-    """Fill in each setting that the options leave open (None).
+    """Replace each setting that is None by a value.
 
-    Later sources win: DEFAULTS, the preset, the --init run, SCST, the size of the data, the given
-    options. sizes, vocabulary: those of --init, which cannot change; UserError if an option
+    The values come from DEFAULTS, the preset, the --init run, SCST and the size of the data. A
+    later source in this list overrides an earlier one. Options that the user gave are unchanged.
+
+    sizes, vocabulary: those of the --init run, which cannot change. Raises UserError if an option
     contradicts them.
     """
     captions, images = train.texts, len(train)
@@ -423,34 +440,32 @@ def resolve(
         "preset": preset,
     }
     if sizes:
-        config = _with_words_of_init(config, sizes, vocabulary)
+        config = _with_vocabulary_of_init(config, sizes, vocabulary)
         values |= {**DEFAULTS, **sizes, "preset": None, "min_count": None}
     if config.scst:
         values |= SCST if config.samples == "random" else {**SCST, "temperature": None}
     values |= _values_by_size(config, values, captions, images)
-    names = [
-        item.name
-        for item in options_of(
-            next(f for f in fields(config) if f.name == "decoder"), config.decoder
-        )
-    ]
-    options = {name: values[name] for name in names if name in values} | dict(
-        config.decoder_options
-    )
-    open_ones = {
+    decoder_field = next(item for item in fields(config) if item.name == "decoder")
+    names = [item.name for item in options_of(decoder_field, config.decoder)]
+    decoder_options = {name: values[name] for name in names if name in values}
+    decoder_options |= config.decoder_options
+    resolved = {
         name: values[name]
         for name in vars(config)
         if name in values and getattr(config, name) is None
     }
-    extensions = {**config.extensions, **({"decoder": options} if options else {})}
-    return replace(config, **open_ones, extensions=extensions, precision=machine.precision)
+    extensions = dict(config.extensions)
+    if decoder_options:
+        extensions["decoder"] = decoder_options
+    return replace(config, **resolved, extensions=extensions, precision=machine.precision)
 
 
-def _with_words_of_init(
+def _with_vocabulary_of_init(
     config: TrainConfig, sizes: Mapping[str, Any], vocabulary: Vocabulary | None
 ) -> TrainConfig:
-    """Fill in the vocabulary settings of --init; UserError if an option contradicts its sizes or
-    vocabulary.
+    """Set --vocabulary to that of the --init run.
+
+    Raises UserError if an option contradicts the sizes or the vocabulary of the run.
     """
     given = {**config.decoder_options, "max_length": config.max_length}
     for name, value in given.items():
@@ -460,7 +475,9 @@ def _with_words_of_init(
     if config.vocabulary not in ("word", kind):
         raise UserError(f"--vocabulary is {config.vocabulary}, {config.init} has words")
     config._refuse_changed(
-        f"of a new vocabulary; that of {config.init} stays", "min_count", "vocab_size"
+        f"of a new vocabulary, but the run keeps that of {config.init}; omit it",
+        "min_count",
+        "vocab_size",
     )
     return replace(config, vocabulary=kind)
 
@@ -468,35 +485,37 @@ def _with_words_of_init(
 def _values_by_size(
     config: TrainConfig, values: Mapping[str, Any], captions: int, images: int
 ) -> dict[str, Any]:
-    """Batch, epochs and steps between validations, from the size of the data."""
-    found: dict[str, Any] = {"batch": values["batch"], "epochs": None}
+    """Choose the batch, the epochs and the steps between validations for the size of the data."""
+    batch, epochs = values["batch"], None
     if not config.minutes or (config.preset and "epochs" in values):
-        found["epochs"] = values.get("epochs") or min(60, max(12, round(300_000 / captions)))
+        epochs = values.get("epochs") or min(60, max(12, round(300_000 / captions)))
     if config.dataset == "sample":
         if not (config.minutes or config.scst):
-            found["epochs"] = 18
-        return found
-    found["batch"] = min(found["batch"], max(SMALLEST_BATCH, images // 20))
-    steps = -(-images // (config.batch or found["batch"]))
-    if steps < VALIDATION_STEPS:
-        if found["epochs"] and not config.scst:
-            found["epochs"] = max(found["epochs"], -(-SMALL_SET_STEPS // steps))
+            epochs = 18
+        return {"batch": batch, "epochs": epochs}
+    batch = min(batch, max(MIN_BATCH, images // 20))
+    result = {"batch": batch, "epochs": epochs}
+    steps_per_epoch = -(-images // (config.batch or batch))
+    if steps_per_epoch < VALIDATION_STEPS:
+        if epochs and not config.scst:
+            result["epochs"] = max(epochs, -(-SMALL_SET_STEPS // steps_per_epoch))
         if config.epochs is None:
-            found["eval_steps"] = VALIDATION_STEPS
-    return found
+            result["eval_steps"] = VALIDATION_STEPS
+    return result
 
 
-def learning_rate(config: TrainConfig, done: float) -> float:
-    """Learning rate at progress `done` in 0..1.
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Learning rate at a progress of the training, 0 to 1.
 
-    Linear warm-up over the first `warmup`, then cosine decay to zero, noam (inverse square root of
-    the progress, Vaswani et al. 2017), or constant.
+    Linear warm-up over the first `warmup` of the training, then --schedule: cosine decay to zero,
+    noam (inverse square root of the progress, Vaswani et al. 2017), or constant.
     """
-    assert config.lr is not None  # by `resolve`
-    if done < config.warmup:
-        return config.lr * done / config.warmup
+    assert config.lr is not None  # set by `resolve`
+    warmup = config.warmup
+    if progress < warmup:
+        return config.lr * progress / warmup
     if config.schedule == "noam":
-        return config.lr * math.sqrt(max(config.warmup, 1e-3) / max(done, 1e-3))
+        return config.lr * math.sqrt(max(warmup, 1e-3) / max(progress, 1e-3))
     if config.schedule == "constant":
         return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup)))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

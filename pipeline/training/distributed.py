@@ -1,7 +1,7 @@
-"""Several processes of one run, started by torchrun: join, reduce, gather and wait.
+"""Communication between the processes of one run, which torchrun starts.
 
-With one process, every function returns its input. Reduced tensors are on the CPU, so that no
-device waits.
+With one process, every function returns its input. Reductions run on the CPU, so that they do not
+wait for a GPU.
 """
 
 from __future__ import annotations
@@ -21,14 +21,25 @@ import torch.distributed as dist
 from pipeline.cli import UserError
 from pipeline.runtime import Machine
 
-# how long to wait for a live process: scoring a large dev split takes minutes
-PATIENCE = timedelta(hours=1)
-LOST = ("Connection closed", "Connection reset", "gloo", "NCCL", "Timed out", "Broken pipe")
+# Rank 0 alone scores dev, which takes minutes for a large split.
+TIMEOUT = timedelta(hours=1)
+# parts of torch's messages about a lost process
+CONNECTION_ERRORS = (
+    "Connection closed",
+    "Connection reset",
+    "gloo",
+    "NCCL",
+    "Timed out",
+    "Broken pipe",
+)
 
 
 @contextlib.contextmanager
-def joined(machine: Machine) -> Iterator[None]:
-    """Join the process group and leave it at the end; UserError if a process is lost."""
+def process_group(machine: Machine) -> Iterator[None]:
+    """Context manager: joins the process group, and leaves it at exit.
+
+    Raises UserError if the processes do not connect, or if another process ends.
+    """
     if machine.world == 1:
         yield
         return
@@ -36,20 +47,22 @@ def joined(machine: Machine) -> Iterator[None]:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        told = f"WORLD_SIZE is {machine.world}, but the processes do not meet ({error})"
-        raise UserError(f"{told}; start them by torchrun, or unset WORLD_SIZE") from error
+        raise UserError(
+            f"WORLD_SIZE is {machine.world}, but the processes could not connect to each other "
+            f"({error}); start them with torchrun, or unset WORLD_SIZE"
+        ) from error
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if not any(text in str(error) for text in CONNECTION_ERRORS):
             raise
-        told = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"rank {machine.rank} lost the other processes of the run ({told}); where one "
-            "ended, its own error says why; go on "
-            "with --resume"
+            f"rank {machine.rank} lost the connection to the other processes of the run "
+            f"({reason}). If another process ended, its error message gives the cause. Continue "
+            "the run with --resume"
         ) from error
     finally:
         if dist.is_initialized():
@@ -57,40 +70,43 @@ def joined(machine: Machine) -> Iterator[None]:
 
 
 def all_reduce(*numbers: float) -> list[float]:
-    """The sum of each number over all processes."""
+    """Return the sum of each number over all processes."""
     if not dist.is_initialized():
         return list(numbers)
-    added = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(added)
-    return added.tolist()
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 def broadcast(value: Any) -> Any:
-    """The value of rank 0, in every process."""
+    """Return the value of rank 0 in every process."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    objects = [value]
+    dist.broadcast_object_list(objects, 0)
+    return objects[0]
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
+    """Return the values of all processes, in the order of the ranks."""
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this function."""
     all_gather(None)
 
 
 @contextlib.contextmanager
-def first_alone(machine: Machine) -> Iterator[None]:
-    """Rank 0 runs the block before the other processes, which may then read what it wrote."""
+def rank_zero_first(machine: Machine) -> Iterator[None]:
+    """Context manager: rank 0 runs the block first, then all other processes run it.
+
+    The other processes can read the files that rank 0 writes in the block.
+    """
     if machine.rank:
         barrier()
     yield
@@ -99,26 +115,31 @@ def first_alone(machine: Machine) -> Iterator[None]:
 
 
 def shared_memory(size: int) -> tuple[np.ndarray, bool] | None:
-    """A buffer of `size` bytes as float16 that all processes of a machine share, and whether this
-    process must fill it; None if the system has no such memory.
+    """Allocate a buffer that all processes of a machine share.
 
-    It is an anonymous file (memfd): it disappears with the last process, and does not count as
-    /dev/shm, which is small in containers. Call `barrier` once it is filled.
+    size: in bytes.
+
+    Returns the buffer as a float16 array, and whether this process must fill it; None if the system
+    has no memfd. After the buffer is filled, all processes must call `barrier`.
+
+    The buffer is an anonymous file (memfd). The system frees it when the last process ends. It does
+    not use /dev/shm, which is small in containers.
     """
     if not hasattr(os, "memfd_create"):
         return None
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made = os.memfd_create("onceover-features") if first else -1
-    if first:
-        os.ftruncate(made, size)
-    here = socket.gethostname()
-    where = next(
+    is_owner = os.environ.get("LOCAL_RANK", "0") == "0"
+    descriptor = os.memfd_create("onceover-features") if is_owner else -1
+    if is_owner:
+        os.ftruncate(descriptor, size)
+    hostname = socket.gethostname()
+    owner_pid, owner_descriptor = next(
         (pid, fd)
-        for host, pid, fd in all_gather((here, os.getpid(), made))
-        if host == here and fd >= 0
+        for host, pid, fd in all_gather((hostname, os.getpid(), descriptor))
+        if host == hostname and fd >= 0
     )
-    file = made if first else os.open(f"/proc/{where[0]}/fd/{where[1]}", os.O_RDWR)
-    memory = np.frombuffer(mmap.mmap(file, size), np.float16)
-    barrier()  # until all have it
-    os.close(file)
-    return memory, first
+    if not is_owner:
+        descriptor = os.open(f"/proc/{owner_pid}/fd/{owner_descriptor}", os.O_RDWR)
+    memory = np.frombuffer(mmap.mmap(descriptor, size), np.float16)
+    barrier()  # the owner must not close its descriptor before the others have opened the file
+    os.close(descriptor)
+    return memory, is_owner

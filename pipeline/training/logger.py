@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl always, TensorBoard if installed, Weights & Biases with --wandb.
 
-A line within an epoch has `step`, `epoch` (a fraction) and `train`. A line of a validation also has
-`dev` and `seconds`.
+A training line has `step`, `epoch` (a fraction) and `train`. A validation line also has `dev` and
+`seconds`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from pipeline.terminal import say
 
 
 class Journal:
-    """The log lines of a run in `folder`. enabled: True only in the process that writes."""
+    """Log of a run in `folder`.
+
+    record: the settings of the run, for Weights & Biases.
+    enabled: whether this process writes the log.
+    """
 
     def __init__(self, folder: Path, record: Mapping[str, Any], wandb: bool, enabled: bool) -> None:
         self.folder, self.record, self.enabled = folder, record, enabled
@@ -29,27 +33,33 @@ class Journal:
         self.wandb_id: str | None = None
 
     @property
-    def epochs(self) -> list[dict[str, Any]]:
-        """The lines of validations."""
+    def validations(self) -> list[dict[str, Any]]:
+        """The validation lines."""
         return [line for line in self.lines if "seconds" in line]
 
     @property
     def scored(self) -> list[dict[str, Any]]:
-        """The lines with scores on dev."""
+        """The validation lines with scores on dev. Empty with --train-on-dev."""
         return [line for line in self.lines if "dev" in line]
 
     def begin(
-        self, epochs: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None
+        self, validations: Sequence[dict[str, Any]] = (), step: int = 0, wandb_id: str | None = None
     ) -> None:
-        """Start the log, or continue it: later lines that a killed start had written are
-        removed.
+        """Start the log, or continue the log of a resumed run.
+
+        validations: the validation lines of the saved state.
+        step: the step of the saved state. Lines of later steps are removed.
+
+        Raises UserError if Weights & Biases does not start.
         """
-        within = (
-            [line for line in self._read() if "seconds" not in line and line["step"] <= step]
-            if step
-            else []
+        training_lines = []
+        if step:
+            training_lines = [
+                line for line in self._read() if "seconds" not in line and line["step"] <= step
+            ]
+        self.lines = sorted(
+            [*training_lines, *validations], key=lambda line: (line["step"], "seconds" in line)
         )
-        self.lines = sorted([*within, *epochs], key=lambda line: (line["step"], "seconds" in line))
         if not self.enabled:
             return
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -58,7 +68,7 @@ class Journal:
         except ImportError:
             say(
                 "TensorBoard is not installed (pip install 'onceover[tensorboard]'); "
-                "metrics.jsonl has the same figures"
+                "metrics.jsonl has the same metrics"
             )
         else:
             self.board = SummaryWriter(
@@ -66,7 +76,7 @@ class Journal:
             )
         if self.wandb:
             try:
-                started = self.wandb.init(
+                wandb_run = self.wandb.init(
                     project="onceover",
                     name=self.folder.name,
                     id=wandb_id,
@@ -74,15 +84,15 @@ class Journal:
                     dir=str(self.folder),
                     config=dict(self.record),
                 )
-            except (
-                Exception
-            ) as error:  # not logged in, or no network: wandb raises many kinds of errors
+            # Without a login or network, wandb raises many types of exceptions.
+            except Exception as error:
                 raise UserError(
-                    f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline, usually fixes it"
+                    f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
                 ) from error
-            self.wandb_id = started.id
+            self.wandb_id = wandb_run.id
 
     def add(self, line: dict[str, Any]) -> None:
+        """Write a training line or a validation line."""
         self.lines.append(line)
         if not self.enabled:
             return
@@ -107,18 +117,16 @@ class Journal:
             self.wandb.finish()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The lines on disk. Invalid lines, such as a last one that a killed process left
-        incomplete, are skipped.
+        """Read the lines of metrics.jsonl. Invalid lines are skipped, for example an incomplete
+        last line of a killed process.
         """
-        found = []
-        for text in (
-            self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if self.path.exists()
-            else ()
-        ):
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
-                found.append(json.loads(text))
-        return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
+                lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
     @staticmethod
     def _import_wandb() -> Any:
@@ -126,6 +134,6 @@ class Journal:
             import wandb
         except ImportError as error:
             raise UserError(
-                "--wandb: it is not installed; install it with: pip install 'onceover[wandb]'"
+                "--wandb: wandb is not installed; install it with: pip install 'onceover[wandb]'"
             ) from error
         return wandb

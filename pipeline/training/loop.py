@@ -1,7 +1,7 @@
-"""The training loop: steps over the images of a cache.
+"""The training loop.
 
-All random draws of a step follow from (seed, step, rank), and the order of an epoch from (seed,
-epoch). A killed run therefore continues from its last save exactly as an uninterrupted one.
+The random numbers of a step depend only on (seed, step, rank), and the order of the images in an
+epoch only on (seed, epoch). Therefore a resumed run gives the same results as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.batches import Batch, prefetch
 from pipeline.cli import UserError
-from pipeline.terminal import progress
+from pipeline.terminal import progress as progress_bar
 from pipeline.training import distributed
 from pipeline.training.config import learning_rate
 from pipeline.training.state import Run, save_progress
 
 
 class Stopped(Exception):
-    """The run was asked to stop by Ctrl-C or SIGTERM; `signum` is the signal."""
+    """Raised when Ctrl-C or SIGTERM stops the run. `signum` is the number of the signal."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -37,77 +37,87 @@ class Stopped(Exception):
 
 
 def train_until_validation(run: Run) -> dict[str, float]:
-    """Train until `run.should_validate`: every --eval-steps, else at each epoch's end.
+    """Train until the next validation: after --eval-steps steps, or at the end of the epoch.
 
-    Returns the mean figures since the last validation, the learning rate, and for this epoch
-    texts/s and the share of time spent waiting for data; {} before the first step.
+    Returns the mean metrics since the last validation, the learning rate, and of this epoch the
+    texts per second and the share of time spent waiting for data. The result is empty if no step
+    was done since the last validation.
     """
     while True:
-        trained = train_epoch(run)
+        metrics = train_epoch(run)
         run.state.ended = run.state.ended or distributed.broadcast(
-            run.config.minutes is not None and run.done() >= 1
+            run.config.minutes is not None and run.progress() >= 1
         )
         if run.should_validate:
-            return trained
+            return metrics
         run.state = run.state.next_epoch()
 
 
 def train_epoch(run: Run) -> dict[str, float]:
-    """Train to the epoch's end, or until `run.should_validate`. Returns as train_until_validation.
+    """Train to the end of the epoch, or to the next validation.
 
-    Raises Stopped between two steps, and UserError for a loss or gradient that is not finite.
+    Returns the same metrics as `train_until_validation`. Raises Stopped between two steps, and
+    UserError if a loss or a gradient is not finite.
     """
-    config, state, objective, first = run.config, run.state, run.objective, run.machine.rank == 0
+    config, state, objective = run.config, run.state, run.objective
+    is_first = run.machine.rank == 0
     run.captioner.train()
-    steps = StepLog(run)
+    log = StepLog(run)
     name = f"epoch {state.epoch + 1}" + (f"/{config.epochs}" if config.epochs else "")
-    with progress(objective.units_an_epoch(run.train), objective.unit, name, enabled=first) as bar:
+    total = objective.units_per_epoch(run.train)
+    with progress_bar(total, objective.unit, name, enabled=is_first) as bar:
         bar.begin(state.captions)
-        for batch, waiting in timed(prefetch(train_batches(run))):
-            due = first and time.monotonic() - run.saved >= config.save_every * 60
-            counted, units, done, saving, stopping = distributed.all_reduce(
+        for batch, wait_seconds in with_wait_times(prefetch(train_batches(run))):
+            save_is_due = is_first and time.monotonic() - run.last_save >= config.save_every * 60
+            # One reduction for all numbers. Only rank 0 contributes its progress and its clock.
+            counted, units, progress, should_save, signalled = distributed.all_reduce(
                 objective.counted(batch),
                 objective.units(batch),
-                run.done() if first else 0,
-                due,
-                run.stopping,
+                run.progress() if is_first else 0,
+                save_is_due,
+                run.stop_signal,
             )
-            if saving or stopping:
-                steps.collect()
-            if saving:
+            if should_save or signalled:
+                log.collect()
+            if should_save:
                 save_progress(run)
-            if stopping:
-                raise Stopped(run.stopping or signal.SIGTERM)
-            state.ended = bool(config.minutes and done >= 1 and run.step and not run.validated)
+            if signalled:
+                raise Stopped(run.stop_signal or signal.SIGTERM)
+            time_is_up = config.minutes and progress >= 1
+            state.ended = bool(time_is_up and run.step and not run.validated)
             if run.should_validate:
                 break
-            state.lr = learning_rate(config, done)
-            steps.add(*train_step(run, batch, int(counted), done), int(units), waiting, batch)
+            state.lr = learning_rate(config, progress)
+            step_metrics, norm = train_step(run, batch, int(counted), progress)
+            log.add(step_metrics, norm, int(units), wait_seconds, batch)
             if state.step % config.log_every == 0:
-                figures = steps.line()
+                metrics = log.line()
                 run.journal.add(
-                    {"step": run.step, "epoch": run.step / run.steps_an_epoch, "train": figures}
+                    {"step": run.step, "epoch": run.step / run.steps_per_epoch, "train": metrics}
                 )
-                shown = f"{objective.shown} {figures[objective.shown]:.3f}"
-                bar.note = f"{shown}, waiting {figures['waiting']:.1%}"
+                shown = f"{objective.shown} {metrics[objective.shown]:.3f}"
+                bar.note = f"{shown}, waiting {metrics['waiting']:.1%}"
             bar.step(int(units), bar.note)
-    steps.collect()
+    log.collect()
     if not run.sums[0, -1]:
         return {}
-    return {**means(run, 0), "lr": state.lr, **speed(state.captions, state.training, state.waited)}
-
-
-def means(run: Run, row: int) -> dict[str, float]:
-    """The mean of each of the objective's figures, from a row of the sums."""
-    *figures, counted = run.sums[row].tolist()
     return {
-        name: figure / max(counted, 1)
-        for name, figure in zip(run.objective.names, figures, strict=True)
+        **mean_metrics(run, 0),
+        "lr": state.lr,
+        **speed(state.captions, state.training, state.waited),
+    }
+
+
+def mean_metrics(run: Run, row: int) -> dict[str, float]:
+    """Divide a row of `run.sums` by its count: the mean of each metric of the objective."""
+    *sums, counted = run.sums[row].tolist()
+    return {
+        name: value / max(counted, 1) for name, value in zip(run.objective.names, sums, strict=True)
     }
 
 
 def train_batches(run: Run) -> Iterator[Batch]:
-    """The remaining batches of the epoch. Their order follows from seed and epoch alone."""
+    """The remaining batches of the epoch."""
     config, machine = run.config, run.machine
     order = np.random.default_rng((config.seed, run.state.epoch))
     views = config.views and bool(run.train.cache.views)
@@ -120,15 +130,21 @@ def train_batches(run: Run) -> Iterator[Batch]:
         run.state.step,
         machine.rank,
         machine.world,
-        whole=config.scst,  # a reward compares with all captions of an image
+        whole=config.scst,  # a reward needs all captions of an image
     )
 
 
-def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tensor, Tensor]:
-    """One update by the mean loss over all tokens (or samples) of the step, in all processes and
-    accumulation parts.
+def train_step(run: Run, batch: Batch, counted: int, progress: float) -> tuple[Tensor, Tensor]:
+    """Do one optimizer step.
 
-    Returns this process's sums of the objective's figures [M] and the gradient norm.
+    The loss is the mean over the tokens (or samples) of the step, over all processes and all parts
+    of --accumulate.
+
+    counted: number of tokens (or samples) of the step in all processes.
+    progress: progress of the training, 0 to 1.
+
+    Returns the sums of the objective's metrics over the batch of this process, [M], and the
+    gradient norm.
     """
     config, machine, objective = run.config, run.machine, run.objective
     for group in run.optimizer.param_groups:
@@ -139,129 +155,131 @@ def train_step(run: Run, batch: Batch, counted: int, done: float) -> tuple[Tenso
         .item()
     )
     run.optimizer.zero_grad(set_to_none=True)
-    figures, parts = [], batch.split(config.accumulate)
-    several = cast(DistributedDataParallel, run.forward)  # only used with several processes
+    metrics, parts = [], batch.split(config.accumulate)
+    ddp = cast(DistributedDataParallel, run.forward)  # only used with several processes
     for number, part in enumerate(parts):
-        ready = number + 1 == len(parts) or machine.world == 1
-        with contextlib.nullcontext() if ready else several.no_sync():
-            sums = objective(run.forward, part.to(machine.device), run.step, done)
+        synchronize = number + 1 == len(parts) or machine.world == 1
+        with contextlib.nullcontext() if synchronize else ddp.no_sync():
+            sums = objective(run.forward, part.to(machine.device), run.step, progress)
             loss = sums.loss * part.counted
             scaled = loss * (machine.world / counted)  # DistributedDataParallel divides by world
             scaled.backward()
-        figures.append(sums.figures * part.counted)
+        metrics.append(sums.metrics * part.counted)
     norm = torch.nn.utils.clip_grad_norm_(run.captioner.parameters(), config.clip)
-    sums_of_step = torch.stack(figures).sum(0)
-    if machine.device.type == "cpu":
-        refuse_not_finite(
-            run, sums_of_step.tolist(), norm.item(), run.step, run.state.lr, batch.image_ids
+    step_metrics = torch.stack(metrics).sum(0)
+    if machine.device.type == "cpu":  # on a GPU, StepLog checks them later, so that no step waits
+        check_finite(
+            run, step_metrics.tolist(), norm.item(), run.step, run.state.lr, batch.image_ids
         )
     run.optimizer.step()
     if run.average is not None:
-        decay = cast(float, config.ema)  # set by `resolve`
-        if not config.init:  # a shorter average in the first steps
-            decay = min(decay, (1 + run.step) / (10 + run.step))
-        torch._foreach_lerp_(
-            run.average, [weight.detach() for weight in run.captioner.parameters()], 1 - decay
-        )
-    return sums_of_step, norm
+        update_average(run, run.average)
+    return step_metrics, norm
 
 
-def refuse_not_finite(
+def update_average(run: Run, average: list[Tensor]) -> None:
+    """Update the moving average of the weights in place."""
+    decay = cast(float, run.config.ema)  # set by `resolve`
+    if not run.config.init:  # new weights change fast in the first steps
+        decay = min(decay, (1 + run.step) / (10 + run.step))
+    weights = [weight.detach() for weight in run.captioner.parameters()]
+    torch._foreach_lerp_(average, weights, 1 - decay)
+
+
+def check_finite(
     run: Run,
-    figures: list[float],
+    metrics: list[float],
     norm: float,
     step: int,
     lr: float,
     image_ids: Sequence[int | None],
 ) -> None:
-    for what, value in (
-        *zip(run.objective.names, figures, strict=True),
-        ("norm of the gradient", norm),
-    ):
+    """Raise UserError if a metric or the gradient norm of a step is infinite or NaN."""
+    names = (*run.objective.names, "norm of the gradient")
+    for name, value in zip(names, (*metrics, norm), strict=True):
         if not math.isfinite(value):
             raise UserError(
-                f"the {what} is {value} at step {step}, lr {lr:.2g}, images "
-                f"{', '.join(map(str, image_ids))}; the run is as it was last saved. "
+                f"the {name} is {value} at step {step}, lr {lr:.2g}, images "
+                f"{', '.join(map(str, image_ids))}; the last save of the run is unchanged. "
                 "Try a lower --lr or --clip, or --precision fp32"
             )
 
 
 class StepLog:
-    """Collects the figures of steps. They are read from the device only for a log line or a save,
-    so that no step waits.
+    """Collects the metrics of the steps of an epoch.
+
+    Metrics are copied from the device only for a log line or a save, so that steps do not wait.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.norm = run, 0.0
+        # metrics, norm, step, lr, counted, image ids
         self.pending: list[tuple[Tensor, Tensor, int, float, int, list[int | None]]] = []
         self.clock = time.monotonic()
-        self.last_line = self._stand()
+        self.last_totals = self._totals()
 
     def add(
-        self, figures: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch
+        self, metrics: Tensor, norm: Tensor, captions: int, waited: float, batch: Batch
     ) -> None:
-        state, now = self.run.state, time.monotonic()
-        self.pending.append(
-            (
-                figures,
-                norm,
-                self.run.step,
-                state.lr,
-                self.run.objective.counted(batch),
-                batch.image_ids,
-            )
-        )
-        state.training, self.clock = state.training + now - self.clock, now
-        state.step, state.captions, state.waited = (
-            state.step + 1,
-            state.captions + captions,
-            state.waited + waited,
-        )
+        """Add a step.
+
+        metrics: [M] sums over the batch of this process.
+        captions: number of texts (or samples) of the step in all processes.
+        waited: seconds spent waiting for the batch.
+        """
+        run, state, now = self.run, self.run.state, time.monotonic()
+        counted = run.objective.counted(batch)
+        self.pending.append((metrics, norm, run.step, state.lr, counted, batch.image_ids))
+        state.training += now - self.clock
+        self.clock = now
+        state.step += 1
+        state.captions += captions
+        state.waited += waited
 
     def collect(self) -> None:
-        """Add the pending figures to the run's sums; UserError if a loss is not finite."""
+        """Add the pending metrics to `run.sums`. Raises UserError if one is not finite."""
         if not self.pending:
             return
         table = torch.stack(
-            [torch.cat([figures, norm[None]]) for figures, norm, *_ in self.pending]
+            [torch.cat([metrics, norm[None]]) for metrics, norm, *_ in self.pending]
         ).tolist()
-        for (*figures, norm), (*_, step, lr, counted, image_ids) in zip(
+        for (*metrics, norm), (*_, step, lr, counted, image_ids) in zip(
             table, self.pending, strict=True
         ):
-            refuse_not_finite(self.run, figures, norm, step, lr, image_ids)
+            check_finite(self.run, metrics, norm, step, lr, image_ids)
             self.run.sums += torch.tensor(
-                distributed.all_reduce(*figures, counted), dtype=torch.float64
+                distributed.all_reduce(*metrics, counted), dtype=torch.float64
             )
         self.norm, self.pending = norm, []
 
     def line(self) -> dict[str, float]:
-        """The figures since the previous log line."""
+        """Return the metrics since the previous log line, and start the next line."""
         self.collect()
-        found = means(self.run, 1)
+        metrics = mean_metrics(self.run, 1)
         self.run.sums[1] = 0
-        captions, training, waited = (
-            now - then for now, then in zip(self._stand(), self.last_line, strict=True)
-        )
-        self.last_line = self._stand()
+        totals = self._totals()
+        increases = (now - before for now, before in zip(totals, self.last_totals, strict=True))
+        self.last_totals = totals
         return {
-            **found,
+            **metrics,
             "lr": self.run.state.lr,
             "gradient": self.norm,
-            **speed(captions, training, waited),
+            **speed(*increases),
         }
 
-    def _stand(self) -> tuple[float, float, float]:
+    def _totals(self) -> tuple[float, float, float]:
         return self.run.state.captions, self.run.state.training, self.run.state.waited
 
 
 def speed(captions: float, training: float, waited: float) -> dict[str, float]:
+    """Captions per second, and the share of the `training` seconds spent waiting for data."""
     return {
         "captions_per_s": captions / max(training, 1e-9),
         "waiting": waited / max(training, 1e-9),
     }
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def with_wait_times(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
     """Yield each batch with the seconds spent waiting for it."""
     while True:
         start = time.monotonic()
@@ -272,8 +290,8 @@ def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 @contextlib.contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Use the moving average of the weights inside the block, if there is one."""
+def averaged_weights(run: Run) -> Iterator[None]:
+    """Context manager: the captioner has the averaged weights (--ema), if the run has them."""
     weights = [weight.data for weight in run.captioner.parameters()]
     if run.average is not None:
         for weight, mean in zip(run.captioner.parameters(), run.average, strict=True):
@@ -281,30 +299,31 @@ def averaged(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        for weight, own in zip(run.captioner.parameters(), weights, strict=True):
-            weight.data = own
+        for weight, original in zip(run.captioner.parameters(), weights, strict=True):
+            weight.data = original
 
 
 @contextlib.contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM finishes the step and saves; the second ends the process at
-    once.
+    """Context manager: Ctrl-C or SIGTERM stops the run after the current step and saves it.
+
+    A second signal ends the process immediately.
     """
 
     def restore(signum: int) -> None:
-        handler = before[signum]
-        # None: a handler that was not set from Python, which Python cannot set again
+        handler = handlers[signum]
+        # None: the handler was not set from Python, and Python cannot set it again
         signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def stop(signum: int, _: Any) -> None:
-        run.stopping = signum
+        run.stop_signal = signum
         restore(signum)
 
-    before: dict[int, Any] = {
+    handlers: dict[int, Any] = {
         signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
-        for signum in before:
+        for signum in handlers:
             restore(signum)

@@ -1,4 +1,4 @@
-"""Resume a run, extend a finished one, and save one that is asked to stop."""
+"""Resume a run, train a finished run for more epochs, and save a run that a signal stops."""
 
 from __future__ import annotations
 
@@ -23,126 +23,136 @@ from pipeline.training.state import Run, restore, save_progress
 from pipeline.training.validation import stopped_early
 
 
-def defaults_of(config: TrainConfig) -> dict[str, Any]:
+def default_settings(config: TrainConfig) -> dict[str, Any]:
     """The default of each setting and of each option of the chosen extensions."""
-    found = {}
+    defaults = {}
     for item in fields(config):
-        found[item.name] = item.default
-        found |= {
+        defaults[item.name] = item.default
+        defaults |= {
             option.name: option.default for option in options_of(item, getattr(config, item.name))
         }
-    return found
+    return defaults
 
 
 def resume(run: Run) -> Run:
-    """Continue the run in the folder; UserError if its settings differ."""
+    """Restore the run in `run.folder`. Raises UserError if its settings or inputs differ."""
     if not (run.folder / "config.json").is_file():
-        raise UserError(f"--resume: {run.folder} holds no run; start it without --resume")
-    recorded = load_record(run.folder)
-    began = defaults_of(run.config) | recorded["training"]  # the run may be older than some options
-    may_change = {
-        item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")
-    }
-    if wrong := [
-        name for name in ("epochs", "eval_steps") if type(began[name]) not in (int, type(None))
-    ]:
-        raise UserError(
-            f"--resume: {run.folder}/config.json has {wrong[0]} {began[wrong[0]]!r}; copy it again"
-        )
-    # not given: keep the value that was chosen together with the epochs
+        raise UserError(f"--resume: {run.folder} has no run; start it without --resume")
+    record = load_record(run.folder)
+    # Settings that are newer than the run have their defaults.
+    settings = default_settings(run.config) | record["training"]
+    for name in ("epochs", "eval_steps"):
+        if type(settings[name]) not in (int, type(None)):
+            raise UserError(
+                f"--resume: {run.folder}/config.json has {name} {settings[name]!r}, which is not "
+                "a whole number; copy the file again"
+            )
+    # The old --eval-steps was chosen together with the old --epochs, so it is kept.
     if run.config.eval_steps is None:
-        run.config = replace(run.config, eval_steps=began["eval_steps"])
-        run.checkpoint.training["eval_steps"] = began["eval_steps"]
-    more = more_epochs(run, began)
-    changed = [
-        f"{name.replace('_', '-')}: {began[name]}, now {value}"
-        for name, value in run.checkpoint.training.items()
-        if name not in may_change
-        and not (more and name == "epochs")
-        and began[name] != json.loads(json.dumps(value))
-    ]
-    if (
-        recorded["features"] != run.checkpoint.identity
-        or recorded["trained_on"] != run.checkpoint.trained_on
-    ):
-        changed.append("the cache or the photographs")
-    changed += differences(
-        recorded["provenance"], run.checkpoint.provenance, ("views", "precision", "decode")
-    )
-    if load_vocabulary(run.folder).words != run.checkpoint.vocabulary.words:
-        changed.append("the captions: they have another vocabulary")
-    if changed:
+        run.config = replace(run.config, eval_steps=settings["eval_steps"])
+        run.checkpoint.training["eval_steps"] = settings["eval_steps"]
+    more_epochs = has_more_epochs(run, settings)
+    if changes := changes_since(run, record, settings, more_epochs):
         raise UserError(
-            f"--resume: {run.folder} was begun with other settings ({'; '.join(changed)}); to use "
-            f"its own settings: "
+            f"--resume: {run.folder} was started with other settings ({'; '.join(changes)}). To "
+            "resume it with its own settings: "
             f"python -m pipeline.train --config {run.folder}/config.json --out {run.folder} "
             "--resume"
         )
     if run.machine.rank == 0:
         remove_temporary_files(run.folder)
     if not (run.folder / "last.safetensors").exists():
-        say(f"{run.folder} ended before its first save: starting it again")
+        say(f"{run.folder} ended before its first save; it starts again")
         run.journal.begin()
         return run
     restore(run)
-    if more:
-        extend(run, began)
-    at = f"step {run.step:,}" if run.state.step else f"epoch {run.state.epoch}"
-    say(f"going on with {run.folder} after {at}")
+    if more_epochs:
+        extend(run, settings)
+    position = f"step {run.step:,}" if run.state.step else f"epoch {run.state.epoch}"
+    say(f"resuming {run.folder} after {position}")
     return run
 
 
-def more_epochs(run: Run, began: Mapping[str, Any]) -> bool:
-    """Whether --resume asks for more epochs than the run was started with."""
-    return bool(began["epochs"] and run.config.epochs and run.config.epochs > began["epochs"])
+def changes_since(
+    run: Run, record: Mapping[str, Any], settings: Mapping[str, Any], more_epochs: bool
+) -> list[str]:
+    """List the settings and inputs that differ from those at the start of the run.
+
+    record: config.json of the run. settings: its settings, including defaults.
+    more_epochs: allow another number of epochs.
+    """
+    may_change = {
+        item.name for item in fields(TrainConfig) if item.metadata.get("may_change_on_resume")
+    }
+    if more_epochs:
+        may_change.add("epochs")
+    changes = [
+        f"{name.replace('_', '-')}: {settings[name]}, now {value}"
+        for name, value in run.checkpoint.training.items()
+        if name not in may_change and settings[name] != json.loads(json.dumps(value))
+    ]
+    same_features = record["features"] == run.checkpoint.identity
+    if not same_features or record["trained_on"] != run.checkpoint.trained_on:
+        changes.append("the cache or the photographs")
+    changes += differences(
+        record["provenance"], run.checkpoint.provenance, ("views", "precision", "decode")
+    )
+    if load_vocabulary(run.folder).words != run.checkpoint.vocabulary.words:
+        changes.append("the captions: they have another vocabulary")
+    return changes
 
 
-def extend(run: Run, began: Mapping[str, Any]) -> None:
-    """Train a finished run for more epochs, with a new learning rate schedule.
+def has_more_epochs(run: Run, settings: Mapping[str, Any]) -> bool:
+    """Whether --epochs is larger than at the start of the run."""
+    epochs = settings["epochs"]
+    return bool(epochs and run.config.epochs and run.config.epochs > epochs)
+
+
+def extend(run: Run, settings: Mapping[str, Any]) -> None:
+    """Prepare a finished run for more epochs, with a new learning rate schedule.
 
     Raises UserError for an unfinished run, because more epochs would change its current schedule,
     and for a run with --minutes.
     """
-    scheduled, config = began["epochs"], run.config
-    assert config.epochs is not None  # by `more_epochs`
+    old_epochs, config = settings["epochs"], run.config
+    assert config.epochs is not None  # see has_more_epochs
     if config.minutes:
         raise UserError(
-            f"--resume: {run.folder} ends by its --minutes, more epochs do not change that; "
-            "train its weights further "
-            f"in a new run: --init {run.folder} --epochs {config.epochs - scheduled} --out "
-            "ANOTHER_FOLDER"
+            f"--resume: {run.folder} ends by its --minutes, more epochs do not change that. "
+            "To train its weights further, start a new run: "
+            f"--init {run.folder} --epochs {config.epochs - old_epochs} --out ANOTHER_FOLDER"
         )
-    begun = 0 < run.state.begin == run.step  # an earlier start was killed before its first step
-    if not (begun or run.state.epoch >= scheduled or stopped_early(run)):
+    # An earlier start may have extended the run and then ended before its first step.
+    was_extended = 0 < run.state.begin == run.step
+    if not (was_extended or run.state.epoch >= old_epochs or stopped_early(run)):
         raise UserError(
-            f"--resume: {run.folder} is in epoch {run.state.epoch + 1} of {scheduled}; let it "
-            "end with "
-            f"--epochs {scheduled} first, then resume it with --epochs {config.epochs}"
+            f"--resume: {run.folder} is in epoch {run.state.epoch + 1} of {old_epochs}; first "
+            f"finish it with --epochs {old_epochs}, then resume it with --epochs {config.epochs}"
         )
     run.state.begin = run.step
-    distributed.barrier()  # until all processes have read the files that are rewritten below
+    distributed.barrier()  # all processes must have read the files that are now overwritten
     save_progress(run)
     if run.machine.rank == 0:
         run.checkpoint.training["resume"] = False
         save_description(run.folder, run.checkpoint)
-    done = run.step / run.steps_an_epoch
+    done = run.step / run.steps_per_epoch
     say(
-        f"{run.folder} had ended after epoch {done:.4g} of {scheduled}; the "
-        f"{config.epochs - done:.4g} epochs added get a new "
-        f"{config.schedule} schedule of the learning rate, up to {config.lr:g} again"
+        f"{run.folder} had ended after epoch {done:.4g} of {old_epochs}; the "
+        f"{config.epochs - done:.4g} epochs added get a new {config.schedule} learning rate "
+        f"schedule with peak {config.lr:g}"
     )
 
 
 def save_and_exit(run: Run, signum: int) -> None:
-    """Save, print the command that resumes the run, and exit with the signal's status."""
+    """Save the run, print the command that resumes it, and exit with the code 128 + `signum`."""
     save_progress(run)
-    distributed.barrier()  # an exiting process ends the others, which may still be writing
+    # When one process exits, torchrun ends the others. Wait until rank 0 has written the file.
+    distributed.barrier()
     launcher = (
         "python" if run.machine.world == 1 else f"torchrun --nproc-per-node {run.machine.world}"
     )
-    again = (
-        f"{launcher} -m pipeline.train --config {run.folder}/config.json --out "
-        f"{run.folder} --resume"
+    say(
+        f"saved after step {run.step:,}; continue with: {launcher} -m pipeline.train "
+        f"--config {run.folder}/config.json --out {run.folder} --resume"
     )
-    say(f"saved after step {run.step:,}; go on with: {again}")
     sys.exit(128 + signum)

@@ -1,4 +1,4 @@
-"""Open what a run trains on: the --init run, the splits, the vocabulary, the decoder."""
+"""Set up a training run: open --init, the splits, the vocabulary and the decoder."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ from pipeline.training.state import Run
 DEV_IMAGES = 5000  # largest number of dev images that are used
 
 
-class Begun(NamedTuple):
-    """What --init begins with: the model's sizes, its words, and weights (None for a run that goes
-    on: it has its own).
+class InitRun(NamedTuple):
+    """The run of --init: sizes of its model, its vocabulary, and its weights.
+
+    weights: None for a resumed run, which has its own weights.
     """
 
     sizes: dict[str, Any]
@@ -55,56 +56,65 @@ class Begun(NamedTuple):
     weights: dict[str, Tensor] | None
 
 
-def open_init(config: TrainConfig, folder: Path, cache: FeatureCache | NoFeatures) -> Begun | None:
-    """Open the run of --init. A resumed run does not need its weights."""
+def open_init(
+    config: TrainConfig, folder: Path, cache: FeatureCache | NoFeatures
+) -> InitRun | None:
+    """Open the run of --init; None without --init.
+
+    Raises UserError if its features differ from those of the cache, or if it was trained on dev.
+    """
     if config.init is None:
         return None
     if config.resume and (folder / "last.safetensors").exists():
-        return Begun(load_record(folder)["model"], load_vocabulary(folder), None)
-    found = load_checkpoint(checkpoint_folder(config.init))
-    check_features(found, cache)
-    if found.training.get("train_on_dev") and not config.train_on_dev:
+        return InitRun(load_record(folder)["model"], load_vocabulary(folder), None)
+    checkpoint = load_checkpoint(checkpoint_folder(config.init))
+    check_features(checkpoint, cache)
+    if checkpoint.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
             f"--init {config.init} was trained on dev too, so dev cannot choose the best epoch: "
             "pass --train-on-dev, or another --init"
         )
-    return Begun(asdict(found.captioner.config), found.vocabulary, found.captioner.state_dict())
+    captioner = checkpoint.captioner
+    return InitRun(asdict(captioner.config), checkpoint.vocabulary, captioner.state_dict())
 
 
-def choose_segment(config: TrainConfig, source: Source, begun: Begun | None) -> TrainConfig:
-    """Fill in --segment: that of the --init run, else the given one.
+def choose_segment(config: TrainConfig, source: Source, init: InitRun | None) -> TrainConfig:
+    """Fill in --segment: the value of the --init run, else the given value.
 
-    Raises UserError if the captions have no spaces between words and no option says how to split
-    them. With subwords, scores treat each character as a word.
+    If the captions have no spaces between words, subwords are learnt on the whole text, and scores
+    treat each character as a word. Raises UserError if such captions have neither --segment nor
+    --vocabulary bpe.
     """
-    if begun:
-        own = begun.vocabulary.segment
-        if config.segment not in (None, own):
-            raise UserError(f"--segment is {config.segment}, {config.init} has {own}")
-        return replace(config, segment=own) if own != "words" else config
+    if init:
+        segment = init.vocabulary.segment
+        if config.segment not in (None, segment):
+            raise UserError(f"--segment is {config.segment}, {config.init} has {segment}")
+        return replace(config, segment=segment) if segment != "words" else config
     captions = (caption for image in source.images for caption in image.captions)
     if config.segment or (example := without_blanks(captions)) is None:
         return config
-    what = f"captions have no spaces between words (as {example[:40]!r})"
+    problem = f"captions have no spaces between words (such as {example[:40]!r})"
     if config.vocabulary == "word":
         raise UserError(
-            f"{what}: pass --segment characters, or --vocabulary bpe for pieces of several "
-            "characters, "
-            "or --segment words to take each sentence as one word"
+            f"{problem}: pass --segment characters, or --vocabulary bpe for units of several "
+            "characters, or --segment words to treat each sentence as one word"
         )
-    say(f"{what}: pieces are learnt on the text as it is, scores take each character as a word")
+    say(
+        f"{problem}: subwords are learnt on the whole text, and scores treat each character as a "
+        "word"
+    )
     return replace(config, segment="characters")
 
 
 def open_splits(
     config: TrainConfig, task: Task, source: Source, cache: FeatureCache | NoFeatures
 ) -> tuple[ImageTexts, ImageTexts | None]:
-    """Open train and dev. dev is None with --train-on-dev."""
+    """Open the splits train and dev. dev is None with --train-on-dev."""
 
     train = task.examples(source, "train", config.limit)
     dev = select_dev(config, task, source)
-    classes = task.output == "classes"
-    if classes:
+    has_classes = task.output == "classes"
+    if has_classes:
         say(task.choose_answers([*train, *dev] if config.train_on_dev else train))
 
     def texts(examples: Sequence[Example], split: str) -> ImageTexts:
@@ -115,31 +125,33 @@ def open_splits(
             split,
             config.segment or "words",
             task.holds_mirrored,
-            task.labels if classes else None,
+            task.labels if has_classes else None,
             len(task.answers),
         )
 
-    found = (
+    splits = (
         texts([*train, *dev] if config.train_on_dev else train, "train"),
         None if config.train_on_dev else texts(dev, "dev"),
     )
-    if left_out := sum(part.left_out for part in found if part):
-        say(f"{left_out} photographs are left out: {cache.path / 'unreadable.jsonl'} lists them")
-    return found
+    if left_out := sum(split.left_out for split in splits if split):
+        say(
+            f"{left_out} photographs are left out, because they have no features: "
+            f"{cache.path / 'unreadable.jsonl'} lists them"
+        )
+    return splits
 
 
 def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]:
-    """The dev examples. UserError if there are none, unless --train-on-dev."""
-    most = config.limit if config.train_on_dev else min(config.limit or DEV_IMAGES, DEV_IMAGES)
+    """Select the dev examples. Raises UserError if there are none, unless --train-on-dev is set."""
+    limit = config.limit if config.train_on_dev else min(config.limit or DEV_IMAGES, DEV_IMAGES)
     try:
-        return task.examples(source, "dev", most)
+        return task.examples(source, "dev", limit)
     except DataError as error:
         if config.train_on_dev:
             return []
         raise UserError(
-            f"{error}. Choosing the best epoch needs a second photograph; pass --train-on-dev "
-            "to train "
-            "without choosing"
+            f"{error}. Dev needs photographs, because its scores choose the best epoch; pass "
+            "--train-on-dev to train without dev and keep the last epoch"
         ) from error
 
 
@@ -149,41 +161,39 @@ def keep_features(
     parts: Sequence[ImageTexts],
     machine: Machine,
 ) -> None:
-    """Keep the features in memory by --cache-in, and print where they are.
+    """Load the features into memory as --cache-in says, and print where they are.
 
-    auto: on the GPU if they fit half of its free memory, else in RAM if they fit half of the free
-    memory, else on disk. Without a GPU: on disk, because the operating system caches the files in
-    RAM.
+    auto: on the GPU if they fit into half of its free memory, else in RAM if they fit into half of
+    the free memory, else on disk. Without a GPU: on disk, because the operating system caches the
+    files in RAM.
     """
     gpu = machine.device.type == "cuda"
     views = len(cache.views) if config.views else 0
     size = (1 + views) * sum(len(part) for part in parts) * cache.shape[0] * cache.shape[1] * 2
-    chosen = config.cache_in
-    if chosen == "auto":
-        chosen = "disk"
+    location = config.cache_in
+    if location == "auto":
+        location = "disk"
         if gpu and size < torch.cuda.mem_get_info(machine.device)[0] / 2:
-            chosen = "device"
+            location = "device"
         elif gpu and cache.feature_bytes < free_memory() / 2:
-            chosen = "ram"
-        chosen = distributed.broadcast(chosen)
-    if chosen == "ram":
+            location = "ram"
+        location = distributed.broadcast(location)
+    shared = ""
+    if location == "ram":
         memory = distributed.shared_memory(cache.feature_bytes) if machine.world > 1 else None
         if memory:
-            cache.keep_in_memory(memory[0], not memory[1])
+            buffer, is_owner = memory
+            cache.keep_in_memory(buffer, not is_owner)
+            shared = ", once for all processes of a machine"
         else:
             cache.keep_in_memory()
         distributed.barrier()
-    elif chosen == "device":
+    elif location == "device":
         for part in parts:
             part.keep_on(machine.device, views if part is parts[0] else 0)
-    places = {"disk": "on the disk", "ram": "in RAM", "device": f"on {machine.device}"}
-    once = (
-        ", once for all processes of a machine"
-        if chosen == "ram" and machine.world > 1 and memory
-        else ""
-    )
+    names = {"disk": "on disk", "ram": "in RAM", "device": f"on {machine.device}"}
     say(
-        f"features stay {places[chosen]} while training ({human_bytes(size)}{once}; --cache-in "
+        f"features are {names[location]} during training ({human_bytes(size)}{shared}; --cache-in "
         f"{config.cache_in})"
     )
 
@@ -197,11 +207,14 @@ def open_run(
     task: Task,
     train: ImageTexts,
     dev: ImageTexts | None,
-    begun: Begun | None,
+    init: InitRun | None,
 ) -> Run:
-    """Create the model and its run folder, or resume the run in the folder."""
-    if begun:
-        vocabulary = begun.vocabulary
+    """Create the model and its run folder, or resume the run in the folder.
+
+    Raises UserError if the run in the folder does not fit the settings (`resume`).
+    """
+    if init:
+        vocabulary = init.vocabulary
     else:
         vocabulary = distributed.broadcast(
             make_vocabulary(config, folder, train) if machine.rank == 0 else None
@@ -209,7 +222,7 @@ def open_run(
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
         assert config.max_length is not None
-    max_prompt = begun.sizes["max_prompt"] if begun else longest_prompt(vocabulary, train)
+    max_prompt = init.sizes["max_prompt"] if init else longest_prompt(vocabulary, train)
     captioner = create_decoder(
         config.decoder,
         DECODERS[config.decoder].Config(
@@ -221,8 +234,8 @@ def open_run(
             classes=len(task.answers),
         ),
     )
-    if begun and begun.weights:
-        captioner.load_state_dict(begun.weights)
+    if init and init.weights:
+        captioner.load_state_dict(init.weights)
     captioner.to(machine.device)
     record = config.record()
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
@@ -246,7 +259,7 @@ def open_run(
         checkpoint,
         Journal(folder, record, config.wandb, machine.rank == 0),
     )
-    distributed.barrier()  # until all processes have read the folder
+    distributed.barrier()  # all processes must have read the folder before rank 0 writes to it
     if config.resume:
         return resume(run)
     if machine.rank == 0:
@@ -261,29 +274,31 @@ def open_run(
 
 
 def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Vocabulary:
-    """Build the vocabulary of the train captions. A resumed run keeps its tokenizer.json, because
-    another version of the tokenizers package would learn other subwords.
+    """Build the vocabulary of the training prompts and captions.
+
+    A resumed run keeps its tokenizer.json, because another version of the tokenizers package would
+    learn other subwords.
     """
-    captions = (
-        words for part in (train.prompts, train.tokens) for group in part for words in group
-    )
+    texts = (words for group in (*train.prompts, *train.tokens) for words in group)
     if config.vocabulary == "word":
-        assert config.min_count is not None  # by `resolve`
-        return Vocabulary.build(captions, config.min_count, config.segment or "words")
+        assert config.min_count is not None  # set by `resolve`
+        return Vocabulary.build(texts, config.min_count, config.segment or "words")
     if config.resume and (folder / "tokenizer.json").exists():
         return load_vocabulary(folder)
-    return Subwords.build(captions, config.vocab_size, config.segment or "words")
+    return Subwords.build(texts, config.vocab_size, config.segment or "words")
 
 
 def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """The 99th percentile of the caption lengths in words (or subwords), at least 20 (30)."""
-    least = 30 if config.vocabulary == "bpe" else 20
-    return max(least, int(np.percentile(caption_lengths(vocabulary, train), 99, method="higher")))
+    """The 99th percentile of the caption lengths: at least 20 words, or 30 subwords."""
+    minimum = 30 if config.vocabulary == "bpe" else 20
+    lengths = caption_lengths(vocabulary, train)
+    return max(minimum, int(np.percentile(lengths, 99, method="higher")))
 
 
 def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """Number of tokens of the longest train prompt, which the decoder must fit. Longer prompts lose
-    their first tokens.
+    """Number of tokens of the longest training prompt.
+
+    It becomes the decoder's maximum. Longer prompts lose their first tokens.
     """
     return max(
         (len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0

@@ -1,4 +1,4 @@
-"""The state of a run in memory, and how it is saved and restored."""
+"""A training run in memory, and how its state is saved and restored."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ from pipeline.training.objectives import Objective, make_objective
 
 @dataclass
 class TrainState:
-    """Where a run stands. It is saved with the weights, under the name `place`.
+    """Position of a run. It is saved as `place` in last.safetensors.
 
-    seconds: spent on the run before this start. ended: whether the time of --minutes is up.
-    epoch: from 0; the next five are of this epoch: step, the steps done; captions, the texts (or
-    samples) seen; training and waited, seconds in all and seconds waiting for data; lr, of the
-    last step.
-    begin: the step at which the schedule of the learning rate began.
+    seconds: time spent on the run before this start.
+    ended: whether the time of --minutes is up.
+    epoch: number of the epoch, from 0.
+    step: number of steps done in this epoch.
+    captions: number of texts (or samples) processed in this epoch.
+    training: seconds spent on this epoch.
+    waited: seconds of this epoch spent waiting for data.
+    lr: learning rate of the last step.
+    begin: step of the run at which the learning rate schedule began.
     """
 
     seconds: float = 0.0
@@ -47,12 +51,15 @@ class TrainState:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TrainState:
-        """The state recorded in last.safetensors; TypeError for a value of a wrong type."""
+        """Read the state from the record in last.safetensors.
+
+        Raises TypeError for a value of a wrong type or out of range.
+        """
         state = cls(**record)
         for item in fields(cls):
             value = getattr(state, item.name)
-            kinds = (int, float) if isinstance(item.default, float) else (type(item.default),)
-            if type(value) not in kinds or not 0 <= value < 2**53:
+            types = (int, float) if isinstance(item.default, float) else (type(item.default),)
+            if type(value) not in types or not 0 <= value < 2**53:
                 raise TypeError(f"{item.name} is {value!r}")
         return state
 
@@ -62,7 +69,7 @@ class TrainState:
 
 @dataclass
 class Run:
-    """A training run in memory: what the loop reads and changes."""
+    """A training run in memory. The training loop reads and changes it."""
 
     config: TrainConfig
     folder: Path
@@ -72,19 +79,20 @@ class Run:
     dev: ImageTexts | None  # None with --train-on-dev
     checkpoint: Checkpoint
     journal: Journal
-    # the decoder, compiled or wrapped for several processes
+    # the captioner, wrapped by torch.compile and DistributedDataParallel if they are used
     forward: nn.Module = field(init=False)
     objective: Objective = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     average: list[Tensor] | None = field(init=False)  # moving average of the weights (--ema)
-    # [2,M+1] float64: sums of the objective's figures and what was counted, since the last
-    # validation and since the last line of the log
+    # [2,M+1] float64: sums of the objective's M metrics and of the counted items. Row 0 is since
+    # the last validation, row 1 since the last log line.
     sums: Tensor = field(init=False)
     state: TrainState = field(default_factory=TrainState)
-    reserve: float = 0.0  # seconds of the last validation, reserved from --minutes
-    stopping: int = 0  # the signal that asked the run to stop, or 0
-    started: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
+    # Duration of the last validation. --minutes includes one more validation at the end.
+    validation_seconds: float = 0.0
+    stop_signal: int = 0  # the signal that stops the run, or 0
+    start_time: float = field(default_factory=time.monotonic)
+    last_save: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         config, captioner = self.config, self.captioner
@@ -114,80 +122,84 @@ class Run:
 
     @functools.cached_property
     def dev_ids(self) -> list[list[list[int]]]:
+        """Token ids of the dev texts."""
         assert self.dev is not None
         sizes = self.captioner.config
         return self.dev.encode(self.checkpoint.vocabulary, sizes.max_length, sizes.max_prompt)
 
     @property
-    def steps_an_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         assert self.config.batch is not None  # set by `resolve`
         return -(-len(self.train) // self.config.batch)
 
     @property
     def step(self) -> int:
-        """Number of steps done."""
-        return self.state.epoch * self.steps_an_epoch + self.state.step
+        """Number of steps done since the start of the run."""
+        return self.state.epoch * self.steps_per_epoch + self.state.step
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on the run, over all its starts."""
-        return self.state.seconds + time.monotonic() - self.started
+        """Seconds spent on the run, including earlier starts."""
+        return self.state.seconds + time.monotonic() - self.start_time
 
     @property
     def validated(self) -> bool:
-        """Whether dev was scored after the last step."""
-        return bool(self.journal.epochs) and self.journal.epochs[-1]["step"] == self.step
+        """Whether there was a validation after the last step."""
+        validations = self.journal.validations
+        return bool(validations) and validations[-1]["step"] == self.step
 
     @property
     def should_validate(self) -> bool:
-        """Whether dev must be scored before the next step."""
+        """Whether a validation is due before the next step."""
         config, step = self.config, self.step
         if self.validated:
             return False
-        if self.state.ended or step == 0:
-            return self.state.ended or config.init is not None
-        if config.eval_steps is None or (
-            config.epochs and step == config.epochs * self.steps_an_epoch
-        ):
-            return self.state.step == self.steps_an_epoch
+        if self.state.ended:
+            return True
+        if step == 0:
+            return config.init is not None  # score the weights of --init
+        is_last_step = config.epochs and step == config.epochs * self.steps_per_epoch
+        if config.eval_steps is None or is_last_step:
+            return self.state.step == self.steps_per_epoch
         return step % config.eval_steps == 0
 
-    def done(self) -> float:
-        """Progress of the training in 0..1, by steps or by time, whichever is larger.
+    def progress(self) -> float:
+        """Progress of the training, 0 to 1: the larger one of the progress by steps and by time.
 
-        It is measured at the middle of a step, so that no step has a learning rate of zero.
+        It is computed for the middle of the next step, so that no step has a learning rate of 0.
         """
         config, by_step, by_time = self.config, 0.0, 0.0
         if config.epochs:
             begin = self.state.begin
-            by_step = (self.step - begin + 0.5) / (config.epochs * self.steps_an_epoch - begin)
+            by_step = (self.step - begin + 0.5) / (config.epochs * self.steps_per_epoch - begin)
         if config.minutes:
-            by_time = self.seconds / max(config.minutes * 60 - self.reserve, 1e-9)
+            by_time = self.seconds / max(config.minutes * 60 - self.validation_seconds, 1e-9)
         return min(1.0, max(by_step, by_time))
 
 
 def make_optimizer(decoder: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay for matrices only, not for biases, norms and embeddings."""
+    """Create AdamW, with weight decay for matrices but not for biases, norms and embeddings."""
     embeddings = {
         id(p)
         for module in decoder.modules()
         if isinstance(module, nn.Embedding)
         for p in module.parameters()
     }
-    decayed = [p for p in decoder.parameters() if p.ndim > 1 and id(p) not in embeddings]
-    chosen = {id(p) for p in decayed}
-    rest = [p for p in decoder.parameters() if id(p) not in chosen]
+    with_decay: list[nn.Parameter] = []
+    without_decay: list[nn.Parameter] = []
+    for p in decoder.parameters():
+        (with_decay if p.ndim > 1 and id(p) not in embeddings else without_decay).append(p)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": with_decay, "weight_decay": config.weight_decay},
+        {"params": without_decay, "weight_decay": 0.0},
     ]
     assert config.lr is not None  # set by `resolve`
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def save_progress(run: Run) -> None:
-    """Save everything that `restore` needs. Only rank 0 writes."""
-    run.saved = time.monotonic()
+    """Write last.safetensors, which `restore` reads. Only rank 0 writes."""
+    run.last_save = time.monotonic()
     if run.machine.rank:
         return
     tensors = {f"model.{name}": value for name, value in run.captioner.state_dict().items()}
@@ -197,10 +209,9 @@ def save_progress(run: Run) -> None:
         if run.average is not None:
             tensors[f"average.{name}"] = run.average[number]
     tensors["sums"] = run.sums
-    place = asdict(run.state) | {"seconds": run.seconds}
     record = {
-        "place": place,
-        "epochs": run.journal.epochs,
+        "place": asdict(run.state) | {"seconds": run.seconds},
+        "epochs": run.journal.validations,
         "wandb": run.journal.wandb_id,
         "world": run.machine.world,
     }
@@ -208,8 +219,9 @@ def save_progress(run: Run) -> None:
 
 
 def restore(run: Run) -> None:
-    """Restore weights, optimizer, average, training state and log from last.safetensors; UserError
-    if they do not fit the run.
+    """Restore weights, optimizer, moving average, training state and log from last.safetensors.
+
+    Raises UserError if the file does not fit the run.
     """
     tensors, record = load_training_state(run.folder)
     try:
@@ -217,33 +229,32 @@ def restore(run: Run) -> None:
             {name: tensors[f"model.{name}"] for name in run.captioner.state_dict()}
         )
         for number, (name, weight) in enumerate(run.captioner.named_parameters()):
-            for key in (
-                ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.step" in tensors else ()
-            ):
+            # before the first step, the optimizer has no state
+            has_state = f"optimizer.{name}.step" in tensors
+            for key in ("step", "exp_avg", "exp_avg_sq") if has_state else ():
                 value = tensors[f"optimizer.{name}.{key}"]
                 if value.shape != (torch.Size() if key == "step" else weight.shape):
                     raise RuntimeError(f"optimizer.{name}.{key} is {tuple(value.shape)}")
                 run.optimizer.state[weight][key] = value.to(weight)
             if run.average is not None:
                 run.average[number].copy_(tensors[f"average.{name}"].view(weight.shape))
-        run.sums, run.state = (
-            tensors["sums"].view(run.sums.shape).double(),
-            TrainState.from_record(record["place"]),
-        )
-        epochs, wandb_id, world = record["epochs"], record["wandb"], record["world"]
-        for line in epochs:
+        run.sums = tensors["sums"].view(run.sums.shape).double()
+        run.state = TrainState.from_record(record["place"])
+        validations, wandb_id, world = record["epochs"], record["wandb"], record["world"]
+        for line in validations:
             numbers = [line["step"], line["seconds"]["validation"]]
             numbers += [line["dev"][run.task.metric], line["dev"]["loss"]] if run.dev else []
             if not all(type(number) in (int, float) for number in numbers):
-                raise TypeError(f"an epoch is {line}")
-        run.reserve = epochs[-1]["seconds"]["validation"] if epochs else 0.0
+                raise TypeError(f"a validation line is {line}")
+        run.validation_seconds = validations[-1]["seconds"]["validation"] if validations else 0.0
     except (KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{run.folder / 'last.safetensors'} does not fit the run: {error}; start the run anew"
+            f"{run.folder / 'last.safetensors'} does not fit the run: {error}; start the run again "
+            "in another --out"
         ) from error
     if world != run.machine.world:
         say(
-            f"warning: begun by {world} processes, now {run.machine.world}: random draws differ "
-            f"from those of one uninterrupted run"
+            f"warning: the run was started with {world} processes and has now "
+            f"{run.machine.world}; its random numbers differ from those of an uninterrupted run"
         )
-    run.journal.begin(epochs, run.step, wandb_id)
+    run.journal.begin(validations, run.step, wandb_id)

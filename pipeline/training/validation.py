@@ -9,99 +9,109 @@ from typing import Any
 import torch
 
 from models.generation.options import Generation
-from pipeline.checkpoints.checkpoint import (
-    save_weights,
-)
+from pipeline.checkpoints.checkpoint import save_weights
 from pipeline.decoding.captioner import CaptionGenerator, generate_texts
 from pipeline.tasks.base import Task
 from pipeline.terminal import progress, say
 from pipeline.training import distributed
 from pipeline.training.config import PATIENT_STEPS
-from pipeline.training.loop import Stopped, averaged
+from pipeline.training.loop import Stopped, averaged_weights
 from pipeline.training.objectives import supervised_loss
 from pipeline.training.state import Run, save_progress
 
 
 def should_stop(run: Run) -> bool:
-    """Whether all epochs are done, the time is up, or early stopping applies."""
+    """Whether all epochs are done, the time of --minutes is up, or early stopping applies."""
     config = run.config
     if stopped_early(run):
-        say(f"no better {run.task.metric} on dev for {config.patience} validations: stopped early")
+        say(
+            f"early stop: {config.patience} validations without a better {run.task.metric} on dev "
+            "(--patience)"
+        )
         return True
     if config.epochs and run.state.epoch >= config.epochs:
         return True
     return run.validated and distributed.broadcast(
-        run.state.ended or (config.minutes is not None and run.done() >= 1)
+        run.state.ended or (config.minutes is not None and run.progress() >= 1)
     )
 
 
 def stopped_early(run: Run) -> bool:
-    """Whether dev has not improved for --patience validations, not counting the first PATIENT_STEPS
-    steps.
+    """Whether the last --patience validations were not better than an earlier one.
+
+    Validations in the first PATIENT_STEPS steps are not counted.
     """
     scored = run.journal.scored
-    counted = [
-        at for at, line in enumerate(scored) if line["step"] - run.state.begin > PATIENT_STEPS
+    if not scored:
+        return False
+    best = best_of(scored, run.task.metric)
+    not_better = [
+        line for line in scored[best + 1 :] if line["step"] - run.state.begin > PATIENT_STEPS
     ]
-    return (
-        bool(scored)
-        and sum(at > best_of(scored, run.task.metric) for at in counted) >= run.config.patience
-    )
+    return len(not_better) >= run.config.patience
 
 
 def best_of(scored: Sequence[dict[str, Any]], metric: str) -> int:
-    """Index of the best validation: the highest `metric` on dev; the lower loss decides ties."""
+    """Index of the best validation line: the highest `metric` on dev, then the lowest loss."""
     return max(
-        range(len(scored)), key=lambda at: (scored[at]["dev"][metric], -scored[at]["dev"]["loss"])
+        range(len(scored)), key=lambda i: (scored[i]["dev"][metric], -scored[i]["dev"]["loss"])
     )
 
 
-def validate(run: Run, trained: dict[str, float]) -> None:
-    """Compute loss and scores on dev. Save the weights if they are the best so far (without dev:
-    always), and save the training state.
+def validate(run: Run, train_metrics: dict[str, float]) -> None:
+    """Compute the loss and the scores on dev, write a log line, and save the training state.
+
+    The weights are saved if this validation is the best one so far. With --train-on-dev they are
+    always saved.
+
+    train_metrics: metrics since the last validation, as `train_until_validation` returns them.
     """
     save_progress(run)
-    start, config = time.monotonic(), run.config
-    with averaged(run):
+    start, scored = time.monotonic(), run.journal.scored
+    with averaged_weights(run):
         dev = {"loss": dev_loss(run), **dev_scores(run)} if run.dev else {}
-        better = not dev or best_of([*run.journal.scored, {"dev": dev}], run.task.metric) == len(
-            run.journal.scored
-        )
-        if better and run.machine.rank == 0:
+        is_best = not dev or best_of([*scored, {"dev": dev}], run.task.metric) == len(scored)
+        if is_best and run.machine.rank == 0:
             save_weights(run.folder, run.captioner.state_dict())
-    run.reserve = time.monotonic() - start
+    run.validation_seconds = time.monotonic() - start
     line = {
-        "epoch": run.step / run.steps_an_epoch,
+        "epoch": run.step / run.steps_per_epoch,
         "step": run.step,
-        "train": trained,
+        "train": train_metrics,
         **({"dev": dev} if dev else {}),
-        "seconds": {"validation": run.reserve, "elapsed": run.seconds},
+        "seconds": {"validation": run.validation_seconds, "elapsed": run.seconds},
     }
     run.journal.add(line)
     run.sums[0] = 0
-    if run.state.step == run.steps_an_epoch:
+    if run.state.step == run.steps_per_epoch:
         run.state = run.state.next_epoch()
     save_progress(run)
-    told = [f"dev loss {dev['loss']:.3f}, dev {shown_scores(run.task, dev)}" if dev else "kept"]
-    if better and dev:
-        told[0] += " (best)"
-    if trained:
-        shown, unit = run.objective.shown, run.objective.unit
-        told = [
-            f"train {shown} {trained[shown]:.3f}",
-            *told,
-            f"{trained['captions_per_s']:.0f} {unit}/s",
-            f"waiting {trained['waiting']:.1%}",
-        ]
-    say(
-        f"epoch {line['epoch']:.4g}{f'/{config.epochs}' if config.epochs else ''}: "
-        f"{', '.join(told)}"
-    )
+    print_validation(run, line, is_best)
+
+
+def print_validation(run: Run, line: dict[str, Any], is_best: bool) -> None:
+    """Print a validation line of the log in short."""
+    parts, objective, train, dev = [], run.objective, line["train"], line.get("dev")
+    if train:
+        parts.append(f"train {objective.shown} {train[objective.shown]:.3f}")
+    if dev:
+        best = " (best)" if is_best else ""
+        parts.append(f"dev loss {dev['loss']:.3f}, dev {shown_scores(run.task, dev)}{best}")
+    else:
+        parts.append("weights saved")
+    if train:
+        parts.append(f"{train['captions_per_s']:.0f} {objective.unit}/s")
+        parts.append(f"waiting {train['waiting']:.1%}")
+    epochs = f"/{run.config.epochs}" if run.config.epochs else ""
+    say(f"epoch {line['epoch']:.4g}{epochs}: {', '.join(parts)}")
 
 
 @torch.inference_mode()
 def dev_loss(run: Run) -> float:
-    """Loss on dev in nats per word (of classes: per text), without label smoothing or dropout."""
+    """Compute the loss on dev, without label smoothing and dropout.
+
+    The result is in nats per word, or for a decoder with classes in nats per text.
+    """
     assert run.dev is not None and run.config.batch is not None
     run.captioner.eval()
     total, count = 0.0, 0
@@ -112,29 +122,33 @@ def dev_loss(run: Run) -> float:
         with run.machine.autocast():
             loss = supervised_loss(run.captioner, batch)
         total, count = total + loss.item() * batch.counted, count + batch.scored
-    loss_of_all, count_of_all = distributed.all_reduce(total, count)
-    return loss_of_all / count_of_all
+    total_loss, total_count = distributed.all_reduce(total, count)
+    return total_loss / total_count
 
 
 def dev_scores(run: Run) -> dict[str, float]:
-    """Scores of beam search on dev. The processes share the images."""
+    """Generate the texts of dev by beam search and score them. Each process generates a part."""
     config, machine = run.config, run.machine
     assert run.dev is not None
-    mine = run.dev.examples[machine.rank :: machine.world]
-    how = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
+    examples = run.dev.examples[machine.rank :: machine.world]
+    options = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
     generator = CaptionGenerator(
-        run.captioner, run.checkpoint.vocabulary, machine, how, answers=run.task.answers
+        run.captioner, run.checkpoint.vocabulary, machine, options, answers=run.task.answers
     )
 
     def step(count: int) -> None:
-        if run.stopping and machine.world == 1:
-            raise Stopped(run.stopping)
+        if run.stop_signal and machine.world == 1:
+            raise Stopped(run.stop_signal)
         bar.step(count)
 
-    with progress(len(mine), "images", "dev", enabled=machine.rank == 0) as bar:
-        found = generate_texts(generator, run.dev.cache, mine, done=step) if mine else {}
+    texts_by_id = {}
+    with progress(len(examples), "images", "dev", enabled=machine.rank == 0) as bar:
+        if examples:
+            texts_by_id = generate_texts(generator, run.dev.cache, examples, done=step)
     outputs = {
-        id_: texts[0].text for part in distributed.all_gather(found) for id_, texts in part.items()
+        id_: texts[0].text
+        for part in distributed.all_gather(texts_by_id)
+        for id_, texts in part.items()
     }
     if machine.rank:
         return distributed.broadcast(None)
@@ -145,7 +159,7 @@ def dev_scores(run: Run) -> dict[str, float]:
 
 
 def shown_scores(task: Task, scores: Mapping[str, float]) -> str:
-    """The printed scores: the task's metric, then those in `shown`."""
+    """Format the scores that are printed: the task's metric, then those in `task.shown`."""
     return ", ".join(
         f"{name} {scores[key]:.3f}"
         for key, name in {task.metric: task.metric, **task.shown}.items()
