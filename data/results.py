@@ -1,7 +1,8 @@
-"""Files of generated captions and of reference captions.
+"""Files of generated texts and of reference captions.
 
 Generated captions are in COCO results format: [{"image_id": 391895, "caption": "a man rides a
-motorcycle"}, ...], one caption per image. References are a COCO captions file or a split of a
+motorcycle"}, ...], one caption per image. Answers to questions are in VQA results format:
+[{"question_id": 1, "answer": "yes"}, ...]. References are a COCO captions file or a split of a
 Karpathy file. COCO's evaluation server accepts results of all images of val2014 and of test2014,
 in the files that `write_server` writes.
 """
@@ -13,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from data import DataError
 from data.datasets.coco import read as read_coco
@@ -25,38 +27,49 @@ SERVER_IMAGES = {"val": 40_504, "test": 40_775}  # of COCO 2014
 SERVER_ZIP_BYTES = 100_000_000
 
 
-def read_results(file: Path) -> dict[int, str]:
-    """Return the captions of a file in COCO results format, by image id, in the order of the file.
+class Fields(NamedTuple):
+    """The names of the two fields of each entry of a results file."""
 
-    Raises DataError if the file is invalid or has two captions for one image.
+    id: str
+    text: str
+
+
+CAPTIONS = Fields("image_id", "caption")  # COCO results format
+ANSWERS = Fields("question_id", "answer")  # VQA results format
+
+
+def read_results(file: Path, names: Fields = CAPTIONS) -> dict[int, str]:
+    """Return the texts of a results file by id, in the order of the file.
+
+    Raises DataError if the file is invalid or has two texts for one id.
     """
     entries = parse_json(file)
+    what = names.id.removesuffix("_id")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DataError(
-            f'{file} is not in COCO results format: a list of {{"image_id": 1, "caption": "a dog"}}'
+            f'{file} is not a results file: a list of {{"{names.id}": 1, "{names.text}": "a dog"}}'
         )
     if not entries:
-        raise DataError(f"{file} contains no captions")
-    captions: dict[int, str] = {}
+        raise DataError(f"{file} contains no {names.text}s")
+    texts: dict[int, str] = {}
     for number, entry in enumerate(entries):
-        if "image_id" not in entry or "caption" not in entry:
+        if names.id not in entry or names.text not in entry:
             raise DataError(
-                f"{file}: entry {number} has no image_id or no caption: {str(entry)[:80]}"
+                f"{file}: entry {number} has no {names.id} or no {names.text}: {str(entry)[:80]}"
             )
-        image_id = check_id(entry["image_id"], f"{file}, entry {number}")
-        caption = check_caption(entry["caption"], f"{file}, image {image_id}")
-        if image_id in captions:
+        id_ = check_id(entry[names.id], f"{file}, entry {number}", what)
+        text = check_caption(entry[names.text], f"{file}, {what} {id_}", names.text)
+        if id_ in texts:
             raise DataError(
-                f"{file}: image {image_id} has two captions, {captions[image_id][:60]!r} and "
-                f"{caption[:60]!r}"
+                f"{file}: {what} {id_} has two {names.text}s, {texts[id_][:60]!r} and {text[:60]!r}"
             )
-        captions[image_id] = caption
-    return captions
+        texts[id_] = text
+    return texts
 
 
-def write_results(file: Path, captions: Mapping[int, str]) -> None:
-    """Write captions by image id in COCO results format, atomically."""
-    entries = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
+def write_results(file: Path, texts: Mapping[int, str], names: Fields = CAPTIONS) -> None:
+    """Write texts by id as a results file, atomically."""
+    entries = [{names.id: id_, names.text: text} for id_, text in texts.items()]
     atomic_write_text(file, json.dumps(entries, ensure_ascii=False))
 
 

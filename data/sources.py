@@ -373,13 +373,14 @@ def check_entries(content: object, key: str, file: Path) -> None:
         )
 
 
-def check_id(value: object, where: str) -> int:
-    """Return an image id. Raises DataError unless it is an integer of 64 bits.
+def check_id(value: object, where: str, what: str = "image") -> int:
+    """Return an id. Raises DataError unless it is an integer of 64 bits.
 
     where: the place in the file, for the message; the same in the functions below.
+    what: the kind of the id, for the message.
     """
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise DataError(f"{where}: the image id {value!r} is not an integer of 64 bits")
+        raise DataError(f"{where}: the {what} id {value!r} is not an integer of 64 bits")
     return value
 
 
@@ -432,13 +433,16 @@ def check_captioned(images: Iterable[Image], split: str) -> None:
     )
 
 
-def check_caption(caption: object, where: str) -> str:
-    """Return a caption. Raises DataError unless it is a string without lone surrogates."""
+def check_caption(caption: object, where: str, what: str = "caption") -> str:
+    """Return a caption. Raises DataError unless it is a string without lone surrogates.
+
+    what: the name of the text, for the message.
+    """
     if not isinstance(caption, str):
-        raise DataError(f"{where}: the caption is {json.dumps(caption)[:80]}, not a string")
+        raise DataError(f"{where}: the {what} is {json.dumps(caption)[:80]}, not a string")
     if any("\ud800" <= character <= "\udfff" for character in caption):
         raise DataError(
-            f"{where}: the caption {ascii(caption)[:80]} contains a lone surrogate, "
-            "which is half a character; write the caption again"
+            f"{where}: the {what} {ascii(caption)[:80]} contains a lone surrogate, "
+            f"which is half a character; write the {what} again"
         )
     return caption

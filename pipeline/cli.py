@@ -213,7 +213,9 @@ def check_bounds(item: Field, value: Any) -> None:
 
 
 def command(
-    config_class: type, sections: Mapping[str, Sequence[tuple[str, str]]] | None = None
+    config_class: type,
+    sections: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    implied: Mapping[str, tuple[str, str]] | None = None,
 ) -> Callable[[Callable], click.Command]:
     """Return a decorator that turns `main(config)` into a click command.
 
@@ -222,6 +224,7 @@ def command(
     Args:
         config_class: a subclass of `Settings`.
         sections: additional sections of --help. Each heading has rows of a name and a text.
+        implied: by flag, another flag and its value, if the first is passed without the second.
     """
 
     def decorate(main: Callable) -> click.Command:
@@ -256,6 +259,7 @@ def command(
             item.name: item for item in items if item.metadata.get("registry") is not None
         }
         click_command.sections = sections or {}
+        click_command.implied = implied or {}
         return click_command
 
     return decorate
@@ -303,6 +307,7 @@ def is_out_of_memory(error: Exception) -> bool:
 class _Command(click.Command):
     registries: Mapping[str, Field]  # the settings that choose an extension, by name
     sections: Mapping[str, Sequence[tuple[str, str]]]
+    implied: Mapping[str, tuple[str, str]]
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with plain_errors():  # --config is read here
@@ -316,6 +321,9 @@ class _Command(click.Command):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for flag, (other, value) in self.implied.items():
+            if _value_of(flag, args) and not _value_of(other, args):
+                args = [other, value, *args]
         ctx.meta["extensions"] = self._chosen_entries(ctx, args)
         try:
             return super().parse_args(ctx, args)

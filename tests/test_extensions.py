@@ -85,7 +85,7 @@ def test_a_task_trains_is_evaluated_and_resumes(drawn, tmp_path, monkeypatch):
     scores = json.loads((tmp_path / "run" / "scores-test.json").read_text())
     lines = [
         json.loads(line)
-        for line in (tmp_path / "run" / "outputs-test.jsonl").read_text().splitlines()
+        for line in (tmp_path / "run" / "scores-test-outputs.jsonl").read_text().splitlines()
     ]
     assert (
         len(lines)
@@ -141,7 +141,7 @@ def test_a_task_learns_what_its_questions_ask(drawn, tmp_path):
     )
     lines = [
         json.loads(line)
-        for line in (tmp_path / "run" / "outputs-train.jsonl").read_text().splitlines()
+        for line in (tmp_path / "run" / "scores-train-outputs.jsonl").read_text().splitlines()
     ]
     by_image: dict[int, set[str]] = {}
     for line in lines:

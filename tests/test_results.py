@@ -47,8 +47,8 @@ def test_results_are_read_as_they_are_written(tmp_path):
     ("content", "message"),
     [
         ('[{"image_id": 1, "capt', "is not complete JSON"),
-        ({"images": []}, "not in COCO results format"),
-        ([1, 2], "not in COCO results format"),
+        ({"images": []}, "is not a results file"),
+        ([1, 2], "is not a results file"),
         ([], "contains no captions"),
         ([{"image_id": 1}], "entry 0 has no image_id or no caption"),
         ([{"image_id": "1", "caption": "a"}], "entry 0: the image id '1' is not an integer"),

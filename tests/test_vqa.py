@@ -137,7 +137,7 @@ def test_official_names_under_a_root_give_the_splits(tmp_path, photographs):
         ([question(1, 7, " ")], [annotation(1, 7)], "question 1: the question is ' '"),
         ([question(1, 7)], [annotation(1, 7, [])], "question 1 has no answers"),
         ([question(1, 7)], [annotation(1, 7, [3])], "question 1: an answer is"),
-        ([question("x", 7)], [annotation(1, 7)], "question x: the image id 'x'"),
+        ([question("x", 7)], [annotation(1, 7)], "question x: the question id 'x'"),
     ],
 )
 def test_mistakes_name_the_file_and_the_question(
@@ -306,7 +306,7 @@ def test_a_run_is_evaluated_and_answers_about_a_photograph_by_its_folder_alone(
     assert record["task"] == "vqa" and 0 <= record["scores"]["accuracy"] <= 1
     assert len(record["scores"]["by_answer_type"]) >= 4
     lines = [
-        json.loads(line) for line in (tmp_path / "outputs-test.jsonl").read_text().splitlines()
+        json.loads(line) for line in (tmp_path / "scores-outputs.jsonl").read_text().splitlines()
     ]
     shutil.copytree(asked / output, tmp_path / "moved")
     captioner = load_captioner(tmp_path / "moved")

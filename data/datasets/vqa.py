@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from sys import intern
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from data import DataError
 from data.image_formats import SUFFIXES
@@ -50,6 +50,7 @@ OFFICIAL = {
     "test": ("v2_OpenEnded_mscoco_test2015_questions.json", None),
 }
 COCO_FILE = re.compile(r"(?:COCO_\w+_)?(\d{12})")
+OKVQA = re.compile("ok-?vqa", re.IGNORECASE)
 COLUMNS = ("question", "answer", "image")
 
 
@@ -68,6 +69,8 @@ class Question(NamedTuple):
     answers: people's answers as written; empty if they are unknown. keys: for each answer the other
     fields of its entry, if two entries are equal in all of them; None: all entries differ.
     best: the answer that most people gave (`multiple_choice_answer`).
+    accuracy: variant of the accuracy for questions with several answers, "okvqa" if the name or the
+        description of the annotations file contains okvqa, else "vqa".
     """
 
     id: int
@@ -78,6 +81,7 @@ class Question(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     keys: tuple[str, ...] | None = None
+    accuracy: Literal["vqa", "okvqa"] = "vqa"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,12 @@ class QuestionSource(Source):
     """Photographs with questions, in the order of their files."""
 
     questions: tuple[Question, ...] = field(default=(), repr=False)
+
+    def reported(self) -> str:
+        """The default split to score, as for other sources, but val if test has no answers."""
+        answered = {self.by_id[q.image_id].split for q in self.questions if q.answers}
+        split = super().reported()
+        return "val" if split not in answered and "val" in answered else split
 
 
 class _Pair(NamedTuple):
@@ -105,7 +115,7 @@ def read(
     Raises DataError for a question without an annotation or an annotation without a question, a
     question or answer that is empty, and an id that occurs twice.
     """
-    folders = [*images] or [Path(root)] if root else [*images]
+    folders = [*images] or [Path(root) if root else [*annotations, *questions][0].parent]
     tables = [file for file in annotations if file.suffix.lower() == ".csv"]
     if tables:
         if questions or len(tables) < len(annotations):
@@ -177,7 +187,7 @@ def _read_pair(pair: _Pair) -> Iterator[Question]:
     for number, entry in enumerate(read_json(pair.questions, "questions")["questions"]):
         where = f"{pair.questions}: question {entry.get('question_id', f'number {number}')}"
         id_, image = (
-            check_id(entry.get("question_id"), where),
+            check_id(entry.get("question_id"), where, "question"),
             check_id(entry.get("image_id"), where),
         )
         text = _text(entry.get("question"), where, "the question")
@@ -200,10 +210,14 @@ def _read_pair(pair: _Pair) -> Iterator[Question]:
 def _annotations(file: Path) -> dict[int, Question]:
     """The annotated questions by id, without their texts."""
     found: dict[int, Question] = {}
-    for number, entry in enumerate(read_json(file, "annotations")["annotations"]):
+    content = read_json(file, "annotations")
+    accuracy: Literal["vqa", "okvqa"] = (
+        "okvqa" if OKVQA.search(f"{file.name} {content.get('info')}") else "vqa"
+    )
+    for number, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation of question {entry.get('question_id', f'number {number}')}"
         id_, image = (
-            check_id(entry.get("question_id"), where),
+            check_id(entry.get("question_id"), where, "question"),
             check_id(entry.get("image_id"), where),
         )
         if id_ in found:
@@ -230,6 +244,7 @@ def _annotations(file: Path) -> dict[int, Question]:
             intern(str(entry.get("question_type", ""))),
             intern(str(entry.get("answer_type", ""))),
             None if len(set(keys)) == len(keys) else tuple(keys),
+            accuracy,
         )
     return found
 

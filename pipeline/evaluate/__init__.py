@@ -11,9 +11,10 @@ from data import DataError
 from data.files import atomic_write_text
 from data.results import read_results, write_server
 from pipeline.cli import UserError, command
-from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints, score_task
+from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints
 from pipeline.evaluate.config import EvaluateConfig, Job
 from pipeline.evaluate.file import jobs_of_files
+from pipeline.evaluate.task import OF_ANSWERS, refuse_options, score_answers, score_task
 from pipeline.scoring.java import Meteor, NotComputed
 from pipeline.scoring.report import (
     ON_REQUEST,
@@ -27,18 +28,23 @@ from pipeline.scoring.report import (
 from pipeline.terminal import say
 
 
-@command(EvaluateConfig)
+@command(EvaluateConfig, implied={"--answers": ("--dataset", "vqa")})
 def main(config: EvaluateConfig) -> None:
-    """Score a checkpoint on a split of a dataset, or score a file of captions.
+    """Score a checkpoint on a split of a dataset, or score a file of captions or answers.
 
     The command decodes from the cached features. Without options, it evaluates the run and the
-    cache of the embedded sample. To score a file: --captions results.json --references
-    annotations.json [--ids FILE] [--out scores.json].
+    cache of the embedded sample. To score a file of captions: --captions results.json --references
+    annotations.json [--ids FILE] [--out scores.json]. To score a file of answers: --answers
+    results.json --questions questions.json --annotations annotations.json [--out scores.json].
     """
+    if config.answers:
+        return score_answers(config)
     if config.captions:
+        refuse_options(config, "--captions are scored as captions", OF_ANSWERS)
         return score_captions(config, list(jobs_of_files(config)))
     evaluation = open_checkpoints(config)
     if evaluation.task.scored_as_captions:
+        refuse_options(config, "the checkpoint generates captions", OF_ANSWERS)
         score_captions(config, [job_of_checkpoint(config, evaluation)])
     else:
         score_task(config, evaluation)

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import click
-
 from data import DataError
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache
@@ -17,7 +15,7 @@ from data.examples import Example, with_rows
 from data.files import atomic_write_text
 from data.results import choose, read_ids, server_split, write_results
 from data.sources import Source, check_captioned
-from pipeline.cli import UserError, flag_of
+from pipeline.cli import UserError
 from pipeline.decoding.options import by_option
 from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
 from pipeline.scoring.ngrams import References
@@ -93,64 +91,6 @@ def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tup
             "not measure the quality on new photographs"
         )
     return source, split
-
-
-def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
-    """Decode a split, write the outputs and their scores to files, and print the scores.
-
-    Raises:
-        UserError: an option applies to captioning only.
-    """
-    checkpoints, task, cache, folder = evaluation
-    captioning_options = {
-        "ids": config.ids,
-        "server": config.server,
-        "against": config.against,
-        "df": config.df,
-        "meteor": config.meteor,
-        "spice": config.spice,
-        "train_captions": config.train_captions,
-    }
-    if passed := [name for name, value in captioning_options.items() if value]:
-        raise UserError(
-            f"{flag_of(passed[0])} is an option of captioning; {folder} was trained for --task "
-            f"{task.name}"
-        )
-    source, split = open_split(config, checkpoints)
-    examples = task.examples(source, split, config.limit)
-    examples, _, left_out = with_rows(examples, source.by_id, cache, split)
-    say(
-        f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
-        f"{task.unit}, {left_out} photographs left out"
-    )
-    texts_by_id, decoding = decode(config, checkpoints, cache, examples)
-    outputs = {example_id: texts[0].text for example_id, texts in texts_by_id.items()}
-    scores = task.score(outputs, examples)
-    out = config.out or folder / f"scores-{split}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(
-            {"id": e.id, "image_id": e.image_id, "prompt": e.prompt, "output": outputs[e.id]},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for e in examples
-    ]
-    outputs_path = out.with_name(f"outputs-{split}.jsonl")
-    atomic_write_text(outputs_path, "".join(lines))
-    record = {
-        "task": task.name,
-        "split": split,
-        "examples": len(examples),
-        "left_out_unreadable": left_out,
-        "decoding": decoding,
-        "scores": scores,
-    }
-    atomic_write_text(out, json.dumps(record, indent=2) + "\n")
-    for name, value in scores.items():
-        if isinstance(value, float):
-            click.echo(f"{name:<12} {value:.4f}")
-    say(f"scores: {out}\noutputs: {outputs_path}")
 
 
 def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:

@@ -15,6 +15,7 @@ from pipeline.cli import DEVICES, PRECISIONS, UserError, flag_of, setting
 from pipeline.decoding.options import DecodingOptions
 from pipeline.scoring.ngrams import References
 from pipeline.scoring.report import FORMATS, Scorer
+from pipeline.scoring.vqa import VARIANTS
 from pipeline.sources import SourceOptions
 from pipeline.tasks.captioning import UNFINISHED
 
@@ -35,6 +36,10 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     captions: tuple[Path, ...] = setting(
         (), "COCO results file to score instead of a checkpoint; may be repeated"
     )
+    answers: Path | None = setting(
+        None,
+        "VQA results file to score instead of a checkpoint; --dataset is vqa unless it is passed",
+    )
     references: Path | None = setting(
         None, "reference captions for --captions: a COCO captions file or Karpathy's JSON"
     )
@@ -43,8 +48,8 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     against: Path | None = setting(
         None,
-        "results file of another captioner on the same images, for a paired bootstrap test of the "
-        "difference",
+        "results file of another model on the same images or questions, for a paired bootstrap "
+        "test of the difference",
     )
     df: Path | None = setting(
         None,
@@ -66,6 +71,12 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     meteor: bool = setting(False, "also compute METEOR (needs Java)")
     spice: bool = setting(False, "also compute SPICE (needs Java)")
+    accuracy: str | None = setting(
+        None,
+        "variant of the accuracy of answers, as in pipeline.train --task vqa  [the run's]",
+        choices=VARIANTS,
+    )
+    wups: bool = setting(False, "also compute WUPS, the score of DAQUAR (needs WordNet of nltk)")
     bootstrap: int = setting(
         1000,
         "number of bootstrap resamples for intervals and --against; 0: no intervals",
@@ -78,7 +89,12 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
     )
     format: str = setting("table", "output format", choices=FORMATS)
     server: str | None = setting(
-        None, "write the files for the COCO evaluation server, with this method name"
+        None,
+        "write the files for the evaluation server of COCO captions or of VQA (EvalAI), with this "
+        "method name",
+    )
+    answers_out: Path | None = setting(
+        None, "file for the answers of --task vqa, in VQA results format"
     )
     out: Path | None = setting(
         None, "output file; a folder if --captions is repeated  [CHECKPOINT/scores-SPLIT.json]"
@@ -108,6 +124,16 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         if self.captions and (decoding := self.given()):
             raise UserError(
                 f"{flag_of(next(iter(decoding)))} is a decoding option, but --captions are not "
+                "decoded; remove the option"
+            )
+        if self.answers and (self.captions or self.checkpoint):
+            raise UserError(
+                "--answers goes with neither --captions nor --checkpoint: score a file or a "
+                "checkpoint, not both"
+            )
+        if self.answers and (decoding := self.given()):
+            raise UserError(
+                f"{flag_of(next(iter(decoding)))} is a decoding option, but --answers are not "
                 "decoded; remove the option"
             )
         if self.references and not self.captions:

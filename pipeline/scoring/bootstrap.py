@@ -9,8 +9,9 @@ Letters in shapes: I images, S resamples, F sums per image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,20 @@ def mean_of(name: str, per_image: np.ndarray) -> Statistic:
         return (sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], np.nan))[:, None]
 
     return Statistic((name,), sums, mean)
+
+
+def mean_of_groups(name: str, values: np.ndarray, groups: Sequence[object]) -> Statistic:
+    """The statistic of a score that is the mean over examples, of which whole groups are drawn.
+
+    values: [examples]. groups: the group of each example, such as the id of its image.
+    """
+    rows = {group: row for row, group in enumerate(dict.fromkeys(groups))}
+    row_of = np.array([rows[group] for group in groups])
+    totals = np.bincount(row_of, weights=values, minlength=len(rows))
+    counts = np.bincount(row_of, minlength=len(rows))
+    return Statistic(
+        (name,), np.stack([totals, counts], axis=1), lambda sums: sums[:, :1] / sums[:, 1:]
+    )
 
 
 def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str, np.ndarray]:
@@ -77,3 +92,20 @@ def p_value(difference: float, differences: np.ndarray) -> float:
     """
     shifted = np.abs(differences - differences.mean())
     return float((np.sum(shifted >= abs(difference)) + 1) / (len(differences) + 1))
+
+
+def paired_difference(
+    value: float, other: float, resampled: np.ndarray, other_resampled: np.ndarray
+) -> dict[str, Any]:
+    """Compare two scores with the paired bootstrap.
+
+    resampled, other_resampled: [resamples], the scores of the same resamples.
+
+    Returns the difference, its interval and its p-value.
+    """
+    difference, differences = value - other, resampled - other_resampled
+    return {
+        "value": difference,
+        "interval": interval(differences),
+        "p": p_value(difference, differences),
+    }

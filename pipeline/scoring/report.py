@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from data.segmentation import segmented_all
-from pipeline.scoring.bootstrap import Statistic, interval, mean_of, p_value, resample
+from pipeline.scoring.bootstrap import Statistic, interval, mean_of, paired_difference, resample
 from pipeline.scoring.java import Meteor, NotComputed, spice
 from pipeline.scoring.metrics import BLEU, Scores, bleu, score
 from pipeline.scoring.ngrams import References
@@ -70,9 +70,8 @@ class Scorer:
             "df": self.frequencies,
             "eos": "no",
             "bootstrap": f"{self.resamples}.seed{self.seed}" if self.resamples else "no",
-            "version": _version(),
         }
-        return "|".join(f"{name}:{value}" for name, value in parts.items())
+        return signature_line(parts)
 
 
 @dataclass
@@ -233,17 +232,12 @@ def compare(card: Card, other: Card) -> dict[str, Any]:
         "differences": {},
     }
     for name in NAMES:
-        # Both resamples have the same seed, so they consist of the same images.
         if name in card.resampled and name in other.resampled:
             value, other_value = card.values[name], other.values[name]
             assert value is not None and other_value is not None  # resampled scores have values
-            difference = value - other_value
-            differences = card.resampled[name] - other.resampled[name]
-            result["differences"][name] = {
-                "value": difference,
-                "interval": interval(differences),
-                "p": p_value(difference, differences),
-            }
+            result["differences"][name] = paired_difference(
+                value, other_value, card.resampled[name], other.resampled[name]
+            )
     return result
 
 
@@ -340,7 +334,7 @@ def _comparison_rows(
     low, high = (
         [f"{item['interval'][end]:+.4f}" if item else "-" for item in differences] for end in (0, 1)
     )
-    p_values = [_format_p(item["p"], card) if item else "-" for item in differences]
+    p_values = [format_p(item["p"], card.scorer.resamples) if item else "-" for item in differences]
     return [
         (f"against {other['name']}", [_number(other["scores"].get(name)) for name in names]),
         ("  difference", values),
@@ -367,9 +361,9 @@ def print_examples(card: Card, captions: Mapping[int, str], count: int, to_stder
                 click.echo(f"         {text}", err=to_stderr)
 
 
-def _format_p(p: float, card: Card) -> str:
+def format_p(p: float, resamples: int) -> str:
     """Format a p-value. The smallest possible one, 1 / (resamples + 1), is an upper bound."""
-    smallest = 1 / (card.scorer.resamples + 1)
+    smallest = 1 / (resamples + 1)
     return f"<{max(p, 1e-4):.4f}" if p <= smallest else f"{p:.4f}"
 
 
@@ -377,8 +371,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _version() -> str:
+def signature_line(parts: Mapping[str, object]) -> str:
+    """Format settings that influence scores, and the version, as one line."""
     try:
-        return metadata.version("onceover")
+        version = metadata.version("onceover")
     except metadata.PackageNotFoundError:
-        return "unknown"
+        version = "unknown"
+    return "|".join(f"{name}:{value}" for name, value in {**parts, "version": version}.items())

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Variant = Literal["vqa", "okvqa", "equality"]
+VARIANTS = ("vqa", "okvqa")  # for questions with several answers
 
 NUMBERS = {
     "none": "0",

@@ -10,8 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from data.examples import Example
+from data.results import Fields
 from data.sources import Source
+from pipeline.scoring.bootstrap import Statistic, mean_of_groups
 
 __all__ = ["Example", "Task"]
 
@@ -30,6 +34,7 @@ class Task(ABC):
         of its image.
     output: "words": the decoder generates text; "classes": the decoder chooses one of `answers`.
     answers: with output "classes", the text of each class.
+    result_fields: the fields of the entries of a results file: the example id and the text.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Task(ABC):
     self_critical = False
     output: str = "words"
     answers: tuple[str, ...] = ()
+    result_fields = Fields("id", "output")
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
         """Create the task.
@@ -73,6 +79,30 @@ class Task(ABC):
 
         Returns the scores by name, including `metric`.
         """
+
+    def example_scores(
+        self, outputs: Mapping[int | str, str], examples: Sequence[Example]
+    ) -> list[dict[str, float]]:
+        """Compute the scores of each example by name; an empty list if examples have no scores."""
+        return []
+
+    def statistics(
+        self, outputs: Mapping[int | str, str], examples: Sequence[Example]
+    ) -> list[Statistic]:
+        """Compute sums over images, from which the bootstrap computes intervals of scores.
+
+        By default these are the scores that are means of `example_scores`.
+        """
+        scores = self.example_scores(outputs, examples)
+        groups = [e.id if e.image_id is None else e.image_id for e in examples]
+        return [
+            mean_of_groups(name, np.array([score[name] for score in scores]), groups)
+            for name in (scores[0] if scores else ())
+        ]
+
+    def describe(self, examples: Sequence[Example]) -> dict[str, str]:
+        """Return properties of the scores for the signature, such as the variant of a score."""
+        return {}
 
     def choose_answers(self, train: Sequence[Example]) -> str:
         """With output "classes": set `answers` from the training examples.

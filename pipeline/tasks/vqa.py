@@ -10,17 +10,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data import DataError
 from data.datasets.vqa import Question
 from data.examples import Example
-from data.results import read_text_list
+from data.results import ANSWERS, read_text_list
 from data.sources import Source
 from pipeline.cli import UserError, setting
-from pipeline.scoring.vqa import Variant, accuracy, normalize
+from pipeline.scoring.vqa import VARIANTS, Variant, accuracy, normalize
+from pipeline.scoring.wups import wups
 from pipeline.tasks.base import Task
 
 # default of --min-answer-count for large and for small data sets
@@ -49,11 +50,12 @@ class VqaOptions:
         None,
         "file with the answers that become classes, instead of counting: JSON, or one per line",
     )
-    accuracy: str = setting(
-        "vqa",
+    accuracy: str | None = setting(
+        None,
         "accuracy if n people gave the answer; vqa: mean of min(n / 3, 1) with each person left "
-        "out; okvqa: min(n / 3, 1). For questions with one answer the accuracy is equality",
-        choices=("vqa", "okvqa"),
+        "out; okvqa: min(n / 3, 1). For questions with one answer the accuracy is equality  "
+        "[okvqa for OK-VQA and A-OKVQA, else vqa]",
+        choices=VARIANTS,
     )
 
 
@@ -63,6 +65,8 @@ class VisualQuestionAnswering(Task):
     name = "vqa"
     metric = "accuracy"
     unit = "questions"
+    result_fields = ANSWERS
+    wups = False  # whether WUPS is also computed
     Options = VqaOptions
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
@@ -125,9 +129,17 @@ class VisualQuestionAnswering(Task):
             if answer in self._class_of
         ]
 
+    def set_scores(self, accuracy: str | None, wups: bool) -> None:
+        """Choose the variant of the accuracy (None: unchanged) and whether to compute WUPS."""
+        if accuracy:
+            self.options = replace(self.options, accuracy=accuracy)
+        self.wups = wups
+
     def variant(self, question: Question) -> Variant:
         """The variant of the accuracy for a question."""
-        return self.options.accuracy if len(question.answers) > 1 else "equality"
+        if len(question.answers) == 1:
+            return "equality"
+        return self.options.accuracy or question.accuracy
 
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
@@ -136,29 +148,46 @@ class VisualQuestionAnswering(Task):
         outputs: the answer to each question, by question id.
 
         Returns also the mean accuracies by answer type and by question type, if the questions have
-        types. Raises UserError if a question has no answers.
+        types, and by the variant of the accuracy, if there are several. Raises UserError if a
+        question has no answers.
         """
-        groups: dict[str, dict[str, list[float]]] = {
-            "by_answer_type": defaultdict(list),
-            "by_question_type": defaultdict(list),
+        per_example = self.example_scores(outputs, examples)
+        scores: dict[str, Any] = {
+            name: _mean([score[name] for score in per_example]) for name in per_example[0]
         }
-        values = []
+        questions = [self._questions[example.id] for example in examples]
+        groupings: dict[str, list[str]] = {
+            "by_answer_type": [question.answer_type for question in questions],
+            "by_question_type": [question.question_type for question in questions],
+            "by_variant": [self.variant(question) for question in questions],
+        }
+        for name, keys in groupings.items():
+            groups: dict[str, list[float]] = defaultdict(list)
+            for key, score in zip(keys, per_example, strict=True):
+                groups[key].append(score["accuracy"])
+            means = {key: _mean(group) for key, group in sorted(groups.items()) if key}
+            if means and (name != "by_variant" or len(means) > 1):
+                scores[name] = means
+        return scores
+
+    def example_scores(
+        self, outputs: Mapping[int | str, str], examples: Sequence[Example]
+    ) -> list[dict[str, float]]:
+        scores: list[dict[str, float]] = []
         for example in examples:
             question = self._questions[example.id]
             if not question.answers:
                 raise UserError(
                     f"question {question.id} cannot be scored, because it has no answers"
                 )
-            value = self.accuracy_of(outputs[example.id], question)
-            values.append(value)
-            groups["by_answer_type"][question.answer_type].append(value)
-            groups["by_question_type"][question.question_type].append(value)
-        scores: dict[str, Any] = {"accuracy": _mean(values)}
-        for name, by_type in groups.items():
-            means = {type_: _mean(group) for type_, group in sorted(by_type.items()) if type_}
-            if means:
-                scores[name] = means
+            scores.append({"accuracy": self.accuracy_of(outputs[example.id], question)})
+            if self.wups:
+                scores[-1] |= wups(outputs[example.id], question.answers[0])
         return scores
+
+    def describe(self, examples: Sequence[Example]) -> dict[str, str]:
+        counts = Counter(self.variant(self._questions[example.id]) for example in examples)
+        return {"accuracy": "+".join(f"{name}.{count}" for name, count in sorted(counts.items()))}
 
     def accuracy_of(self, answer: str, question: Question) -> float:
         """Compute the accuracy of an answer to one question, 0 to 1."""

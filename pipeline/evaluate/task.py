@@ -1,0 +1,255 @@
+"""Evaluation of the outputs of a task other than captioning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data import DataError
+from data.examples import Example, with_rows
+from data.files import atomic_write_text
+from data.results import read_results, write_results
+from data.sources import Source
+from pipeline.cli import UserError, flag_of
+from pipeline.evaluate.checkpoint import Evaluation, decode, open_split
+from pipeline.evaluate.config import EvaluateConfig
+from pipeline.scoring.bootstrap import interval, paired_difference, resample
+from pipeline.scoring.report import format_p, signature_line
+from pipeline.scoring.wups import NotInstalled, open_wordnet
+from pipeline.tasks.base import Task
+from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
+from pipeline.terminal import say
+
+OF_CAPTIONING = ("ids", "df", "meteor", "spice", "train_captions")
+OF_ANSWERS = ("answers_out", "accuracy", "wups")
+
+
+def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
+    """Decode a split of a dataset with a checkpoint, and score its outputs."""
+    checkpoints, task, cache, folder = evaluation
+    refuse_options(config, f"{folder} was trained for --task {task.name}", OF_CAPTIONING)
+    set_options(config, task)
+    source, split = open_split(config, checkpoints)
+    examples = task.examples(source, split, config.limit)
+    examples, _, left_out = with_rows(examples, source.by_id, cache, split)
+    say(
+        f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
+        f"{task.unit}, {left_out} photographs left out"
+    )
+    if left_out and config.server:
+        raise UserError(
+            f"--server needs all {task.unit} of a split, but {left_out} photographs are unreadable"
+        )
+    texts, decoding = decode(config, checkpoints, cache, examples)
+    outputs = {example_id: candidates[0].text for example_id, candidates in texts.items()}
+    out = config.out or folder / f"scores-{split}.json"
+    about = {"left_out_unreadable": left_out, "decoding": decoding}
+    report(config, task, source, split, examples, outputs, folder.name, out, about)
+
+
+def score_answers(config: EvaluateConfig) -> None:
+    """Score the answers of a file on the questions of a dataset.
+
+    Raises:
+        DataError: the file lacks an answer, or has an answer to another question.
+    """
+    assert config.answers is not None
+    refuse_options(config, "--answers are scored by the accuracy of answers", OF_CAPTIONING)
+    task = VisualQuestionAnswering(VqaOptions(output="words"))
+    set_options(config, task)
+    source = config.open_source()
+    split = config.split or source.reported()
+    examples = task.examples(source, split, config.limit)
+    given = read_results(config.answers, task.result_fields)
+    outputs = choose_outputs(given, task.examples(source, split), config.answers)
+    if unknown := given.keys() - outputs.keys():
+        raise DataError(
+            f"{config.answers}: question {min(unknown)} is not in {source.annotations} "
+            f"({len(unknown):,} such)"
+        )
+    name = config.answers.name
+    report(config, task, source, split, examples, outputs, name, config.out, {})
+
+
+def refuse_options(config: EvaluateConfig, reason: str, names: Sequence[str]) -> None:
+    """Raise UserError if one of these options is passed."""
+    if passed := [name for name in names if getattr(config, name)]:
+        what = "captioning" if passed[0] in OF_CAPTIONING else "visual question answering"
+        raise UserError(f"{flag_of(passed[0])} is an option of {what}; {reason}")
+
+
+def set_options(config: EvaluateConfig, task: Task) -> None:
+    """Set the options of the command that change the scores of a task.
+
+    Raises:
+        UserError: an option does not apply to the task, or WordNet is not installed.
+    """
+    if not isinstance(task, VisualQuestionAnswering):
+        return refuse_options(config, f"the task is {task.name}", OF_ANSWERS)
+    task.set_scores(config.accuracy, config.wups)
+    if config.wups:
+        try:
+            open_wordnet()
+        except NotInstalled as error:
+            raise UserError(f"--wups: {error}") from error
+
+
+def choose_outputs(
+    given: Mapping[int, str], examples: Sequence[Example], file: Path
+) -> dict[int | str, str]:
+    """Return the outputs of a results file for the examples.
+
+    Raises:
+        DataError: an example has no output.
+    """
+    if missing := [example.id for example in examples if example.id not in given]:
+        raise DataError(f"question {missing[0]} has no answer in {file} ({len(missing):,} such)")
+    return {example.id: given[example.id] for example in examples}  # type: ignore[index]
+
+
+def report(
+    config: EvaluateConfig,
+    task: Task,
+    source: Source,
+    split: str,
+    examples: Sequence[Example],
+    outputs: Mapping[Any, str],
+    name: str,
+    out: Path | None,
+    about: Mapping[str, Any],
+) -> None:
+    """Write the outputs and their scores to files, and print the scores.
+
+    Args:
+        out: path of scores.json; None: no files of scores.
+        name: name of the outputs in the printed table.
+        about: further entries of scores.json.
+    """
+    write_outputs(config, task, source, outputs, out)
+    has_truth = any(example.targets for example in examples)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = out.with_name(f"{out.stem}-outputs.jsonl")
+        scores = task.example_scores(outputs, examples) if has_truth else []
+        atomic_write_text(path, output_lines(examples, outputs, scores))
+        say(f"outputs: {path}")
+    if not has_truth:
+        say(f"the {task.unit} have no answers, so nothing is scored")
+        return
+    record: dict[str, Any] = {
+        "task": task.name,
+        "split": split,
+        task.unit: len(examples),
+        "images": len({example.image_id for example in examples}),
+        "scores": task.score(outputs, examples),
+        "intervals": {},
+        **about,
+    }
+    parts = {
+        "task": task.name,
+        "n": len(examples),
+        "refs": f"{(source.annotations or source.root).name}-{split}",
+        **task.describe(examples),
+        "bootstrap": f"{config.bootstrap}.seed{config.seed}" if config.bootstrap else "no",
+    }
+    record["signature"] = signature_line(parts)
+    statistics = task.statistics(outputs, examples) if config.bootstrap else []
+    if statistics:
+        resampled = resample(statistics, config.bootstrap, config.seed)
+        record["intervals"] = {name: interval(values) for name, values in resampled.items()}
+        if config.against:
+            others = choose_outputs(
+                read_results(config.against, task.result_fields), examples, config.against
+            )
+            other_scores = task.score(others, examples)
+            other_resampled = resample(
+                task.statistics(others, examples), config.bootstrap, config.seed
+            )
+            record["against"] = {
+                "name": config.against.name,
+                "scores": other_scores,
+                "differences": {
+                    key: paired_difference(
+                        record["scores"][key], other_scores[key], values, other_resampled[key]
+                    )
+                    for key, values in resampled.items()
+                },
+            }
+    if out is not None:
+        atomic_write_text(out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        say(f"scores: {out}")
+    print_record(config, name, record)
+
+
+def write_outputs(
+    config: EvaluateConfig,
+    task: Task,
+    source: Source,
+    outputs: Mapping[Any, str],
+    out: Path | None,
+) -> None:
+    """Write the results files of --answers-out and --server.
+
+    The file for the evaluation server (EvalAI) has the official name:
+    v2_OpenEnded_mscoco_test2015_NAME_results.json for the questions of
+    v2_OpenEnded_mscoco_test2015_questions.json.
+    """
+    paths = [config.answers_out] if config.answers_out else []
+    if config.server:
+        if len(config.extensions.get("dataset", {}).get("questions", ())) > 1:
+            raise UserError("--server takes one --questions file; several are passed")
+        stem = (source.annotations or source.root).stem.removesuffix("_questions")
+        folder = out.parent if out else Path()
+        paths.append(folder / f"{stem}_{config.server}_results.json")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_results(path, outputs, task.result_fields)
+        say(f"{'for the evaluation server' if path != config.answers_out else 'answers'}: {path}")
+
+
+def output_lines(
+    examples: Sequence[Example], outputs: Mapping[Any, str], scores: Sequence[Mapping[str, float]]
+) -> str:
+    """The output of each example as JSON lines, with its scores if there are any."""
+    lines = []
+    for number, example in enumerate(examples):
+        entry: dict[str, Any] = {
+            "id": example.id,
+            "image_id": example.image_id,
+            "prompt": example.prompt,
+            "output": outputs[example.id],
+        }
+        if scores:
+            entry |= {"targets": example.targets, "scores": scores[number]}
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def print_record(config: EvaluateConfig, name: str, record: Mapping[str, Any]) -> None:
+    """Print the scores as a table, or the whole record as JSON."""
+    if config.format == "json":
+        click.echo(json.dumps({"name": name, **record}, indent=2, ensure_ascii=False))
+        return
+    for key, value in record["scores"].items():
+        if isinstance(value, Mapping):
+            click.echo(key)
+            for group, mean in value.items():
+                click.echo(f"  {group:<30} {mean:.4f}")
+            continue
+        line = f"{key:<12} {value:.4f}"
+        if key in record["intervals"]:
+            low, high = record["intervals"][key]
+            line += f"  95 % {low:.4f} to {high:.4f}"
+        click.echo(line)
+    for key, item in record.get("against", {}).get("differences", {}).items():
+        low, high = item["interval"]
+        click.echo(
+            f"{key} against {record['against']['name']}: {record['against']['scores'][key]:.4f}, "
+            f"difference {item['value']:+.4f}, 95 % {low:+.4f} to {high:+.4f}, "
+            f"p {format_p(item['p'], config.bootstrap)}"
+        )
+    click.echo(f"signature {record['signature']}")
