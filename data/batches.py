@@ -158,8 +158,9 @@ class ImageTexts:
                 for target in example.targets
                 if (words := segmented(target, segment))
             ]
-            if not texts:
-                self._raise_no_words(group[0], images)
+            without = next((example for example in group if not example.targets), None)
+            if without or not texts:
+                self._raise_no_words(without or group[0], images)
             self.prompts.append([prompt for prompt, _ in texts])
             self.tokens.append([words for _, words in texts])
 
@@ -170,6 +171,8 @@ class ImageTexts:
             if example.image_id is not None and example.image_id in images
             else str(example.id)
         )
+        if example.id != example.image_id:
+            name = f"example {example.id} about {name}"
         if not example.targets:
             raise DataError(f"{name} has no caption or other target")
         raise DataError(f"the captions of {name} contain no words: {example.targets[0]!r}")

@@ -28,6 +28,8 @@ class Subwords(Vocabulary):
         be a word of several characters.
     """
 
+    unit = "subwords"
+
     def __init__(self, words: Sequence[str], tokenizer: str, segment: str = "words") -> None:
         super().__init__(words, segment)
         self.tokenizer = tokenizer

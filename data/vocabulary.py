@@ -22,6 +22,8 @@ class Vocabulary:
     Raises DataError if the special words are missing or a word occurs twice.
     """
 
+    unit = "words"
+
     def __init__(self, words: Sequence[str], segment: str = "words") -> None:
         self.words, self.segment = tuple(words), segment
         if self.words[: len(SPECIALS)] != SPECIALS or len(set(self.words)) != len(self.words):

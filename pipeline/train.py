@@ -29,6 +29,7 @@ from pipeline.training.setup import (
     open_init,
     open_run,
     open_splits,
+    prompt_lengths,
 )
 from pipeline.training.state import Run
 from pipeline.training.validation import best_of, should_stop, validate
@@ -58,7 +59,7 @@ def main(config: TrainConfig) -> None:
         config = choose_segment(config, source, init)
         task = task_of(config.record(), config.segment or "words")
         train, dev = open_splits(config, task, source, cache)
-        config = resolve(config, train, machine, init and init.sizes, init and init.vocabulary)
+        config = resolve(config, train, machine, init and init.sizes, init and init.kept_vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, task, train, dev, init)
         print_plan(run, cache)
@@ -144,7 +145,7 @@ def print_data(run: Run, cache: FeatureCache | NoFeatures) -> None:
 def print_vocabulary(run: Run) -> None:
     """Print the size of the vocabulary, the unknown words and the number of cut captions."""
     vocabulary, max_length = run.checkpoint.vocabulary, run.captioner.config.max_length
-    unit = "subwords" if run.config.vocabulary == "bpe" else "words"
+    unit = vocabulary.unit
     splits = {"train": run.train, **({"dev": run.dev} if run.dev else {})}
     unknown = ", ".join(
         f"{unknown_share(vocabulary, texts):.2%} of {name}" for name, texts in splits.items()
@@ -156,6 +157,14 @@ def print_vocabulary(run: Run) -> None:
             f"{cut:,} of {len(lengths):,} train {run.task.unit} ({cut / len(lengths):.1%}) have "
             f"more than {max_length} {unit} and are cut to this length; the longest has "
             f"{max(lengths):,}. Pass --max-length to change the limit"
+        )
+    max_prompt = run.captioner.config.max_prompt
+    lengths = prompt_lengths(vocabulary, run.train)
+    if cut := sum(length > max_prompt for length in lengths):
+        say(
+            f"{cut:,} of {len(lengths):,} train prompts ({cut / len(lengths):.1%}) have more than "
+            f"{max_prompt} {unit} and lose their first {unit}; the longest has {max(lengths):,}. "
+            "Pass --max-prompt to change the limit"
         )
 
 

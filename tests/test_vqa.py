@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,13 +19,17 @@ from data.datasets.sample import draw_sample
 from data.sources import image_id
 from data.vocabulary import BOS, PAD
 from models.decoders.registry import create_decoder
+from models.decoders.transfer import copy_common_weights
 from models.decoders.transformer import Transformer, TransformerConfig
 from models.losses import class_loss
 from models.regions import Regions
 from pipeline import ask, evaluate, extract, train
+from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
 from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
+from pipeline.training.config import TrainConfig
+from pipeline.training.setup import join_val
 from tests.test_captioner import WORDS, some_regions
 from tests.test_commands import LOOK, refused, run, works
 from tests.test_images import halves
@@ -265,7 +270,8 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
     assert scores["accuracy"] == pytest.approx((1 + 1 + 0 + 1) / 4)
     assert scores["by_question_type"] == {"is it": pytest.approx(0.75)}
     with pytest.raises(UserError, match="lower --min-answer-count"):
-        VisualQuestionAnswering(VqaOptions(min_answer_count=9)).choose_answers(examples[:0])
+        strict = VisualQuestionAnswering(VqaOptions(min_answer_count=9))
+        strict.choose_answers(strict.examples(source, "all"))
 
 
 # ------------------------------------------------------------------------------------ the commands
@@ -344,3 +350,129 @@ def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path,
     works(train.main, *options, "--out", tmp_path / "run", "--resume")
     one, two = (load_file(f / "model.safetensors") for f in (asked / "classes", tmp_path / "run"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+# ------------------------------------------------------------------------------ other ways to train
+
+
+def test_vqa_starts_from_a_captioning_run_with_its_encoder_and_the_words_in_common(asked, tmp_path):
+    works(train.main, *over(asked), "--out", tmp_path / "captions", "--preset", "tiny",
+          "--epochs", 1)  # fmt: skip
+    begun = ["--task", "vqa", *over(asked), "--init", tmp_path / "captions", "--lr", 1e-3]
+    told = works(train.main, *begun, "--epochs", 2, "--out", tmp_path / "run")
+    assert "words are also words of" in told
+    assert f"initialised from {tmp_path / 'captions'}" in told
+    init, answers = load_checkpoint(tmp_path / "captions"), load_checkpoint(tmp_path / "run")
+    assert answers.captioner.config.width == init.captioner.config.width
+    assert {*answers.vocabulary.words} - {*init.vocabulary.words}  # words of questions alone
+    assert "--width is 64" in refused(train.main, *begun, "--width", 64, "--out", tmp_path / "w")
+    again = works(train.main, *begun, "--epochs", 3, "--out", tmp_path / "run", "--resume")
+    assert "epoch 3/3" in again
+    assert "captioning can start from a run of captioning only" in refused(
+        train.main, *over(asked), "--init", tmp_path / "run", "--out", tmp_path / "x"
+    )
+
+
+def test_copied_weights_are_the_rows_of_common_words_and_answers():
+    sizes = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "feedforward": 32}
+    one, two = (
+        create_decoder("transformer", TransformerConfig(16, 6, max_length=m, max_prompt=p,
+                                                        classes=c, **sizes))
+        for m, p, c in ((7, 0, 2), (7, 5, 3))
+    )  # fmt: skip
+    # as many words as the width, so that sizes alone do not tell the vocabulary
+    words, other_words = list("abcdefghijklmnop"), list("ponmlkjihgfedcxy")
+    before = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+    count = copy_common_weights(two, words, ["yes", "no", "2"], one, other_words, ["no", "red"])
+    own, theirs = two.state_dict(), one.state_dict()
+    assert count == 14
+    for name in ("word.weight", "output_bias"):
+        assert torch.equal(own[name][words.index("d")], theirs[name][other_words.index("d")])
+        assert torch.equal(own[name][words.index("a")], before[name][words.index("a")])
+    assert torch.equal(own["head.weight"][1], theirs["head.weight"][0])
+    assert torch.equal(own["head.weight"][0], before["head.weight"][0])
+    assert torch.equal(own["position.weight"][:8], theirs["position.weight"])
+    assert torch.equal(own["position.weight"][8:], before["position.weight"][8:])
+    others = own.keys() - {"word.weight", "output_bias", "position.weight"}
+    assert all(torch.equal(own[n], theirs[n]) for n in others if not n.startswith("head."))
+
+
+def test_long_questions_lose_their_first_words_and_are_counted(asked, tmp_path):
+    told = works(train.main, "--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 1,
+                 "--max-prompt", 5, "--out", tmp_path / "run")  # fmt: skip
+    assert "prompts" in told and "have more than 5 words and lose their first words" in told
+    assert load_checkpoint(tmp_path / "run").captioner.config.max_prompt == 5
+    scored = works(evaluate.main, "--checkpoint", tmp_path / "run", *over(asked))
+    assert "questions have more than 5 words and lost their first words" in scored
+
+
+def official(folder: Path, images: dict[str, list[int]]) -> Path:
+    """A root with the official names: one question about each image of each split."""
+    for split, ids in images.items():
+        year = 2015 if split == "test" else 2014
+        q, a = files(folder, [question(i, i) for i in ids], [annotation(i, i) for i in ids])
+        q.rename(folder / f"v2_OpenEnded_mscoco_{split}{year}_questions.json")
+        if split != "test":
+            a.rename(folder / f"v2_mscoco_{split}{year}_annotations.json")
+    return folder
+
+
+def test_train_and_val_are_joined_and_dev_is_kept_apart(tmp_path):
+    many = {"train": list(range(1, 61)), "val": list(range(100, 120))}
+    for name, images in (("two", many), ("three", {**many, "test": [200]})):
+        (tmp_path / name).mkdir()
+        source = open_source("vqa", official(tmp_path / name, images))
+        task = VisualQuestionAnswering(VqaOptions())
+        config = TrainConfig(dataset="vqa", train_on="train+val", task="vqa")
+        train_, dev = (task.examples(source, split) for split in ("train", "dev"))
+        if name == "three":
+            with pytest.raises(UserError, match="val is also dev"):
+                join_val(config, task, source, train_, dev)
+            config = dataclasses.replace(config, train_on_dev=True)
+            joined = [*join_val(config, task, source, train_, dev), *dev]
+            assert sorted(e.id for e in joined) == sorted(many["train"] + many["val"])
+        else:
+            joined = join_val(config, task, source, train_, dev)
+            assert {e.id for e in dev} <= {*many["train"]} - {e.id for e in joined}
+            assert {*many["val"]} <= {e.id for e in joined}
+            assert len(joined) + len(dev) == 80
+
+
+def test_a_folder_has_questions_in_its_metadata(tmp_path):
+    halves().save(tmp_path / "a.jpg")
+    halves().save(tmp_path / "b.jpg")
+    entries = [
+        {"file_name": "a.jpg", "question": "what is it?", "answer": "a cup"},
+        {"file_name": "b.jpg", "question": "is it red?", "answers": ["yes", "no", "yes"]},
+        {"file_name": "a.jpg", "question": "how many?"},
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, entries)))
+    source = open_source("folder", tmp_path)
+    assert not source.notes
+    assert [(q.id, q.text, q.answers, q.best) for q in source.questions] == [
+        (1, "what is it?", ("a cup",), "a cup"),
+        (2, "is it red?", ("yes", "no", "yes"), "yes"),
+        (3, "how many?", (), ""),
+    ]
+    assert [q.image_id for q in source.questions] == [image_id(f"{c}.jpg") for c in "aba"]
+    metadata.unlink()
+    table = tmp_path / "metadata.csv"
+    table.write_text('file_name,question,answers\na.jpg,what?,"[""cup"", ""mug""]"\nb.jpg,why?,\n')
+    with pytest.raises(DataError, match="line 3: the question 'why\\?' has no answer"):
+        open_source("folder", tmp_path)
+
+
+def test_mistakes_of_training_name_the_question_and_the_image(asked, tmp_path, photographs):
+    q, a = files(
+        tmp_path, [question(1, 900), question(2, 901)], [annotation(1, 900), annotation(2, 901)]
+    )
+    common = ["--task", "vqa", "--dataset", "vqa", "--images", photographs, "--features",
+              asked / "cache", "--out", tmp_path / "run"]  # fmt: skip
+    told = refused(train.main, *common, "--questions", q, "--annotations", a,
+                   "--min-answer-count", 1)  # fmt: skip
+    assert "image 90" in told and "is not in" in told and "re-run pipeline.extract" in told
+    told = refused(train.main, *common, "--questions", q)
+    assert "the train questions have no answers; pass --annotations" in told
+    told = refused(train.main, *common, "--questions", q, "--output", "words", "--features", "none")
+    assert "example 2 about image 901" in told and "has no caption or other target" in told

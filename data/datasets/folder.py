@@ -16,9 +16,12 @@
 
 A metadata row has `file_name` and optionally `split` and one of `caption`, `captions` and `text`: a
 string, or in JSON also a list of strings. Several rows may have the same file name. A CSV cell of
-`captions` may contain a JSON list. The photographs of captions.txt and Flickr8k.token.txt are in
-the folder of the file or in its parent, or in one of PHOTO_FOLDERS there. If two files contain the
-same caption for a photograph, the caption counts once.
+`captions` may contain a JSON list. For visual question answering, a row has `question` and `answer`
+or `answers` (a list); the id of a question is its number from 1.
+
+The photographs of captions.txt and Flickr8k.token.txt are in the folder of the file or in its
+parent, or in one of PHOTO_FOLDERS there. If two files contain the same caption for a photograph,
+the caption counts once.
 
 Without splits, all photographs are train. If only some photographs have a split, the others are
 train; this is a DataError if some photographs are explicitly train.
@@ -37,6 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError
+from data.datasets.vqa import Question, QuestionSource
 from data.image_formats import HEIC, SUFFIXES
 from data.sources import (
     SPLITS,
@@ -127,6 +131,8 @@ class Row(NamedTuple):
     names: tuple[str, ...]
     captions: tuple[str, ...]
     split: str | None = None
+    question: str | None = None
+    answers: tuple[str, ...] = ()
 
 
 def read(
@@ -165,7 +171,7 @@ def read(
         if split_of := _flickr8k_splits(file, base, disk):
             has_split_lists, listed = True, _with_splits(file, listed, split_of)
         rows += _resolve_names(listed, base, disk, notes)
-    _add_rows(rows, captions, splits, base, disk)
+    questions = _add_rows(rows, captions, splits, base, disk)
 
     if has_split_lists and (unsplit := [name for name in captions if name not in splits]):
         notes.append(
@@ -212,6 +218,10 @@ def read(
     )
     annotations = caption_files[0] if len(caption_files) == 1 else None
     all_notes = tuple(filter(None, [ignored, *notes]))
+    if questions:
+        return QuestionSource(
+            dataset, base, photographs, missing, annotations, all_notes, tuple(questions)
+        )
     return Source(dataset, base, photographs, missing, annotations, all_notes)
 
 
@@ -221,8 +231,12 @@ def _add_rows(
     splits: dict[str, str],
     base: Path,
     disk: Listing,
-) -> None:
-    """Add the rows to `captions` and `splits` by name. Raises DataError for two splits."""
+) -> list[Question]:
+    """Add the rows to `captions` and `splits` by name, and return the questions of the rows.
+
+    Raises DataError for two splits.
+    """
+    questions: list[Question] = []
     first_file: dict[tuple[str, str], Path] = {}  # by name and caption: the first file with it
     names_on_disk = on_disk([row.names for row in rows], disk)
     for row, name_on_disk in zip(rows, names_on_disk, strict=True):
@@ -232,12 +246,17 @@ def _add_rows(
             for caption in row.captions
             if first_file.setdefault((name, caption), row.file) == row.file
         )
+        if row.question is not None:
+            best = max(row.answers, key=row.answers.count, default="")
+            id_ = len(questions) + 1
+            questions.append(Question(id_, image_id(name), row.question, row.answers, best))
         for split in (row.split, _folder_split(posixpath.dirname(name), base)):
             if split and splits.setdefault(name, split) != split:
                 raise DataError(
                     f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one "
                     "of them"
                 )
+    return questions
 
 
 @functools.lru_cache(1 << 16)
@@ -342,8 +361,10 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
             name_in_folder = check_name(row["file_name"], where)
             split = check_split(row["split"], where) if row.get("split") else None
             path = posixpath.join(folder, name_in_folder)
-            rows.append(Row(base / name, where, (path,), tuple(_captions(row, where)), split))
-        if columns.keys() - {"file_name", "split"} and not columns.keys() & {*CAPTION_COLUMNS}:
+            captions = tuple(_captions(row, where))
+            rows.append(Row(base / name, where, (path,), captions, split, *_question(row, where)))
+        expected = {*CAPTION_COLUMNS, "question"}
+        if columns.keys() - {"file_name", "split"} and not columns.keys() & expected:
             notes.append(
                 f"{base / name} contains no captions: it "
                 f"{_no_column('caption, captions or text', columns)}"
@@ -420,16 +441,33 @@ def _check_column(file: Path, needed: str, columns: Sequence[str]) -> None:
 def _captions(row: dict, where: str) -> list[str]:
     """Return the captions of a metadata row. An empty cell is no caption."""
     column = next((column for column in CAPTION_COLUMNS if row.get(column) not in (None, "")), None)
+    return [check_caption(caption, where) for caption in _cell(row, column, where)]
+
+
+def _cell(row: dict, column: str | None, where: str) -> list:
+    """Return the values of a cell. A text in a column with a plural name may be a JSON list."""
     value = row[column] if column else []
-    if column == "captions" and isinstance(value, str) and value.lstrip().startswith("["):
+    is_plural = column in ("captions", "answers")
+    if is_plural and isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}: {value[:60]!r} begins like a JSON list, but is not valid JSON"
             ) from error
-    captions = value if isinstance(value, list) else [value]
-    return [check_caption(caption, where) for caption in captions]
+    return value if isinstance(value, list) else [value]
+
+
+def _question(row: dict, where: str) -> tuple[str | None, tuple[str, ...]]:
+    """Return the question of a metadata row and its answers; None if it has no question."""
+    if row.get("question") in (None, ""):
+        return None, ()
+    question = check_caption(row["question"], where, "question")
+    column = next((column for column in ("answers", "answer") if column in row), None)
+    answers = [check_caption(answer, where, "answer") for answer in _cell(row, column, where)]
+    if column and not all(answer.strip() for answer in answers or [""]):
+        raise DataError(f"{where}: the question {question[:60]!r} has no answer")
+    return question, tuple(answers)
 
 
 # ------------------------------------------------------------------- captions.txt, Flickr8k's files

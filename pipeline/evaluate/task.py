@@ -13,6 +13,7 @@ from data import DataError
 from data.examples import Example, with_rows
 from data.files import atomic_write_text
 from data.results import read_results, write_results
+from data.segmentation import segmented_all
 from data.sources import Source
 from pipeline.cli import UserError, flag_of
 from pipeline.evaluate.checkpoint import Evaluation, decode, open_split
@@ -45,6 +46,11 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
             f"--server needs all {task.unit} of a split, but {left_out} photographs are unreadable"
         )
     texts, decoding = decode(config, checkpoints, cache, examples)
+    vocabulary, max_prompt = checkpoints[0].vocabulary, checkpoints[0].captioner.config.max_prompt
+    prompts = segmented_all([example.prompt for example in examples], vocabulary.segment)
+    if cut := sum(len(vocabulary.encode(words)) > max_prompt for words in prompts):
+        unit = vocabulary.unit
+        say(f"{cut:,} {task.unit} have more than {max_prompt} {unit} and lost their first {unit}")
     outputs = {example_id: candidates[0].text for example_id, candidates in texts.items()}
     out = config.out or folder / f"scores-{split}.json"
     about = {"left_out_unreadable": left_out, "decoding": decoding}

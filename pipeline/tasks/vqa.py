@@ -99,6 +99,10 @@ class VisualQuestionAnswering(Task):
         counts = Counter(
             normalize(self._questions[example.id].best) for example in train if example.targets
         )
+        if not counts:
+            raise UserError(
+                "the train questions have no answers; pass --annotations, the file of the answers"
+            )
         min_count = self.options.min_answer_count
         if min_count is None:
             min_count = MIN_COUNT_LARGE if len(train) >= LARGE_DATA_SET else MIN_COUNT_SMALL
@@ -121,6 +125,8 @@ class VisualQuestionAnswering(Task):
 
     def labels(self, example: Example) -> list[tuple[int, float]]:
         question = self._questions[example.id]
+        if not question.answers:
+            raise UserError(f"question {question.id} has no answer, so it cannot be trained on")
         counts = Counter(map(normalize, question.answers))
         has_several = len(question.answers) > 1
         return [

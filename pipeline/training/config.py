@@ -121,6 +121,12 @@ class TrainConfig(SourceOptions):
     limit: int | None = setting(
         None, "use only the first N images of train and of dev", group="data", at_least=1
     )
+    train_on: str = setting(
+        "train",
+        "split to train on; train+val joins them, as for published scores on test",
+        choices=("train", "train+val"),
+        group="data",
+    )
     train_on_dev: bool = setting(
         False,
         "train on train and dev for a fixed number of epochs, and keep the last epoch",
@@ -154,6 +160,13 @@ class TrainConfig(SourceOptions):
         at_least=1,
         group="data",
     )
+    max_prompt: int | None = setting(
+        None,
+        "maximum number of words (bpe: subwords) of a prompt, such as a question; longer prompts "
+        "lose their first words  [the longest prompt of train]",
+        at_least=1,
+        group="data",
+    )
     min_count: int | None = setting(
         None,
         "minimum number of occurrences of a word in the vocabulary  [5; 1 below 10,000 captions]",
@@ -164,7 +177,8 @@ class TrainConfig(SourceOptions):
     decoder: str = setting("transformer", "decoder to train", registry=DECODERS, group="model")
     init: Path | None = setting(
         None,
-        "run to start from: its weights, sizes and vocabulary; a folder or hf-hub:user/name",
+        "run to start from: its weights and sizes, and for captioning its vocabulary; a folder or "
+        "hf-hub:user/name",
         group="model",
         may_change_on_resume=True,
     )
@@ -428,8 +442,8 @@ def resolve(
     The values come from DEFAULTS, the preset, the --init run, SCST and the size of the data. A
     later source in this list overrides an earlier one. Options that the user gave are unchanged.
 
-    sizes, vocabulary: those of the --init run, which cannot change. Raises UserError if an option
-    contradicts them.
+    sizes, vocabulary: those of the --init run, which cannot change; vocabulary is None if the run
+    builds a new one. Raises UserError if an option contradicts them.
     """
     captions, images = train.texts, len(train)
     preset = config.preset or choose_preset(config, captions)
@@ -440,8 +454,11 @@ def resolve(
         "preset": preset,
     }
     if sizes:
-        config = _with_vocabulary_of_init(config, sizes, vocabulary)
-        values |= {**DEFAULTS, **sizes, "preset": None, "min_count": None}
+        _check_sizes(config, sizes)
+        values |= {**DEFAULTS, **sizes, "preset": None, "max_prompt": None}
+    if vocabulary:
+        config = _with_vocabulary_of_init(config, vocabulary)
+        values["min_count"] = None
     if config.scst:
         values |= SCST if config.samples == "random" else {**SCST, "temperature": None}
     values |= _values_by_size(config, values, captions, images)
@@ -460,17 +477,23 @@ def resolve(
     return replace(config, **resolved, extensions=extensions, precision=machine.precision)
 
 
-def _with_vocabulary_of_init(
-    config: TrainConfig, sizes: Mapping[str, Any], vocabulary: Vocabulary | None
-) -> TrainConfig:
+def _check_sizes(config: TrainConfig, sizes: Mapping[str, Any]) -> None:
+    """Raise UserError if an option contradicts the sizes of the --init run."""
+    given = {
+        **config.decoder_options,
+        "max_length": config.max_length,
+        "max_prompt": config.max_prompt,
+    }
+    for name, value in given.items():
+        if name in sizes and name != "dropout" and value not in (None, sizes[name]):
+            raise UserError(f"{flag_of(name)} is {value}, {config.init} has {sizes[name]}")
+
+
+def _with_vocabulary_of_init(config: TrainConfig, vocabulary: Vocabulary) -> TrainConfig:
     """Set --vocabulary to that of the --init run.
 
-    Raises UserError if an option contradicts the sizes or the vocabulary of the run.
+    Raises UserError if an option contradicts the vocabulary of the run.
     """
-    given = {**config.decoder_options, "max_length": config.max_length}
-    for name, value in given.items():
-        if name != "dropout" and value not in (None, sizes.get(name)):
-            raise UserError(f"{flag_of(name)} is {value}, {config.init} has {sizes.get(name)}")
     kind = "bpe" if isinstance(vocabulary, Subwords) else "word"
     if config.vocabulary not in ("word", kind):
         raise UserError(f"--vocabulary is {config.vocabulary}, {config.init} has words")

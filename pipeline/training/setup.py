@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data import DataError
 from data.batches import ImageTexts
@@ -21,6 +20,7 @@ from data.sources import Source
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models.decoders.registry import DECODERS, create_decoder
+from models.decoders.transfer import copy_common_weights
 from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     check_features,
@@ -35,6 +35,7 @@ from pipeline.cli import UserError
 from pipeline.decoding.consensus import save_frequencies
 from pipeline.runtime import Machine, free_memory
 from pipeline.tasks.base import Task
+from pipeline.tasks.captioning import Captioning
 from pipeline.terminal import human_bytes, say
 from pipeline.training import distributed
 from pipeline.training.config import TrainConfig
@@ -46,14 +47,24 @@ DEV_IMAGES = 5000  # largest number of dev images that are used
 
 
 class InitRun(NamedTuple):
-    """The run of --init: sizes of its model, its vocabulary, and its weights.
+    """The run of --init.
 
-    weights: None for a resumed run, which has its own weights.
+    sizes: sizes of its model that the new run keeps.
+    vocabulary: its vocabulary.
+    keeps_vocabulary: whether the new run has the same vocabulary. It has in captioning. In other
+        tasks it builds its own, and `copy_common_weights` copies the weights of common words.
+    checkpoint: None for a resumed run, which has its own weights.
     """
 
     sizes: dict[str, Any]
     vocabulary: Vocabulary
-    weights: dict[str, Tensor] | None
+    keeps_vocabulary: bool
+    checkpoint: Checkpoint | None
+
+    @property
+    def kept_vocabulary(self) -> Vocabulary | None:
+        """The vocabulary if the new run keeps it, else None."""
+        return self.vocabulary if self.keeps_vocabulary else None
 
 
 def open_init(
@@ -61,21 +72,38 @@ def open_init(
 ) -> InitRun | None:
     """Open the run of --init; None without --init.
 
-    Raises UserError if its features differ from those of the cache, or if it was trained on dev.
+    Raises UserError if its features differ from those of the cache, if it was trained on dev, or if
+    captioning would start from a run of another task.
     """
     if config.init is None:
         return None
+    keeps_vocabulary = config.task == Captioning.name
+
+    def init_run(
+        sizes: dict[str, Any], vocabulary: Vocabulary, checkpoint: Checkpoint | None
+    ) -> InitRun:
+        if not keeps_vocabulary:
+            options = DECODERS[config.decoder].Options
+            names = {item.name for item in fields(options)} if options else set()
+            sizes = {name: value for name, value in sizes.items() if name in names}
+        return InitRun(sizes, vocabulary, keeps_vocabulary, checkpoint)
+
     if config.resume and (folder / "last.safetensors").exists():
-        return InitRun(load_record(folder)["model"], load_vocabulary(folder), None)
+        return init_run(load_record(folder)["model"], load_vocabulary(folder), None)
     checkpoint = load_checkpoint(checkpoint_folder(config.init))
     check_features(checkpoint, cache)
+    init_task = checkpoint.training.get("task", Captioning.name)
+    if keeps_vocabulary and init_task != Captioning.name:
+        raise UserError(
+            f"--init {config.init} was trained for --task {init_task}; captioning can start from a "
+            "run of captioning only"
+        )
     if checkpoint.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
             f"--init {config.init} was trained on dev too, so dev cannot choose the best epoch: "
             "pass --train-on-dev, or another --init"
         )
-    captioner = checkpoint.captioner
-    return InitRun(asdict(captioner.config), checkpoint.vocabulary, captioner.state_dict())
+    return init_run(asdict(checkpoint.captioner.config), checkpoint.vocabulary, checkpoint)
 
 
 def choose_segment(config: TrainConfig, source: Source, init: InitRun | None) -> TrainConfig:
@@ -113,6 +141,8 @@ def open_splits(
 
     train = task.examples(source, "train", config.limit)
     dev = select_dev(config, task, source)
+    if config.train_on == "train+val":
+        train = join_val(config, task, source, train, dev)
     has_classes = task.output == "classes"
     if has_classes:
         say(task.choose_answers([*train, *dev] if config.train_on_dev else train))
@@ -139,6 +169,27 @@ def open_splits(
             f"{cache.path / 'unreadable.jsonl'} lists them"
         )
     return splits
+
+
+def join_val(
+    config: TrainConfig,
+    task: Task,
+    source: Source,
+    train: Sequence[Example],
+    dev: Sequence[Example],
+) -> list[Example]:
+    """Return the examples of train and val.
+
+    Raises UserError if there is no val, or if val is dev and chooses the best epoch.
+    """
+    val = task.examples(source, "val", config.limit)
+    if {e.id for e in val} & {e.id for e in dev} and not config.train_on_dev:
+        raise UserError(
+            "--train-on train+val: val is also dev, which chooses the best epoch; also pass "
+            "--train-on-dev to keep the last epoch instead"
+        )
+    known = {e.id for e in (*train, *dev)}
+    return [*train, *(e for e in val if e.id not in known)]
 
 
 def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]:
@@ -213,8 +264,8 @@ def open_run(
 
     Raises UserError if the run in the folder does not fit the settings (`resume`).
     """
-    if init:
-        vocabulary = init.vocabulary
+    if init and init.kept_vocabulary:
+        vocabulary = init.kept_vocabulary
     else:
         vocabulary = distributed.broadcast(
             make_vocabulary(config, folder, train) if machine.rank == 0 else None
@@ -222,7 +273,9 @@ def open_run(
     if config.max_length is None:
         config = replace(config, max_length=choose_max_length(config, vocabulary, train))
         assert config.max_length is not None
-    max_prompt = init.sizes["max_prompt"] if init else longest_prompt(vocabulary, train)
+    max_prompt = init.sizes.get("max_prompt") if init else None
+    if max_prompt is None:
+        max_prompt = config.max_prompt or max(prompt_lengths(vocabulary, train))
     captioner = create_decoder(
         config.decoder,
         DECODERS[config.decoder].Config(
@@ -234,8 +287,18 @@ def open_run(
             classes=len(task.answers),
         ),
     )
-    if init and init.weights:
-        captioner.load_state_dict(init.weights)
+    if init and init.checkpoint:
+        other = init.checkpoint
+        common = copy_common_weights(
+            captioner,
+            vocabulary.words,
+            task.answers,
+            other.captioner,
+            other.vocabulary.words,
+            other.answers,
+        )
+        if not init.keeps_vocabulary:
+            say(f"{common:,} of {len(vocabulary):,} words are also words of {config.init}")
     captioner.to(machine.device)
     record = config.record()
     decoding = {"beam": config.beam, "length_penalty": config.length_penalty}
@@ -295,14 +358,9 @@ def choose_max_length(config: TrainConfig, vocabulary: Vocabulary, train: ImageT
     return max(minimum, int(np.percentile(lengths, 99, method="higher")))
 
 
-def longest_prompt(vocabulary: Vocabulary, train: ImageTexts) -> int:
-    """Number of tokens of the longest training prompt.
-
-    It becomes the decoder's maximum. Longer prompts lose their first tokens.
-    """
-    return max(
-        (len(vocabulary.encode(prompt)) for group in train.prompts for prompt in group), default=0
-    )
+def prompt_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
+    """The length of each prompt in words or subwords."""
+    return [len(vocabulary.encode(prompt)) for group in part.prompts for prompt in group]
 
 
 def caption_lengths(vocabulary: Vocabulary, part: ImageTexts) -> list[int]:
