@@ -16,12 +16,12 @@ def entries(file: str, key: str) -> list[dict]:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Five sources of questions about 40 train and 10 val photographs, with repeated texts."""
+    """Five sources of questions about 200 train and 10 val photographs, with repeated texts."""
     folder = tmp_path / "tasks" / "vqa_coco"
     (folder / "images").mkdir(parents=True)
     for offset, source in enumerate(SOURCES):
-        for split, ids in (("train", range(1, 41)), ("val", range(100, 110))):
-            texts = {i: f"Is it number {(i + offset) % 17}?" for i in ids}
+        for split, ids in (("train", range(1, 201)), ("val", range(500, 510))):
+            texts = {i: f"Is it number {(i + offset) % 57}?" for i in ids}
             numbers = {i: 1000 * (offset + 1) + i for i in ids}
             questions = [question(numbers[i], i, texts[i]) for i in ids]
             annotations = [annotation(numbers[i], i, ["yes"]) for i in ids]
@@ -57,9 +57,9 @@ def test_no_balanced_question_of_the_fitted_part_occurs_in_dev_or_val(tasks, tmp
         if dev:
             fitted = {text_of(q) for q in balanced if q["image_id"] not in dev_ids}
             assert not fitted & {text_of(q) for q in questions if q in balanced}
-            assert {q["image_id"] for q in questions} <= set(range(1, 41))
+            assert {q["image_id"] for q in questions} <= set(range(1, 201))
         else:
-            assert {q["image_id"] for q in questions} <= set(range(100, 110))
+            assert {q["image_id"] for q in questions} <= set(range(500, 510))
 
 
 def test_daquar_asks_each_question_about_another_photograph(tmp_path):
