@@ -105,6 +105,11 @@ def peak_above(work: Callable[[], object]) -> float:
     return _resident("VmHWM") - before
 
 
+def peak_memory() -> float:
+    """Return the peak memory of this process in GB (Linux)."""
+    return _resident("VmHWM")
+
+
 def _resident(name: str) -> float:
     """The memory of this process in GB: current (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -155,12 +155,13 @@ SCAN = re.compile(
 )
 UNKNOWN = frozenset([DROPPED, "‐", "٫"])  # Java removes these if they are separate tokens
 
-# The fast path. PLAIN matches nine of ten captions: letters, spaces, commas and one final full stop.
-# NEARLY matches most others: words of two or more letters may be joined by hyphens or end with `'s`.
+# The fast path. PLAIN matches nine of ten captions and questions: letters, spaces, commas and one
+# final full stop or question mark. NEARLY matches most others: words of two or more letters may be
+# joined by hyphens or end with `'s`.
 # Treebank's contractions and a last word that keeps its dot take the slow path.
-PLAIN = re.compile(r"([A-Za-z,\s]*)(\.?)\s*")
+PLAIN = re.compile(r"([A-Za-z,\s]*)([.?]?)\s*")
 NEARLY = re.compile(
-    r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.])|[A-Za-z](?![^\s,.])|,(?!\S)|\s)*)(\.?)\s*"
+    r"((?:[A-Za-z]{2,}(?:(?:-[A-Za-z]{2,})+|'s)?(?![^\s,.?])|[A-Za-z](?![^\s,.?])|,(?!\S)|\s)*)([.?]?)\s*"
 )
 SPLIT = frozenset(["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
 KEEPS_DOT = re.compile(rf"{ENDING}|{TITLE}|{CAPITAL}|[a-z]", re.VERBOSE)
@@ -174,7 +175,7 @@ def tokenize(caption: str) -> list[str]:
         words = match[1].lower().replace(",", " ").replace("'s", " 's").split()
     if not match or not words or not SPLIT.isdisjoint(words):
         return _tokenize_any(caption)
-    if match[2] and KEEPS_DOT.fullmatch(words[-1]):
+    if match[2] == "." and KEEPS_DOT.fullmatch(words[-1]):
         return _tokenize_any(caption)
     return words
 

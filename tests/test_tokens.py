@@ -503,7 +503,7 @@ def test_the_short_way_gives_the_words_of_the_long_one():
                 ]
             )
         caption = rng.choice([" ", "  ", " , ", ", ", ","]).join(words) + rng.choice(
-            ["", ".", " .", ". ", " ", ".\n"]
+            ["", ".", " .", ". ", " ", ".\n", "?", " ?", "? "]
         )
         assert tokenize(caption) == _tokenize_any(caption), repr(caption)
 
@@ -519,6 +519,12 @@ def test_a_comma_that_joins_to_a_hyphen_goes_the_long_way():
 def test_the_short_way_gives_the_words_of_the_long_one_for_real_captions(real: Path):
     captions = captions_of(real / "coco_annotations" / "captions_val2017.json")[::10]
     assert [caption for caption in captions if tokenize(caption) != _tokenize_any(caption)] == []
+
+
+def test_the_short_way_gives_the_words_of_the_long_one_for_real_questions(real: Path):
+    files = (real / "tasks" / "vqa_coco").glob("*_val_questions.json")
+    texts = [q["question"] for file in files for q in json.loads(file.read_text())["questions"]]
+    assert texts and [text for text in texts if tokenize(text) != _tokenize_any(text)] == []
 
 
 # ---------------------------------------------------------------- plain properties

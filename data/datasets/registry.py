@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from data import DataError
 from data.datasets import coco, folder, karpathy, scene_questions, vqa
-from data.sources import Source
+from data.sources import Source, paused_collector
 
 
 class Dataset(NamedTuple):
@@ -82,12 +82,14 @@ def open_source(
                 )
         root = None if root is None else Path(root)
         if DATASETS[dataset].several:
-            return DATASETS[dataset].read(dataset, root, files, folders, **options)
+            with paused_collector():
+                return DATASETS[dataset].read(dataset, root, files, folders, **options)
         for paths, flag in ((files, "--annotations"), (folders, "--images")):
             if len(paths) > 1:
                 raise DataError(f"{dataset} takes one {flag}; {len(paths)} are given")
         one = [paths[0] if paths else None for paths in (files, folders)]
-        return DATASETS[dataset].read(dataset, root, *one, **options)
+        with paused_collector():
+            return DATASETS[dataset].read(dataset, root, *one, **options)
     except OSError as error:
         raise DataError(
             f"{dataset}: {error.filename or root or images}: {error.strerror or error}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -225,14 +225,13 @@ def _annotations(file: Path) -> dict[int, Question]:
         answers = entry.get("answers")
         if not isinstance(answers, list) or not answers:
             raise DataError(f"{where} has no answers")
-        texts, keys = [], []
+        texts = []
         for answer in answers:
             if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
                 raise DataError(
                     f'{where}: an answer is {str(answer)[:60]}, not {{"answer": "..."}}'
                 )
             texts.append(intern(answer["answer"]))
-            keys.append(str({key: answer[key] for key in sorted(answer) if key != "answer"}))
         best = entry.get("multiple_choice_answer")
         best = best if isinstance(best, str) and best else max(texts, key=texts.count)
         found[id_] = Question(
@@ -243,10 +242,20 @@ def _annotations(file: Path) -> dict[int, Question]:
             intern(best),
             intern(str(entry.get("question_type", ""))),
             intern(str(entry.get("answer_type", ""))),
-            None if len(set(keys)) == len(keys) else tuple(keys),
+            _keys(answers),
             accuracy,
         )
     return found
+
+
+def _keys(answers: Sequence[Mapping[str, object]]) -> tuple[str, ...] | None:
+    """`Question.keys` of the answers of an annotation."""
+    if len({str(answer.get("answer_id")) for answer in answers}) == len(answers):
+        return None
+    keys = [
+        str({key: answer[key] for key in sorted(answer) if key != "answer"}) for answer in answers
+    ]
+    return None if len(set(keys)) == len(keys) else tuple(keys)
 
 
 def _text(value: object, where: str, what: str) -> str:

@@ -6,6 +6,7 @@ oddities are listed in docs/formats.md. Antol et al. 2015; Goyal et al. 2017.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -65,6 +66,7 @@ youre you're|youve you've
 )
 
 
+@functools.lru_cache(maxsize=1 << 17)  # people repeat answers
 def strip_punctuation(text: str) -> str:
     """Remove punctuation, or replace it by a space.
 
@@ -78,6 +80,7 @@ def strip_punctuation(text: str) -> str:
     return PERIOD.sub("", stripped, count=MOST_PERIODS)
 
 
+@functools.lru_cache(maxsize=1 << 17)
 def normalize(answer: str) -> str:
     """Return an answer in the form that is compared: lower case, without punctuation and articles,
     number words as digits, contractions with their apostrophe.
@@ -107,11 +110,11 @@ def accuracy(
     equal = [person == given for person in people]
     if variant == "okvqa":
         return min(1.0, sum(equal) / 3)
-    entries = [
-        {**entry, "answer": person} for entry, person in zip(annotations, people, strict=True)
+    matching = [
+        {**entry, "answer": given} for entry, match in zip(annotations, equal, strict=True) if match
     ]
-    total = 0.0
-    for entry in entries:  # entries that equal this one in all fields are left out with it
-        others = sum(match for other, match in zip(entries, equal, strict=True) if other != entry)
-        total += min(1.0, others / 3)
-    return total / len(entries)
+    # For a person with another answer, no matching entry is left out.
+    total = (len(people) - len(matching)) * min(1.0, len(matching) / 3)
+    for entry in matching:  # entries that equal this one in all fields are left out with it
+        total += min(1.0, (len(matching) - matching.count(entry)) / 3)
+    return total / len(people)
