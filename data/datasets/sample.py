@@ -255,7 +255,8 @@ def clear_relation(a: Thing, b: Thing) -> str | None:
     return None
 
 
-def _holds(a: Thing, relation: str, b: Thing) -> bool:
+def holds(a: Thing, relation: str, b: Thing) -> bool:
+    """Return whether a is on this side of b (a key of RELATIONS), by at least MIN_OFFSET pixels."""
     ahead = {"left": b.x - a.x, "right": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
     return ahead[relation] >= MIN_OFFSET
 
@@ -292,7 +293,7 @@ def is_true(caption: str, scene: Scene) -> bool:
     if match is None:
         return False
     a, b = _find_thing(match["a"], scene), _find_thing(match["b"], scene)
-    return a is not None and b is not None and _holds(a, _RELATION_OF[match["relation"]], b)
+    return a is not None and b is not None and holds(a, _RELATION_OF[match["relation"]], b)
 
 
 def _find_thing(phrase: str, scene: Scene) -> Thing | None:

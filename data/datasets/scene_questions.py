@@ -22,6 +22,7 @@ from data.datasets.sample import (
     Scene,
     Thing,
     clear_relation,
+    holds,
     load_scenes,
 )
 from data.datasets.vqa import Question
@@ -38,8 +39,10 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 
 class SceneQuestion(NamedTuple):
-    """A question about a scene, its answer, and its type: colour, shape, size, count, presence or
-    relation.
+    """A question about a scene, its answer, and its type.
+
+    The types are colour, shape, size, count, presence (yes or no), relation (yes or no) and
+    position (the colour of the thing on one side of another thing).
     """
 
     text: str
@@ -70,16 +73,28 @@ def questions_about(scene: Scene) -> Iterator[SceneQuestion]:
             there = any((thing.colour, thing.shape) == (colour, shape) for thing in things)
             text = f"is there a {colour} {shape}"
             yield SceneQuestion(text, "yes" if there else "no", "presence")
-    for a in things:
-        for b in things:
-            relation = clear_relation(a, b) if a is not b else None
-            if relation is None or a.colour == b.colour:
-                continue
-            if not (_only(things, colour=a.colour) and _only(things, colour=b.colour)):
-                continue
+    for landmark in things:
+        if _only(things, shape=landmark.shape):
+            yield from _questions_about_place(things, landmark)
+
+
+def _questions_about_place(things: Sequence[Thing], landmark: Thing) -> Iterator[SceneQuestion]:
+    """The questions about where things are, relative to the only thing of a shape.
+
+    A question names one thing by its colour and the other by its shape. If it named both by colour,
+    a decoder would not learn within minutes which of them is on which side.
+    """
+    for thing in things:
+        relation = clear_relation(thing, landmark) if thing is not landmark else None
+        if relation is None:
+            continue
+        if _only(things, colour=thing.colour):
             for asked, answer in ((relation, "yes"), (OPPOSITE[relation], "no")):
-                text = f"is the {a.colour} thing {RELATIONS[asked]} the {b.colour} thing"
+                text = f"is the {thing.colour} thing {RELATIONS[asked]} the {landmark.shape}"
                 yield SceneQuestion(text, answer, "relation")
+        if sum(holds(other, relation, landmark) for other in things) == 1:
+            text = f"what colour is the thing {RELATIONS[relation]} the {landmark.shape}"
+            yield SceneQuestion(text, thing.colour, "position")
 
 
 def _only(things: Sequence[Thing], **attributes: str) -> bool:
