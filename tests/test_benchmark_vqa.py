@@ -34,7 +34,8 @@ def test_visual_bert_reads_the_last_word_of_each_question():
 
 def test_steps_and_answers_are_measured(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(vqa, "limit", lambda shapes, machine: 1e11)
+    for name, value in {"WORDS": 100, "CLASSES": 20, "limit": lambda *_: 1e11}.items():
+        monkeypatch.setattr(vqa, name, value)
     figures = vqa.measure(CPU, vqa.make_batch(2, 4, questions=2), 1, 0.1)
     assert {"ratio_twin", "ratio_hf", "of_limit", "ours, questions/s"} <= figures.keys()
     assert all(value > 0 for value in figures.values())
