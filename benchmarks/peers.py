@@ -9,6 +9,7 @@ The limit is the speed of matrix products alone.
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -52,12 +53,13 @@ def flickr8k_tokens(real: Path, images: int, seed: int = 0) -> Tensor:
     return tokens.view(images, 5, -1)
 
 
-def random_regions(images: int) -> Regions:
-    """Return random features [images,49,2048] with the boxes of a 7x7 grid."""
+def random_regions(images: int, regions: int = REGIONS) -> Regions:
+    """Return random features [images,regions,2048] with the boxes of a square grid."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(images, REGIONS, CHANNELS, generator=generator).half()
+    features = torch.randn(images, regions, CHANNELS, generator=generator).half()
+    side = math.isqrt(regions)
     return Regions(
-        features, grid_boxes(7, 7).expand(images, -1, -1), torch.full((images,), REGIONS)
+        features, grid_boxes(side, side).expand(images, -1, -1), torch.full((images,), regions)
     )
 
 
@@ -73,14 +75,14 @@ def our_captioner(dropout: float = 0.0, max_length: int = 40) -> Transformer:
 # -------------------------------------------------------------------------------- operations, limit
 
 
-def encoder_operations(config: TransformerConfig) -> float:
-    """Return the floating-point operations for encoding one image.
+def encoder_operations(config: TransformerConfig, regions: int = REGIONS) -> float:
+    """Return the floating-point operations for encoding one image of `regions` regions.
 
     Only matrix products count. A multiplication and an addition are two operations.
     """
     width, inner = config.width, config.feedforward
-    layer = 2 * width * (4 * width + 2 * inner) + 4 * REGIONS * width
-    return REGIONS * (
+    layer = 2 * width * (4 * width + 2 * inner) + 4 * regions * width
+    return regions * (
         2 * config.channels * width
         + config.encoder_layers * layer
         + config.decoder_layers * 4 * width * width

@@ -97,16 +97,18 @@ def class_loss(
     """
     is_token = tokens != pad
     text = Packed(tokens, is_token, prompt_lengths)
-    lengths = is_token.sum(2).flatten()
-    last = lengths[lengths > 0].cumsum(0) - 1  # the row of each text's <bos>
+    lengths = is_token.sum(2)
+    # the row of each text's <bos>; for a text of padding another row, whose state is not used
+    text.select((lengths.flatten().cumsum(0) - 1).clamp(min=0).view(lengths.shape))
+    texts = lengths.flatten().nonzero()[:, 0]
     device = regions.features.device
     text.words = replace_words(text.words, text.positions > 0, noise.words, noise.unknown)
-    states = decoder(drop_regions(regions, noise.regions), text.to(device))[last.to(device)]
-    logits = unwrapped(decoder).head(states)
+    states = decoder(drop_regions(regions, noise.regions), text.to(device)).flatten(0, 1)
+    logits = unwrapped(decoder).head(states[texts.to(device)])
     loss = F.binary_cross_entropy_with_logits(
         logits.float(), labels.to(device, non_blocking=True), reduction="sum"
     )
-    return loss, torch.tensor(len(last))
+    return loss, torch.tensor(len(texts))
 
 
 def self_critical_loss(

@@ -101,6 +101,23 @@ def test_prompt_tokens_see_later_ones_and_target_tokens_do_not():
     assert close(states([4, 5, BOS, 6, 9])[:4], before[:4])
 
 
+def test_the_states_of_selected_tokens_are_those_of_a_whole_text():
+    decoder, regions = prompted(), some_regions(3)
+    tokens, lengths, _ = texts_of_three_images()
+    whole, part = (Packed(tokens, tokens != PAD, lengths) for _ in range(2))
+    first = torch.arange(whole.count)[whole.positions[: whole.count] == 0]  # of each text
+    rows = first.view(3, 2) + torch.tensor([[3, 0], [1, 2], [0, 3]])
+    part.select(rows)
+    gradients = []
+    for states in (decoder(regions, whole)[rows], decoder(regions, part)):
+        decoder.zero_grad()
+        states.square().sum().backward()
+        gradients.append([weight.grad for weight in decoder.parameters()])
+        assert states.shape == (3, 2, 16) and close(states, decoder(regions, whole)[rows])
+    for one, two in zip(*gradients, strict=True):
+        assert (one is None) == (two is None) and (one is None or close(one, two))
+
+
 def test_the_loss_counts_targets_only():
     decoder, regions = prompted(), some_regions(3)
     tokens, lengths, texts = texts_of_three_images()

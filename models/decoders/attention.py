@@ -1,10 +1,11 @@
-"""Multi-head attention, and the three data layouts that it supports.
+"""Multi-head attention, and the four data layouts that it supports.
 
 Linear layers run on rows without padding, one row per token. Attention runs on padded sequences. A
 `Layout` converts between rows and sequences, and holds the attention mask:
 
     Layout    regions of images; the rows are already padded sequences
     Packed    whole texts, for training and scoring
+    Selected  some tokens of a Packed: the only ones whose final states are used
     KVCache   texts that grow token by token, for generation
 
 Letters in shapes: B images, K texts per image, T tokens, P prompt tokens, R regions, N rows,
@@ -60,12 +61,15 @@ class Packed(Layout):
     slot [N] int64: the index of each row among the B*Q slots of the padded sequences.
     image [N] int64: the image of each row.
     count: the number of rows that are tokens. Rows after `count` are padding.
+    selected: the rows whose final states are used; None: all.
 
     N is a multiple of ROWS and Q is a multiple of SLOTS, because a CPU's matrix library compiles
     and caches a kernel for each new shape.
     """
 
     ROWS, SLOTS = 64, 8
+    mask: Tensor
+    selected: Selected | None = None
 
     def __init__(
         self, tokens: Tensor, is_token: Tensor | None = None, prompt_lengths: Tensor | None = None
@@ -119,8 +123,17 @@ class Packed(Layout):
             for values in (self.words, self.positions, self.replaceable, self.image)
         )
 
+    def select(self, rows: Tensor) -> None:
+        """Use only the final states of `rows` [B,Q'] int64, the rows of Q' tokens of each image."""
+        images = torch.arange(len(rows), device=rows.device)[:, None]
+        mask = self.mask[images, 0, self.slot[rows] % self.shape[1]]
+        self.selected = Selected(rows, mask[:, None])
+
     def to(self, device: torch.device) -> Packed:
         """Move all tensors to a device, in place."""
+        if self.selected is not None:
+            self.selected.rows = self.selected.rows.to(device, non_blocking=True)
+            self.selected.mask = self.selected.mask.to(device, non_blocking=True)
         for name in ("words", "positions", "replaceable", "image", "slot", "mask"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
@@ -133,6 +146,20 @@ class Packed(Layout):
     def unpad(self, sequences: Tensor) -> Tensor:
         flat = sequences.flatten(0, 1)
         return flat if self.full else _Unpad.apply(flat, self.slot)
+
+
+class Selected(Layout):
+    """The layout of the selected tokens of each image, [B,Q',D].
+
+    rows [B,Q'] int64: the rows of the tokens in their Packed.
+    mask [B,1,Q',Q]: the mask of these tokens as queries, with all tokens as keys.
+    """
+
+    mask: Tensor
+
+    def __init__(self, rows: Tensor, mask: Tensor) -> None:
+        super().__init__(mask)
+        self.rows = rows
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -368,11 +395,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, layer: int = 0, selected: Selected | None = None
+    ) -> Tensor:
         """Map rows x [...,D] to rows [...,D].
 
         layer: index of the decoder layer, to select its keys and values in a KVCache.
+        selected: compute only these tokens, [B,Q',D].
         """
+        if selected is not None:
+            return self._selected(x, layout, selected)
         q, k, v = (
             layout.pad(self.qkv(x))
             .unflatten(2, (3, self.heads, -1))
@@ -381,6 +413,19 @@ class SelfAttention(nn.Module):
         )
         out = attend(q, *layout.extend(layer, k, v), layout.mask)
         return self.out(layout.unpad(out.transpose(1, 2).flatten(2)))
+
+    def _selected(self, x: Tensor, layout: Layout, selected: Selected) -> Tensor:
+        width = x.shape[-1]
+        weights, biases = (part.split((width, 2 * width)) for part in self.qkv.parameters())
+        q = F.linear(x[selected.rows], weights[0], biases[0]).unflatten(2, (self.heads, -1))
+        k, v = (
+            layout.pad(F.linear(x, weights[1], biases[1]))
+            .unflatten(2, (2, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        out = attend(q.transpose(1, 2), k, v, selected.mask)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):

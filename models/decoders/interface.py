@@ -237,10 +237,20 @@ class Decoder(nn.Module, ABC):
             states = self.states(tokens.flatten(), cache.positions(tokens.shape[1]), cache, memory)
         return states.view(*tokens.shape, -1)
 
+    def selected_states(self, words: Tensor, text: Packed, memory: OwnMemory) -> Tensor:
+        """Compute the final hidden states [B,Q,D] of the tokens `text.selected`.
+
+        A decoder may override this method to omit computations that only the final states of the
+        other tokens need.
+        """
+        assert text.selected is not None
+        return self.states(words, text.positions, text, memory)[text.selected.rows]
+
     def forward(self, regions: Regions | Memory, text: Packed, sampled: float = 0.0) -> Tensor:
         """Compute the hidden states [N,D] of whole texts. Training uses this method.
 
-        Rows after `text.count` are padding.
+        Rows after `text.count` are padding. If `text` has selected tokens, the result has only
+        their states [B,Q,D].
 
         regions: regions, or images that are already encoded.
         sampled: probability that an input word is replaced by the decoder's own prediction from
@@ -256,6 +266,8 @@ class Decoder(nn.Module, ABC):
             predictions = logits.argmax(1).roll(1)
             replaced = text.replaceable & (torch.rand(words.shape, device=words.device) < sampled)
             words = torch.where(replaced, predictions, words)
+        if text.selected is not None:
+            return self.selected_states(words, text, memory)
         return self.states(words, text.positions, text, memory)
 
 

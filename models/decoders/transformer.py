@@ -22,6 +22,7 @@ from models.decoders.attention import (
     KVCache,
     Layout,
     Packed,
+    Selected,
     SelfAttention,
     additive_mask,
     move_to_front,
@@ -133,10 +134,20 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: Layout, memory: TransformerMemory, layer: int) -> Tensor:
-        """Map rows x [N,D] to [N,D]."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        memory: TransformerMemory,
+        layer: int,
+        selected: Selected | None = None,
+    ) -> Tensor:
+        """Map rows x [N,D] to [N,D], or to [B,Q',D] if only some tokens are `selected`."""
         keys, values = memory.keys[layer], memory.values[layer]
-        x = x + self.dropout(self.attention(self.norms[0](x), layout, layer))
+        attended = self.dropout(self.attention(self.norms[0](x), layout, layer, selected))
+        if selected is not None:
+            x, layout = x[selected.rows], selected
+        x = x + attended
         x = x + self.dropout(self.cross(self.norms[1](x), layout, keys, values, memory.mask))
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
@@ -219,9 +230,23 @@ class Transformer(Decoder):
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: TransformerMemory
     ) -> Tensor:
+        return self._states(words, positions, layout, memory)
+
+    def selected_states(self, words: Tensor, text: Packed, memory: TransformerMemory) -> Tensor:
+        return self._states(words, text.positions, text, memory, text.selected)
+
+    def _states(
+        self,
+        words: Tensor,
+        positions: Tensor,
+        layout: Packed | KVCache,
+        memory: TransformerMemory,
+        selected: Selected | None = None,
+    ) -> Tensor:
         x = self.dropout(self.word(words) * self.config.width**0.5 + self.position(positions))
+        last = len(self.decoder) - 1
         for number, layer in enumerate(self.decoder):
-            x = layer(x, layout, memory, number)
+            x = layer(x, layout, memory, number, selected if number == last else None)
         return self.norm(x)
 
     def output_layer(self) -> tuple[Tensor, Tensor]:
