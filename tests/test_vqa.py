@@ -263,7 +263,7 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
     task = VisualQuestionAnswering(VqaOptions())
     examples = task.examples(source, "all")
     assert "2 answers; 100.0% of the train questions" in task.choose_answers(examples)
-    assert task.answers == ("blue", "red")
+    assert task.answers == ("blue", "red")  # "Blue." is another spelling of blue
     assert sorted(task.labels(examples[0])) == [(0, 0.6), (1, 1.0)]
     assert task.labels(examples[1]) == [(1, 1.0)]
     scores = task.score({1: "Red", 2: "red", 3: "red", 4: "blue"}, examples)
@@ -476,3 +476,20 @@ def test_mistakes_of_training_name_the_question_and_the_image(asked, tmp_path, p
     assert "the train questions have no answers; pass --annotations" in told
     told = refused(train.main, *common, "--questions", q, "--output", "words", "--features", "none")
     assert "example 2 about image 901" in told and "has no caption or other target" in told
+
+
+def test_a_class_has_the_most_frequent_spelling_of_its_answer(tmp_path, photographs):
+    table = tmp_path / "train.csv"
+    answers_ = ["table, chair"] * 3 + ["table,chair"] + ["garbage_bin"] * 2
+    rows = [("what", answer, "000000000008.jpg") for answer in answers_]
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer", "image"), *rows])
+    task = VisualQuestionAnswering(VqaOptions())
+    examples = task.examples(open_source("vqa", None, table, photographs), "all")
+    task.choose_answers(examples)
+    assert task.answers == ("table, chair", "garbage_bin")
+    assert [task.labels(example) for example in examples[2:5]] == [
+        [(0, 1.0)],
+        [(0, 1.0)],  # without a space after the comma it is the same answer
+        [(1, 1.0)],
+    ]

@@ -94,11 +94,15 @@ class VisualQuestionAnswering(Task):
     def choose_answers(self, train: Sequence[Example]) -> str:
         """Choose the answers that become classes, in the order of their frequency in train.
 
+        Answers that are equal after normalization are one class, with the most frequent spelling.
         Raises UserError if there are none.
         """
-        counts = Counter(
-            normalize(self._questions[example.id].best) for example in train if example.targets
-        )
+        spellings = Counter(example.targets[0] for example in train if example.targets)
+        counts: Counter[str] = Counter()
+        spelling: dict[str, str] = {}  # by normalized answer
+        for text, count in spellings.most_common():
+            counts[normalize(text)] += count
+            spelling.setdefault(normalize(text), text)
         if not counts:
             raise UserError(
                 "the train questions have no answers; pass --annotations, the file of the answers"
@@ -110,13 +114,14 @@ class VisualQuestionAnswering(Task):
             self.answers = tuple(read_text_list(self.options.answers_vocabulary))
         else:
             frequent = [answer for answer, count in counts.items() if count >= min_count]
-            self.answers = tuple(sorted(frequent, key=lambda answer: (-counts[answer], answer)))
+            frequent.sort(key=lambda answer: (-counts[answer], answer))
+            self.answers = tuple(spelling[answer] for answer in frequent)
         if not self.answers:
             raise UserError(
                 f"--output classes: no answer occurs in {min_count} train questions; lower "
                 "--min-answer-count, or pass --output words"
             )
-        self._class_of = {answer: number for number, answer in enumerate(self.answers)}
+        self._class_of = {normalize(answer): n for n, answer in enumerate(self.answers)}
         covered = sum(counts[answer] for answer in self._class_of)
         return (
             f"{len(self.answers):,} answers; {covered / max(1, counts.total()):.1%} of the train "
