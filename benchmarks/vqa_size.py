@@ -9,8 +9,8 @@ the cache has one region of 8 channels per image, because neither is measured.
 train: a new process runs `pipeline.train --task vqa --preset base` until its first batch is ready.
 `to the first batch` is the time from the start of the process, `CPU` its processor time, which
 depends less on other processes, and `peak` its largest resident memory. Then 200 batches are read.
-`one step` is a training step on this cache. With 49 regions of 2,048 channels a step takes longer,
-so that `batch of step` is an upper bound; reading such rows is measured by benchmarks/cache.py.
+`one step` is a training step on this cache. Neither a batch nor a step includes the work for 49
+regions of 2,048 channels: benchmarks/cache.py measures the time to read such rows.
 
 val: a new process opens the files and scores an answer to each question.
 """
