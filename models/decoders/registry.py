@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from models.decoders.interface import Decoder, DecoderConfig
@@ -11,8 +13,13 @@ DECODERS: dict[str, type[Decoder]] = {"transformer": Transformer}
 
 
 def create_decoder(name: str, config: DecoderConfig) -> Decoder:
-    """A new decoder, with a linear head over the states if the config has classes."""
+    """Create a decoder, with a linear head over the states if the config has classes.
+
+    The bias of the head gives each class a probability of about 1 / classes. From a bias of 0, the
+    first epochs would only learn that nearly all classes are wrong.
+    """
     decoder = DECODERS[name](config)
     if config.classes:
         decoder.head = nn.Linear(decoder.output_layer()[0].shape[1], config.classes)
+        nn.init.constant_(decoder.head.bias, -math.log(config.classes))
     return decoder
