@@ -10,17 +10,21 @@ all questions and of each type. Beside it:
 
 The aims are an accuracy of 0.95, 0.90 for each type, and with shuffled features at most 0.05 above
 the prior. A sample and a cache in --work are reused. The options of training were chosen on dev.
+The seeds are trained at the same time, each in a process of one thread: this takes less time than
+one after the other with all cores.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from benchmarks.measure import header, report
 from data.datasets.registry import open_source
@@ -28,7 +32,7 @@ from pipeline import extract
 from pipeline.demo import run_command, set_aside, shuffled_scores, train_vqa
 from pipeline.tasks.vqa import VisualQuestionAnswering
 
-EPOCHS = "8"
+EPOCHS = "10"
 
 
 @click.command(context_settings={"show_default": True})
@@ -47,17 +51,28 @@ def main(work: Path, seeds: str, out: Path | None) -> None:
     run_command(extract.main, "--dataset", "sample", "--root", str(sample), "--out", str(cache))
     figures = header() | {"extraction: seconds": time.monotonic() - start}
     figures["prior: accuracy"] = prior(sample)
-    for seed in seeds.split(","):
-        run, start_of_run = work / f"runs/sample-vqa-{seed}", time.monotonic()
-        set_aside(run)
-        train_vqa(sample, cache, run, "--epochs", EPOCHS, "--seed", seed)
-        scores = json.loads((run / "scores-test.json").read_text())["scores"]
-        shuffled = shuffled_scores(sample, cache, run)
-        figures |= {f"seed {seed}: {name}": value for name, value in by_name(scores).items()}
-        figures[f"seed {seed}: shuffled accuracy"] = shuffled["accuracy"]
-        figures[f"seed {seed}: seconds"] = time.monotonic() - start_of_run
+    names = seeds.split(",")
+    with multiprocessing.get_context("spawn").Pool(len(names), torch.set_num_threads, (1,)) as pool:
+        for one_seed in pool.starmap(measure, [(work, seed) for seed in names]):
+            figures |= one_seed
     figures["minutes"] = (time.monotonic() - start) / 60
     report(figures, out)
+
+
+def measure(work: Path, seed: str) -> dict[str, float]:
+    """Train and score one seed, and return its figures by name."""
+    start = time.monotonic()
+    sample, cache, run = (
+        work / name for name in ("datasets/sample", "cache/sample", f"runs/sample-vqa-{seed}")
+    )
+    set_aside(run)
+    train_vqa(sample, cache, run, "--epochs", EPOCHS, "--seed", seed)
+    scores = json.loads((run / "scores-test.json").read_text())["scores"]
+    return {
+        **{f"seed {seed}: {name}": value for name, value in by_name(scores).items()},
+        f"seed {seed}: shuffled accuracy": shuffled_scores(sample, cache, run)["accuracy"],
+        f"seed {seed}: seconds": time.monotonic() - start,
+    }
 
 
 def by_name(scores: dict[str, Any]) -> dict[str, float]:
