@@ -79,7 +79,7 @@ def row(
     folder = run / name
     right = evaluate(folder / "right", run, files, features)
     shuffled = evaluate(folder / "shuffled", run, shuffled_files, features)
-    cells = [seed, name, str(right["questions"]), with_interval(right)]
+    cells = [seed, name, str(right["examples"]), with_interval(right)]
     others = [(folder / "shuffled", shuffled)]
     if blind:
         blind_run = run.with_name(run.name.replace("run", "blind"))

@@ -149,7 +149,7 @@ def report(
     record: dict[str, Any] = {
         "task": task.name,
         "split": split,
-        task.unit: len(examples),
+        "examples": len(examples),
         "images": len({example.image_id for example in examples}),
         "scores": task.score(outputs, examples),
         "intervals": {},
