@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from data.datasets.folder import list_files
 from data.files import atomic_write_text
 from data.images import UnreadableImage
 from data.segmentation import segmented
@@ -26,7 +27,9 @@ class AskConfig(Settings):
     """The options of pipeline.ask."""
 
     photograph_and_questions: tuple[str, ...] = setting(
-        (), "a photograph and questions about it", name="PHOTO QUESTION..."
+        (),
+        "a photograph, or a folder of photographs, and questions about it",
+        name="PHOTO QUESTION...",
     )
     checkpoint: Path = setting(
         Path("runs/sample-vqa"), "checkpoint folder written by pipeline.train, or hf-hub:user/name"
@@ -56,6 +59,11 @@ class AskConfig(Settings):
         if self.out and self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder; name the file")
 
+    @property
+    def has_many(self) -> bool:
+        """Whether there may be many photographs. Then answers are JSON lines."""
+        return self.questions is not None or Path(self.photograph_and_questions[0]).is_dir()
+
 
 @command(AskConfig)
 def main(config: AskConfig) -> None:
@@ -66,13 +74,16 @@ def main(config: AskConfig) -> None:
     all_questions = [question for group in questions_by_path.values() for question in group]
     print_unknown_words(captioner, all_questions)
     records: list[dict[str, Any]] = []
-    show_bar = config.questions is not None
-    with progress(len(all_questions), "questions", "ask", enabled=show_bar) as bar:
+    with progress(len(all_questions), "questions", "ask", enabled=config.has_many) as bar:
         for path, questions in questions_by_path.items():
             try:
                 answers_per_question = captioner.answers(path, questions, config.top)
             except UnreadableImage as error:
-                raise UserError(str(error)) from error
+                if not config.has_many:
+                    raise UserError(str(error)) from error
+                say(f"left out: {error}")
+                bar.step(len(questions))
+                continue
             for question, answers in zip(questions, answers_per_question, strict=True):
                 records.append(make_record(path, question, answers))
                 print_answers(config, records[-1])
@@ -87,11 +98,18 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
     """Return the questions about each photograph, by the path of the photograph.
 
     Raises:
-        UserError: a line of --questions is not a JSON object with a file name and a question.
+        UserError: a line of --questions is not a JSON object with a file name and a question, or a
+            folder has no photographs.
     """
     if config.questions is None:
         photograph, *questions = config.photograph_and_questions
-        return {Path(photograph): questions}
+        folder = Path(photograph)
+        if not folder.is_dir():
+            return {folder: questions}
+        files = list_files(folder)
+        if not files.photographs:
+            raise UserError(f"{folder} has no photographs; {files.left_out() or 'it is empty'}")
+        return {folder / name: questions for name in sorted(files.photographs)}
     questions_by_path: dict[Path, list[str]] = {}
     for number, line in enumerate(read_text(config.questions).splitlines(), start=1):
         if not line.strip():
@@ -133,9 +151,9 @@ def make_record(path: Path, question: str, answers: Sequence[Caption]) -> dict[s
 def print_answers(config: AskConfig, record: dict[str, Any]) -> None:
     """Print the answers to a question about one photograph as text.
 
-    With --questions they are printed as a JSON line, unless --out is passed.
+    Answers about many photographs are printed as JSON lines, unless --out is passed.
     """
-    if config.questions is not None:
+    if config.has_many:
         if not config.out:
             click.echo(json.dumps(record, ensure_ascii=False))
         return

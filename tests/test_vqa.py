@@ -338,6 +338,19 @@ def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
     assert [line["question"] for line in lines] == [entry["question"] for entry in entries]
     assert all(len(line["answers"]) == 5 for line in lines)
     assert sum(answer["probability"] for answer in lines[0]["answers"]) <= 1 + 1e-5
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, other in enumerate(source.images[:3]):
+        shutil.copy(other.path, folder / f"{number}.jpg")
+    (folder / "2.jpg").write_bytes(b"no photograph")
+    told = works(ask.main, "--checkpoint", asked / "classes", folder, "how many red?", "why?",
+                 "--out", tmp_path / "b.jsonl")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [Path(line["file_name"]).name for line in lines] == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
+    assert "left out: " in told and "2.jpg" in told
+    (tmp_path / "empty").mkdir()
+    assert "has no photographs" in refused(ask.main, "--checkpoint", asked / "classes",
+                                           tmp_path / "empty", "why?")  # fmt: skip
     assert "pass a photograph and questions" in refused(ask.main)
     assert "no question about x.jpg" in refused(ask.main, "x.jpg")
 
