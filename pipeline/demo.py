@@ -35,7 +35,7 @@ from pipeline.tasks.vqa import VisualQuestionAnswering
 
 SHOWN = 5  # held-out scenes that are captioned
 ASKED = ("colour", "count", "relation")  # types of the questions about held-out scenes
-VQA_MINUTES = "1"  # training time of visual question answering
+VQA_LENGTH = ("--minutes", "1")  # length of the training of visual question answering
 # chosen on dev (docs/log.md)
 VQA_OPTIONS = ("--batch", "16", "--lr", "5e-4")
 
@@ -65,7 +65,7 @@ def main(work: Path) -> None:
     captions = work / "captions.json"
     options = ["--checkpoint", str(run), "--out", str(captions)]
     run_command(caption.main, *photographs[:SHOWN], *options)
-    train_vqa(sample, cache, vqa_run, "--minutes", VQA_MINUTES)
+    train_vqa(sample, cache, vqa_run, *VQA_LENGTH)
     ask_questions(sample, vqa_run)
     report_answers(sample, cache, vqa_run)
     report(sample, cache, run, captions, start)
