@@ -178,13 +178,17 @@ def report_answers(sample: Path, cache: Path, run: Path) -> None:
 
 
 def ask_questions(sample: Path, run: Path) -> None:
-    """Ask a question of each type of ASKED about a held-out scene."""
+    """Ask a question of each type of ASKED, each about another held-out scene."""
     source = open_source("sample", sample)
     assert isinstance(source, SampleSource)
     test_ids = {image.id for image in source.select("test")}
-    for number, type_ in enumerate(ASKED):
-        of_type = (q for q in source.questions if q.question_type == type_)
-        question = [q for q in of_type if q.image_id in test_ids][number]
+    for type_ in ASKED:
+        question = next(
+            question
+            for question in source.questions
+            if question.question_type == type_ and question.image_id in test_ids
+        )
+        test_ids.remove(question.image_id)  # each question is about another scene
         photograph = str(source.by_id[question.image_id].path)
         run_command(ask.main, photograph, question.text, "--checkpoint", str(run))
         click.echo(f"  true answer: {question.best}")

@@ -45,6 +45,7 @@ def test_the_demo_captions_held_out_scenes_truly_and_only_by_looking(tmp_path, m
     shown = json.loads((tmp_path / "captions.json").read_text())
     assert len(shown) == demo.SHOWN and all(line["caption"] for line in shown)
     assert result.stdout.count("true answer: ") == result.stdout.count("pipeline.ask") == 3
+    assert len(set(re.findall(r"pipeline.ask \S+/(\w+).jpg", result.stdout))) == 3
     correct, by_chance = (
         float(re.search(rf"^correct answers{name}: ([\d.]+) %", result.stdout, re.MULTILINE)[1])
         for name in ("", ", features shuffled between images")
