@@ -35,7 +35,7 @@ from pipeline.tasks.vqa import VisualQuestionAnswering
 
 SHOWN = 5  # held-out scenes that are captioned
 ASKED = ("colour", "count", "relation")  # types of the questions about held-out scenes
-VQA_MINUTES = "1"  # training time of visual question answering
+VQA_LENGTH = ("--minutes", "1")  # length of the training of visual question answering
 # chosen on dev (docs/log.md)
 VQA_OPTIONS = ("--batch", "16", "--lr", "5e-4")
 
@@ -65,7 +65,7 @@ def main(work: Path) -> None:
     captions = work / "captions.json"
     options = ["--checkpoint", str(run), "--out", str(captions)]
     run_command(caption.main, *photographs[:SHOWN], *options)
-    train_vqa(sample, cache, vqa_run, "--minutes", VQA_MINUTES)
+    train_vqa(sample, cache, vqa_run, *VQA_LENGTH)
     ask_questions(sample, vqa_run)
     report_answers(sample, cache, vqa_run)
     report(sample, cache, run, captions, start)
@@ -178,13 +178,17 @@ def report_answers(sample: Path, cache: Path, run: Path) -> None:
 
 
 def ask_questions(sample: Path, run: Path) -> None:
-    """Ask a question of each type of ASKED about a held-out scene."""
+    """Ask a question of each type of ASKED, each about another held-out scene."""
     source = open_source("sample", sample)
     assert isinstance(source, SampleSource)
     test_ids = {image.id for image in source.select("test")}
-    for number, type_ in enumerate(ASKED):
-        of_type = (q for q in source.questions if q.question_type == type_)
-        question = [q for q in of_type if q.image_id in test_ids][number]
+    for type_ in ASKED:
+        question = next(
+            question
+            for question in source.questions
+            if question.question_type == type_ and question.image_id in test_ids
+        )
+        test_ids.remove(question.image_id)  # each question is about another scene
         photograph = str(source.by_id[question.image_id].path)
         run_command(ask.main, photograph, question.text, "--checkpoint", str(run))
         click.echo(f"  true answer: {question.best}")
