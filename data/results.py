@@ -157,11 +157,7 @@ def write_server(
     Writes captions_{val,test}2014_NAME_results.json. If both files are in `folder`, also writes a
     zip archive of them. Raises DataError if the captions violate the rules of the server.
     """
-    if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
-        raise DataError(
-            f"--server {name!r}: pass a name of letters, digits, dots and hyphens; it becomes part "
-            "of file names"
-        )
+    check_server_name(name)
     split = server_split(images)
     missing = [image.id for image in images if image.id not in captions]
     if missing:
@@ -190,6 +186,15 @@ def write_server(
                 f"{archive} would have {size:,} bytes, the server accepts {SERVER_ZIP_BYTES:,}"
             )
     return [files[split], archive]
+
+
+def check_server_name(name: str) -> None:
+    """Raise DataError unless a method name can be part of file names."""
+    if not re.fullmatch(r"[A-Za-z0-9.-]+", name):
+        raise DataError(
+            f"--server {name!r}: pass a name of letters, digits, dots and hyphens; it becomes part "
+            "of file names"
+        )
 
 
 def server_split(images: Sequence[Image]) -> str:

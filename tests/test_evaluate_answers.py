@@ -130,6 +130,37 @@ def test_options_of_captions_and_of_answers_do_not_mix(pair, tmp_path):
         evaluate.main, "--captions", captions, "--references", captions, "--wups")  # fmt: skip
 
 
+def test_no_output_file_replaces_an_input_file(pair, tmp_path):
+    given = answers(tmp_path, RIGHT)
+    for flag, other in (("--out", "--answers-out"), ("--answers-out", "--out")):
+        for file in (given, *pair):
+            before = file.read_bytes()
+            told = refused(evaluate.main, "--answers", given, *of(pair), flag, file, other,
+                           tmp_path / "new.json")  # fmt: skip
+            assert f"{flag} {file} would overwrite an input file" in told
+            assert file.read_bytes() == before and not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--examples", 3], "--examples is an option of captioning"),
+        (["--format", "latex"], "--format latex is a table of captioning scores"),
+        (["--segment", "characters"], "--segment is an option of captioning"),
+        (["--server", "a/b"], "pass a name of letters"),
+        (["--server", "a", "--limit", 2], "the answers to all questions"),
+    ],
+)
+def test_options_without_an_effect_on_answers_are_refused(pair, tmp_path, options, message):
+    given = answers(tmp_path, RIGHT)
+    assert message in refused(evaluate.main, "--answers", given, *of(pair), *options)
+
+
+def test_answers_without_questions_are_refused_with_the_options_that_name_them(tmp_path):
+    told = refused(evaluate.main, "--answers", answers(tmp_path, RIGHT))
+    assert "vqa needs --questions and --annotations" in told
+
+
 def test_val_is_scored_by_default_where_test_has_no_answers(tmp_path):
     for split, image in (("train", 7), ("val", 8), ("test", 9)):
         q, a = files(tmp_path, [question(image, image)], [annotation(image, image)])

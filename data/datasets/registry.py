@@ -66,8 +66,7 @@ def open_source(
             hint = f"; it is an option of --dataset {', '.join(others)}" if others else ""
             raise DataError(f"dataset {dataset!r} has no option {name!r}{hint}")
     files, folders = as_list(annotations), as_list(images)
-    has_files = DATASETS[dataset].several and any((files, *options.values()))
-    if root is None and not folders and not has_files:
+    if root is None and not folders and not DATASETS[dataset].several:
         raise DataError(
             f"{dataset} needs a root: pass the folder of the photographs and captions to --root"
         )

@@ -115,7 +115,6 @@ def read(
     Raises DataError for a question without an annotation or an annotation without a question, a
     question or answer that is empty, and an id that occurs twice.
     """
-    folders = [*images] or [Path(root) if root else [*annotations, *questions][0].parent]
     tables = [file for file in annotations if file.suffix.lower() == ".csv"]
     if tables:
         if questions or len(tables) < len(annotations):
@@ -123,8 +122,9 @@ def read(
                 f"{dataset}: --annotations {tables[0].name} holds questions and answers; it goes "
                 "with neither --questions nor annotations in JSON"
             )
-        return _read_tables(dataset, tables, folders)
+        return _read_tables(dataset, tables, [*images] or [root or tables[0].parent])
     pairs = _pairs(dataset, root, annotations, questions)
+    folders = [*images] or [root or pairs[0].questions.parent]
     found: dict[int, Question] = {}
     splits: dict[int, str] = {}
     for pair in pairs:

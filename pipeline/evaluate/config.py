@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.results import read_references
+from data.results import check_server_name, read_references
 from data.segmentation import SEGMENTS, segmented_all
 from data.sources import Image
 from pipeline.cli import DEVICES, PRECISIONS, UserError, flag_of, setting
@@ -141,24 +141,35 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
                 "--references goes with --captions; the references of a checkpoint come from "
                 "--dataset"
             )
+        if self.server:
+            check_server_name(self.server)
         if self.server and (self.limit or len(self.captions) > 1):
             raise UserError(
-                "--server needs the captions of all images by one method: no --limit, and at most "
-                "one --captions"
+                "--server needs the captions of all images, or the answers to all questions, by "
+                "one method: no --limit, and at most one --captions"
             )
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
             raise UserError(
-                "--against compares the captions with one other results file by bootstrap "
-                "resampling: pass at most one --captions, and --bootstrap above 0"
+                "--against compares with one other results file by bootstrap resampling: pass at "
+                "most one --captions, and --bootstrap above 0"
             )
 
     def _check_out(self) -> None:
-        """Raise UserError if --out is an input file, or a folder where a file is needed."""
+        """Raise UserError if an output is an input file, or a folder where a file is needed."""
+        inputs = [self.references, self.ids, self.against, self.df, self.train_captions]
+        inputs += [self.answers, *self.captions, *self.annotations]
+        inputs += self.extensions.get("dataset", {}).get("questions", ())
+        paths = {file.resolve() for file in inputs if file}
+        for flag, file in (("--out", self.out), ("--answers-out", self.answers_out)):
+            if file and file.resolve() in paths:
+                raise UserError(f"{flag} {file} would overwrite an input file; pass another name")
+        if self.answers_out and self.answers_out.is_dir():
+            raise UserError(
+                f"--answers-out {self.answers_out} is a folder; name the file, such as "
+                f"{self.answers_out / 'answers.json'}"
+            )
         if self.out is None:
             return
-        inputs = [self.references, self.ids, self.against, self.df, self.train_captions]
-        if any(file and file.resolve() == self.out.resolve() for file in [*self.captions, *inputs]):
-            raise UserError(f"--out {self.out} would overwrite an input file; pass another name")
         if self.out.is_dir() and len(self.captions) < 2:
             raise UserError(
                 f"--out {self.out} is a folder; name the file, such as {self.out / 'scores.json'}"

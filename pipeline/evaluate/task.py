@@ -25,7 +25,9 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
 from pipeline.terminal import say
 
-OF_CAPTIONING = ("ids", "df", "meteor", "spice", "train_captions")
+OF_CAPTIONING = (
+    "ids", "df", "meteor", "spice", "train_captions", "examples", "segment", "cache_dir",
+)  # fmt: skip
 OF_ANSWERS = ("answers_out", "accuracy", "wups")
 
 
@@ -86,6 +88,8 @@ def refuse_options(config: EvaluateConfig, reason: str, names: Sequence[str]) ->
     if passed := [name for name in names if getattr(config, name)]:
         what = "captioning" if passed[0] in OF_CAPTIONING else "visual question answering"
         raise UserError(f"{flag_of(passed[0])} is an option of {what}; {reason}")
+    if names is OF_CAPTIONING and config.format == "latex":
+        raise UserError(f"--format latex is a table of captioning scores; {reason}")
 
 
 def set_options(config: EvaluateConfig, task: Task) -> None:
