@@ -51,6 +51,8 @@ class AskConfig(Settings):
         super().__post_init__()
         if bool(self.questions) == bool(self.photograph_and_questions):
             raise UserError("pass a photograph and questions, or --questions FILE")
+        if not all(map(str.strip, self.photograph_and_questions)):
+            raise UserError("a question is empty; write it in quotes")
         if len(self.photograph_and_questions) == 1:
             raise UserError(
                 f"no question about {self.photograph_and_questions[0]}; write it in quotes: "
@@ -72,7 +74,7 @@ def main(config: AskConfig) -> None:
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
     all_questions = [question for group in questions_by_path.values() for question in group]
-    print_unknown_words(captioner, all_questions)
+    print_what_is_lost(captioner, all_questions)
     records: list[dict[str, Any]] = []
     with progress(len(all_questions), "questions", "ask", enabled=config.has_many) as bar:
         for path, questions in questions_by_path.items():
@@ -88,6 +90,8 @@ def main(config: AskConfig) -> None:
                 records.append(make_record(path, question, answers))
                 print_answers(config, records[-1])
             bar.step(len(questions))
+    if not records:
+        raise UserError(f"no answers: none of {len(questions_by_path):,} photographs can be read")
     if config.out:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(config.out, "".join(lines))
@@ -124,17 +128,28 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
             raise UserError(
                 f'{where}: not an object like {{"file_name": "a.jpg", "question": "..."}}'
             )
+        if not entry["question"].strip():
+            raise UserError(f"{where}: the question is empty")
         path = config.questions.parent / entry["file_name"]
         questions_by_path.setdefault(path, []).append(entry["question"])
+    if not questions_by_path:
+        raise UserError(f"{config.questions} has no questions; write one JSON object per line")
     return questions_by_path
 
 
-def print_unknown_words(captioner: PhotoCaptioner, questions: Sequence[str]) -> None:
-    """Print the words of the questions that are not in the vocabulary."""
+def print_what_is_lost(captioner: PhotoCaptioner, questions: Sequence[str]) -> None:
+    """Print the words that are not in the vocabulary, and how many questions are too long."""
     vocabulary = captioner.checkpoint.vocabulary
     words = {word for text in questions for word in segmented(text, vocabulary.segment)}
     if unknown := sorted(words - set(vocabulary.words)):
         say(f"words that the model does not know: {', '.join(unknown[:10])}")
+    max_prompt = captioner.captioner.config.max_prompt
+    lengths = [len(vocabulary.encode(segmented(text, vocabulary.segment))) for text in questions]
+    if cut := sum(length > max_prompt for length in lengths):
+        say(
+            f"{cut:,} questions have more than {max_prompt} {vocabulary.unit} and lose their first "
+            f"{vocabulary.unit}"
+        )
 
 
 def make_record(path: Path, question: str, answers: Sequence[Caption]) -> dict[str, Any]:

@@ -351,6 +351,21 @@ def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no photographs" in refused(ask.main, "--checkpoint", asked / "classes",
                                            tmp_path / "empty", "why?")  # fmt: skip
+    asking = [ask.main, "--checkpoint", asked / "classes"]
+    told = works(*asking, image.path, f"{'very ' * 20}red?")
+    assert "1 questions have more than" in told and "lose their first words" in told
+    assert "a question is empty" in refused(*asking, image.path, " ")
+    for line, message in (
+        ("", "has no questions"),
+        ('{"file_name": "a.jpg", "question": ""}', "line 1: the question is empty"),
+        ('{"file_name": "a.jpg", "question": "why?"}', "none of 1 photographs can be read"),
+        ("why?", "line 1: not JSON"),
+    ):
+        (tmp_path / "odd.jsonl").write_text(line)
+        told = refused(
+            *asking, "--questions", tmp_path / "odd.jsonl", "--out", tmp_path / "c.jsonl"
+        )
+        assert message in told and not out.exists()
     assert "pass a photograph and questions" in refused(ask.main)
     assert "no question about x.jpg" in refused(ask.main, "x.jpg")
 
