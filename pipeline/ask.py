@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,26 @@ def main(config: AskConfig) -> None:
     captioner.max_pixels = config.max_pixels
     all_questions = [question for group in questions_by_path.values() for question in group]
     print_what_is_lost(captioner, all_questions)
+    records = answer_all(config, captioner, questions_by_path)
+    if not records:
+        raise UserError(f"no answers: none of {len(questions_by_path):,} photographs can be read")
+    if config.out:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        atomic_write_text(config.out, "".join(lines))
+        say(f"{len(records):,} answers: {config.out}")
+
+
+def answer_all(
+    config: AskConfig, captioner: PhotoCaptioner, questions_by_path: Mapping[Path, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Answer all questions, and print the answers. Unreadable photographs of many are left out.
+
+    Raises:
+        UserError: the only photograph is unreadable.
+    """
+    count = sum(map(len, questions_by_path.values()))
     records: list[dict[str, Any]] = []
-    with progress(len(all_questions), "questions", "ask", enabled=config.has_many) as bar:
+    with progress(count, "questions", "ask", enabled=config.has_many) as bar:
         for path, questions in questions_by_path.items():
             try:
                 answers_per_question = captioner.answers(path, questions, config.top)
@@ -90,12 +108,7 @@ def main(config: AskConfig) -> None:
                 records.append(make_record(path, question, answers))
                 print_answers(config, records[-1])
             bar.step(len(questions))
-    if not records:
-        raise UserError(f"no answers: none of {len(questions_by_path):,} photographs can be read")
-    if config.out:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(config.out, "".join(lines))
-        say(f"{len(records):,} answers: {config.out}")
+    return records
 
 
 def read_questions(config: AskConfig) -> dict[Path, list[str]]:

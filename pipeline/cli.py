@@ -158,6 +158,24 @@ class Settings:
         return {name: _as_json(value) for name, value in values.items()}
 
 
+def from_record(options_class: type, record: Mapping[str, Any]) -> Any:
+    """Create options from JSON values, the reverse of `Settings.record`.
+
+    record: values by name; other names are ignored, and missing ones get their defaults.
+    """
+    annotations = typing.get_type_hints(options_class)
+    values: dict[str, Any] = {}
+    for item in fields(options_class):
+        if item.name in record:
+            value_type, multiple = _value_type(annotations[item.name])
+            value = record[item.name]
+            elements = value if multiple else [value]
+            if value_type is Path:
+                elements = [Path(element) for element in elements if element is not None]
+            values[item.name] = tuple(elements) if multiple else next(iter(elements), None)
+    return options_class(**values)
+
+
 def _as_json(value: Any) -> Any:
     """Return a setting as a JSON value: a path as text, a tuple as a list."""
     if isinstance(value, tuple | list):

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from data import DataError
-from pipeline.cli import UserError, command, setting
+from pipeline.cli import Settings, UserError, command, from_record, setting
 
 
 @dataclass(frozen=True)
@@ -310,3 +310,21 @@ def test_every_setting_of_every_command_is_checked_and_a_run_s_own_record_is_tak
     file.write_text(json.dumps({"model": {}, "training": defaults}, default=str))
     main.main(["--config", str(file)], standalone_mode=False)
     assert defaults.items() <= taken[0].items()
+
+
+@dataclass(frozen=True)
+class Several(Settings):
+    file: Path | None = setting(None, "a file")
+    files: tuple[Path, ...] = setting((), "files")
+    number: int | None = setting(None, "a number")
+    flag: bool = setting(False, "a flag")
+    names: tuple[str, ...] = setting((), "names")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Several(), Several(Path("a"), (Path("b"), Path("c")), 3, True, ("d", "e"))],
+)
+def test_a_record_of_settings_gives_them_back_with_their_types(settings):
+    record = json.loads(json.dumps(settings.record()))
+    assert from_record(Several, {**record, "other": 1}) == settings

@@ -365,7 +365,7 @@ def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
         told = refused(
             *asking, "--questions", tmp_path / "odd.jsonl", "--out", tmp_path / "c.jsonl"
         )
-        assert message in told and not out.exists()
+        assert message in told and not (tmp_path / "c.jsonl").exists()
     assert "pass a photograph and questions" in refused(ask.main)
     assert "no question about x.jpg" in refused(ask.main, "x.jpg")
 
@@ -521,3 +521,21 @@ def test_a_class_has_the_most_frequent_spelling_of_its_answer(tmp_path, photogra
         [(0, 1.0)],  # without a space after the comma it is the same answer
         [(1, 1.0)],
     ]
+
+
+def test_a_ready_list_of_answers_gives_the_classes(asked, tmp_path):
+    answers_ = tmp_path / "answers.json"
+    answers_.write_text(json.dumps([{"red": 0, "Blue": 1, "yes": 2, "no": 3, "blue.": 4}, {}]))
+    options = ["--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 1]
+    works(train.main, *options, "--answers-vocabulary", answers_, "--out", tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run").answers == ("red", "Blue", "yes", "no")
+    works(evaluate.main, "--checkpoint", tmp_path / "run", *over(asked), "--split", "test")
+    for text, message in (
+        ("[]", "has no answers"),
+        ("", "has no answers"),
+        ('{"a": "b", "c": 3}', "is neither a list of texts nor one text per line"),
+    ):
+        answers_.write_text(text)
+        told = refused(train.main, *options, "--answers-vocabulary", answers_,
+                       "--out", tmp_path / "no")  # fmt: skip
+        assert message in told and not (tmp_path / "no").exists()

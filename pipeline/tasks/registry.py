@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, from_record
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
 from pipeline.tasks.vqa import VisualQuestionAnswering
@@ -30,6 +29,4 @@ def task_of(training: Mapping[str, Any], segment: str) -> Task:
     task = TASKS[name]
     if task.Options is None:
         return task(segment=segment)
-    names = {item.name for item in fields(task.Options)}
-    options = task.Options(**{key: value for key, value in training.items() if key in names})
-    return task(options, segment)
+    return task(from_record(task.Options, training), segment)

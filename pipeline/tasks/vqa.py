@@ -111,7 +111,11 @@ class VisualQuestionAnswering(Task):
         if min_count is None:
             min_count = MIN_COUNT_LARGE if len(train) >= LARGE_DATA_SET else MIN_COUNT_SMALL
         if self.options.answers_vocabulary:
-            self.answers = tuple(read_text_list(self.options.answers_vocabulary))
+            listed = read_text_list(self.options.answers_vocabulary)
+            if not listed:
+                raise UserError(f"{self.options.answers_vocabulary} has no answers")
+            first = {normalize(text): text for text in reversed(listed)}
+            self.answers = tuple(text for text in listed if first[normalize(text)] is text)
         else:
             frequent = [answer for answer, count in counts.items() if count >= min_count]
             frequent.sort(key=lambda answer: (-counts[answer], answer))
