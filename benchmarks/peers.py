@@ -14,6 +14,7 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -156,20 +157,26 @@ def plain_beam_search(captioner: Transformer, memory: Memory, beams: int, length
 # ------------------------------------------------------------------------------------- Hugging Face
 
 
+def import_transformers() -> Any:
+    """Return the package transformers, or say how to install it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise click.ClickException(
+            "the comparison needs Hugging Face transformers: pip install -e '.[bench]'"
+        ) from error
+    return transformers
+
+
 def hugging_face(dropout: float = 0.0, max_length: int = 40) -> nn.Module:
     """Return GPT-2 with cross-attention and the same width, depth and number of words.
 
     It has no encoder of regions.
     """
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise click.ClickException(
-            "the comparison needs Hugging Face transformers: pip install -e '.[bench]'"
-        ) from error
+    transformers = import_transformers()
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=WORDS,
             n_positions=max_length + 1,
             n_embd=512,

@@ -53,6 +53,7 @@ from benchmarks.peers import (
     CHANNELS,
     WORDS,
     encoder_operations,
+    import_transformers,
     limit,
     median_rate,
     random_regions,
@@ -216,15 +217,10 @@ def twin_loss(decoder: Decoder, batch: Batch) -> Tensor:
 
 def visual_bert(dropout: float = 0.0) -> nn.Module:
     """Return Hugging Face's VisualBERT with 6 layers of our width, and random weights."""
-    try:
-        from transformers import VisualBertConfig, VisualBertForQuestionAnswering
-    except ImportError as error:
-        raise click.ClickException(
-            "the comparison needs Hugging Face transformers: pip install -e '.[bench]'"
-        ) from error
+    transformers = import_transformers()
     torch.manual_seed(0)
-    return VisualBertForQuestionAnswering(
-        VisualBertConfig(
+    return transformers.VisualBertForQuestionAnswering(
+        transformers.VisualBertConfig(
             vocab_size=WORDS,
             hidden_size=512,
             visual_embedding_dim=CHANNELS,

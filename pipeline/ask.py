@@ -156,13 +156,9 @@ def print_what_is_lost(captioner: PhotoCaptioner, questions: Sequence[str]) -> N
     words = {word for text in questions for word in segmented(text, vocabulary.segment)}
     if unknown := sorted(words - set(vocabulary.words)):
         say(f"words that the model does not know: {', '.join(unknown[:10])}")
-    max_prompt = captioner.captioner.config.max_prompt
-    lengths = [len(vocabulary.encode(segmented(text, vocabulary.segment))) for text in questions]
-    if cut := sum(length > max_prompt for length in lengths):
-        say(
-            f"{cut:,} questions have more than {max_prompt} {vocabulary.unit} and lose their first "
-            f"{vocabulary.unit}"
-        )
+    if cut := captioner.checkpoint.count_cut(questions):
+        unit, max_prompt = vocabulary.unit, captioner.captioner.config.max_prompt
+        say(f"{cut:,} questions have more than {max_prompt} {unit} and lose their first {unit}")
 
 
 def make_record(path: Path, question: str, answers: Sequence[Caption]) -> dict[str, Any]:

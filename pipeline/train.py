@@ -59,7 +59,7 @@ def main(config: TrainConfig) -> None:
         config = choose_segment(config, source, init)
         task = task_of(config.record(), config.segment or "words")
         train, dev = open_splits(config, task, source, cache)
-        config = resolve(config, train, machine, init and init.sizes, init and init.kept_vocabulary)
+        config = resolve(config, train, machine, init and init.sizes, init and init.vocabulary)
         keep_features(config, cache, [train, *([dev] if dev else [])], machine)
         run = open_run(config, folder, machine, source, cache, task, train, dev, init)
         print_plan(run, cache)

@@ -80,15 +80,14 @@ def open_source(
                     f"{file} does not exist; --annotations must be the annotations of {dataset}"
                 )
         root = None if root is None else Path(root)
-        if DATASETS[dataset].several:
-            with paused_collector():
-                return DATASETS[dataset].read(dataset, root, files, folders, **options)
-        for paths, flag in ((files, "--annotations"), (folders, "--images")):
-            if len(paths) > 1:
-                raise DataError(f"{dataset} takes one {flag}; {len(paths)} are given")
-        one = [paths[0] if paths else None for paths in (files, folders)]
+        places: list[Any] = [files, folders]
+        if not DATASETS[dataset].several:
+            for paths, flag in ((files, "--annotations"), (folders, "--images")):
+                if len(paths) > 1:
+                    raise DataError(f"{dataset} takes one {flag}; {len(paths)} are given")
+            places = [paths[0] if paths else None for paths in places]
         with paused_collector():
-            return DATASETS[dataset].read(dataset, root, *one, **options)
+            return DATASETS[dataset].read(dataset, root, *places, **options)
     except OSError as error:
         raise DataError(
             f"{dataset}: {error.filename or root or images}: {error.strerror or error}"

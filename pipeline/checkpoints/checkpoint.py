@@ -21,7 +21,7 @@ checkpoint names. It allocates no memory for sizes that the weight file does not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
+from data.segmentation import segmented_all
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MAX_CAPTIONS, ModelError
@@ -87,6 +88,12 @@ class Checkpoint:
             f"({self.identity['weights']})" if "weights" in self.identity else "",
         ]
         return " ".join(str(part) for part in parts if part)
+
+    def count_cut(self, prompts: Iterable[str]) -> int:
+        """Count the prompts that are longer than `max_prompt` and lose their first tokens."""
+        token_lists = segmented_all([*prompts], self.vocabulary.segment)
+        lengths = (len(self.vocabulary.encode(words)) for words in token_lists)
+        return sum(length > self.captioner.config.max_prompt for length in lengths)
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:

@@ -143,6 +143,8 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             )
         if self.server:
             check_server_name(self.server)
+            if len(self.extensions.get("dataset", {}).get("questions", ())) > 1:
+                raise UserError("--server takes one --questions file; several are passed")
         if self.server and (self.limit or len(self.captions) > 1):
             raise UserError(
                 "--server needs the captions of all images, or the answers to all questions, by "

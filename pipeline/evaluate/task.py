@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+import numpy as np
 
 from data import DataError
 from data.examples import Example, with_rows
 from data.files import atomic_write_text
 from data.results import read_results, write_results
-from data.segmentation import segmented_all
 from data.sources import Source
 from pipeline.cli import UserError, flag_of
 from pipeline.evaluate.checkpoint import Evaluation, decode, open_split
@@ -48,10 +48,9 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
             f"--server needs all {task.unit} of a split, but {left_out} photographs are unreadable"
         )
     texts, decoding = decode(config, checkpoints, cache, examples)
-    vocabulary, max_prompt = checkpoints[0].vocabulary, checkpoints[0].captioner.config.max_prompt
-    prompts = segmented_all([example.prompt for example in examples], vocabulary.segment)
-    if cut := sum(len(vocabulary.encode(words)) > max_prompt for words in prompts):
-        unit = vocabulary.unit
+    first = checkpoints[0]
+    if cut := first.count_cut(example.prompt for example in examples):
+        unit, max_prompt = first.vocabulary.unit, first.captioner.config.max_prompt
         say(f"{cut:,} {task.unit} have more than {max_prompt} {unit} and lost their first {unit}")
     outputs = {example_id: candidates[0].text for example_id, candidates in texts.items()}
     out = config.out or folder / f"scores-{split}.json"
@@ -140,14 +139,15 @@ def report(
         about: further entries of scores.json.
     """
     write_outputs(config, task, source, outputs, out)
-    has_truth = any(example.targets for example in examples)
+    scored = None
+    if any(example.targets for example in examples):
+        scored = score_outputs(config, task, outputs, examples)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         path = out.with_name(f"{out.stem}-outputs.jsonl")
-        scores = task.example_scores(outputs, examples) if has_truth else []
-        atomic_write_text(path, output_lines(examples, outputs, scores))
+        atomic_write_text(path, output_lines(examples, outputs, scored.each if scored else []))
         say(f"outputs: {path}")
-    if not has_truth:
+    if scored is None:
         say(f"the {task.unit} have no answers, so nothing is scored")
         return
     record: dict[str, Any] = {
@@ -155,8 +155,8 @@ def report(
         "split": split,
         "examples": len(examples),
         "images": len({example.image_id for example in examples}),
-        "scores": task.score(outputs, examples),
-        "intervals": {},
+        "scores": scored.scores,
+        "intervals": {key: interval(values) for key, values in scored.resampled.items()},
         **about,
     }
     parts = {
@@ -167,32 +167,47 @@ def report(
         "bootstrap": f"{config.bootstrap}.seed{config.seed}" if config.bootstrap else "no",
     }
     record["signature"] = signature_line(parts)
-    statistics = task.statistics(outputs, examples) if config.bootstrap else []
-    if statistics:
-        resampled = resample(statistics, config.bootstrap, config.seed)
-        record["intervals"] = {name: interval(values) for name, values in resampled.items()}
-        if config.against:
-            others = choose_outputs(
-                read_results(config.against, task.result_fields), examples, config.against
-            )
-            other_scores = task.score(others, examples)
-            other_resampled = resample(
-                task.statistics(others, examples), config.bootstrap, config.seed
-            )
-            record["against"] = {
-                "name": config.against.name,
-                "scores": other_scores,
-                "differences": {
-                    key: paired_difference(
-                        record["scores"][key], other_scores[key], values, other_resampled[key]
-                    )
-                    for key, values in resampled.items()
-                },
-            }
+    if config.against and scored.resampled:
+        given = read_results(config.against, task.result_fields)
+        others = choose_outputs(given, examples, config.against)
+        other = score_outputs(config, task, others, examples)
+        record["against"] = {
+            "name": config.against.name,
+            "scores": other.scores,
+            "differences": {
+                key: paired_difference(
+                    scored.scores[key], other.scores[key], values, other.resampled[key]
+                )
+                for key, values in scored.resampled.items()
+            },
+        }
     if out is not None:
         atomic_write_text(out, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         say(f"scores: {out}")
     print_record(config, name, record)
+
+
+class Scored(NamedTuple):
+    """The scores of outputs.
+
+    each: the scores of each example by name; empty if examples have none.
+    scores: the result of `Task.score`.
+    resampled: [resamples] scores by name; empty without intervals.
+    """
+
+    each: list[dict[str, float]]
+    scores: dict[str, Any]
+    resampled: dict[str, np.ndarray]
+
+
+def score_outputs(
+    config: EvaluateConfig, task: Task, outputs: Mapping[Any, str], examples: Sequence[Example]
+) -> Scored:
+    """Score outputs by example id, with the bootstrap settings of the command."""
+    each = task.example_scores(outputs, examples)
+    statistics = task.statistics(each, examples) if config.bootstrap else []
+    resampled = resample(statistics, config.bootstrap, config.seed) if statistics else {}
+    return Scored(each, task.score(outputs, examples), resampled)
 
 
 def write_outputs(
@@ -210,8 +225,6 @@ def write_outputs(
     """
     paths = [config.answers_out] if config.answers_out else []
     if config.server:
-        if len(config.extensions.get("dataset", {}).get("questions", ())) > 1:
-            raise UserError("--server takes one --questions file; several are passed")
         stem = (source.annotations or source.root).stem.removesuffix("_questions")
         folder = out.parent if out else Path()
         paths.append(folder / f"{stem}_{config.server}_results.json")

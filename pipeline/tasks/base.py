@@ -87,13 +87,12 @@ class Task(ABC):
         return []
 
     def statistics(
-        self, outputs: Mapping[int | str, str], examples: Sequence[Example]
+        self, scores: Sequence[Mapping[str, float]], examples: Sequence[Example]
     ) -> list[Statistic]:
         """Compute sums over images, from which the bootstrap computes intervals of scores.
 
-        By default these are the scores that are means of `example_scores`.
+        scores: the result of `example_scores`. By default each of its scores is a mean.
         """
-        scores = self.example_scores(outputs, examples)
         groups = [e.id if e.image_id is None else e.image_id for e in examples]
         return [
             mean_of_groups(name, np.array([score[name] for score in scores]), groups)

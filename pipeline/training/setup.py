@@ -50,21 +50,16 @@ class InitRun(NamedTuple):
     """The run of --init.
 
     sizes: sizes of its model that the new run keeps.
-    vocabulary: its vocabulary.
-    keeps_vocabulary: whether the new run has the same vocabulary. It has in captioning. In other
-        tasks it builds its own, and `copy_common_weights` copies the weights of common words.
+    segment: unit of its texts, one of data.segmentation.SEGMENTS.
+    vocabulary: its vocabulary if the new run keeps it, as in captioning. None: the new run builds
+        its own, and `copy_common_weights` copies the weights of common words.
     checkpoint: None for a resumed run, which has its own weights.
     """
 
     sizes: dict[str, Any]
-    vocabulary: Vocabulary
-    keeps_vocabulary: bool
+    segment: str
+    vocabulary: Vocabulary | None
     checkpoint: Checkpoint | None
-
-    @property
-    def kept_vocabulary(self) -> Vocabulary | None:
-        """The vocabulary if the new run keeps it, else None."""
-        return self.vocabulary if self.keeps_vocabulary else None
 
 
 def open_init(
@@ -77,23 +72,12 @@ def open_init(
     """
     if config.init is None:
         return None
-    keeps_vocabulary = config.task == Captioning.name
-
-    def init_run(
-        sizes: dict[str, Any], vocabulary: Vocabulary, checkpoint: Checkpoint | None
-    ) -> InitRun:
-        if not keeps_vocabulary:
-            options = DECODERS[config.decoder].Options
-            names = {item.name for item in fields(options)} if options else set()
-            sizes = {name: value for name, value in sizes.items() if name in names}
-        return InitRun(sizes, vocabulary, keeps_vocabulary, checkpoint)
-
     if config.resume and (folder / "last.safetensors").exists():
-        return init_run(load_record(folder)["model"], load_vocabulary(folder), None)
+        return make_init(config, load_record(folder)["model"], load_vocabulary(folder), None)
     checkpoint = load_checkpoint(checkpoint_folder(config.init))
     check_features(checkpoint, cache)
     init_task = checkpoint.training.get("task", Captioning.name)
-    if keeps_vocabulary and init_task != Captioning.name:
+    if config.task == Captioning.name != init_task:
         raise UserError(
             f"--init {config.init} was trained for --task {init_task}; captioning can start from a "
             "run of captioning only"
@@ -103,7 +87,23 @@ def open_init(
             f"--init {config.init} was trained on dev too, so dev cannot choose the best epoch: "
             "pass --train-on-dev, or another --init"
         )
-    return init_run(asdict(checkpoint.captioner.config), checkpoint.vocabulary, checkpoint)
+    sizes = asdict(checkpoint.captioner.config)
+    return make_init(config, sizes, checkpoint.vocabulary, checkpoint)
+
+
+def make_init(
+    config: TrainConfig,
+    sizes: dict[str, Any],
+    vocabulary: Vocabulary,
+    checkpoint: Checkpoint | None,
+) -> InitRun:
+    """Keep the vocabulary and all sizes in captioning, else only the decoder's own sizes."""
+    if config.task == Captioning.name:
+        return InitRun(sizes, vocabulary.segment, vocabulary, checkpoint)
+    options = DECODERS[config.decoder].Options
+    names = {item.name for item in fields(options)} if options else set()
+    own_sizes = {name: value for name, value in sizes.items() if name in names}
+    return InitRun(own_sizes, vocabulary.segment, None, checkpoint)
 
 
 def choose_segment(config: TrainConfig, source: Source, init: InitRun | None) -> TrainConfig:
@@ -114,7 +114,7 @@ def choose_segment(config: TrainConfig, source: Source, init: InitRun | None) ->
     --vocabulary bpe.
     """
     if init:
-        segment = init.vocabulary.segment
+        segment = init.segment
         if config.segment not in (None, segment):
             raise UserError(f"--segment is {config.segment}, {config.init} has {segment}")
         return replace(config, segment=segment) if segment != "words" else config
@@ -264,8 +264,8 @@ def open_run(
 
     Raises UserError if the run in the folder does not fit the settings (`resume`).
     """
-    if init and init.kept_vocabulary:
-        vocabulary = init.kept_vocabulary
+    if init and init.vocabulary:
+        vocabulary = init.vocabulary
     else:
         vocabulary = distributed.broadcast(
             make_vocabulary(config, folder, train) if machine.rank == 0 else None
@@ -297,7 +297,7 @@ def open_run(
             other.vocabulary.words,
             other.answers,
         )
-        if not init.keeps_vocabulary:
+        if init.vocabulary is None:
             say(f"{common:,} of {len(vocabulary):,} words are also words of {config.init}")
     captioner.to(machine.device)
     record = config.record()
