@@ -1,4 +1,4 @@
-"""Atomic writing: a file is written completely or not at all."""
+"""Writing of files: completely or not at all, and never over an input file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from data import DataError
 
 
 @contextlib.contextmanager
@@ -38,6 +40,24 @@ def _fsync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
+
+
+def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path]) -> None:
+    """Raise DataError if an output file is an input file, or if two outputs are the same file.
+
+    outputs: the path of each output file, with the option that named it.
+    """
+    inputs_resolved = {path.resolve() for path in inputs}
+    options: dict[Path, str] = {}
+    for option, path in outputs:
+        resolved = path.resolve()
+        if resolved in inputs_resolved:
+            raise DataError(f"{option} {path} would overwrite an input file; pass another path")
+        if resolved in options:
+            raise DataError(
+                f"{options[resolved]} and {option} write the same file, {path}; pass another path"
+            )
+        options[resolved] = option
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -108,12 +108,14 @@ def read_ids(file: Path) -> list[int]:
 
 
 def read_text_list(file: Path) -> list[str]:
-    """Texts, a JSON list (or object whose keys or values they are, by number) or one per line."""
+    """Texts, a JSON list (or object whose keys or values they are, by number) or one per line.
+
+    Raises DataError if the file is JSON (by its suffix or first character) but not such a list.
+    """
     text = read_text(file)
-    try:
-        content = json.loads(text)
-    except ValueError:
+    if file.suffix.lower() != ".json" and not text.lstrip().startswith(("[", "{")):
         return [line.strip() for line in text.splitlines() if line.strip()]
+    content = parse_json(file)
     if isinstance(content, list) and len(content) == 2 and isinstance(content[0], dict):
         content = content[0]  # openvqa's answer_dict.json: [number by answer, answer by number]
     if isinstance(content, dict):
@@ -124,7 +126,7 @@ def read_text_list(file: Path) -> list[str]:
         )
     if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
         raise DataError(f"{file} is neither a list of texts nor one text per line")
-    return content
+    return [check_caption(text, f"{file}", "text") for text in content]
 
 
 def choose(images: Sequence[Image], ids: Iterable[int], where: Path, ids_file: Path) -> list[Image]:
@@ -172,20 +174,25 @@ def write_server(
             f"{len(extra):,}, for example {min(extra)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    files = {s: folder / f"captions_{s}2014_{name}_results.json" for s in SERVER_IMAGES}
-    write_results(files[split], captions)
-    if not all(file.exists() for file in files.values()):
-        return [files[split]]
-    archive = folder / f"{name}_results.zip"
+    written, archive = server_files(folder, name, split)
+    write_results(written, captions)
+    files = [server_files(folder, name, each)[0] for each in SERVER_IMAGES]
+    if not all(file.exists() for file in files):
+        return [written]
     with atomic_write(archive) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as opened:
-            for file in files.values():
+            for file in files:
                 opened.write(file, file.name)
         if (size := temporary.stat().st_size) > SERVER_ZIP_BYTES:
             raise DataError(
                 f"{archive} would have {size:,} bytes, the server accepts {SERVER_ZIP_BYTES:,}"
             )
-    return [files[split], archive]
+    return [written, archive]
+
+
+def server_files(folder: Path, name: str, split: str) -> tuple[Path, Path]:
+    """Return the paths of the results file of a split (val or test), and of the zip archive."""
+    return folder / f"captions_{split}2014_{name}_results.json", folder / f"{name}_results.zip"
 
 
 def check_server_name(name: str) -> None:

@@ -361,8 +361,9 @@ def csv_rows(
 
 def parse_json(file: Path) -> object:
     """Return the content of a JSON file. Raises DataError if it is not valid JSON."""
+    text = read_text(file)
     try:
-        return json.loads(read_text(file))
+        return json.loads(text)
     # RecursionError: deeply nested lists. ValueError: also a number of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise DataError(
@@ -370,24 +371,28 @@ def parse_json(file: Path) -> object:
         ) from error
 
 
-def read_json(file: Path, key: str = "images") -> dict:
+def read_json(
+    file: Path, key: str = "images", what: str = "a caption file of this dataset"
+) -> dict:
     """Return the JSON object of a file.
+
+    what: what the file must be, for the message.
 
     Raises DataError if its entry `key` is not a list of objects.
     """
     content = parse_json(file)
-    check_entries(content, key, file)
+    check_entries(content, key, file, what)
     assert isinstance(content, dict)  # check_entries verified it
     return content
 
 
-def check_entries(content: object, key: str, file: Path) -> None:
+def check_entries(
+    content: object, key: str, file: Path, what: str = "a caption file of this dataset"
+) -> None:
     """Raise DataError unless `content` is an object whose `key` is a list of objects."""
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(
-            f'{file} has no list of objects "{key}"; it is not a caption file of this dataset'
-        )
+        raise DataError(f'{file} has no list of objects "{key}"; it is not {what}')
 
 
 def check_id(value: object, where: str, what: str = "image") -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from data.datasets.folder import list_files
-from data.files import atomic_write_text
+from data.files import atomic_write_text, check_outputs
 from data.images import UnreadableImage
 from data.segmentation import segmented
-from data.sources import read_text
+from data.sources import check_caption, read_text
 from pipeline.cli import DEVICES, PRECISIONS, Settings, UserError, command, setting
 from pipeline.decoding.captioner import Caption, PhotoCaptioner, load_captioner
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
@@ -58,6 +58,12 @@ class AskConfig(Settings):
                 f"no question about {self.photograph_and_questions[0]}; write it in quotes: "
                 'python -m pipeline.ask PHOTO "What colour is the dog?"'
             )
+        questions = self.photograph_and_questions[1:]
+        if len(questions) > 1 and are_words_of_one(questions):
+            raise UserError(
+                f"each of the {len(questions)} questions is one word; write a question in quotes: "
+                f'"{" ".join(questions)}"'
+            )
         if self.out and self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder; name the file")
 
@@ -71,8 +77,14 @@ class AskConfig(Settings):
 def main(config: AskConfig) -> None:
     """Answer questions about photographs, and print the best answers with their probabilities."""
     questions_by_path = read_questions(config)
+    if config.out:
+        inputs = [config.questions] if config.questions else []
+        check_outputs([("--out", config.out)], [*inputs, *questions_by_path])
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
+    captioner.check_use(has_questions=True)
     captioner.max_pixels = config.max_pixels
+    if config.out:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
     all_questions = [question for group in questions_by_path.values() for question in group]
     print_what_is_lost(captioner, all_questions)
     records = answer_all(config, captioner, questions_by_path)
@@ -82,6 +94,13 @@ def main(config: AskConfig) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(config.out, "".join(lines))
         say(f"{len(records):,} answers: {config.out}")
+
+
+def are_words_of_one(questions: Sequence[str]) -> bool:
+    """Whether the questions look like the words of one question without quotes."""
+    return all(len(text.split()) == 1 and text.isascii() for text in questions) and not any(
+        "?" in text for text in questions[:-1]
+    )
 
 
 def answer_all(
@@ -115,11 +134,15 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
     """Return the questions about each photograph, by the path of the photograph.
 
     Raises:
+        DataError: a question or the name of a photograph is not UTF-8.
         UserError: a line of --questions is not a JSON object with a file name and a question, or a
             folder has no photographs.
     """
     if config.questions is None:
         photograph, *questions = config.photograph_and_questions
+        check_caption(photograph, "PHOTO", "file name")
+        for question in questions:
+            check_caption(question, "QUESTION", "question")
         folder = Path(photograph)
         if not folder.is_dir():
             return {folder: questions}
@@ -141,6 +164,8 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
             raise UserError(
                 f'{where}: not an object like {{"file_name": "a.jpg", "question": "..."}}'
             )
+        for key in keys:
+            check_caption(entry[key], where, key)
         if not entry["question"].strip():
             raise UserError(f"{where}: the question is empty")
         path = config.questions.parent / entry["file_name"]
@@ -153,9 +178,15 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
 def print_what_is_lost(captioner: PhotoCaptioner, questions: Sequence[str]) -> None:
     """Print the words that are not in the vocabulary, and how many questions are too long."""
     vocabulary = captioner.checkpoint.vocabulary
-    words = {word for text in questions for word in segmented(text, vocabulary.segment)}
-    if unknown := sorted(words - set(vocabulary.words)):
+    known = set(vocabulary.words)
+    words = {text: set(segmented(text, vocabulary.segment)) for text in questions}
+    if unknown := sorted(set().union(*words.values()) - known):
         say(f"words that the model does not know: {', '.join(unknown[:10])}")
+    if unread := [text for text in words if not words[text] & known]:
+        say(
+            f"{unread[0][:60]!r} has no word that the model knows, so the answer comes from the "
+            f"photograph alone ({len(unread):,} such)"
+        )
     if cut := captioner.checkpoint.count_cut(questions):
         unit, max_prompt = vocabulary.unit, captioner.captioner.config.max_prompt
         say(f"{cut:,} questions have more than {max_prompt} {unit} and lose their first {unit}")

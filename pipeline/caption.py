@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from data.cache.reader import iterate
 from data.datasets.folder import is_caption_list, list_files
-from data.files import atomic_write_text
+from data.files import atomic_write_text, check_outputs
 from data.sources import check_name, image_id
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.decoding.captioner import Caption, PhotoCaptioner, load_captioner
@@ -83,9 +83,15 @@ def main(config: CaptionConfig) -> None:
 
     The command prints one line per photograph. With --out it also writes the captions as JSON.
     """
-    photos = find_photographs(config.photographs)[: config.limit]
+    photos = find_photographs(config.photographs)
+    if config.out:
+        check_outputs([("--out", config.out)], [photo.path for photo in photos])
+    photos = photos[: config.limit]
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
+    captioner.check_use(has_questions=False)
     captioner.max_pixels = config.max_pixels
+    if config.out:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
     records, unreadable, txt_writer = caption_all(config, captioner, photos)
     if config.write_txt:
         txt_writer.report()
@@ -239,7 +245,6 @@ def report(config: CaptionConfig, records: list[dict], unreadable: list[str]) ->
     for line in unreadable:
         say(f"left out: {line}")
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(config.out, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
         left_out = f"; {len(unreadable)} photographs left out" if unreadable else ""
         say(f"{len(records)} captions: {config.out}{left_out}")

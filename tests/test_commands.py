@@ -426,6 +426,30 @@ def test_a_checkpoint_folder_alone_gives_the_same_captions_anywhere(world, tmp_p
     assert all(r["image_id"] == image_id(r["file_name"]) and r["caption"] for r in records)
 
 
+def test_captions_never_replace_a_file_that_was_read(world, tmp_path):
+    photograph = Path(shutil.copy(photos(world, 1)[0], tmp_path / "a.jpg"))
+    before = photograph.read_bytes()
+    for given in (photograph, tmp_path):
+        assert f"--out {photograph} would overwrite an input file" in refused(
+            caption.main, given, "--checkpoint", world / "run", "--out", photograph
+        )
+    assert photograph.read_bytes() == before
+    scores = tmp_path / "scores.json"
+    scored = [evaluate.main, *at(world), "--checkpoint", world / "run", "--features",
+              world / "cache", "--split", "val", "--beam", 1, "--out", scores]  # fmt: skip
+    works(*scored)
+    captions = tmp_path / "captions-val.json"
+    before = captions.read_bytes()
+    scores.unlink()
+    told = refused(*scored, "--beam", 2, "--against", captions)
+    assert f"{captions} would overwrite an input file" in told
+    assert captions.read_bytes() == before and not scores.exists()
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps(json.loads(before)[1:]))
+    told = refused(*scored, "--against", part)
+    assert "has no caption in" in told and not scores.exists()
+
+
 def test_caption_prints_one_line_a_photograph_and_needs_no_out(world):
     result = run(caption.main, *photos(world, 3), "--checkpoint", world / "run")
     lines = result.stdout.splitlines()

@@ -339,6 +339,15 @@ def test_no_file_that_is_read_is_overwritten(at):
     for name in ("res.json", "refs.json"):
         assert "would overwrite" in refused(evaluate.main, *files(at), "--out", at / name)
     assert (at / "res.json").read_text() == before
+    worse = put(at / "out-images.jsonl", CAPTIONS | {1: "a cat"})  # the name of an output
+    before = worse.read_text()
+    assert f"{worse} would overwrite an input file" in refused(
+        evaluate.main, *files(at), "--against", worse, "--out", at / "out.json"
+    )
+    put(at / "other.json", CAPTIONS)
+    several = [*files(at), "--captions", at / "other.json", "--out", at]  # makes at/res.json
+    assert f"{at / 'res.json'} would overwrite an input file" in refused(evaluate.main, *several)
+    assert worse.read_text() == before and not (at / "out.json").exists()
     (at / "sub").mkdir()
     put(at / "sub" / "res.json", CAPTIONS)
     message = refused(

@@ -130,6 +130,57 @@ def test_options_of_captions_and_of_answers_do_not_mix(pair, tmp_path):
         evaluate.main, "--captions", captions, "--references", captions, "--wups")  # fmt: skip
 
 
+def test_no_file_that_a_command_derives_replaces_an_input_or_another_output(pair, tmp_path):
+    """The names are made from --out and --server. All inputs are read before a file is written."""
+    given = answers(tmp_path, RIGHT)
+    command = [evaluate.main, "--answers", given, *of(pair)]
+    for theirs, more in (
+        ("one_mine_results", ["--server", "mine", "--out", tmp_path / "scores.json"]),
+        ("scores-outputs", ["--out", tmp_path / "scores.json"]),
+    ):
+        against = answers(tmp_path, {**RIGHT, 3: "2"}, theirs)
+        if theirs == "scores-outputs":
+            against = against.rename(tmp_path / "scores-outputs.jsonl")
+        before = against.read_bytes()
+        told = refused(*command, "--against", against, *more)
+        assert f"{against} would overwrite an input file" in told
+        assert against.read_bytes() == before and not (tmp_path / "scores.json").exists()
+    out = tmp_path / "out"
+    for name, more in (
+        ("scores.json", []),
+        ("scores-outputs.jsonl", []),
+        ("one_mine_results.json", ["--server", "mine"]),
+    ):
+        told = refused(*command, *more, "--out", out / "scores.json", "--answers-out", out / name)
+        assert "write the same file" in told and not out.exists()
+
+
+def test_a_wrong_file_to_compare_with_is_refused_before_anything_is_written(pair, tmp_path):
+    given, short = answers(tmp_path, RIGHT), answers(tmp_path, {1: "yes"}, "short")
+    told = refused(evaluate.main, "--answers", given, *of(pair), "--against", short, "--server",
+                   "mine", "--out", tmp_path / "out" / "scores.json",
+                   "--answers-out", tmp_path / "more" / "answers.json")  # fmt: skip
+    assert f"question 2 has no answer in {short}" in told
+    assert not (tmp_path / "out").exists() and not (tmp_path / "more").exists()
+
+
+def test_answers_of_a_part_are_scored_by_that_part(tmp_path):
+    """--limit takes a file with the answers of these images only, --split says what it lacks."""
+    ids = range(1, 31)
+    pair = files(tmp_path, [question(i, i) for i in ids], [annotation(i, i) for i in ids])
+    part = answers(tmp_path, {1: "yes", 2: "yes"})
+    command = [evaluate.main, *of(pair), "--answers"]
+    assert "accuracy" in works(*command, part, "--limit", 2)
+    assert "question 3 has no answer" in refused(*command, part, "--limit", 3)
+    every = answers(tmp_path, dict.fromkeys(ids, "yes"), "every")
+    assert "accuracy" in works(*command, every, "--limit", 2)
+    told = refused(*command, every, "--split", "dev")
+    assert "is not in split dev of" in told and "pass --split all" in told
+    assert "question 99 is not in" in refused(
+        *command, answers(tmp_path, {**dict.fromkeys(ids, "yes"), 99: "no"}), "--split", "all"
+    )
+
+
 def test_no_output_file_replaces_an_input_file(pair, tmp_path):
     given = answers(tmp_path, RIGHT)
     for flag, other in (("--out", "--answers-out"), ("--answers-out", "--out")):
@@ -145,6 +196,7 @@ def test_no_output_file_replaces_an_input_file(pair, tmp_path):
     ("options", "message"),
     [
         (["--examples", 3], "--examples is an option of captioning"),
+        (["--features", "cache"], "--features is the feature cache of a checkpoint"),
         (["--format", "latex"], "--format latex is a table of captioning scores"),
         (["--segment", "characters"], "--segment is an option of captioning"),
         (["--server", "a/b"], "pass a name of letters"),
@@ -159,6 +211,28 @@ def test_options_without_an_effect_on_answers_are_refused(pair, tmp_path, option
 def test_answers_without_questions_are_refused_with_the_options_that_name_them(tmp_path):
     told = refused(evaluate.main, "--answers", answers(tmp_path, RIGHT))
     assert "vqa needs --questions and --annotations" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accuracy", "vqa"], "--accuracy is for scores, but the questions have no answers"),
+        (["--format", "json"], "--format json prints scores, but the questions have no answers"),
+        ([], "nothing is scored; add them"),
+    ],
+)
+def test_options_of_scores_are_refused_where_nothing_is_scored(pair, tmp_path, options, message):
+    given = answers(tmp_path, RIGHT)
+    command = [evaluate.main, "--answers", given, "--questions", pair[0], *options]
+    assert message in refused(*command)
+    assert "--against is for scores" in refused(*command, "--against", given)
+
+
+def test_the_server_takes_no_answers_to_a_table(tmp_path):
+    (tmp_path / "t.csv").write_text("question,answer,image\nwhat,a,b.jpg")
+    told = refused(evaluate.main, "--answers", answers(tmp_path, {1: "a"}), "--annotations",
+                   tmp_path / "t.csv", "--server", "mine")  # fmt: skip
+    assert "--server writes the answers to the questions of a VQA questions file" in told
 
 
 def test_val_is_scored_by_default_where_test_has_no_answers(tmp_path):

@@ -23,7 +23,7 @@ from models.decoders.transfer import copy_common_weights
 from models.decoders.transformer import Transformer, TransformerConfig
 from models.losses import class_loss
 from models.regions import Regions
-from pipeline import ask, evaluate, extract, train
+from pipeline import ask, caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
@@ -136,7 +136,19 @@ def test_official_names_under_a_root_give_the_splits(tmp_path, photographs):
     [
         ([question(1, 7)], [], "question 1 has no annotation in .*one_annotations"),
         ([], [annotation(1, 7)], "annotation of question 1 has no question"),
-        ([question(1, 7)] * 2, [annotation(1, 7)], "question 1 has no annotation"),
+        ([question(1, 7)] * 2, [annotation(1, 7)], "one_questions.json: question 1 occurs twice"),
+        (
+            [question(1, 7)],
+            [annotation(1, 7) | {"answers": "yes"}],
+            "the answers are 'yes', not a list of",
+        ),
+        ([question(1, 7, "\ud83d?")], [annotation(1, 7)], "the question .*lone surrogate"),
+        ([question(1, 7)], [annotation(1, 7, ["\udc80"])], "the answer .*lone surrogate"),
+        (
+            [question(1, 7)],
+            [annotation(1, 7, multiple_choice_answer="\udc80")],
+            "the multiple_choice_answer .*lone surrogate",
+        ),
         ([question(1, 7)], [annotation(1, 7)] * 2, "annotation of question 1 occurs twice"),
         ([question(1, 7)], [annotation(1, 8)], "about image 7, its annotation .* about image 8"),
         ([question(1, 7, " ")], [annotation(1, 7)], "question 1: the question is ' '"),
@@ -150,6 +162,40 @@ def test_mistakes_name_the_file_and_the_question(
 ):
     with pytest.raises(DataError, match=message):
         opened(photographs, [files(tmp_path, questions, annotations)])
+
+
+def test_a_file_in_place_of_another_is_named_with_the_option_that_takes_it(tmp_path, photographs):
+    q, a = files(tmp_path, [question(1, 7)], [annotation(1, 7)])
+    with pytest.raises(DataError, match=r"is not a VQA annotations file, for --annotations"):
+        opened(photographs, [(q, q)])
+    with pytest.raises(DataError, match=r"is not a VQA questions file, for --questions"):
+        opened(photographs, [(a, a)])
+    a.write_bytes(a.read_text().encode("utf-16"))
+    with pytest.raises(DataError, match=r"^[^;]* is UTF-16; save it as UTF-8$"):
+        opened(photographs, [(q, a)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("question;answer;image\nwhat;a;b.jpg", "lacks the column question.*separate .* by commas"),
+        ("question,answer,image\nwhat,a,", "line 2: the column image is empty"),
+        ("question,answer,image\nwhat,a", "line 2: the column image is empty"),
+        ("question,answer,image\n,a,b.jpg", "line 2: the question is ''"),
+        ("question,answer,image\nwhat,,b.jpg", "line 2: the answer is ''"),
+    ],
+)
+def test_mistakes_of_a_table_name_the_line(tmp_path, photographs, rows, message):
+    (tmp_path / "t.csv").write_text(rows)
+    with pytest.raises(DataError, match=message):
+        open_source("vqa", None, tmp_path / "t.csv", photographs)
+
+
+def test_a_table_that_is_passed_twice_is_refused(tmp_path, photographs):
+    table = tmp_path / "t.csv"
+    table.write_text("question,answer,image\nwhat,a,b.jpg")
+    with pytest.raises(DataError, match="is passed twice"):
+        open_source("vqa", None, [table, tmp_path / "." / "t.csv"], photographs)
 
 
 def test_a_question_of_two_files_and_unpaired_files_are_refused(tmp_path, photographs):
@@ -370,6 +416,58 @@ def test_many_questions_are_answered_as_json_lines(asked, tmp_path):
     assert "no question about x.jpg" in refused(ask.main, "x.jpg")
 
 
+def test_questions_that_cannot_be_read_are_refused_before_any_answer(asked, tmp_path):
+    asking = [ask.main, "--checkpoint", asked / "classes"]
+    photograph = next((asked / "sample").rglob("*.jpg"))
+    told = refused(*asking, photograph, "What", "colour", "is", "the", "dog?")
+    assert 'write a question in quotes: "What colour is the dog?"' in told
+    assert "lone surrogate" in refused(*asking, photograph, "is it \udc80 red?")
+    assert "lone surrogate" in refused(*asking, f"{photograph}\udc80", "is it red?")
+    for key in ("file_name", "question"):
+        entry = {"file_name": str(photograph), "question": "is it red?", key: "\ud83d"}
+        (tmp_path / "q.jsonl").write_text(json.dumps(entry))
+        told = refused(*asking, "--questions", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl")
+        assert f"line 1: the {key} " in told and "lone surrogate" in told
+    assert not (tmp_path / "a.jsonl").exists()
+    told = works(*asking, photograph, "zebra", "why?", "is there a red circle?")
+    assert "'zebra' has no word that the model knows" in told and "(2 such)" in told
+
+
+def test_answers_never_replace_a_file_that_was_read(asked, tmp_path):
+    photograph = tmp_path / "a.jpg"
+    shutil.copy(next((asked / "sample").rglob("*.jpg")), photograph)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"file_name": "a.jpg", "question": "is it red?"}')
+    asking = [ask.main, "--checkpoint", asked / "classes"]
+    for given, out in (
+        ([photograph, "is it red?"], photograph),
+        ([tmp_path, "is it red?"], tmp_path / "." / "a.jpg"),
+        (["--questions", questions], questions),
+        (["--questions", questions], photograph),
+    ):
+        before = out.read_bytes()
+        assert f"--out {out} would overwrite an input file" in refused(
+            *asking, *given, "--out", out)  # fmt: skip
+        assert out.read_bytes() == before
+    works(*asking, photograph, "is it red?", "--out", tmp_path / "new" / "folder" / "a.jsonl")
+    assert (tmp_path / "new" / "folder" / "a.jsonl").exists()
+    (tmp_path / "file").write_text("")
+    told = refused(*asking, photograph, "is it red?", "--out", tmp_path / "file" / "a.jsonl")
+    assert str(tmp_path / "file") in told and ".tmp" not in told
+
+
+def test_a_run_is_used_only_for_what_it_was_trained_on(asked, tmp_path):
+    photograph = next((asked / "sample").rglob("*.jpg"))
+    told = refused(caption.main, photograph, "--checkpoint", asked / "classes",
+                   "--out", tmp_path / "c.json")  # fmt: skip
+    assert "was trained on questions, not on captions" in told and "pipeline.ask" in told
+    with pytest.raises(UserError, match="was trained on questions"):
+        load_captioner(asked / "words").caption(photograph)
+    works(train.main, *over(asked), "--preset", "tiny", "--epochs", 1, "--out", tmp_path / "run")
+    told = refused(ask.main, "--checkpoint", tmp_path / "run", photograph, f"{'very ' * 20}red?")
+    assert "was not trained on questions" in told and "lose their first" not in told
+
+
 def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path, monkeypatch):
     options = ["--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 2]
     interrupt_at(3, monkeypatch)
@@ -501,7 +599,7 @@ def test_mistakes_of_training_name_the_question_and_the_image(asked, tmp_path, p
                    "--min-answer-count", 1)  # fmt: skip
     assert "image 90" in told and "is not in" in told and "re-run pipeline.extract" in told
     told = refused(train.main, *common, "--questions", q)
-    assert "the train questions have no answers; pass --annotations" in told
+    assert "the train questions have no answers; pass the file" in told
     told = refused(train.main, *common, "--questions", q, "--output", "words", "--features", "none")
     assert "example 2 about image 901" in told and "has no caption or other target" in told
 
@@ -532,10 +630,24 @@ def test_a_ready_list_of_answers_gives_the_classes(asked, tmp_path):
     works(evaluate.main, "--checkpoint", tmp_path / "run", *over(asked), "--split", "test")
     for text, message in (
         ("[]", "has no answers"),
-        ("", "has no answers"),
+        ('["", "a", "..."]', "has no answers"),
+        ("", "is not complete JSON"),
+        ('["yes", "no"', "is not complete JSON"),
+        ('["zebra", "ostrich"]', "has no answer of the train questions, such as 'zebra'"),
+        ('["yes", "\\ud83d"]', "lone surrogate"),
         ('{"a": "b", "c": 3}', "is neither a list of texts nor one text per line"),
     ):
         answers_.write_text(text)
         told = refused(train.main, *options, "--answers-vocabulary", answers_,
                        "--out", tmp_path / "no")  # fmt: skip
         assert message in told and not (tmp_path / "no").exists()
+    plain = tmp_path / "answers.txt"
+    plain.write_text('[{"yes": 0')
+    told = refused(train.main, *options, "--answers-vocabulary", plain, "--out", tmp_path / "no")
+    assert "is not complete JSON" in told
+    plain.write_text("yes\nno\n\nthe\nred\n")
+    for more in (["--answers-vocabulary", plain], ["--min-answer-count", 3]):
+        told = refused(train.main, *options, *more, "--output", "words", "--out", tmp_path / "no")
+        assert f"{more[0]} chooses classes; --output words has none" in told
+    works(train.main, *options, "--answers-vocabulary", plain, "--out", tmp_path / "plain")
+    assert load_checkpoint(tmp_path / "plain").answers == ("yes", "no", "red")

@@ -32,6 +32,7 @@ from data.sources import (
     Image,
     Listing,
     Source,
+    check_caption,
     check_id,
     check_name,
     csv_rows,
@@ -52,6 +53,9 @@ OFFICIAL = {
 COCO_FILE = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 OKVQA = re.compile("ok-?vqa", re.IGNORECASE)
 COLUMNS = ("question", "answer", "image")
+# what the files are called in messages
+QUESTIONS = "a VQA questions file, for --questions"
+ANNOTATIONS = "a VQA annotations file, for --annotations"
 
 
 @dataclass(frozen=True)
@@ -184,13 +188,17 @@ def _pairs(
 
 def _read_pair(pair: _Pair) -> Iterator[Question]:
     annotated = _annotations(pair.annotations) if pair.annotations else None
-    for number, entry in enumerate(read_json(pair.questions, "questions")["questions"]):
+    seen: set[int] = set()
+    for number, entry in enumerate(read_json(pair.questions, "questions", QUESTIONS)["questions"]):
         where = f"{pair.questions}: question {entry.get('question_id', f'number {number}')}"
         id_, image = (
             check_id(entry.get("question_id"), where, "question"),
             check_id(entry.get("image_id"), where),
         )
-        text = _text(entry.get("question"), where, "the question")
+        text = _text(entry.get("question"), where, "question")
+        if id_ in seen:
+            raise DataError(f"{where} occurs twice")
+        seen.add(id_)
         if annotated is None:
             yield Question(id_, image, text)
             continue
@@ -210,7 +218,7 @@ def _read_pair(pair: _Pair) -> Iterator[Question]:
 def _annotations(file: Path) -> dict[int, Question]:
     """The annotated questions by id, without their texts."""
     found: dict[int, Question] = {}
-    content = read_json(file, "annotations")
+    content = read_json(file, "annotations", ANNOTATIONS)
     accuracy: Literal["vqa", "okvqa"] = (
         "okvqa" if OKVQA.search(f"{file.name} {content.get('info')}") else "vqa"
     )
@@ -223,17 +231,23 @@ def _annotations(file: Path) -> dict[int, Question]:
         if id_ in found:
             raise DataError(f"{where} occurs twice")
         answers = entry.get("answers")
-        if not isinstance(answers, list) or not answers:
+        if answers is None or answers == []:
             raise DataError(f"{where} has no answers")
+        if not isinstance(answers, list):
+            raise DataError(
+                f'{where}: the answers are {str(answers)[:60]!r}, not a list of {{"answer": "..."}}'
+            )
         texts = []
         for answer in answers:
             if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
                 raise DataError(
-                    f'{where}: an answer is {str(answer)[:60]}, not {{"answer": "..."}}'
+                    f'{where}: an answer is {str(answer)[:60]!r}, not {{"answer": "..."}}'
                 )
-            texts.append(intern(answer["answer"]))
+            texts.append(intern(check_caption(answer["answer"], where, "answer")))
         best = entry.get("multiple_choice_answer")
-        best = best if isinstance(best, str) and best else max(texts, key=texts.count)
+        if not isinstance(best, str) or not best:
+            best = max(texts, key=texts.count)
+        best = check_caption(best, where, "multiple_choice_answer")
         found[id_] = Question(
             id_,
             image,
@@ -259,9 +273,11 @@ def _keys(answers: Sequence[Mapping[str, object]]) -> tuple[str, ...] | None:
 
 
 def _text(value: object, where: str, what: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {what} is {value!r}; write its text")
-    return value
+    """Return a text. Raises DataError unless it is a string with a visible character."""
+    text = check_caption(value, where, what)
+    if not text.strip():
+        raise DataError(f"{where}: the {what} is {text!r}; write its text")
+    return text
 
 
 def _coco_files(folders: Iterable[Path]) -> dict[int, tuple[str, Path]]:
@@ -278,22 +294,27 @@ def _coco_files(folders: Iterable[Path]) -> dict[int, tuple[str, Path]]:
 
 def _check_columns(file: Path, columns: Sequence[str]) -> None:
     if lacking := [column for column in COLUMNS if column not in columns]:
+        hint = "; separate the columns by commas" if len(columns) == 1 else ""
         raise DataError(
-            f"{file} lacks the column {lacking[0]}; its columns are {', '.join(columns)}"
+            f"{file} lacks the column {lacking[0]}; its columns are {', '.join(columns)}{hint}"
         )
 
 
 def _read_tables(dataset: str, files: Sequence[Path], folders: Sequence[Path]) -> QuestionSource:
     questions: list[Question] = []
     names: dict[int, str] = {}
-    for file in files:
+    for number, file in enumerate(files):
+        if file.resolve() in [other.resolve() for other in files[:number]]:
+            raise DataError(f"--annotations {file} is passed twice; pass each file once")
         lines = io.StringIO(read_text(file), newline="")
         for where, row in csv_rows(file, lines, partial(_check_columns, file)):
+            if not (row["image"] or "").strip():
+                raise DataError(f"{where}: the column image is empty; write the file name")
             name = check_name(row["image"], where)
             id_ = image_id(name)
             names[id_] = name
-            answer = _text(row["answer"], where, "the answer")
-            text = _text(row["question"], where, "the question")
+            answer = _text(row["answer"] or "", where, "answer")
+            text = _text(row["question"] or "", where, "question")
             questions.append(
                 Question(len(questions) + 1, id_, text, (intern(answer),), intern(answer))
             )

@@ -412,13 +412,32 @@ class PhotoCaptioner(
         # the last generator by its options: the next batch usually has the same options
         self.generators: dict[str, CaptionGenerator] = {}
 
+    def check_use(self, has_questions: bool) -> None:
+        """Check that the checkpoint was trained for this use.
+
+        has_questions: True to answer questions, False to caption.
+
+        Raises UserError if the checkpoint was trained on questions and `has_questions` is False, or
+        the reverse.
+        """
+        if has_questions and not self.captioner.config.max_prompt:
+            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        if not has_questions and self.captioner.config.max_prompt:
+            raise UserError(
+                f"{self.folder} was trained on questions, not on captions; ask it with python -m "
+                "pipeline.ask"
+            )
+
     def generate(
         self, regions: Regions, seed: int = 0, number: int = 0, **options: Any
     ) -> list[list[Caption]]:
         """Generate `num_return_sequences` captions of each image, best first.
 
         seed, number: seed of random samples and number of the batch; the samples depend on both.
+
+        Raises UserError if the checkpoint was trained on questions.
         """
+        self.check_use(has_questions=False)
         key = repr((seed, sorted(options.items())))
         if key not in self.generators:
             self.generators = {
@@ -483,8 +502,7 @@ class PhotoCaptioner(
         The photograph is encoded once. Raises UnreadableImage, and UserError if the checkpoint was
         not trained on questions.
         """
-        if not self.captioner.config.max_prompt:
-            raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
+        self.check_use(has_questions=True)
         regions, (reason,) = self.extract([photo])
         if regions is None:
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data import DataError
 from data.files import atomic_write_text
-from data.results import read_results, write_server
+from data.results import write_server
 from pipeline.cli import UserError, command
 from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints
-from pipeline.evaluate.config import EvaluateConfig, Job
+from pipeline.evaluate.config import EvaluateConfig, Job, caption_files
 from pipeline.evaluate.file import jobs_of_files
 from pipeline.evaluate.task import OF_ANSWERS, refuse_options, score_answers, score_task
 from pipeline.scoring.java import Meteor, NotComputed
@@ -57,6 +56,9 @@ def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
         UserError: a score that an option requested cannot be computed. All other scores are
             written first.
     """
+    if config.captions:
+        outputs = [file for job in jobs for file in caption_files(config, job.out, job.images)]
+        config.check_outputs(outputs)
     if config.server:
         write_server_files(config, jobs[0])
     with open_meteor(config.meteor) as meteor:
@@ -67,8 +69,10 @@ def score_captions(config: EvaluateConfig, jobs: Sequence[Job]) -> None:
         ]
         cards = [card for _, card in scored]
         if config.against and cards:
-            other_card = make_other_card(config, jobs[0], meteor)
-            cards[0].record["against"] = compare(cards[0], other_card)
+            scorer, others = jobs[0].scorer, jobs[0].others
+            assert scorer is not None and others is not None  # read_against verified it
+            other = make_card(config.against.name, others, scorer, meteor, config.spice)
+            cards[0].record["against"] = compare(cards[0], other)
     for job, card in scored:
         write_card(job, card)
     if cards:
@@ -94,20 +98,6 @@ def open_meteor(requested: bool) -> Iterator[Meteor | NotComputed | None]:
         return
     with meteor:
         yield meteor
-
-
-def make_other_card(config: EvaluateConfig, job: Job, meteor: Meteor | NotComputed | None) -> Card:
-    """Score the captions of --against on the images of `job`."""
-    assert config.against is not None and job.scorer is not None
-    captions = read_results(config.against)
-    missing = [image_id for image_id in job.captions if image_id not in captions]
-    if missing:
-        raise DataError(
-            f"image {missing[0]} has no caption in {config.against} ({len(missing):,} such); "
-            "--against needs captions of the same images"
-        )
-    captions = {image_id: captions[image_id] for image_id in job.captions}
-    return make_card(config.against.name, captions, job.scorer, meteor, config.spice)
 
 
 def write_card(job: Job, card: Card) -> None:

@@ -17,7 +17,15 @@ from data.results import choose, read_ids, server_split, write_results
 from data.sources import Source, check_captioned
 from pipeline.cli import UserError
 from pipeline.decoding.options import by_option
-from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
+from pipeline.evaluate.config import (
+    EvaluateConfig,
+    Job,
+    caption_files,
+    frequencies,
+    make_scorer,
+    read_against,
+    train_tokens,
+)
 from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import caption_examples
@@ -113,13 +121,18 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
         f"{folder} on {split} of {source.dataset} {source.root}: {len(images):,} images, "
         f"{left_out} left out"
     )
-    captions_by_id, decoding = decode(config, checkpoints, cache, examples)
     out = config.out or folder / f"scores-{split}.json"
+    captions_path = out.with_name(f"captions-{split}.json")
+    nbest_path = out.with_name(f"nbest-{split}.json")
+    outputs = [*caption_files(config, out, selected), ("--out", captions_path)]
+    outputs += [("--nbest", nbest_path)] if config.nbest else []
+    config.check_outputs(outputs, source)
+    others = read_against(config, [image.id for image in images], has_references)
+    captions_by_id, decoding = decode(config, checkpoints, cache, examples)
     out.parent.mkdir(parents=True, exist_ok=True)
     best_captions = {image_id: captions[0].text for image_id, captions in captions_by_id.items()}
-    write_results(out.with_name(f"captions-{split}.json"), best_captions)
+    write_results(captions_path, best_captions)
     if config.nbest is not None:
-        nbest_path = out.with_name(f"nbest-{split}.json")
         atomic_write_text(nbest_path, nbest_json(captions_by_id))
         say(f"all captions with their log-probabilities: {nbest_path}")
     scorer = None
@@ -135,7 +148,7 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
         )
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
-    return Job(folder.name, best_captions, selected, scorer, out, about)
+    return Job(folder.name, best_captions, selected, scorer, out, others, about)
 
 
 def choose_split(source: Source, checkpoint: Checkpoint) -> str:

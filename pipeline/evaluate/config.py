@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from data.results import check_server_name, read_references
+from data.files import check_outputs
+from data.results import (
+    check_server_name,
+    read_references,
+    read_results,
+    server_files,
+    server_split,
+)
 from data.segmentation import SEGMENTS, segmented_all
-from data.sources import Image
+from data.sources import Image, Source
 from pipeline.cli import DEVICES, PRECISIONS, UserError, flag_of, setting
 from pipeline.decoding.options import DecodingOptions
 from pipeline.scoring.ngrams import References
@@ -136,6 +143,10 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
                 f"{flag_of(next(iter(decoding)))} is a decoding option, but --answers are not "
                 "decoded; remove the option"
             )
+        if self.features and (self.answers or self.captions):
+            raise UserError(
+                "--features is the feature cache of a checkpoint; a file is scored without features"
+            )
         if self.references and not self.captions:
             raise UserError(
                 "--references goes with --captions; the references of a checkpoint come from "
@@ -156,15 +167,24 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
                 "most one --captions, and --bootstrap above 0"
             )
 
-    def _check_out(self) -> None:
-        """Raise UserError if an output is an input file, or a folder where a file is needed."""
+    def check_outputs(
+        self, files: Sequence[tuple[str, Path]], source: Source | None = None
+    ) -> None:
+        """Raise DataError if an output file is an input file or another output file.
+
+        Called before anything is computed.
+
+        Args:
+            files: the path of each output file, with the option that named it.
+        """
         inputs = [self.references, self.ids, self.against, self.df, self.train_captions]
         inputs += [self.answers, *self.captions, *self.annotations]
         inputs += self.extensions.get("dataset", {}).get("questions", ())
-        paths = {file.resolve() for file in inputs if file}
-        for flag, file in (("--out", self.out), ("--answers-out", self.answers_out)):
-            if file and file.resolve() in paths:
-                raise UserError(f"{flag} {file} would overwrite an input file; pass another name")
+        inputs += [source.annotations] if source else []
+        check_outputs(files, [path for path in inputs if path])
+
+    def _check_out(self) -> None:
+        """Raise UserError if an output is a folder where a file is needed."""
         if self.answers_out and self.answers_out.is_dir():
             raise UserError(
                 f"--answers-out {self.answers_out} is a folder; name the file, such as "
@@ -188,6 +208,7 @@ class Job:
         images: with --server, all images that need a caption.
         scorer: the references; None if the images have no references.
         out: path of scores.json; None: no file.
+        others: the captions of --against; None without --against.
         about: further entries of scores.json.
     """
 
@@ -196,7 +217,48 @@ class Job:
     images: Sequence[Image]
     scorer: Scorer | None
     out: Path | None
+    others: dict[int, str] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def caption_files(
+    config: EvaluateConfig, out: Path | None, images: Sequence[Image]
+) -> list[tuple[str, Path]]:
+    """Return the files that are written for captions, with the option that names each.
+
+    Args:
+        out: path of scores.json; None: no files of scores.
+        images: with --server, all images that need a caption.
+    """
+    files = []
+    if out:
+        files = [("--out", out), ("--out", out.with_name(f"{out.stem}-images.jsonl"))]
+    if config.server:
+        paths = server_files(out.parent if out else Path(), config.server, server_split(images))
+        files += [("--server", path) for path in paths]
+    return files
+
+
+def read_against(
+    config: EvaluateConfig, image_ids: Iterable[int], has_references: bool
+) -> dict[int, str] | None:
+    """Return the captions of --against for these images; None without --against.
+
+    Raises:
+        DataError: an image has no caption.
+        UserError: the images have no references, so nothing can be compared.
+    """
+    if config.against is None:
+        return None
+    if not has_references:
+        raise UserError("--against compares scores, but the images have no reference captions")
+    captions, image_ids = read_results(config.against), list(image_ids)
+    if missing := [image_id for image_id in image_ids if image_id not in captions]:
+        raise DataError(
+            f"image {missing[0]} has no caption in {config.against} ({len(missing):,} such); "
+            "--against needs captions of the same images"
+        )
+    return {image_id: captions[image_id] for image_id in image_ids}
 
 
 def frequencies(config: EvaluateConfig) -> dict[int, Sequence[str]] | None:

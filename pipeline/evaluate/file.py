@@ -11,7 +11,14 @@ from data.results import choose, read_ids, read_references, read_results
 from data.segmentation import UNSPACED_RUN, without_blanks
 from data.sources import Image
 from pipeline.cli import UserError
-from pipeline.evaluate.config import EvaluateConfig, Job, frequencies, make_scorer, train_tokens
+from pipeline.evaluate.config import (
+    EvaluateConfig,
+    Job,
+    frequencies,
+    make_scorer,
+    read_against,
+    train_tokens,
+)
 from pipeline.scoring.ngrams import References, cached_path, load_cached, save_cached, user_cache
 from pipeline.terminal import say
 
@@ -45,7 +52,8 @@ def jobs_of_files(config: EvaluateConfig) -> Iterator[Job]:
         else:
             say(f"{config.references} has no captions, so nothing is scored")
         out = config.out / f"{file.stem}.json" if config.out and several else config.out
-        yield Job(file.name, captions, images, scorer, out)
+        others = read_against(config, captions, scorer is not None)
+        yield Job(file.name, captions, images, scorer, out, others)
 
 
 def match_references(

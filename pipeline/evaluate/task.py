@@ -47,15 +47,16 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
         raise UserError(
             f"--server needs all {task.unit} of a split, but {left_out} photographs are unreadable"
         )
+    out = config.out or folder / f"scores-{split}.json"
+    others = check_files(config, task, source, examples, out)
     texts, decoding = decode(config, checkpoints, cache, examples)
     first = checkpoints[0]
     if cut := first.count_cut(example.prompt for example in examples):
         unit, max_prompt = first.vocabulary.unit, first.captioner.config.max_prompt
         say(f"{cut:,} {task.unit} have more than {max_prompt} {unit} and lost their first {unit}")
     outputs = {example_id: candidates[0].text for example_id, candidates in texts.items()}
-    out = config.out or folder / f"scores-{split}.json"
     about = {"left_out_unreadable": left_out, "decoding": decoding}
-    report(config, task, source, split, examples, outputs, folder.name, out, about)
+    report(config, task, source, split, examples, outputs, others, folder.name, out, about)
 
 
 def score_answers(config: EvaluateConfig) -> None:
@@ -70,16 +71,21 @@ def score_answers(config: EvaluateConfig) -> None:
     set_options(config, task)
     source = config.open_source()
     split = config.split or source.reported()
-    examples = task.examples(source, split, config.limit)
+    all_examples = task.examples(source, split)
+    examples = task.examples(source, split, config.limit) if config.limit else all_examples
     given = read_results(config.answers, task.result_fields)
-    outputs = choose_outputs(given, task.examples(source, split), config.answers)
-    if unknown := given.keys() - outputs.keys():
-        raise DataError(
-            f"{config.answers}: question {min(unknown)} is not in {source.annotations} "
-            f"({len(unknown):,} such)"
-        )
+    outputs = choose_outputs(given, examples, config.answers)
+    if unknown := given.keys() - {example.id for example in all_examples}:
+        where = f"{config.answers}: question {min(unknown)} is not in"
+        if unknown & {example.id for example in task.examples(source, "all")}:
+            raise UserError(
+                f"{where} split {split} of {source.annotations} ({len(unknown):,} such); pass "
+                "--split all, or a file with the answers of this split only"
+            )
+        raise DataError(f"{where} {source.annotations} ({len(unknown):,} such)")
+    others = check_files(config, task, source, examples, config.out)
     name = config.answers.name
-    report(config, task, source, split, examples, outputs, name, config.out, {})
+    report(config, task, source, split, examples, outputs, others, name, config.out, {})
 
 
 def refuse_options(config: EvaluateConfig, reason: str, names: Sequence[str]) -> None:
@@ -107,6 +113,76 @@ def set_options(config: EvaluateConfig, task: Task) -> None:
             raise UserError(f"--wups: {error}") from error
 
 
+def check_files(
+    config: EvaluateConfig,
+    task: Task,
+    source: Source,
+    examples: Sequence[Example],
+    out: Path | None,
+) -> dict[Any, str] | None:
+    """Check all files of the command before anything is decoded or written.
+
+    Returns the outputs of --against by example id, or None without --against.
+
+    Raises:
+        DataError: an output file is an input file, or an example has no output in --against.
+        UserError: an option does not apply.
+    """
+    outputs = [("--answers-out", config.answers_out)] if config.answers_out else []
+    if config.server:
+        outputs.append(("--server", server_path(config, source, out)))
+    if out:
+        outputs += [("--out", out), ("--out", outputs_path(out))]
+    config.check_outputs(outputs, source)
+    if not any(example.targets for example in examples):
+        for name in ("against", "accuracy", "wups"):
+            if getattr(config, name):
+                raise UserError(
+                    f"{flag_of(name)} is for scores, but the {task.unit} have no answers; add "
+                    "them (--annotations, or the column answer of a folder's metadata)"
+                )
+        if config.format == "json":
+            raise UserError(
+                f"--format json prints scores, but the {task.unit} have no answers; add them "
+                "(--annotations, or the column answer of a folder's metadata)"
+            )
+        if config.answers and not outputs:
+            raise UserError(
+                f"the {task.unit} have no answers, so nothing is scored; add them (--annotations, "
+                "or the column answer of a folder's metadata), or pass --server or --answers-out "
+                "to write a file"
+            )
+    if config.against is None:
+        return None
+    return choose_outputs(
+        read_results(config.against, task.result_fields), examples, config.against
+    )
+
+
+def outputs_path(out: Path) -> Path:
+    """The path of the outputs of each example, beside scores.json."""
+    return out.with_name(f"{out.stem}-outputs.jsonl")
+
+
+def server_path(config: EvaluateConfig, source: Source, out: Path | None) -> Path:
+    """The path of the file for the evaluation server (EvalAI), which has the official name:
+
+    v2_OpenEnded_mscoco_test2015_NAME_results.json for the questions of
+    v2_OpenEnded_mscoco_test2015_questions.json.
+
+    Raises:
+        UserError: the questions are from a CSV file, which no server evaluates.
+    """
+    file = source.annotations or source.root
+    if file.suffix.lower() != ".json":
+        raise UserError(
+            f"--server writes the answers to the questions of a VQA questions file, but {file} is "
+            "another kind of dataset; --answers-out FILE writes a results file"
+        )
+    folder = out.parent if out else Path()
+    return folder / f"{file.stem.removesuffix('_questions')}_{config.server}_results.json"
+
+
 def choose_outputs(
     given: Mapping[int, str], examples: Sequence[Example], file: Path
 ) -> dict[int | str, str]:
@@ -127,6 +203,7 @@ def report(
     split: str,
     examples: Sequence[Example],
     outputs: Mapping[Any, str],
+    others: Mapping[Any, str] | None,
     name: str,
     out: Path | None,
     about: Mapping[str, Any],
@@ -134,6 +211,7 @@ def report(
     """Write the outputs and their scores to files, and print the scores.
 
     Args:
+        others: the outputs of --against; None without --against.
         out: path of scores.json; None: no files of scores.
         name: name of the outputs in the printed table.
         about: further entries of scores.json.
@@ -144,7 +222,7 @@ def report(
         scored = score_outputs(config, task, outputs, examples)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        path = out.with_name(f"{out.stem}-outputs.jsonl")
+        path = outputs_path(out)
         atomic_write_text(path, output_lines(examples, outputs, scored.each if scored else []))
         say(f"outputs: {path}")
     if scored is None:
@@ -167,9 +245,7 @@ def report(
         "bootstrap": f"{config.bootstrap}.seed{config.seed}" if config.bootstrap else "no",
     }
     record["signature"] = signature_line(parts)
-    if config.against and scored.resampled:
-        given = read_results(config.against, task.result_fields)
-        others = choose_outputs(given, examples, config.against)
+    if config.against and others is not None and scored.resampled:
         other = score_outputs(config, task, others, examples)
         record["against"] = {
             "name": config.against.name,
@@ -217,17 +293,9 @@ def write_outputs(
     outputs: Mapping[Any, str],
     out: Path | None,
 ) -> None:
-    """Write the results files of --answers-out and --server.
-
-    The file for the evaluation server (EvalAI) has the official name:
-    v2_OpenEnded_mscoco_test2015_NAME_results.json for the questions of
-    v2_OpenEnded_mscoco_test2015_questions.json.
-    """
+    """Write the results files of --answers-out and --server."""
     paths = [config.answers_out] if config.answers_out else []
-    if config.server:
-        stem = (source.annotations or source.root).stem.removesuffix("_questions")
-        folder = out.parent if out else Path()
-        paths.append(folder / f"{stem}_{config.server}_results.json")
+    paths += [server_path(config, source, out)] if config.server else []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_results(path, outputs, task.result_fields)

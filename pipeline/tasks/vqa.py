@@ -58,6 +58,11 @@ class VqaOptions:
         choices=VARIANTS,
     )
 
+    def __post_init__(self) -> None:
+        if self.output == "words" and (self.answers_vocabulary or self.min_answer_count):
+            flag = "--answers-vocabulary" if self.answers_vocabulary else "--min-answer-count"
+            raise UserError(f"{flag} chooses classes; --output words has none")
+
 
 class VisualQuestionAnswering(Task):
     """Visual question answering. The score is the accuracy of the official evaluation."""
@@ -95,7 +100,10 @@ class VisualQuestionAnswering(Task):
         """Choose the answers that become classes, in the order of their frequency in train.
 
         Answers that are equal after normalization are one class, with the most frequent spelling.
-        Raises UserError if there are none.
+        Answers of which normalization leaves nothing, such as "a", are no class.
+
+        Raises UserError if there are no classes, or no train question has an answer of
+        --answers-vocabulary.
         """
         spellings = Counter(example.targets[0] for example in train if example.targets)
         counts: Counter[str] = Counter()
@@ -105,19 +113,22 @@ class VisualQuestionAnswering(Task):
             spelling.setdefault(normalize(text), text)
         if not counts:
             raise UserError(
-                "the train questions have no answers; pass --annotations, the file of the answers"
+                "the train questions have no answers; pass the file of the answers as "
+                "--annotations, or add the column answer to the metadata of the folder"
             )
         min_count = self.options.min_answer_count
         if min_count is None:
             min_count = MIN_COUNT_LARGE if len(train) >= LARGE_DATA_SET else MIN_COUNT_SMALL
         if self.options.answers_vocabulary:
-            listed = read_text_list(self.options.answers_vocabulary)
+            listed: dict[str, str] = {}
+            for text in read_text_list(self.options.answers_vocabulary):
+                listed.setdefault(normalize(text), text)
+            listed.pop("", None)
             if not listed:
                 raise UserError(f"{self.options.answers_vocabulary} has no answers")
-            first = {normalize(text): text for text in reversed(listed)}
-            self.answers = tuple(text for text in listed if first[normalize(text)] is text)
+            self.answers = tuple(listed.values())
         else:
-            frequent = [answer for answer, count in counts.items() if count >= min_count]
+            frequent = [answer for answer, count in counts.items() if answer and count >= min_count]
             frequent.sort(key=lambda answer: (-counts[answer], answer))
             self.answers = tuple(spelling[answer] for answer in frequent)
         if not self.answers:
@@ -127,6 +138,11 @@ class VisualQuestionAnswering(Task):
             )
         self._class_of = {normalize(answer): n for n, answer in enumerate(self.answers)}
         covered = sum(counts[answer] for answer in self._class_of)
+        if not covered:
+            raise UserError(
+                f"{self.options.answers_vocabulary} has no answer of the train questions, such as "
+                f"{self.answers[0]!r}; pass the list of this dataset"
+            )
         return (
             f"{len(self.answers):,} answers; {covered / max(1, counts.total()):.1%} of the train "
             "questions have one of them"
