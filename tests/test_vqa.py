@@ -651,3 +651,29 @@ def test_a_ready_list_of_answers_gives_the_classes(asked, tmp_path):
         assert f"{more[0]} chooses classes; --output words has none" in told
     works(train.main, *options, "--answers-vocabulary", plain, "--out", tmp_path / "plain")
     assert load_checkpoint(tmp_path / "plain").answers == ("yes", "no", "red")
+
+
+def test_questions_about_sides_are_left_out_where_the_image_is_mirrored():
+    task = VisualQuestionAnswering(VqaOptions())
+    assert not task.holds_mirrored("what is left of the dog".split())
+    assert not task.holds_mirrored("is it on the right side".split())
+    assert task.holds_mirrored("what colour is the dog".split())
+
+
+@pytest.mark.parametrize("output", ["classes", "words"])
+def test_an_ensemble_of_equal_members_answers_as_one_does(asked, tmp_path, output):
+    run_ = asked / output
+    outputs = []
+    for number, checkpoints in enumerate(([run_], [run_, run_])):
+        members = [part for path in checkpoints for part in ("--checkpoint", path)]
+        out = tmp_path / f"{number}.json"
+        works(evaluate.main, *members, *over(asked), "--split", "test", "--answers-out", out,
+              "--out", tmp_path / f"{number}-scores.json")  # fmt: skip
+        outputs.append(json.loads(out.read_text()))
+    assert outputs[0] == outputs[1]
+    shutil.copytree(asked / "classes", tmp_path / "other")
+    answers_ = json.loads((tmp_path / "other" / "answers.json").read_text())
+    (tmp_path / "other" / "answers.json").write_text(json.dumps(["another answer", *answers_[1:]]))
+    assert "have different answers; an ensemble needs" in refused(
+        evaluate.main, "--checkpoint", asked / "classes", "--checkpoint", tmp_path / "other",
+        *over(asked))  # fmt: skip

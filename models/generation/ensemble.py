@@ -1,7 +1,7 @@
 """An ensemble of decoders: the mean of their probabilities of each next word.
 
 All decoders read the same regions and share one vocabulary. The ensemble has the methods of a
-decoder that generation needs: encode, init_cache, decode and next_words.
+decoder that generation needs: encode, init_cache, decode, next_words and class_logits.
 """
 
 from __future__ import annotations
@@ -94,6 +94,16 @@ class Ensemble(nn.Module):
             for decoder, part, state in members
         ]
         return log_mean(log_p)
+
+    def class_logits(self, tokens: Tensor, memory: Memories, cache: Caches) -> Tensor:
+        """As Decoder.class_logits; the logits are logs of the mean probabilities of the answers."""
+        members = zip(self._members(), memory, cache, strict=True)
+        return log_mean(
+            [
+                decoder.class_logits(tokens, part, state).log_softmax(-1, dtype=torch.float32)
+                for decoder, part, state in members
+            ]
+        )
 
     def next_words(
         self, tokens: Tensor, memory: Memories, cache: Caches

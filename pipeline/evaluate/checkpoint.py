@@ -78,6 +78,11 @@ def open_checkpoints(config: EvaluateConfig) -> Evaluation:
                 f"{folder} and {folders[0]} have different vocabularies; an ensemble needs runs "
                 "that were trained on the same captions"
             )
+        if checkpoint.answers != first.answers:
+            raise UserError(
+                f"{folder} and {folders[0]} have different answers; an ensemble needs runs that "
+                "were trained on the same questions"
+            )
         if task_of(checkpoint.training, checkpoint.vocabulary.segment).name != task.name:
             raise UserError(
                 f"{folder} and {folders[0]} were trained for different tasks; an ensemble needs "

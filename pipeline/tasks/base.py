@@ -19,6 +19,9 @@ from pipeline.scoring.bootstrap import Statistic, mean_of_groups
 
 __all__ = ["Example", "Task"]
 
+# A text with a word that starts with one of these is not true of the mirrored image.
+SIDES = ("left", "right")
+
 
 class Task(ABC):
     """Base class of tasks.
@@ -119,6 +122,7 @@ class Task(ABC):
     def holds_mirrored(self, words: Sequence[str]) -> bool:
         """Return whether a text is also true of the mirrored image.
 
-        words: the words of its prompt and its target.
+        words: the words of its prompt and its target. By default a text is not if a word starts
+            with one of SIDES.
         """
-        return True
+        return not any(word.startswith(SIDES) for word in words)

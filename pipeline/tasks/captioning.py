@@ -12,8 +12,6 @@ from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 
 FEW_DOCUMENTS = 100  # with fewer images, CIDEr also counts document frequencies in train
-# A caption with a word that starts with one of these is not true of the mirrored image.
-SIDES = ("left", "right")
 
 # Articles, prepositions and conjunctions. A caption that ends with one of them is unfinished. Words
 # that can also be adverbs are not in the list ("a dog looks up").
@@ -64,9 +62,6 @@ class Captioning(Task):
             self._cached = examples, counted
         captions = cast(Mapping[int, str], outputs)  # the id of an example is its image id
         return score(captions, self._cached[1]).values
-
-    def holds_mirrored(self, words: Sequence[str]) -> bool:
-        return not any(word.startswith(SIDES) for word in words)
 
 
 def _by_image(examples: Sequence[Example]) -> dict[int, tuple[str, ...]]:
