@@ -16,7 +16,7 @@ from data import DataError
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
 from data.examples import Example, with_rows
-from data.segmentation import segmented
+from data.segmentation import prompt_tokens, segmented
 from data.sources import Image
 from data.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -148,12 +148,12 @@ class ImageTexts:
         self.prompts: list[list[list[str]]] = []
         for group in groups.values():
             if labels is not None:
-                self.prompts.append([segmented(example.prompt, segment) for example in group])
+                self.prompts.append([prompt_tokens(example.prompt, segment) for example in group])
                 self.tokens.append([[] for _ in group])
                 self.labels.append([labels(example) for example in group])
                 continue
             texts = [
-                (segmented(example.prompt, segment), words)
+                (prompt_tokens(example.prompt, segment), words)
                 for example in group
                 for target in example.targets
                 if (words := segmented(target, segment))

@@ -67,6 +67,37 @@ def read_results(file: Path, names: Fields = CAPTIONS) -> dict[int, str]:
     return texts
 
 
+def read_ranks(file: Path) -> dict[tuple[int, int], list[int]]:
+    """Return the ranks of the options of each round, by image id and number of the round (from 1).
+
+    The format is that of VisDial's evaluation server: [{"image_id", "round_id", "ranks"}].
+
+    Raises DataError if the file is invalid or has two lists of ranks for one round.
+    """
+    entries = parse_json(file)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(
+            f'{file} is not a file of ranks: a list of {{"image_id": 1, "round_id": 1, "ranks": '
+            "[3, 1, 2]}"
+        )
+    if not entries:
+        raise DataError(f"{file} contains no ranks")
+    ranks_by_round: dict[tuple[int, int], list[int]] = {}
+    for number, entry in enumerate(entries):
+        where = f"{file}, entry {number}"
+        key = (
+            check_id(entry.get("image_id"), where),
+            check_id(entry.get("round_id"), where, "round"),
+        )
+        ranks = entry.get("ranks")
+        if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+            raise DataError(f'{where}: "ranks" is not a list of whole numbers')
+        if key in ranks_by_round:
+            raise DataError(f"{file}: image {key[0]}, round {key[1]} has two lists of ranks")
+        ranks_by_round[key] = ranks
+    return ranks_by_round
+
+
 def write_results(file: Path, texts: Mapping[int, str], names: Fields = CAPTIONS) -> None:
     """Write texts by id as a results file, atomically."""
     entries = [{names.id: id_, names.text: text} for id_, text in texts.items()]

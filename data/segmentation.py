@@ -7,6 +7,7 @@ of other scripts remain whole. Captions are joined again without these spaces.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,33 @@ def segmented(caption: str, segment: str = "words") -> list[str]:
         tokens += characters(run[0])
         end = run.end()
     return tokens + tokenize(caption[end:])
+
+
+# A prompt may have several parts, each after one of these marks: the caption of the image, and the
+# questions and answers of a dialogue. Each mark is a token.
+CAPTION, QUESTION, ANSWER = MARKS = ("<caption>", "<question>", "<answer>")
+_MARK = re.compile("(" + "|".join(MARKS) + ")")
+
+
+def prompt_tokens(prompt: str, segment: str = "words") -> list[str]:
+    """Return the tokens of a prompt. Its marks are tokens."""
+    parts = _MARK.split(prompt)
+    if len(parts) == 1:
+        return segmented(prompt, segment)
+    tokens: list[str] = []
+    for part in parts:
+        tokens += [part] if part in MARKS else _part_tokens(part, segment)
+    return tokens
+
+
+@functools.lru_cache(maxsize=1 << 16)  # the prompts of a dialogue repeat its earlier parts
+def _part_tokens(part: str, segment: str) -> tuple[str, ...]:
+    return tuple(segmented(part, segment))
+
+
+def without_marks(text: str) -> str:
+    """Return a text in which nothing is a mark: "<answer>" becomes "answer"."""
+    return _MARK.sub(lambda match: match[0].strip("<>"), text)
 
 
 def characters(run: str) -> list[str]:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from data import DataError
 
@@ -359,11 +360,14 @@ def csv_rows(
         raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
 
 
-def parse_json(file: Path) -> object:
-    """Return the content of a JSON file. Raises DataError if it is not valid JSON."""
+def parse_json(file: Path, object_hook: Callable[[dict], Any] | None = None) -> object:
+    """Return the content of a JSON file. Raises DataError if it is not valid JSON.
+
+    object_hook: as in json.loads, such as a function that stores long lists in less memory.
+    """
     text = read_text(file)
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     # RecursionError: deeply nested lists. ValueError: also a number of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise DataError(

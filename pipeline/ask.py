@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import click
 
+from data import DataError
 from data.datasets.folder import list_files
 from data.files import atomic_write_text, check_outputs
 from data.images import UnreadableImage
@@ -18,6 +20,7 @@ from data.segmentation import segmented
 from data.sources import check_caption, read_text
 from pipeline.cli import DEVICES, PRECISIONS, Settings, UserError, command, setting
 from pipeline.decoding.captioner import Caption, PhotoCaptioner, load_captioner
+from pipeline.decoding.chat import Chat, read_conversation
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
 from pipeline.terminal import progress, say
 
@@ -39,6 +42,14 @@ class AskConfig(Settings):
         'file with one question per line: {"file_name": ..., "question": ...}; file names are '
         "relative to the folder of this file",
     )
+    chat: bool = setting(
+        False,
+        "hold a conversation about one photograph, with a checkpoint of --task dialog: read "
+        "questions, and the commands /save FILE, /photo PATH, /reset and /quit, from the terminal "
+        "or standard input",
+    )
+    resume: Path | None = setting(None, "file that /save wrote, to continue a conversation")
+    caption: str = setting("", "caption of the photograph, which the conversation begins with")
     out: Path | None = setting(None, "output file for the answers, as JSON lines")
     top: int = setting(5, "number of answers per question", at_least=1, at_most=100)
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
@@ -49,6 +60,10 @@ class AskConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chat:
+            return self._check_chat()
+        if self.resume or self.caption:
+            raise UserError("--resume and --caption are options of --chat; also pass --chat")
         if bool(self.questions) == bool(self.photograph_and_questions):
             raise UserError("pass a photograph and questions, or --questions FILE")
         if not all(map(str.strip, self.photograph_and_questions)):
@@ -67,6 +82,17 @@ class AskConfig(Settings):
         if self.out and self.out.is_dir():
             raise UserError(f"--out {self.out} is a folder; name the file")
 
+    def _check_chat(self) -> None:
+        if self.questions or self.out:
+            raise UserError("--chat asks questions one by one: omit --questions and --out")
+        if self.caption and self.resume:
+            raise UserError("--resume continues with the caption of the file; omit --caption")
+        if len(self.photograph_and_questions) != (0 if self.resume else 1):
+            raise UserError(
+                "--chat takes one photograph, and no question; with --resume FILE it takes the "
+                "photograph of the file"
+            )
+
     @property
     def has_many(self) -> bool:
         """Whether there may be many photographs. Then answers are JSON lines."""
@@ -75,7 +101,12 @@ class AskConfig(Settings):
 
 @command(AskConfig)
 def main(config: AskConfig) -> None:
-    """Answer questions about photographs, and print the best answers with their probabilities."""
+    """Answer questions about photographs, and print the best answers with their probabilities.
+
+    With --chat, hold a conversation about one photograph.
+    """
+    if config.chat:
+        return chat(config)
     questions_by_path = read_questions(config)
     if config.out:
         inputs = [config.questions] if config.questions else []
@@ -94,6 +125,54 @@ def main(config: AskConfig) -> None:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic_write_text(config.out, "".join(lines))
         say(f"{len(records):,} answers: {config.out}")
+
+
+def chat(config: AskConfig) -> None:
+    """Read questions and commands from the terminal or standard input, and print the answers."""
+    if config.resume:
+        photo, caption, rounds = read_conversation(config.resume)
+    else:
+        photo, caption, rounds = Path(config.photograph_and_questions[0]), config.caption, []
+    check_caption(str(photo), "PHOTO", "file name")
+    captioner = load_captioner(config.checkpoint, config.device, config.precision)
+    captioner.max_pixels = config.max_pixels
+    conversation = Chat(captioner, photo, caption, rounds)
+    at_terminal = sys.stdin.isatty()
+    for question, answer in rounds:
+        click.echo(f"> {question}\n{answer}")
+    while True:
+        if at_terminal:
+            click.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            break
+        if line.strip():
+            respond(conversation, line.strip())
+
+
+def respond(conversation: Chat, line: str) -> None:
+    """Answer a question or carry out a command. A mistake is printed, and the chat goes on."""
+    command, _, argument = line.partition(" ")
+    try:
+        if command == "/reset":
+            conversation.reset()
+            say("the rounds so far are forgotten")
+        elif command == "/photo" and argument.strip():
+            conversation.look(Path(argument.strip()))
+            say(f"the photograph is now {argument.strip()}; /reset forgets the rounds so far")
+        elif command == "/save" and argument.strip():
+            conversation.save(Path(argument.strip()))
+            say(f"saved: {argument.strip()}")
+        elif command.startswith("/"):
+            say(f"{line}: the commands are /save FILE, /photo PATH, /reset and /quit")
+        else:
+            click.echo(conversation.ask(line))
+            if conversation.forgotten:
+                say("the oldest rounds no longer fit into what the model reads")
+    except (DataError, UserError) as error:
+        say(str(error))
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}")
 
 
 def are_words_of_one(questions: Sequence[str]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from data.cache.no_features import NoFeatures
+from data.cache.no_features import NoFeatures, PartialFeatures
 from data.cache.reader import FeatureCache
 from data.datasets.registry import DATASETS, as_list, open_source
 from data.datasets.sample import ensure_sample
+from data.results import choose, read_ids
 from data.sources import Source
 from pipeline.cli import Settings, setting
 from pipeline.terminal import say
@@ -40,14 +41,26 @@ class SourceOptions(Settings):
         may_change_on_resume=True,
     )
 
+    ids: Path | None = setting(
+        None,
+        "file with the ids of the images to use, one per line or a JSON list",
+        group="data",
+    )
+    exclude_ids: Path | None = setting(
+        None, "file with the ids of images to leave out", group="data"
+    )
+
     def open_cache(self, features: Path | None) -> FeatureCache | NoFeatures:
         """Open the feature cache at `features`, by default cache/DATASET.
 
-        With the path `none`, no image features are used.
+        With the path `none`, no image features are used. With --text-only, images without features
+        have no regions, and all of them without --features.
         """
-        if features == NoFeatures.path:
+        text_only = getattr(self.options("dataset"), "text_only", False)
+        if features == NoFeatures.path or (text_only and features is None):
             return NoFeatures()
-        return FeatureCache(features or Path("cache") / self.dataset)
+        cache_class = PartialFeatures if text_only else FeatureCache
+        return cache_class(features or Path("cache") / self.dataset)
 
     def open_source(self) -> Source:
         """Open the dataset and print the notes of its reader.
@@ -68,4 +81,23 @@ class SourceOptions(Settings):
         )
         for note in source.notes:
             say(note)
-        return source
+        return self._choose_images(source)
+
+    def _choose_images(self, source: Source) -> Source:
+        """Keep the images of --ids, and leave out those of --exclude-ids.
+
+        Raises DataError if an id of --ids is not in the dataset, or no image remains.
+        """
+        if not (self.ids or self.exclude_ids):
+            return source
+        images = source.images
+        if self.ids:
+            place = source.annotations or source.root
+            images = tuple(choose(images, read_ids(self.ids), place, self.ids))
+        if self.exclude_ids:
+            excluded = {*read_ids(self.exclude_ids)}
+            images = tuple(image for image in images if image.id not in excluded)
+        kept = {image.id for image in images}
+        missing = tuple(image for image in source.missing if image.id in kept)
+        say(f"{len(images):,} of {len(source.images):,} images are used")
+        return replace(source, images=images, missing=missing)

@@ -49,8 +49,8 @@ SMALL = [
 QUICK = [*SMALL, "--epochs", "2", "--batch", "20", "--min-count", "1", "--beam", "2"]
 
 
-def run(stage: click.Command, *arguments: object) -> Result:
-    result = CliRunner().invoke(stage, [str(argument) for argument in arguments])
+def run(stage: click.Command, *arguments: object, input: str | None = None) -> Result:
+    result = CliRunner().invoke(stage, [str(argument) for argument in arguments], input)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -308,7 +308,7 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
     source = opened(photographs, [pair])
     task = VisualQuestionAnswering(VqaOptions())
     examples = task.examples(source, "all")
-    assert "2 answers; 100.0% of the train questions" in task.choose_answers(examples)
+    assert "2 answers; 100.0% of the train questions" in task.prepare(examples, [])
     assert task.answers == ("blue", "red")  # "Blue." is another spelling of blue
     assert sorted(task.labels(examples[0])) == [(0, 0.6), (1, 1.0)]
     assert task.labels(examples[1]) == [(1, 1.0)]
@@ -317,7 +317,7 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
     assert scores["by_question_type"] == {"is it": pytest.approx(0.75)}
     with pytest.raises(UserError, match="lower --min-answer-count"):
         strict = VisualQuestionAnswering(VqaOptions(min_answer_count=9))
-        strict.choose_answers(strict.examples(source, "all"))
+        strict.prepare(strict.examples(source, "all"), [])
 
 
 # ------------------------------------------------------------------------------------ the commands
@@ -612,7 +612,7 @@ def test_a_class_has_the_most_frequent_spelling_of_its_answer(tmp_path, photogra
         csv.writer(file).writerows([("question", "answer", "image"), *rows])
     task = VisualQuestionAnswering(VqaOptions())
     examples = task.examples(open_source("vqa", None, table, photographs), "all")
-    task.choose_answers(examples)
+    task.prepare(examples, [])
     assert task.answers == ("table, chair", "garbage_bin")
     assert [task.labels(example) for example in examples[2:5]] == [
         [(0, 1.0)],
@@ -655,9 +655,9 @@ def test_a_ready_list_of_answers_gives_the_classes(asked, tmp_path):
 
 def test_questions_about_sides_are_left_out_where_the_image_is_mirrored():
     task = VisualQuestionAnswering(VqaOptions())
-    assert not task.holds_mirrored("what is left of the dog".split())
-    assert not task.holds_mirrored("is it on the right side".split())
-    assert task.holds_mirrored("what colour is the dog".split())
+    assert not task.holds_mirrored(["what", "is", "left", "of", "the", "dog"])
+    assert not task.holds_mirrored(["is", "it", "on", "the", "right", "side"])
+    assert task.holds_mirrored(["what", "colour", "is", "the", "dog"])
 
 
 @pytest.mark.parametrize("output", ["classes", "words"])

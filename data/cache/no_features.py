@@ -1,4 +1,4 @@
-"""A cache for texts without images: every image has 0 regions."""
+"""Caches for texts without images: an image without features has 0 regions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cache.reader import Rows
+from data.cache.reader import FeatureCache, Rows
 from data.sources import Image
 
 
@@ -40,3 +40,36 @@ class NoFeatures:
 
     def keep_in_memory(self, *_: Any) -> None:
         """Do nothing: there are no features."""
+
+
+class PartialFeatures(FeatureCache):
+    """A cache in which an image without a row has 0 regions (`--text-only`).
+
+    Only an image that has features in another cache file name, or is unreadable, is treated as in
+    `FeatureCache`.
+    """
+
+    def rows(
+        self,
+        image_ids: Sequence[int],
+        out: Rows | None = None,
+        tables_only: bool = False,
+        views: Sequence[int] | None = None,
+    ) -> Rows:
+        """As `FeatureCache.rows`; an image without a row has count 0 and zeros."""
+        present = [i for i, image_id in enumerate(image_ids) if image_id in self]
+        own_views = None if views is None else [views[i] for i in present]
+        own = super().rows([image_ids[i] for i in present], None, tables_only, own_views)
+        rows = self.empty_rows(len(image_ids)) if out is None else out
+        for target, values in zip(rows, own, strict=True):
+            target[...] = 0
+            target[present] = values
+        return rows
+
+    def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
+        """Return all images but unreadable ones, and the number of these."""
+        images = list(images)
+        known = [image for image in images if image.id in self or image.id in self.unreadable]
+        selected, left_out = super().select(known)
+        kept = {image.id for image in selected} | ({i.id for i in images} - {i.id for i in known})
+        return [image for image in images if image.id in kept], left_out

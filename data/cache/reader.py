@@ -54,6 +54,10 @@ BROKEN = (
 HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file format, III.E)
 HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
+HOW_TO_ADD = (
+    "re-run pipeline.extract over the split with the missing images (without --limit), with the "
+    "same --out"
+)
 
 
 class Rows(NamedTuple):
@@ -469,16 +473,17 @@ class FeatureCache:
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
         """Return the images with rows, and how many images are omitted as unreadable.
 
-        Raises DataError for any other image without a row, and if cache and source have different
-        file names for one id.
+        Raises DataError for any other images without a row (with their number and the first five),
+        and if cache and source have different file names for one id.
         """
-        selected, left_out = [], 0
+        selected, left_out, absent = [], 0, []
         for image in images:
             if image.id in self.unreadable:
                 left_out += 1
                 continue
             if image.id not in self._where:
-                raise DataError(self._why_absent(image.id))
+                absent.append(image.id)
+                continue
             if not same_photograph(self._names[image.id], image.name):
                 raise DataError(
                     f"image {image.id} is {self._names[image.id]} in {self.path} and "
@@ -486,6 +491,14 @@ class FeatureCache:
                     "pass the --features that belong to these captions"
                 )
             selected.append(image)
+        if len(absent) > 1:
+            first = ", ".join(map(str, absent[:5]))
+            raise DataError(
+                f"{len(absent):,} images are not in {self.path} ({len(self):,} images), such as "
+                f"{first}; {HOW_TO_ADD}; dialogues can do without (--text-only)"
+            )
+        if absent:
+            raise DataError(self._why_absent(absent[0]))
         return selected, left_out
 
     def require(self, image_id: int) -> None:
@@ -497,11 +510,7 @@ class FeatureCache:
         if image_id in self.unreadable:
             record = self.unreadable[image_id]
             return f"image {image_id} ({record.file_name}) could not be read: {record.reason}"
-        return (
-            f"image {image_id} is not in {self.path} ({len(self)} images); "
-            "re-run pipeline.extract over the split with this image (without --limit), with the "
-            "same --out"
-        )
+        return f"image {image_id} is not in {self.path} ({len(self)} images); {HOW_TO_ADD}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

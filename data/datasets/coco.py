@@ -15,12 +15,15 @@ The names of 2014 are like train2014/COCO_train2014_000000000009.jpg.
 
 import contextlib
 import io
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from pycocotools.coco import COCO
 
 from data import DataError
+from data.image_formats import SUFFIXES
 from data.sources import (
     Image,
     Listing,
@@ -33,6 +36,24 @@ from data.sources import (
     on_disk,
     read_json,
 )
+
+# file names with the id of the image, of COCO 2014 and 2017 and of VisDial's val and test splits
+ID_IN_NAME = re.compile(r"(?:(?:COCO|VisualDialog)_\w+_)?(\d{12})")
+
+
+def photographs_by_id(folders: Iterable[Path]) -> dict[int, tuple[str, Path]]:
+    """Return the name and the path of each photograph whose file name has a COCO id, by id.
+
+    The photographs are in the folders or one folder down. The first one of an id is returned.
+    """
+    found: dict[int, tuple[str, Path]] = {}
+    for folder in folders:
+        for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+            for path in sorted(place.iterdir()):
+                match = ID_IN_NAME.fullmatch(path.stem)
+                if match and path.suffix.lower() in SUFFIXES:
+                    found.setdefault(int(match[1]), (path.relative_to(folder).as_posix(), path))
+    return found
 
 
 def read_official(

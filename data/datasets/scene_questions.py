@@ -25,6 +25,8 @@ from data.datasets.sample import (
     holds,
     load_scenes,
 )
+from data.datasets.scene_dialogs import dialogs_about
+from data.datasets.visdial import Dialog
 from data.datasets.vqa import Question
 from data.sources import Source
 
@@ -131,7 +133,7 @@ def balanced_questions(
 
 @dataclass(frozen=True)
 class SampleSource(Source):
-    """The embedded sample, whose scenes have questions too."""
+    """The embedded sample, whose scenes have questions and dialogues too."""
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
@@ -155,10 +157,15 @@ class SampleSource(Source):
                 )
         return tuple(questions)
 
+    @cached_property
+    def dialogs(self) -> dict[int, Dialog]:
+        """A dialogue about each scene, by image id."""
+        return dialogs_about(load_scenes(self.root))
+
 
 def read(
     dataset: str, root: Path | None, annotations: Path | None, images: Path | None
 ) -> SampleSource:
-    """Read the embedded sample: its captions as `karpathy` does, its questions from its scenes."""
+    """Read the embedded sample: captions as `karpathy` does, questions and dialogues of scenes."""
     source = karpathy.read(dataset, root, annotations, images)
     return SampleSource(**{item.name: getattr(source, item.name) for item in fields(source)})

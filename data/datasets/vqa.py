@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from sys import intern
 from typing import Literal, NamedTuple
 
 from data import DataError
-from data.image_formats import SUFFIXES
+from data.datasets.coco import photographs_by_id
 from data.sources import (
     Image,
     Listing,
@@ -50,7 +50,6 @@ OFFICIAL = {
     "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
     "test": ("v2_OpenEnded_mscoco_test2015_questions.json", None),
 }
-COCO_FILE = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 OKVQA = re.compile("ok-?vqa", re.IGNORECASE)
 COLUMNS = ("question", "answer", "image")
 # what the files are called in messages
@@ -141,7 +140,7 @@ def read(
                     f"{pair.questions}: image {question.image_id} has questions in the splits "
                     f"{splits[question.image_id]} and {pair.split}"
                 )
-    listed = _coco_files(folders)
+    listed = photographs_by_id(folders)
     present, missing = [], []
     for id_, split in splits.items():
         name, path = listed.get(id_, (f"{id_:012d}.jpg", folders[0] / f"{id_:012d}.jpg"))
@@ -278,18 +277,6 @@ def _text(value: object, where: str, what: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: the {what} is {text!r}; write its text")
     return text
-
-
-def _coco_files(folders: Iterable[Path]) -> dict[int, tuple[str, Path]]:
-    """COCO id to name and path of the photographs in folders and one folder down."""
-    found: dict[int, tuple[str, Path]] = {}
-    for folder in folders:
-        for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
-            for path in sorted(place.iterdir()):
-                match = COCO_FILE.fullmatch(path.stem)
-                if match and path.suffix.lower() in SUFFIXES:
-                    found.setdefault(int(match[1]), (path.relative_to(folder).as_posix(), path))
-    return found
 
 
 def _check_columns(file: Path, columns: Sequence[str]) -> None:

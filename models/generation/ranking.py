@@ -8,16 +8,21 @@ packed candidates of an example, N rows.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoders.attention import KVCache, Packed, additive_mask
 from models.decoders.interface import Decoder, Memory
-from models.generation.ensemble import Ensemble, log_mean
+from models.generation.ensemble import Ensemble, Memories, log_mean
 from models.generation.options import first_tokens
 
 CHUNK_ROWS = 4096  # rows of float32 logits in memory at a time
+# Candidates of an example that share a sequence. All tokens of a sequence are compared with each
+# other in attention, also those of different candidates, so long sequences cost more.
+GROUP = 16
 
 
 class Continuation(Packed):
@@ -29,24 +34,30 @@ class Continuation(Packed):
     def __init__(self, tokens: Tensor, is_token: Tensor, cache: KVCache) -> None:
         """
         tokens: [B,K,T] int64. is_token: [B,K,T] bool, False for padding.
-        cache: of one text per example, after the call that read the prompts.
+        cache: of one text per example, after the call that read the prompts. With G sequences per
+            example, B is G times its number of examples.
         """
         super().__init__(tokens, is_token)
-        self.cache = cache
+        self.cache, self.groups = cache, len(tokens) // cache.images
         read = torch.arange(cache.length, device=tokens.device)
         padding = (
-            torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+            torch.zeros(cache.images, dtype=torch.int64, device=tokens.device)
             if cache.padding is None
             else cache.padding
-        )
+        ).repeat_interleave(self.groups)
         visible = additive_mask(read >= padding[:, None])[:, None, None]
         self.mask = torch.cat([visible.expand(-1, -1, self.shape[1], -1), self.mask], dim=3)
         self.positions = self.positions + (cache.length - padding)[self.image]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        read = self.cache.length
-        keys = torch.cat([self.cache.keys[layer][:, :, :read], keys], dim=2)
-        return keys, torch.cat([self.cache.values[layer][:, :, :read], values], dim=2)
+        return (
+            self._after_prompt(self.cache.keys[layer], keys),
+            self._after_prompt(self.cache.values[layer], values),
+        )
+
+    def _after_prompt(self, prompt: Tensor, new: Tensor) -> Tensor:
+        prompt = prompt[:, :, : self.cache.length]
+        return torch.cat([prompt.repeat_interleave(self.groups, dim=0), new], dim=2)
 
 
 def candidate_log_p(
@@ -66,23 +77,44 @@ def candidate_log_p(
     Returns the sums of log p [B,K] float32 in nats, -inf for rows of `pad` only. For an Ensemble,
     p is the mean probability of each word.
     """
+    order, candidates = _group(candidates, pad)
     lengths = (candidates != pad).sum(2)
     # word t of a text is predicted by the state before it; <eos> by the last word
     targets = F.pad(candidates, (0, 1), value=pad)
     targets.scatter_(2, lengths[:, :, None], eos)
+    parts: list[tuple[Any, Any]] = [(decoder, memory)]
     if isinstance(decoder, Ensemble):
-        parts = zip(decoder.decoders, memory, strict=True)  # type: ignore[call-overload]
-    else:
-        parts = [(decoder, memory)]
+        parts = list(zip(decoder.decoders, cast(Memories, memory), strict=True))
     first, later = zip(
-        *(_token_log_p(*part, prompts, candidates, targets, pad, bos) for part in parts),
+        *(
+            _token_log_p(member, part, prompts, candidates, targets, pad, bos)
+            for member, part in parts
+        ),
         strict=True,
     )
     log_p = log_mean(first)
     is_token = candidates != pad
     example, text, _ = is_token.nonzero(as_tuple=True)
     log_p = log_p.flatten().index_add(0, example * log_p.shape[1] + text, log_mean(later))
-    return log_p.view(lengths.shape).masked_fill(lengths == 0, float("-inf"))
+    log_p = log_p.masked_fill((lengths == 0).flatten(), float("-inf"))
+    return log_p.view(len(order), -1).gather(1, order)
+
+
+def _group(candidates: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """Distribute the K candidates of each example to G sequences of similar total lengths.
+
+    Returns (order, groups): groups [B*G,K/G,T], padded with `pad`, and order [B,K], the position of
+    each candidate among the candidates of the groups of its example.
+    """
+    examples, count, longest = candidates.shape
+    groups = -(-count // GROUP)
+    by_length = (candidates != pad).sum(2).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(count, device=candidates.device)
+    place = place % groups * -(-count // groups) + place // groups  # dealt out in turn
+    order = torch.empty_like(by_length).scatter_(1, by_length, place.expand_as(by_length))
+    grouped = candidates.new_full((examples, groups * -(-count // groups), longest), pad)
+    grouped.scatter_(1, order[:, :, None].expand(-1, -1, longest), candidates)
+    return order, grouped.view(examples * groups, -1, longest)
 
 
 def _token_log_p(
@@ -94,14 +126,18 @@ def _token_log_p(
     pad: int,
     bos: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the first words [B,K], and of all later ones and <eos> [tokens].
+    """Log-probabilities of the first words, and of all later ones and <eos> [tokens].
 
-    targets: [B,K,T+1]. The later ones are in the order of the tokens of `candidates`.
+    candidates: [B*G,K,T], in G groups per example. targets: [B*G,K,T+1]. The first words are
+    [B*G,K]; the later ones are in the order of the tokens of `candidates`.
     """
     cache = decoder.init_cache(memory, 1, prompts)
     begin = first_tokens(memory.images, bos, memory.device, prompts)[:, None]
     logits = decoder.logits(decoder.decode_states(begin, memory, cache)[:, 0, -1])
-    first = logits.log_softmax(1, dtype=torch.float32).gather(1, targets[:, :, 0])
+    groups = len(candidates) // memory.images
+    first = logits.log_softmax(1, dtype=torch.float32).repeat_interleave(groups, dim=0)
+    first = first.gather(1, targets[:, :, 0])
+    memory = memory.keep(torch.arange(memory.images).repeat_interleave(groups).to(memory.device))
     is_token = candidates != pad
     text = Continuation(candidates, is_token, cache)
     states = decoder.states(text.words, text.positions, text, memory)[: text.count]

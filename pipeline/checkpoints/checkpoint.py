@@ -32,7 +32,7 @@ from torch import Tensor
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
-from data.segmentation import segmented_all
+from data.segmentation import prompt_tokens
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MAX_CAPTIONS, ModelError
@@ -91,7 +91,7 @@ class Checkpoint:
 
     def count_cut(self, prompts: Iterable[str]) -> int:
         """Count the prompts that are longer than `max_prompt` and lose their first tokens."""
-        token_lists = segmented_all([*prompts], self.vocabulary.segment)
+        token_lists = (prompt_tokens(prompt, self.vocabulary.segment) for prompt in prompts)
         lengths = (len(self.vocabulary.encode(words)) for words in token_lists)
         return sum(length > self.captioner.config.max_prompt for length in lengths)
 

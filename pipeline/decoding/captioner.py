@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
 from data.examples import Example
 from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
-from data.segmentation import segmented
+from data.segmentation import prompt_tokens, segmented
 from data.vocabulary import PAD, UNK, Vocabulary
 from models import ModelError
 from models.backbones.interface import Backbone
@@ -44,7 +44,11 @@ from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
+from pipeline.tasks.registry import task_of
 from pipeline.terminal import say
+
+if TYPE_CHECKING:
+    from pipeline.decoding.chat import Chat
 
 MAX_SEQUENCES = 4000  # maximum number of beams and samples that are in memory at a time
 
@@ -205,7 +209,7 @@ class CaptionGenerator:
         if not any(prompts):
             return None
         max_prompt, segment = self.captioner.config.max_prompt, self.vocabulary.segment
-        ids = [self.vocabulary.encode(segmented(prompt, segment)) for prompt in prompts]
+        ids = [self.vocabulary.encode(prompt_tokens(prompt, segment)) for prompt in prompts]
         ids = [last_tokens(tokens, max_prompt) for tokens in ids]
         longest = max(map(len, ids))
         if not longest:
@@ -509,7 +513,9 @@ class PhotoCaptioner(
         beams = max(count, self.checkpoint.decoding["beam"])
         options = {"num_beams": beams, **options, "num_return_sequences": count}
         generator = make_generator(self.captioner, self.checkpoint, self.machine, options)
-        return generator(regions, 0, generator.encode_prompts(questions), [0] * len(questions))
+        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        prompts = generator.encode_prompts([task.prompt(question) for question in questions])
+        return generator(regions, 0, prompts, [0] * len(questions))
 
     def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
         """Return the best answer to a question about a photograph, or to each of a list of
@@ -518,6 +524,17 @@ class PhotoCaptioner(
         questions = [question] if isinstance(question, str) else question
         texts = [answers[0].text for answers in self.answers(photo, questions, 1)]
         return texts[0] if isinstance(question, str) else texts
+
+    def chat(self, photo: Photograph, caption: str = "") -> Chat:
+        """Begin a conversation about a photograph: pipeline.decoding.chat.Chat.
+
+        caption: the caption of the photograph, which dialogues of VisDial begin with.
+
+        Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues.
+        """
+        from pipeline.decoding.chat import Chat
+
+        return Chat(self, photo, caption)
 
     # `options` takes the arguments of the mixin's method, such as `revision`
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache as cached_function
 
+import numpy as np
 import torch
 
 from data.batches import pad
@@ -18,6 +19,22 @@ from models.regions import Regions
 from pipeline.decoding.captioner import CaptionGenerator, on_every_core, read_regions
 
 TOKENS_PER_BATCH = 16_384  # maximum number of candidate tokens in memory at a time
+
+
+def rank_candidates(
+    scores: Mapping[int | str, Sequence[float]],
+) -> tuple[dict[int | str, list[int]], int]:
+    """Return the rank of each candidate by example id, and how many examples have equal scores.
+
+    Rank 1 is the best. Equal scores rank by the order of the candidates.
+    """
+    ranks: dict[int | str, list[int]] = {}
+    for example_id, values in scores.items():
+        order = np.argsort(-np.asarray(values, np.float64), kind="stable")
+        positions = np.empty(len(order), np.int64)
+        positions[order] = np.arange(1, len(order) + 1)
+        ranks[example_id] = positions.tolist()
+    return ranks, sum(len(set(values)) < len(values) for values in scores.values())
 
 
 def candidate_scores(

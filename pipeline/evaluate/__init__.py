@@ -13,7 +13,7 @@ from pipeline.cli import UserError, command
 from pipeline.evaluate.checkpoint import job_of_checkpoint, open_checkpoints
 from pipeline.evaluate.config import EvaluateConfig, Job, caption_files
 from pipeline.evaluate.file import jobs_of_files
-from pipeline.evaluate.task import OF_ANSWERS, refuse_options, score_answers, score_task
+from pipeline.evaluate.task import refuse_options, score_file, score_task
 from pipeline.scoring.java import Meteor, NotComputed
 from pipeline.scoring.report import (
     ON_REQUEST,
@@ -24,26 +24,31 @@ from pipeline.scoring.report import (
     print_cards,
     print_examples,
 )
+from pipeline.tasks.captioning import Captioning
 from pipeline.terminal import say
 
 
-@command(EvaluateConfig, implied={"--answers": ("--dataset", "vqa")})
+@command(
+    EvaluateConfig,
+    implied={"--answers": ("--dataset", "vqa"), "--ranks": ("--dataset", "visdial")},
+)
 def main(config: EvaluateConfig) -> None:
     """Score a checkpoint on a split of a dataset, or score a file of captions or answers.
 
     The command decodes from the cached features. Without options, it evaluates the run and the
     cache of the embedded sample. To score a file of captions: --captions results.json --references
     annotations.json [--ids FILE] [--out scores.json]. To score a file of answers: --answers
-    results.json --questions questions.json --annotations annotations.json [--out scores.json].
+    results.json --questions questions.json --annotations annotations.json [--out scores.json]. To
+    score ranks of dialogue options: --ranks ranks.json --dialogs dialogs.json [--out scores.json].
     """
-    if config.answers:
-        return score_answers(config)
+    if config.answers or config.ranks:
+        return score_file(config)
     if config.captions:
-        refuse_options(config, "--captions are scored as captions", OF_ANSWERS)
+        refuse_options(config, Captioning(), "--captions are scored as captions")
         return score_captions(config, list(jobs_of_files(config)))
     evaluation = open_checkpoints(config)
     if evaluation.task.scored_as_captions:
-        refuse_options(config, "the checkpoint generates captions", OF_ANSWERS)
+        refuse_options(config, evaluation.task, "the checkpoint generates captions")
         score_captions(config, [job_of_checkpoint(config, evaluation)])
     else:
         score_task(config, evaluation)

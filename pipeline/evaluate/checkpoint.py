@@ -34,7 +34,7 @@ from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # importing torch takes seconds, and scoring a file does not need it
     from pipeline.checkpoints.checkpoint import Checkpoint
-    from pipeline.decoding.captioner import Caption
+    from pipeline.decoding.captioner import Caption, CaptionGenerator
 
 
 class Evaluation(NamedTuple):
@@ -133,7 +133,8 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
     outputs += [("--nbest", nbest_path)] if config.nbest else []
     config.check_outputs(outputs, source)
     others = read_against(config, [image.id for image in images], has_references)
-    captions_by_id, decoding = decode(config, checkpoints, cache, examples)
+    generator, decoding = open_generator(config, checkpoints)
+    captions_by_id = decode(config, generator, cache, examples)
     out.parent.mkdir(parents=True, exist_ok=True)
     best_captions = {image_id: captions[0].text for image_id, captions in captions_by_id.items()}
     write_results(captions_path, best_captions)
@@ -180,19 +181,16 @@ def choose_split(source: Source, checkpoint: Checkpoint) -> str:
     return split
 
 
-def decode(
-    config: EvaluateConfig,
-    checkpoints: Sequence[Checkpoint],
-    cache: FeatureCache | NoFeatures,
-    examples: Sequence[Example],
-) -> tuple[dict[Any, list[Caption]], dict[str, Any]]:
-    """Decode the examples with the checkpoint, or with the ensemble of the checkpoints.
+def open_generator(
+    config: EvaluateConfig, checkpoints: Sequence[Checkpoint]
+) -> tuple[CaptionGenerator, dict[str, Any]]:
+    """Open the machine, and create a generator with the checkpoint or the ensemble of several.
 
     Returns:
-        The texts of each example by example id, best first, and the decoding options.
+        The generator, and all decoding options.
     """
     from models.generation.ensemble import Ensemble
-    from pipeline.decoding.captioner import cast_linears_to_bf16, generate_texts, make_generator
+    from pipeline.decoding.captioner import cast_linears_to_bf16, make_generator
     from pipeline.runtime import open_machine
 
     machine = open_machine(config.device, config.seed, config.precision)
@@ -203,17 +201,37 @@ def decode(
     defaults = dict(checkpoints[0].decoding)
     if config.sample:
         del decoding["beam"], defaults["beam"]
-    method = "samples" if config.sample else f"beam {decoding['beam']}"
+    checkpoint = replace(checkpoints[0], decoding=defaults)
+    with by_option():
+        generator = make_generator(captioner, checkpoint, machine, config.given(), config.seed)
+    return generator, decoding
+
+
+def decode(
+    config: EvaluateConfig,
+    generator: CaptionGenerator,
+    cache: FeatureCache | NoFeatures,
+    examples: Sequence[Example],
+    unit: str = "captions",
+) -> dict[Any, list[Caption]]:
+    """Generate the texts of the examples. Returns them by example id, best first.
+
+    Args:
+        unit: name of the texts in messages, in the plural.
+    """
+    from pipeline.decoding.captioner import generate_texts
+
+    method = "samples" if config.sample else f"beam {generator.options.num_beams}"
     method += f", consensus with {config.consensus} samples" if config.consensus else ""
-    with by_option(), progress(len(examples), "images", method) as bar:
-        checkpoint = replace(checkpoints[0], decoding=defaults)
-        writer = make_generator(captioner, checkpoint, machine, config.given(), config.seed)
-        texts = generate_texts(writer, cache, examples, config.batch, bar.step)
+    if generator.answers:
+        method = "classes"
+    with by_option(), progress(len(examples), unit, method) as bar:
+        texts = generate_texts(generator, cache, examples, config.batch, bar.step)
     say(
-        f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {method}, "
-        f"on {machine}"
+        f"{len(examples):,} {unit} in {bar.seconds:.1f} s, {bar.rate:.0f}/s, {method}, on "
+        f"{generator.machine}"
     )
-    return texts, decoding
+    return texts
 
 
 def nbest_json(captions_by_id: Mapping[int, Sequence[Caption]]) -> str:

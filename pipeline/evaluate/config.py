@@ -47,11 +47,13 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         None,
         "VQA results file to score instead of a checkpoint; --dataset is vqa unless it is passed",
     )
+    ranks: Path | None = setting(
+        None,
+        "file of ranks of dialogue options (VisDial's server format) to score instead of a "
+        "checkpoint; --dataset is visdial unless it is passed",
+    )
     references: Path | None = setting(
         None, "reference captions for --captions: a COCO captions file or Karpathy's JSON"
-    )
-    ids: Path | None = setting(
-        None, "file with the image ids to score: one per line, or a JSON list"
     )
     against: Path | None = setting(
         None,
@@ -84,6 +86,12 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         choices=VARIANTS,
     )
     wups: bool = setting(False, "also compute WUPS, the score of DAQUAR (needs WordNet of nltk)")
+    rank: str | None = setting(
+        None,
+        "score that ranks the options of dialogues, as in pipeline.train --task dialog  [the "
+        "run's]",
+        choices=("mean", "sum"),
+    )
     bootstrap: int = setting(
         1000,
         "number of bootstrap resamples for intervals and --against; 0: no intervals",
@@ -133,20 +141,24 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
                 f"{flag_of(next(iter(decoding)))} is a decoding option, but --captions are not "
                 "decoded; remove the option"
             )
-        if self.answers and (self.captions or self.checkpoint):
-            raise UserError(
-                "--answers goes with neither --captions nor --checkpoint: score a file or a "
-                "checkpoint, not both"
-            )
-        if self.answers and (decoding := self.given()):
-            raise UserError(
-                f"{flag_of(next(iter(decoding)))} is a decoding option, but --answers are not "
-                "decoded; remove the option"
-            )
-        if self.features and (self.answers or self.captions):
+        for name in ("answers", "ranks"):
+            file = getattr(self, name)
+            if file and (self.captions or self.checkpoint or (self.answers and self.ranks)):
+                raise UserError(
+                    f"--{name} goes with neither --captions nor --checkpoint nor another file: "
+                    "score one file, or a checkpoint"
+                )
+            if file and (decoding := self.given()):
+                raise UserError(
+                    f"{flag_of(next(iter(decoding)))} is a decoding option, but --{name} are not "
+                    "decoded; remove the option"
+                )
+        if self.features and (self.answers or self.captions or self.ranks):
             raise UserError(
                 "--features is the feature cache of a checkpoint; a file is scored without features"
             )
+        if self.exclude_ids and self.captions:
+            raise UserError("--exclude-ids goes with --dataset; for --captions pass --ids")
         if self.references and not self.captions:
             raise UserError(
                 "--references goes with --captions; the references of a checkpoint come from "
@@ -154,8 +166,9 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             )
         if self.server:
             check_server_name(self.server)
-            if len(self.extensions.get("dataset", {}).get("questions", ())) > 1:
-                raise UserError("--server takes one --questions file; several are passed")
+            for name in ("questions", "dialogs"):
+                if len(self.extensions.get("dataset", {}).get(name, ())) > 1:
+                    raise UserError(f"--server takes one --{name} file; several are passed")
         if self.server and (self.limit or len(self.captions) > 1):
             raise UserError(
                 "--server needs the captions of all images, or the answers to all questions, by "
@@ -178,8 +191,9 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             files: the path of each output file, with the option that named it.
         """
         inputs = [self.references, self.ids, self.against, self.df, self.train_captions]
-        inputs += [self.answers, *self.captions, *self.annotations]
-        inputs += self.extensions.get("dataset", {}).get("questions", ())
+        inputs += [self.exclude_ids, self.answers, self.ranks, *self.captions, *self.annotations]
+        options = self.extensions.get("dataset", {})
+        inputs += [*options.get("questions", ()), *options.get("dialogs", ()), options.get("dense")]
         inputs += [source.annotations] if source else []
         check_outputs(files, [path for path in inputs if path])
 

@@ -13,29 +13,30 @@ import numpy as np
 from data import DataError
 from data.examples import Example, with_rows
 from data.files import atomic_write_text
-from data.results import read_results, write_results
 from data.sources import Source
 from pipeline.cli import UserError, flag_of
-from pipeline.evaluate.checkpoint import Evaluation, decode, open_split
+from pipeline.evaluate.checkpoint import Evaluation, decode, open_generator, open_split
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.scoring.bootstrap import interval, paired_difference, resample
 from pipeline.scoring.report import format_p, signature_line
-from pipeline.scoring.wups import NotInstalled, open_wordnet
 from pipeline.tasks.base import Task
+from pipeline.tasks.dialog import VisualDialog
+from pipeline.tasks.registry import TASKS
 from pipeline.tasks.vqa import VisualQuestionAnswering, VqaOptions
-from pipeline.terminal import say
+from pipeline.terminal import progress, say
 
-OF_CAPTIONING = (
-    "ids", "df", "meteor", "spice", "train_captions", "examples", "segment", "cache_dir",
-)  # fmt: skip
-OF_ANSWERS = ("answers_out", "accuracy", "wups")
+# the options of pipeline.evaluate that only some tasks have, and these tasks
+TASKS_OF: dict[str, list[str]] = {}
+for _task in TASKS.values():
+    for _name in _task.evaluate_options:
+        TASKS_OF.setdefault(_name, []).append(_task.name)
 
 
 def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     """Decode a split of a dataset with a checkpoint, and score its outputs."""
     checkpoints, task, cache, folder = evaluation
-    refuse_options(config, f"{folder} was trained for --task {task.name}", OF_CAPTIONING)
-    set_options(config, task)
+    refuse_options(config, task, f"{folder} was trained for --task {task.name}")
+    task.set_options({name: getattr(config, name) for name in task.evaluate_options})
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)
     examples, _, left_out = with_rows(examples, source.by_id, cache, split)
@@ -49,68 +50,91 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
         )
     out = config.out or folder / f"scores-{split}.json"
     others = check_files(config, task, source, examples, out)
-    texts, decoding = decode(config, checkpoints, cache, examples)
+    outputs, about = compute_outputs(config, evaluation, examples)
     first = checkpoints[0]
     if cut := first.count_cut(example.prompt for example in examples):
         unit, max_prompt = first.vocabulary.unit, first.captioner.config.max_prompt
         say(f"{cut:,} {task.unit} have more than {max_prompt} {unit} and lost their first {unit}")
-    outputs = {example_id: candidates[0].text for example_id, candidates in texts.items()}
-    about = {"left_out_unreadable": left_out, "decoding": decoding}
+    about = {"left_out_unreadable": left_out, **about}
     report(config, task, source, split, examples, outputs, others, folder.name, out, about)
 
 
-def score_answers(config: EvaluateConfig) -> None:
-    """Score the answers of a file on the questions of a dataset.
+def compute_outputs(
+    config: EvaluateConfig, evaluation: Evaluation, examples: Sequence[Example]
+) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """Rank the candidates of the examples that have some, and generate texts for the others.
+
+    Returns:
+        The ranks or the text of each example by id, and entries for scores.json.
+    """
+    from pipeline.decoding.ranking import candidate_scores, rank_candidates
+
+    checkpoints, task, cache, _ = evaluation
+    generator, decoding = open_generator(config, checkpoints)
+    candidates = {example.id: task.candidates(example) for example in examples}
+    ranked = [example for example in examples if candidates[example.id]]
+    others = [example for example in examples if not candidates[example.id]]
+    outputs: dict[Any, Any] = {}
+    about: dict[str, Any] = {"decoding": decoding}
+    if ranked:
+        with progress(len(ranked), task.unit, "rank") as bar:
+            scores = candidate_scores(
+                generator, cache, ranked, candidates, task.ranks_by_mean, bar.step
+            )
+        outputs, ties = rank_candidates(scores)
+        about |= {"ranked": len(ranked), "ties": ties}
+        say(
+            f"{len(ranked):,} {task.unit} ranked in {bar.seconds:.1f} s, {bar.rate:.0f}/s; in "
+            f"{ties:,} of them candidates have equal scores, which rank by their order"
+        )
+        if others:
+            say(f"{len(others):,} {task.unit} have no candidates and are answered, not ranked")
+    if others:
+        texts = decode(config, generator, cache, others, task.unit)
+        outputs |= {example_id: captions[0].text for example_id, captions in texts.items()}
+    return outputs, about
+
+
+def score_file(config: EvaluateConfig) -> None:
+    """Score a file of answers or of ranks of dialogue options.
 
     Raises:
-        DataError: the file lacks an answer, or has an answer to another question.
+        DataError: the file lacks an output, or has one of an unknown example.
     """
-    assert config.answers is not None
-    refuse_options(config, "--answers are scored by the accuracy of answers", OF_CAPTIONING)
-    task = VisualQuestionAnswering(VqaOptions(output="words"))
-    set_options(config, task)
+    file = config.answers or config.ranks
+    assert file is not None
+    task = VisualQuestionAnswering(VqaOptions(output="words")) if config.answers else VisualDialog()
+    if config.rank and config.ranks:
+        raise UserError("--rank orders the options of a checkpoint; --ranks are ordered already")
+    refuse_options(config, task, f"a file of {task.result_fields.text.rstrip('s')}s is scored")
+    task.set_options({name: getattr(config, name) for name in task.evaluate_options})
     source = config.open_source()
     split = config.split or source.reported()
     all_examples = task.examples(source, split)
     examples = task.examples(source, split, config.limit) if config.limit else all_examples
-    given = read_results(config.answers, task.result_fields)
-    outputs = choose_outputs(given, examples, config.answers)
+    examples = [example for example in examples if task.candidates(example)] or examples
+    given = task.read_outputs(file)
+    outputs = choose_outputs(task, given, examples, file)
     if unknown := given.keys() - {example.id for example in all_examples}:
-        where = f"{config.answers}: question {min(unknown)} is not in"
+        first = min(unknown, key=str)
+        where = f"{file}: {task.unit.rstrip('s')} {first} is not in"
         if unknown & {example.id for example in task.examples(source, "all")}:
             raise UserError(
                 f"{where} split {split} of {source.annotations} ({len(unknown):,} such); pass "
-                "--split all, or a file with the answers of this split only"
+                f"--split all, or a file of this split only"
             )
         raise DataError(f"{where} {source.annotations} ({len(unknown):,} such)")
     others = check_files(config, task, source, examples, config.out)
-    name = config.answers.name
-    report(config, task, source, split, examples, outputs, others, name, config.out, {})
+    report(config, task, source, split, examples, outputs, others, file.name, config.out, {})
 
 
-def refuse_options(config: EvaluateConfig, reason: str, names: Sequence[str]) -> None:
-    """Raise UserError if one of these options is passed."""
-    if passed := [name for name in names if getattr(config, name)]:
-        what = "captioning" if passed[0] in OF_CAPTIONING else "visual question answering"
-        raise UserError(f"{flag_of(passed[0])} is an option of {what}; {reason}")
-    if names is OF_CAPTIONING and config.format == "latex":
+def refuse_options(config: EvaluateConfig, task: Task, reason: str) -> None:
+    """Raise UserError if an option is passed that only other tasks have."""
+    for name, tasks in TASKS_OF.items():
+        if getattr(config, name) and name not in task.evaluate_options:
+            raise UserError(f"{flag_of(name)} is an option of --task {', '.join(tasks)}; {reason}")
+    if config.format == "latex" and not task.scored_as_captions:
         raise UserError(f"--format latex is a table of captioning scores; {reason}")
-
-
-def set_options(config: EvaluateConfig, task: Task) -> None:
-    """Set the options of the command that change the scores of a task.
-
-    Raises:
-        UserError: an option does not apply to the task, or WordNet is not installed.
-    """
-    if not isinstance(task, VisualQuestionAnswering):
-        return refuse_options(config, f"the task is {task.name}", OF_ANSWERS)
-    task.set_scores(config.accuracy, config.wups)
-    if config.wups:
-        try:
-            open_wordnet()
-        except NotInstalled as error:
-            raise UserError(f"--wups: {error}") from error
 
 
 def check_files(
@@ -119,7 +143,7 @@ def check_files(
     source: Source,
     examples: Sequence[Example],
     out: Path | None,
-) -> dict[Any, str] | None:
+) -> dict[Any, Any] | None:
     """Check all files of the command before anything is decoded or written.
 
     Returns the outputs of --against by example id, or None without --against.
@@ -134,7 +158,8 @@ def check_files(
     if out:
         outputs += [("--out", out), ("--out", outputs_path(out))]
     config.check_outputs(outputs, source)
-    if not any(example.targets for example in examples):
+    scorable = task.scorable(examples)
+    if not scorable:
         for name in ("against", "accuracy", "wups"):
             if getattr(config, name):
                 raise UserError(
@@ -146,7 +171,7 @@ def check_files(
                 f"--format json prints scores, but the {task.unit} have no answers; add them "
                 "(--annotations, or the column answer of a folder's metadata)"
             )
-        if config.answers and not outputs:
+        if (config.answers or config.ranks) and not outputs:
             raise UserError(
                 f"the {task.unit} have no answers, so nothing is scored; add them (--annotations, "
                 "or the column answer of a folder's metadata), or pass --server or --answers-out "
@@ -154,9 +179,7 @@ def check_files(
             )
     if config.against is None:
         return None
-    return choose_outputs(
-        read_results(config.against, task.result_fields), examples, config.against
-    )
+    return choose_outputs(task, task.read_outputs(config.against), scorable, config.against)
 
 
 def outputs_path(out: Path) -> Path:
@@ -184,16 +207,19 @@ def server_path(config: EvaluateConfig, source: Source, out: Path | None) -> Pat
 
 
 def choose_outputs(
-    given: Mapping[int, str], examples: Sequence[Example], file: Path
-) -> dict[int | str, str]:
+    task: Task, given: Mapping[int | str, Any], examples: Sequence[Example], file: Path
+) -> dict[int | str, Any]:
     """Return the outputs of a results file for the examples.
 
     Raises:
         DataError: an example has no output.
     """
     if missing := [example.id for example in examples if example.id not in given]:
-        raise DataError(f"question {missing[0]} has no answer in {file} ({len(missing):,} such)")
-    return {example.id: given[example.id] for example in examples}  # type: ignore[index]
+        raise DataError(
+            f"{task.unit.rstrip('s')} {missing[0]} has no {task.result_fields.text} in {file} "
+            f"({len(missing):,} such)"
+        )
+    return {example.id: given[example.id] for example in examples}
 
 
 def report(
@@ -202,8 +228,8 @@ def report(
     source: Source,
     split: str,
     examples: Sequence[Example],
-    outputs: Mapping[Any, str],
-    others: Mapping[Any, str] | None,
+    outputs: Mapping[Any, Any],
+    others: Mapping[Any, Any] | None,
     name: str,
     out: Path | None,
     about: Mapping[str, Any],
@@ -216,14 +242,20 @@ def report(
         name: name of the outputs in the printed table.
         about: further entries of scores.json.
     """
-    write_outputs(config, task, source, outputs, out)
-    scored = None
-    if any(example.targets for example in examples):
-        scored = score_outputs(config, task, outputs, examples)
+    write_outputs(config, task, source, examples, outputs, out)
+    scorable = task.scorable(examples)
+    scored = score_outputs(config, task, outputs, scorable) if scorable else None
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         path = outputs_path(out)
-        atomic_write_text(path, output_lines(examples, outputs, scored.each if scored else []))
+        atomic_write_text(
+            path,
+            output_lines(
+                examples,
+                outputs,
+                dict(zip((e.id for e in scorable), scored.each, strict=True)) if scored else {},
+            ),
+        )
         say(f"outputs: {path}")
     if scored is None:
         say(f"the {task.unit} have no answers, so nothing is scored")
@@ -231,22 +263,22 @@ def report(
     record: dict[str, Any] = {
         "task": task.name,
         "split": split,
-        "examples": len(examples),
-        "images": len({example.image_id for example in examples}),
+        "examples": len(scorable),
+        "images": len({example.image_id for example in scorable}),
         "scores": scored.scores,
         "intervals": {key: interval(values) for key, values in scored.resampled.items()},
         **about,
     }
     parts = {
         "task": task.name,
-        "n": len(examples),
+        "n": len(scorable),
         "refs": f"{(source.annotations or source.root).name}-{split}",
-        **task.describe(examples),
+        **task.describe(scorable),
         "bootstrap": f"{config.bootstrap}.seed{config.seed}" if config.bootstrap else "no",
     }
     record["signature"] = signature_line(parts)
     if config.against and others is not None and scored.resampled:
-        other = score_outputs(config, task, others, examples)
+        other = score_outputs(config, task, others, scorable)
         record["against"] = {
             "name": config.against.name,
             "scores": other.scores,
@@ -277,7 +309,7 @@ class Scored(NamedTuple):
 
 
 def score_outputs(
-    config: EvaluateConfig, task: Task, outputs: Mapping[Any, str], examples: Sequence[Example]
+    config: EvaluateConfig, task: Task, outputs: Mapping[Any, Any], examples: Sequence[Example]
 ) -> Scored:
     """Score outputs by example id, with the bootstrap settings of the command."""
     each = task.example_scores(outputs, examples)
@@ -290,7 +322,8 @@ def write_outputs(
     config: EvaluateConfig,
     task: Task,
     source: Source,
-    outputs: Mapping[Any, str],
+    examples: Sequence[Example],
+    outputs: Mapping[Any, Any],
     out: Path | None,
 ) -> None:
     """Write the results files of --answers-out and --server."""
@@ -298,24 +331,31 @@ def write_outputs(
     paths += [server_path(config, source, out)] if config.server else []
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_results(path, outputs, task.result_fields)
+        entries = task.results(outputs, examples)
+        atomic_write_text(path, json.dumps(entries, ensure_ascii=False))
         say(f"{'for the evaluation server' if path != config.answers_out else 'answers'}: {path}")
 
 
 def output_lines(
-    examples: Sequence[Example], outputs: Mapping[Any, str], scores: Sequence[Mapping[str, float]]
+    examples: Sequence[Example],
+    outputs: Mapping[Any, Any],
+    scores: Mapping[int | str, Mapping[str, float]],
 ) -> str:
-    """The output of each example as JSON lines, with its scores if there are any."""
+    """The output of each example as JSON lines, with its scores if there are any.
+
+    Args:
+        scores: by example id.
+    """
     lines = []
-    for number, example in enumerate(examples):
+    for example in examples:
         entry: dict[str, Any] = {
             "id": example.id,
             "image_id": example.image_id,
             "prompt": example.prompt,
             "output": outputs[example.id],
         }
-        if scores:
-            entry |= {"targets": example.targets, "scores": scores[number]}
+        if example.id in scores:
+            entry |= {"targets": example.targets, "scores": scores[example.id]}
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 

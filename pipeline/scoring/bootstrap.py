@@ -46,15 +46,19 @@ def mean_of(name: str, per_image: np.ndarray) -> Statistic:
 def mean_of_groups(name: str, values: np.ndarray, groups: Sequence[object]) -> Statistic:
     """The statistic of a score that is the mean over examples, of which whole groups are drawn.
 
-    values: [examples]. groups: the group of each example, such as the id of its image.
+    values: [examples]; NaN: the example has no score. groups: the group of each example, such as
+        the id of its image.
     """
     rows = {group: row for row, group in enumerate(dict.fromkeys(groups))}
     row_of = np.array([rows[group] for group in groups])
-    totals = np.bincount(row_of, weights=values, minlength=len(rows))
-    counts = np.bincount(row_of, minlength=len(rows))
-    return Statistic(
-        (name,), np.stack([totals, counts], axis=1), lambda sums: sums[:, :1] / sums[:, 1:]
-    )
+    has_score = ~np.isnan(values)
+    totals = np.bincount(row_of, weights=np.where(has_score, values, 0), minlength=len(rows))
+    counts = np.bincount(row_of, weights=has_score, minlength=len(rows))
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return sums[:, :1] / np.where(sums[:, 1:] > 0, sums[:, 1:], np.nan)
+
+    return Statistic((name,), np.stack([totals, counts], axis=1), mean)
 
 
 def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str, np.ndarray]:
@@ -80,9 +84,9 @@ def resample(statistics: list[Statistic], resamples: int, seed: int) -> dict[str
 
 
 def interval(scores: np.ndarray) -> list[float]:
-    """The percentile confidence interval of resampled scores: [low, high]."""
+    """The percentile confidence interval of resampled scores, without NaN: [low, high]."""
     tail = (100 - LEVEL) / 2
-    return np.percentile(scores, [tail, 100 - tail]).tolist()
+    return np.nanpercentile(scores, [tail, 100 - tail]).tolist()
 
 
 def p_value(difference: float, differences: np.ndarray) -> float:

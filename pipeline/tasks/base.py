@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.examples import Example
-from data.results import Fields
+from data.results import Fields, read_results
 from data.sources import Source
 from pipeline.scoring.bootstrap import Statistic, mean_of_groups
 
@@ -38,6 +39,13 @@ class Task(ABC):
     output: "words": the decoder generates text; "classes": the decoder chooses one of `answers`.
     answers: with output "classes", the text of each class.
     result_fields: the fields of the entries of a results file: the example id and the text.
+    ranks_by_mean: whether candidates are ranked by their mean log-probability per word; else by the
+        sum.
+    may_lack_targets: whether examples without targets are left out of training. Otherwise they are
+        an error.
+    dev_images: the largest number of dev images that training scores.
+    evaluate_options: names of the options of pipeline.evaluate that only this task has. The command
+        passes them to `set_options`.
     """
 
     name: str
@@ -50,6 +58,10 @@ class Task(ABC):
     output: str = "words"
     answers: tuple[str, ...] = ()
     result_fields = Fields("id", "output")
+    ranks_by_mean = True
+    may_lack_targets = False
+    dev_images = 5000
+    evaluate_options: tuple[str, ...] = ()
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
         """Create the task.
@@ -74,9 +86,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, outputs: Mapping[int | str, str], examples: Sequence[Example],
               train: Sequence[Example] = ()) -> dict[str, Any]:  # fmt: skip
-        """Compute scores of generated texts.
+        """Compute scores of outputs.
 
-        outputs: the text of each example, by example id.
+        outputs: by example id the generated text, or for an example with `candidates` their ranks
+            (1 is the best).
         examples: the examples with their references.
         train: the training examples, for scores that need statistics of the training texts.
 
@@ -106,12 +119,48 @@ class Task(ABC):
         """Return properties of the scores for the signature, such as the variant of a score."""
         return {}
 
-    def choose_answers(self, train: Sequence[Example]) -> str:
-        """With output "classes": set `answers` from the training examples.
+    def prepare(self, train: Sequence[Example], dev: Sequence[Example]) -> str:
+        """Prepare for training. With output "classes", this sets `answers`.
 
-        Returns a message for the user.
+        train: the examples that are trained on. dev: those that choose the best epoch; empty with
+            --train-on-dev.
+
+        Returns a message for the user, or "".
         """
         return ""
+
+    def set_options(self, values: Mapping[str, Any]) -> None:
+        """Set the options of pipeline.evaluate that `evaluate_options` names.
+
+        Raises UserError if they cannot be used.
+        """
+        return None
+
+    def read_outputs(self, file: Path) -> dict[int | str, Any]:
+        """Read the outputs of another model from a results file, by example id.
+
+        Raises DataError if the file is invalid.
+        """
+        return dict(read_results(file, self.result_fields).items())
+
+    def results(
+        self, outputs: Mapping[int | str, Any], examples: Sequence[Example]
+    ) -> list[dict[str, Any]]:
+        """Return the entries of a results file, such as an evaluation server accepts."""
+        id_, text = self.result_fields
+        return [{id_: example.id, text: outputs[example.id]} for example in examples]
+
+    def prompt(self, question: str) -> str:
+        """Return the prompt of a question about a photograph, without earlier ones."""
+        return question
+
+    def candidates(self, example: Example) -> Sequence[str]:
+        """Return the texts to rank for an example; empty: a text is generated instead."""
+        return ()
+
+    def scorable(self, examples: Sequence[Example]) -> list[Example]:
+        """Return the examples that can be scored. By default all, if any has targets."""
+        return [*examples] if any(example.targets for example in examples) else []
 
     def labels(self, example: Example) -> list[tuple[int, float]]:
         """With output "classes": return the correct classes of an example, with weights in

@@ -38,6 +38,9 @@ class Captioning(Task):
     unit = "captions"
     scored_as_captions = True
     self_critical = True
+    evaluate_options = (
+        "df", "meteor", "spice", "train_captions", "examples", "segment", "cache_dir", "server",
+    )  # fmt: skip
     # examples of the last call of `score`, and their counted references
     _cached: tuple[Sequence[Example], References] | None = None
 

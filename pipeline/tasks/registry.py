@@ -8,9 +8,14 @@ from typing import Any
 from pipeline.cli import UserError, from_record
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
+from pipeline.tasks.dialog import VisualDialog
 from pipeline.tasks.vqa import VisualQuestionAnswering
 
-TASKS: dict[str, type[Task]] = {"captioning": Captioning, "vqa": VisualQuestionAnswering}
+TASKS: dict[str, type[Task]] = {
+    "captioning": Captioning,
+    "vqa": VisualQuestionAnswering,
+    "dialog": VisualDialog,
+}
 
 
 def task_of(training: Mapping[str, Any], segment: str) -> Task:

@@ -21,7 +21,7 @@ from data.results import ANSWERS, read_text_list
 from data.sources import Source
 from pipeline.cli import UserError, setting
 from pipeline.scoring.vqa import VARIANTS, Variant, accuracy, normalize
-from pipeline.scoring.wups import wups
+from pipeline.scoring.wups import NotInstalled, open_wordnet, wups
 from pipeline.tasks.base import Task
 
 # default of --min-answer-count for large and for small data sets
@@ -73,6 +73,7 @@ class VisualQuestionAnswering(Task):
     result_fields = ANSWERS
     wups = False  # whether WUPS is also computed
     Options = VqaOptions
+    evaluate_options = ("accuracy", "wups", "answers_out", "server")
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
         super().__init__(options, segment)
@@ -96,7 +97,7 @@ class VisualQuestionAnswering(Task):
             examples.append(Example(question.id, question.image_id, question.text, targets))
         return examples
 
-    def choose_answers(self, train: Sequence[Example]) -> str:
+    def prepare(self, train: Sequence[Example], dev: Sequence[Example]) -> str:
         """Choose the answers that become classes, in the order of their frequency in train.
 
         Answers that are equal after normalization are one class, with the most frequent spelling.
@@ -105,6 +106,8 @@ class VisualQuestionAnswering(Task):
         Raises UserError if there are no classes, or no train question has an answer of
         --answers-vocabulary.
         """
+        if self.output == "words":
+            return ""
         spellings = Counter(example.targets[0] for example in train if example.targets)
         counts: Counter[str] = Counter()
         spelling: dict[str, str] = {}  # by normalized answer
@@ -160,11 +163,16 @@ class VisualQuestionAnswering(Task):
             if answer in self._class_of
         ]
 
-    def set_scores(self, accuracy: str | None, wups: bool) -> None:
+    def set_options(self, values: Mapping[str, Any]) -> None:
         """Choose the variant of the accuracy (None: unchanged) and whether to compute WUPS."""
-        if accuracy:
-            self.options = replace(self.options, accuracy=accuracy)
-        self.wups = wups
+        if values["accuracy"]:
+            self.options = replace(self.options, accuracy=values["accuracy"])
+        self.wups = values["wups"]
+        if self.wups:
+            try:
+                open_wordnet()
+            except NotInstalled as error:
+                raise UserError(f"--wups: {error}") from error
 
     def variant(self, question: Question) -> Variant:
         """The variant of the accuracy for a question."""

@@ -43,8 +43,6 @@ from pipeline.training.logger import Journal
 from pipeline.training.resume import resume
 from pipeline.training.state import Run
 
-DEV_IMAGES = 5000  # largest number of dev images that are used
-
 
 class InitRun(NamedTuple):
     """The run of --init.
@@ -143,9 +141,13 @@ def open_splits(
     dev = select_dev(config, task, source)
     if config.train_on == "train+val":
         train = join_val(config, task, source, train, dev)
+    if task.may_lack_targets:
+        train, dev = ([e for e in examples if e.targets] for examples in (train, dev))
+    if config.train_on_dev:
+        train, dev = [*train, *dev], []
     has_classes = task.output == "classes"
-    if has_classes:
-        say(task.choose_answers([*train, *dev] if config.train_on_dev else train))
+    if message := task.prepare(train, dev):
+        say(message)
 
     def texts(examples: Sequence[Example], split: str) -> ImageTexts:
         return ImageTexts(
@@ -160,7 +162,7 @@ def open_splits(
         )
 
     splits = (
-        texts([*train, *dev] if config.train_on_dev else train, "train"),
+        texts(train, "train"),
         None if config.train_on_dev else texts(dev, "dev"),
     )
     if left_out := sum(split.left_out for split in splits if split):
@@ -194,7 +196,8 @@ def join_val(
 
 def select_dev(config: TrainConfig, task: Task, source: Source) -> list[Example]:
     """Select the dev examples. Raises UserError if there are none, unless --train-on-dev is set."""
-    limit = config.limit if config.train_on_dev else min(config.limit or DEV_IMAGES, DEV_IMAGES)
+    most = task.dev_images
+    limit = config.limit if config.train_on_dev else min(config.limit or most, most)
     try:
         return task.examples(source, "dev", limit)
     except DataError as error:

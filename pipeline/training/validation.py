@@ -11,6 +11,7 @@ import torch
 from models.generation.options import Generation
 from pipeline.checkpoints.checkpoint import save_weights
 from pipeline.decoding.captioner import CaptionGenerator, generate_texts
+from pipeline.decoding.ranking import candidate_scores, rank_candidates
 from pipeline.tasks.base import Task
 from pipeline.terminal import progress, say
 from pipeline.training import distributed
@@ -127,10 +128,15 @@ def dev_loss(run: Run) -> float:
 
 
 def dev_scores(run: Run) -> dict[str, float]:
-    """Generate the texts of dev by beam search and score them. Each process generates a part."""
-    config, machine = run.config, run.machine
+    """Generate the texts of dev by beam search, or rank its candidates, and score the result.
+
+    Each process generates or ranks a part.
+    """
+    config, machine, task = run.config, run.machine, run.task
     assert run.dev is not None
-    examples = run.dev.examples[machine.rank :: machine.world]
+    all_candidates = {e.id: task.candidates(e) for e in run.dev.examples}
+    ranked = [e for e in run.dev.examples if all_candidates[e.id]]
+    examples = (ranked or run.dev.examples)[machine.rank :: machine.world]
     options = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
     generator = CaptionGenerator(
         run.captioner, run.checkpoint.vocabulary, machine, options, answers=run.task.answers
@@ -141,18 +147,25 @@ def dev_scores(run: Run) -> dict[str, float]:
             raise Stopped(run.stop_signal)
         bar.step(count)
 
-    texts_by_id = {}
-    with progress(len(examples), "images", "dev", enabled=machine.rank == 0) as bar:
-        if examples:
+    outputs: dict[Any, Any] = {}
+    with progress(len(examples), "examples", "dev", enabled=machine.rank == 0) as bar:
+        if ranked:
+            mean = task.ranks_by_mean
+            outputs, _ = rank_candidates(
+                candidate_scores(
+                    generator, run.dev.cache, examples, all_candidates, mean, done=step
+                )
+            )
+        elif examples:
             texts_by_id = generate_texts(generator, run.dev.cache, examples, done=step)
+            outputs = {id_: texts[0].text for id_, texts in texts_by_id.items()}
     outputs = {
-        id_: texts[0].text
-        for part in distributed.all_gather(texts_by_id)
-        for id_, texts in part.items()
+        id_: output for part in distributed.all_gather(outputs) for id_, output in part.items()
     }
     if machine.rank:
         return distributed.broadcast(None)
-    scores = run.task.score(outputs, run.dev.examples, run.train.examples)
+    scorable = task.scorable(run.dev.examples)
+    scores = task.score(outputs, scorable or run.dev.examples, run.train.examples)
     return distributed.broadcast(
         {name: value for name, value in scores.items() if isinstance(value, float)}
     )

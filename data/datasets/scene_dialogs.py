@@ -1,0 +1,124 @@
+"""Dialogues about the embedded sample's scenes, with answers that are known to be true.
+
+A dialogue asks about one thing, and then about things beside it. Its later questions can only be
+understood with the earlier ones: "is there a star?", "what colour is it?", "what is left of it?",
+"and what is above that?". Each round has 100 different candidate answers, at least 20 of which
+could answer the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.datasets.sample import COLOURS, SHAPES, SIZES, Scene, Thing, clear_relation, holds
+from data.datasets.visdial import Dialog, Round
+
+CANDIDATES = 100
+SAME_TYPE = 30  # at most so many candidates are of the type of the true answer, if others suffice
+RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+NUMBERS = {2: "two", 3: "three"}
+
+
+def phrase(thing: Thing) -> str:
+    """The answer that names a thing, such as "the small red star"."""
+    return f"the {' '.join(thing.words)}"
+
+
+# the possible answers by type
+ANSWERS: Mapping[str, Sequence[str]] = {
+    "thing": [
+        f"the {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES
+    ],
+    "colour": [
+        f"it is {shade}{colour}" for shade in ("", "dark ", "light ") for colour in COLOURS
+    ],
+    "size": [
+        f"it is {degree}{size}"
+        for degree in ("", "very ", "quite ", "rather ", "fairly ")
+        for size in ("small", "large", "tiny", "huge")
+    ],
+    "presence": [
+        f"{answer}{rest}"
+        for answer in ("yes", "no")
+        for rest in (
+            "", ", i think", ", i believe", ", it seems", ", of course", ", maybe", ", probably",
+            ", certainly", ", as far as i see", ", but only part of it",
+        )
+    ],
+}  # fmt: skip
+
+
+class SceneRound(NamedTuple):
+    """A question about a scene, its answer, and the type of the answer (a key of ANSWERS)."""
+
+    question: str
+    answer: str
+    type: str
+
+
+def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
+    """A dialogue of three to six rounds about a scene; empty if no thing has a shape of its own."""
+    things = scene.things
+    shapes = [thing.shape for thing in things]
+    alone = [thing for thing in things if shapes.count(thing.shape) == 1]
+    if not alone:
+        return []
+    rounds = []
+    if rng.random() < 0.5:
+        absent = [shape for shape in SHAPES if shape not in shapes]
+        shape = absent[int(rng.integers(len(absent)))]
+        rounds.append(SceneRound(f"is there a {shape}?", "no", "presence"))
+    thing = alone[int(rng.integers(len(alone)))]
+    rounds.append(SceneRound(f"is there a {thing.shape}?", "yes", "presence"))
+    attributes = [
+        SceneRound("what colour is it?", f"it is {thing.colour}", "colour"),
+        SceneRound("is it small or large?", f"it is {thing.size}", "size"),
+    ]
+    rounds += [attributes[i] for i in rng.permutation(2)]
+    about = "it"
+    for _ in range(2):
+        step = _beside(things, thing, rng)
+        if step is None:
+            break
+        relation, thing = step
+        start = "what is" if about == "it" else "and what is"
+        rounds.append(SceneRound(f"{start} {RELATIONS[relation]} {about}?", phrase(thing), "thing"))
+        about = "that"
+    return rounds
+
+
+def _beside(
+    things: Sequence[Thing], thing: Thing, rng: np.random.Generator
+) -> tuple[str, Thing] | None:
+    """A relation in which only one other thing is to a thing, and that other thing."""
+    steps = []
+    for other in things:
+        relation = clear_relation(other, thing) if other is not thing else None
+        if relation and sum(holds(each, relation, thing) for each in things) == 1:
+            steps.append((relation, other))
+    return steps[int(rng.integers(len(steps)))] if steps else None
+
+
+def dialogs_about(scenes: Mapping[int, Scene], seed: int = 0) -> dict[int, Dialog]:
+    """One dialogue about each scene, by image id."""
+    texts = [text for group in ANSWERS.values() for text in group]
+    number_of = {text: number for number, text in enumerate(texts)}
+    dialogs = {}
+    for image_id, scene in scenes.items():
+        rng = np.random.default_rng([seed, image_id])
+        rounds = []
+        for each in talk(scene, rng):
+            same = rng.permutation([number_of[t] for t in ANSWERS[each.type] if t != each.answer])
+            others = [n for n in range(len(texts)) if texts[n] not in ANSWERS[each.type]]
+            first, later = same[: SAME_TYPE - 1], same[SAME_TYPE - 1 :]
+            chosen = [number_of[each.answer], *first, *rng.permutation(others), *later][:CANDIDATES]
+            options = rng.permutation(chosen).astype(np.int32)
+            gt_index = options.tolist().index(number_of[each.answer])
+            rounds.append(Round(each.question, each.answer, options, gt_index, texts))
+        if rounds:
+            caption = f"a picture with {NUMBERS[len(scene.things)]} things"
+            dialogs[image_id] = Dialog(image_id, caption, tuple(rounds))
+    return dialogs

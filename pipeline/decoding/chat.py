@@ -1,0 +1,111 @@
+"""A conversation about a photograph, with a checkpoint of --task dialog."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.files import atomic_write_text
+from data.images import Photograph, UnreadableImage, describe
+from data.sources import check_caption, parse_json
+from pipeline.cli import UserError
+from pipeline.decoding.captioner import PhotoCaptioner, make_generator
+from pipeline.tasks.dialog import VisualDialog, dialog_prompt
+from pipeline.tasks.registry import task_of
+
+
+class Chat:
+    """A conversation about a photograph. The photograph is encoded once.
+
+        chat = Chat(load_captioner("runs/visdial"), "photo.jpg")
+        chat.ask("is it sunny?")  # "yes"
+
+    rounds: the questions so far and their answers.
+    forgotten: whether the last prompt was longer than the model reads, so that the oldest rounds no
+        longer fit.
+    """
+
+    def __init__(
+        self,
+        captioner: PhotoCaptioner,
+        photo: Photograph,
+        caption: str = "",
+        rounds: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """
+        photo: as in `PhotoCaptioner.caption`.
+        caption: the caption of the photograph, which dialogues of VisDial begin with.
+
+        Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues.
+        """
+        checkpoint = captioner.checkpoint
+        task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+        if not isinstance(task, VisualDialog):
+            raise UserError(
+                f"{captioner.folder} was trained for --task {task.name}, not on dialogues; train "
+                "with --task dialog"
+            )
+        self._has_history = task.options.history
+        self._captioner, self.caption = captioner, caption
+        self.rounds, self.forgotten = [*rounds], False
+        self.photo = photo
+        self.look(photo)
+
+    def look(self, photo: Photograph) -> None:
+        """Change the photograph. The rounds so far remain. Raises UnreadableImage."""
+        regions, (reason,) = self._captioner.extract([photo])
+        if regions is None:
+            raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
+        self.photo, self._regions = photo, regions
+
+    def ask(self, question: str, **options: Any) -> str:
+        """Return the answer to a question, and add both to `rounds`.
+
+        options: fields of models.generation.options.Generation.
+        """
+        check_caption(question, "QUESTION", "question")
+        rounds = self.rounds if self._has_history else []
+        prompt = dialog_prompt(self.caption if self._has_history else "", rounds, question)
+        model = self._captioner
+        self.forgotten = bool(model.checkpoint.count_cut([prompt]))
+        generator = make_generator(model.captioner, model.checkpoint, model.machine, options)
+        answers = generator(self._regions, 0, generator.encode_prompts([prompt]), [0])
+        answer = answers[0][0].text
+        self.rounds.append((question, answer))
+        return answer
+
+    def reset(self) -> None:
+        """Forget all rounds."""
+        self.rounds, self.forgotten = [], False
+
+    def save(self, file: Path) -> None:
+        """Write the conversation as JSON. Raises UserError if the photograph has no path."""
+        if not isinstance(self.photo, str | Path):
+            raise UserError("only a conversation about a photograph with a path can be saved")
+        record = {
+            "photo": str(self.photo),
+            "caption": self.caption,
+            "rounds": [{"question": q, "answer": a} for q, a in self.rounds],
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(file, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_conversation(file: Path) -> tuple[Path, str, list[tuple[str, str]]]:
+    """Return the photograph, the caption and the rounds of a file of `Chat.save`.
+
+    Raises UserError if the file is not such a file.
+    """
+    record = parse_json(file)
+    rounds = record.get("rounds") if isinstance(record, dict) else None
+    texts = [record.get("photo"), record.get("caption")] if isinstance(record, dict) else [None]
+    if isinstance(rounds, list) and all(isinstance(each, dict) for each in rounds):
+        texts += [each.get(key) for each in rounds for key in ("question", "answer")]
+    else:
+        texts.append(None)
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{file} is not a conversation that /save wrote")
+    photo, caption, *lines = (check_caption(text, f"{file}", "text") for text in texts)
+    return Path(photo), caption, list(zip(lines[::2], lines[1::2], strict=True))
