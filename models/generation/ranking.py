@@ -142,8 +142,8 @@ def _token_log_p(
     text = Continuation(candidates, is_token, cache)
     states = decoder.states(text.words, text.positions, text, memory)[: text.count]
     following = targets[:, :, 1:][is_token]
-    log_p = [
-        decoder.logits(rows).log_softmax(1, dtype=torch.float32).gather(1, words[:, None])[:, 0]
-        for rows, words in zip(states.split(CHUNK_ROWS), following.split(CHUNK_ROWS), strict=True)
-    ]
+    log_p = []
+    for rows, words in zip(states.split(CHUNK_ROWS), following.split(CHUNK_ROWS), strict=True):
+        logits = decoder.logits(rows).float()
+        log_p.append(logits.gather(1, words[:, None])[:, 0] - logits.logsumexp(1))
     return first, torch.cat(log_p) if log_p else first.new_zeros(0)
