@@ -43,6 +43,7 @@ class Batch:
     image_ids: list[int | None]
     counted: bool = True
     labels: Tensor | None = None  # [texts,classes] float32, in the order of the texts
+    exclusive: bool = False  # whether exactly one class of a text is true
 
     @functools.cached_property
     def prompt_lengths(self) -> Tensor | None:
@@ -82,7 +83,7 @@ class Batch:
             strict=True,
         )
         batches = [
-            Batch(features, boxes, counts, tokens, list(ids), self.counted)
+            Batch(features, boxes, counts, tokens, list(ids), self.counted, None, self.exclusive)
             for features, boxes, counts, tokens, ids in chunks
         ]
         if self.labels is not None:
@@ -97,8 +98,9 @@ class Batch:
             part.to(device, non_blocking=True) for part in (self.features, self.boxes, self.counts)
         )
         return Batch(
-            features, boxes, counts, self.tokens, self.image_ids, self.counted, self.labels
-        )
+            features, boxes, counts, self.tokens, self.image_ids, self.counted, self.labels,
+            self.exclusive,
+        )  # fmt: skip
 
 
 class ImageTexts:
@@ -121,6 +123,7 @@ class ImageTexts:
         holds_mirrored: Callable[[Sequence[str]], bool] = lambda words: True,
         labels: Callable[[Example], Sequence[tuple[int, float]]] | None = None,
         classes: int = 0,
+        exclusive: bool = False,
     ) -> None:
         """Tokenize the examples and group them by image.
 
@@ -129,13 +132,13 @@ class ImageTexts:
         holds_mirrored: returns whether a text (a list of words) is also true of the mirrored image.
         labels: returns the classes of an example with their weights; a text is then a prompt
             without a target. None: the targets are texts.
-        classes: the number of classes.
+        classes: the number of classes. exclusive: whether exactly one of them is true of a text.
 
         Raises DataError for an image without a row in the cache, and for an image whose targets
         contain no words.
         """
         self.cache, self.segment, self.holds_mirrored = cache, segment, holds_mirrored
-        self.classes = classes
+        self.classes, self.exclusive = classes, exclusive
         self.labels: list[list[Sequence[tuple[int, float]]]] = []
         self.examples, self.images, self.left_out = with_rows(examples, images, cache, split)
         self.on_device: tuple[Tensor, dict[int, int]] | None = None
@@ -297,7 +300,7 @@ class ImageTexts:
             ]
             regions = self.features(image_ids, batch_views if views else None)
             labels = self._label_rows(images, [view == flip for view in batch_views])
-            yield Batch(*regions, pad(texts), image_ids, counted, labels)
+            yield Batch(*regions, pad(texts), image_ids, counted, labels, self.exclusive)
 
     def _label_rows(self, images: Sequence[int], is_mirrored: Sequence[bool]) -> Tensor | None:
         """The labels of the texts of a batch, [texts,classes] float32; None without classes."""

@@ -316,11 +316,24 @@ def paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file, without its byte order mark.
+def read_text(file: Path, encoding: str | None = None) -> str:
+    """Return the text of a file, without its byte order mark.
 
-    Raises DataError if the file is not UTF-8.
+    encoding: the value of --encoding; None: UTF-8, for files that this option does not concern.
+
+    Raises DataError if the file has another encoding.
     """
+    if encoding is not None:
+        try:
+            text = file.read_bytes().decode(encoding)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{file} is not {encoding} at byte {error.start}; save it as {encoding}, or pass "
+                "--encoding NAME, such as gb18030"
+            ) from error
+        except LookupError as error:
+            raise DataError(f"--encoding {encoding}: {error}") from error
+        return text.removeprefix("\ufeff")
     with open(file, "rb") as opened:
         start = opened.read(2)
     # a byte order mark of UTF-16, or a character of two bytes

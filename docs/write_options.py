@@ -1,4 +1,4 @@
-"""Write the option pages docs/{extract,train,evaluate,caption,ask}.md from the option classes.
+"""Write the option pages docs/COMMAND.md from the option classes.
 
     python docs/write_options.py
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.ask import AskConfig
 from pipeline.caption import CaptionConfig
+from pipeline.classify import ClassifyConfig
 from pipeline.cli import flag_of, options_of
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.extract import ExtractConfig
@@ -27,6 +28,7 @@ COMMANDS = {
     "evaluate": (EvaluateConfig, "Score a checkpoint over a cache, or a file of captions."),
     "caption": (CaptionConfig, "Caption photographs with a checkpoint."),
     "ask": (AskConfig, "Answer questions about photographs with a checkpoint."),
+    "classify": (ClassifyConfig, "Label photographs with texts with a checkpoint."),
 }
 
 

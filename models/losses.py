@@ -88,12 +88,16 @@ def class_loss(
     pad: int,
     noise: Noise = Noise(),
     prompt_lengths: Tensor | None = None,
+    exclusive_smoothing: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of soft labels, and the number of texts (Teney et al. 2018).
 
-    tokens: [B,K,T] int64 on the CPU, prompts and then <bos>. labels: [N,classes] float32 in 0..1, a
-    row for each text that is not padding, in order. Returns (sum over texts and classes in nats,
-    N).
+    tokens: [B,K,T] int64 on the CPU, prompts and then <bos>. labels: [N,classes] float32, a row for
+    each text that is not padding, in order. Returns (sum over texts and classes in nats, N).
+
+    exclusive_smoothing: a number for classes of which exactly one is true: the loss is then the
+        cross-entropy of the softmax with this label smoothing, and a label is the weight of the
+        text.
     """
     is_token = tokens != pad
     text = Packed(tokens, is_token, prompt_lengths)
@@ -105,9 +109,15 @@ def class_loss(
     text.words = replace_words(text.words, text.positions > 0, noise.words, noise.unknown)
     states = decoder(drop_regions(regions, noise.regions), text.to(device)).flatten(0, 1)
     logits = unwrapped(decoder).head(states[texts.to(device)])
-    loss = F.binary_cross_entropy_with_logits(
-        logits.float(), labels.to(device, non_blocking=True), reduction="sum"
-    )
+    labels = labels.to(device, non_blocking=True)
+    if exclusive_smoothing is None:
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
+    else:
+        weights, classes = labels.max(1)
+        losses = F.cross_entropy(
+            logits.float(), classes, reduction="none", label_smoothing=exclusive_smoothing
+        )
+        loss = (weights * losses).sum()
     return loss, torch.tensor(len(texts))
 
 

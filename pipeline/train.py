@@ -16,7 +16,7 @@ from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
 from pipeline.runtime import open_machine
 from pipeline.sources import SAMPLE_ROOT
-from pipeline.tasks.registry import task_of
+from pipeline.tasks.registry import TASKS, task_of
 from pipeline.terminal import human_bytes, say
 from pipeline.training import distributed
 from pipeline.training.config import PRESETS, TrainConfig, resolve
@@ -86,7 +86,8 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures,
             f"dataset: the embedded sample of drawn scenes, in {SAMPLE_ROOT}; for your own data "
             "pass --dataset ... --root ... --features ... --out ..."
         )
-    cache = config.open_cache(config.features)
+    uses_images = TASKS[config.task](config.options("task")).uses_images
+    cache = config.open_cache(config.features if uses_images else NoFeatures.path)
     folder = config.out or Path("runs") / config.dataset
     require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:

@@ -17,7 +17,8 @@
 A metadata row has `file_name` and optionally `split` and one of `caption`, `captions` and `text`: a
 string, or in JSON also a list of strings. Several rows may have the same file name. A CSV cell of
 `captions` may contain a JSON list. For visual question answering, a row has `question` and `answer`
-or `answers` (a list); the id of a question is its number from 1.
+or `answers` (a list). For classification, it has `label` and may have `text`. The id of a question
+or of a labelled text is its number from 1.
 
 The photographs of captions.txt and Flickr8k.token.txt are in the folder of the file or in its
 parent, or in one of PHOTO_FOLDERS there. If two files contain the same caption for a photograph,
@@ -40,13 +41,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError
+from data.datasets.mvsa import LabelledText
 from data.datasets.vqa import Question, QuestionSource
 from data.image_formats import HEIC, SUFFIXES
 from data.sources import (
     SPLITS,
     Image,
     Listing,
-    Source,
     check_caption,
     check_name,
     check_split,
@@ -81,6 +82,10 @@ class Options:
             "help": "auto: find caption files by name; txt: the .txt file beside each photograph",
             "choices": ("auto", "txt"),
         },
+    )
+    encoding: str = field(
+        default="utf-8",
+        metadata={"help": "encoding of metadata.jsonl and metadata.csv, such as gb18030"},
     )
 
 
@@ -133,6 +138,15 @@ class Row(NamedTuple):
     split: str | None = None
     question: str | None = None
     answers: tuple[str, ...] = ()
+    text: str = ""
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class FolderSource(QuestionSource):
+    """The photographs of a folder, which may have captions, questions and labelled texts."""
+
+    texts: tuple[LabelledText, ...] = field(default=(), repr=False)
 
 
 def read(
@@ -141,10 +155,12 @@ def read(
     annotations: Path | None,
     images: Path | None,
     captions_from: str = "auto",
-) -> Source:
+    encoding: str = "utf-8",
+) -> FolderSource:
     """Read a folder. The id of an image is `image_id` of its relative path.
 
     captions_from: "auto" finds caption files by name; "txt" reads the .txt file of each photograph.
+    encoding: encoding of metadata.jsonl and metadata.csv.
 
     Raises DataError if a caption file is invalid, if the splits contradict each other, or if there
     are no photographs.
@@ -164,14 +180,14 @@ def read(
         if (split := _folder_split(posixpath.dirname(name), base))
     }
 
-    caption_files, rows, notes = _metadata(base, files.others)
+    caption_files, rows, notes = _metadata(base, files.others, encoding)
     has_split_lists = False
     for file, listed in _caption_lists(base, files.others, notes):
         caption_files.append(file)
         if split_of := _flickr8k_splits(file, base, disk):
             has_split_lists, listed = True, _with_splits(file, listed, split_of)
         rows += _resolve_names(listed, base, disk, notes)
-    questions = _add_rows(rows, captions, splits, base, disk)
+    questions, texts = _add_rows(rows, captions, splits, base, disk)
 
     if has_split_lists and (unsplit := [name for name in captions if name not in splits]):
         notes.append(
@@ -218,11 +234,16 @@ def read(
     )
     annotations = caption_files[0] if len(caption_files) == 1 else None
     all_notes = tuple(filter(None, [ignored, *notes]))
-    if questions:
-        return QuestionSource(
-            dataset, base, photographs, missing, annotations, all_notes, tuple(questions)
-        )
-    return Source(dataset, base, photographs, missing, annotations, all_notes)
+    return FolderSource(
+        dataset,
+        base,
+        photographs,
+        missing,
+        annotations,
+        all_notes,
+        tuple(questions),
+        texts=tuple(texts),
+    )
 
 
 def _add_rows(
@@ -231,12 +252,13 @@ def _add_rows(
     splits: dict[str, str],
     base: Path,
     disk: Listing,
-) -> list[Question]:
-    """Add the rows to `captions` and `splits` by name, and return the questions of the rows.
+) -> tuple[list[Question], list[LabelledText]]:
+    """Add the rows to `captions` and `splits` by name. Return their questions and labelled texts.
 
     Raises DataError for two splits.
     """
     questions: list[Question] = []
+    texts: list[LabelledText] = []
     first_file: dict[tuple[str, str], Path] = {}  # by name and caption: the first file with it
     names_on_disk = on_disk([row.names for row in rows], disk)
     for row, name_on_disk in zip(rows, names_on_disk, strict=True):
@@ -250,13 +272,15 @@ def _add_rows(
             best = max(row.answers, key=row.answers.count, default="")
             id_ = len(questions) + 1
             questions.append(Question(id_, image_id(name), row.question, row.answers, best))
+        if row.label is not None:
+            texts.append(LabelledText(len(texts) + 1, image_id(name), row.text, row.label))
         for split in (row.split, _folder_split(posixpath.dirname(name), base)):
             if split and splits.setdefault(name, split) != split:
                 raise DataError(
                     f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one "
                     "of them"
                 )
-    return questions
+    return questions, texts
 
 
 @functools.lru_cache(1 << 16)
@@ -340,7 +364,9 @@ def list_files(root: Path) -> Files:
 # ----------------------------------------------------------------------------------------- metadata
 
 
-def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row], list[str]]:
+def _metadata(
+    base: Path, others: Iterable[str], encoding: str
+) -> tuple[list[Path], list[Row], list[str]]:
     """Return the metadata files (at most one per folder), their rows, and notes for the user."""
     names = [name for name in others if posixpath.basename(name) in METADATA]
     names.sort(key=lambda name: (name.count("/"), name))
@@ -354,7 +380,7 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
     for name in names:
         folder = posixpath.dirname(name)
         columns: dict[str, None] = {}
-        for where, row in _rows(base / name):
+        for where, row in _rows(base / name, encoding):
             columns |= dict.fromkeys(row)
             if "file_name" not in row:
                 raise DataError(f"{where}: {_no_column('file_name', row)}")
@@ -362,8 +388,9 @@ def _metadata(base: Path, others: Iterable[str]) -> tuple[list[Path], list[Row],
             split = check_split(row["split"], where) if row.get("split") else None
             path = posixpath.join(folder, name_in_folder)
             captions = tuple(_captions(row, where))
-            rows.append(Row(base / name, where, (path,), captions, split, *_question(row, where)))
-        expected = {*CAPTION_COLUMNS, "question"}
+            parts = *_question(row, where), *_label(row, where)
+            rows.append(Row(base / name, where, (path,), captions, split, *parts))
+        expected = {*CAPTION_COLUMNS, "question", "label"}
         if columns.keys() - {"file_name", "split"} and not columns.keys() & expected:
             notes.append(
                 f"{base / name} contains no captions: it "
@@ -376,9 +403,9 @@ def _no_column(column: str, columns: Iterable[str]) -> str:
     return f"has no column {column}; its columns: {', '.join(columns) or 'none'}"
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict]]:
+def _rows(file: Path, encoding: str) -> Iterator[tuple[str, dict]]:
     """Yield "file, line N" and the row by lower-case column, for each row of a metadata file."""
-    text = read_text(file)
+    text = read_text(file, encoding)
     if not text.strip():
         raise DataError(f"{file} is empty; add rows, or delete it")
     if file.suffix == ".csv":
@@ -468,6 +495,20 @@ def _question(row: dict, where: str) -> tuple[str | None, tuple[str, ...]]:
     if column and not all(answer.strip() for answer in answers or [""]):
         raise DataError(f"{where}: the question {question[:60]!r} has no answer")
     return question, tuple(answers)
+
+
+def _label(row: dict, where: str) -> tuple[str, str | None]:
+    """Return the text and the label of a metadata row; None if it has no label."""
+    label = row.get("label")
+    if label in (None, ""):
+        return "", None
+    if type(label) not in (str, int):
+        raise DataError(f"{where}: the label is {label!r}, not a text or a whole number")
+    text = row.get("text")
+    return (
+        "" if text is None else check_caption(text, where, "text"),
+        check_caption(str(label), where, "label").strip(),
+    )
 
 
 # ------------------------------------------------------------------- captions.txt, Flickr8k's files

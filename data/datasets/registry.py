@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import DataError
-from data.datasets import coco, folder, karpathy, scene_questions, visdial, vqa
+from data.datasets import coco, folder, karpathy, mvsa, scene_questions, visdial, vqa
 from data.sources import Source, paused_collector
 
 
@@ -34,6 +34,7 @@ DATASETS: dict[str, Dataset] = {
     "folder": Dataset(folder.read, folder.Options),
     "sample": Dataset(scene_questions.read),
     "vqa": Dataset(vqa.read, vqa.Options, several=True),
+    "mvsa": Dataset(mvsa.read, mvsa.Options),
     "visdial": Dataset(visdial.read, visdial.Options, several=True),
 }
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.datasets import karpathy
+from data.datasets.mvsa import LabelledText
 from data.datasets.sample import (
     COLOURS,
     SHAPES,
@@ -26,6 +27,7 @@ from data.datasets.sample import (
     load_scenes,
 )
 from data.datasets.scene_dialogs import dialogs_about
+from data.datasets.scene_sentiment import texts_about
 from data.datasets.visdial import Dialog
 from data.datasets.vqa import Question
 from data.sources import Source
@@ -156,6 +158,11 @@ class SampleSource(Source):
                     )
                 )
         return tuple(questions)
+
+    @cached_property
+    def texts(self) -> list[LabelledText]:
+        """Texts about each scene with a sentiment."""
+        return texts_about(load_scenes(self.root))
 
     @cached_property
     def dialogs(self) -> dict[int, Dialog]:

@@ -201,6 +201,12 @@ class CaptionGenerator:
             parts.append(Captions(tokens.gather(1, rows), scores, log_p.gather(1, best)))
         return Captions(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
+    def with_all_classes(self) -> CaptionGenerator:
+        """Return a generator that returns all classes of an example, the most probable first."""
+        count = len(self.answers)
+        options = replace(self.options, num_beams=count, num_return_sequences=count)
+        return replace(self, options=options)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Encode prompts to token ids: [N,P] int64, padded on the left; None if all are empty.
 
@@ -407,12 +413,13 @@ class PhotoCaptioner(
     max_pixels: int | None = None
 
     def __init__(
-        self, checkpoint: Checkpoint, backbone: Backbone, machine: Machine, folder: Path
+        self, checkpoint: Checkpoint, backbone: Backbone | None, machine: Machine, folder: Path
     ) -> None:
         self.checkpoint, self.machine, self.folder = checkpoint, machine, folder
         self.captioner = checkpoint.captioner.to(machine.device)
         cast_linears_to_bf16(self.captioner, machine)
-        self.backbone = place_backbone(backbone, machine)
+        # None: the decoder reads no images
+        self.backbone = None if backbone is None else place_backbone(backbone, machine)
         # the last generator by its options: the next batch usually has the same options
         self.generators: dict[str, CaptionGenerator] = {}
 
@@ -489,6 +496,9 @@ class PhotoCaptioner(
         Returns (regions, reasons): the regions, None if no photograph is readable, and for each
         photograph the reason why it is unreadable, "" if it is readable.
         """
+        if self.backbone is None:
+            rows = NoFeatures().rows([0] * len(photos))
+            return Regions(*map(torch.from_numpy, rows)), [""] * len(photos)
         photographs = Photographs(photos, framing_of(self.backbone, self.max_pixels))
         decoded = [photographs[i] for i in range(len(photographs))]
         reasons = [reason for _, reason in decoded]
@@ -516,6 +526,36 @@ class PhotoCaptioner(
         task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
         prompts = generator.encode_prompts([task.prompt(question) for question in questions])
         return generator(regions, 0, prompts, [0] * len(questions))
+
+    def classify(
+        self, photo: Photograph | None, texts: str | Sequence[str] = ""
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """Return the probability of each label of a photograph with a text, the best first.
+
+        photo: as in `caption`; None for a decoder that reads no images. texts: a text, or several
+            texts about the photograph; the result then is a list.
+
+        Raises UnreadableImage, and UserError if the checkpoint was not trained on labels.
+        """
+        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        if not task.exclusive:
+            raise UserError(
+                f"{self.folder} was trained for --task {task.name}, not on labels; train with "
+                "--task sentiment"
+            )
+        if photo is None and task.uses_images:
+            raise UserError(f"{self.folder} reads images; pass a photograph")
+        given = [texts] if isinstance(texts, str) else [*texts]
+        shown = b"" if photo is None else photo
+        regions, (reason,) = self.extract([shown])
+        if regions is None:
+            raise UnreadableImage(f"{describe(shown, 0)}: {reason}")
+        prompts = [text if task.reads_texts else "" for text in given]
+        generator = make_generator(self.captioner, self.checkpoint, self.machine, {})
+        generator = generator.with_all_classes()
+        classes = generator(regions, 0, generator.encode_prompts(prompts), [0] * len(given))
+        labels = [{each.text: each.score for each in group} for group in classes]
+        return labels[0] if isinstance(texts, str) else labels
 
     def answer(self, photo: Photograph, question: str | Sequence[str]) -> str | list[str]:
         """Return the best answer to a question about a photograph, or to each of a list of
@@ -573,5 +613,6 @@ def load_captioner(
     """
     folder = checkpoint_folder(path)
     checkpoint = load_checkpoint(folder)
-    backbone = restore(folder, checkpoint.identity)
+    without_images = checkpoint.identity == NoFeatures.identity
+    backbone = None if without_images else restore(folder, checkpoint.identity)
     return PhotoCaptioner(checkpoint, backbone, open_machine(device, precision=precision), folder)

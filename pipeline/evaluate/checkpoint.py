@@ -66,11 +66,10 @@ def open_checkpoints(config: EvaluateConfig) -> Evaluation:
         )
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     first = checkpoints[0]
-    features = config.features
-    if features is None and first.identity == NoFeatures.identity:
-        features = NoFeatures.path
-    cache = config.open_cache(features)
     task = task_of(first.training, first.vocabulary.segment)
+    without_images = first.identity == NoFeatures.identity
+    no_features = without_images and (config.features is None or not task.uses_images)
+    cache = config.open_cache(NoFeatures.path if no_features else config.features)
     for folder, checkpoint in zip(folders, checkpoints, strict=True):
         check_features(checkpoint, cache)
         if checkpoint.vocabulary.words != first.vocabulary.words:

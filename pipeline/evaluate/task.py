@@ -71,6 +71,8 @@ def compute_outputs(
 
     checkpoints, task, cache, _ = evaluation
     generator, decoding = open_generator(config, checkpoints)
+    if task.exclusive:
+        generator = generator.with_all_classes()
     candidates = {example.id: task.candidates(example) for example in examples}
     ranked = [example for example in examples if candidates[example.id]]
     others = [example for example in examples if not candidates[example.id]]
@@ -91,7 +93,7 @@ def compute_outputs(
             say(f"{len(others):,} {task.unit} have no candidates and are answered, not ranked")
     if others:
         texts = decode(config, generator, cache, others, task.unit)
-        outputs |= {example_id: captions[0].text for example_id, captions in texts.items()}
+        outputs |= {example_id: task.output_of(best) for example_id, best in texts.items()}
     return outputs, about
 
 
@@ -156,7 +158,7 @@ def check_files(
     if config.server:
         outputs.append(("--server", server_path(config, source, out)))
     if out:
-        outputs += [("--out", out), ("--out", outputs_path(out))]
+        outputs += [("--out", out), ("--out", outputs_path(task, out))]
     config.check_outputs(outputs, source)
     scorable = task.scorable(examples)
     if not scorable:
@@ -182,9 +184,9 @@ def check_files(
     return choose_outputs(task, task.read_outputs(config.against), scorable, config.against)
 
 
-def outputs_path(out: Path) -> Path:
+def outputs_path(task: Task, out: Path) -> Path:
     """The path of the outputs of each example, beside scores.json."""
-    return out.with_name(f"{out.stem}-outputs.jsonl")
+    return out.with_name(task.outputs_name or f"{out.stem}-outputs.jsonl")
 
 
 def server_path(config: EvaluateConfig, source: Source, out: Path | None) -> Path:
@@ -247,15 +249,10 @@ def report(
     scored = score_outputs(config, task, outputs, scorable) if scorable else None
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        path = outputs_path(out)
-        atomic_write_text(
-            path,
-            output_lines(
-                examples,
-                outputs,
-                dict(zip((e.id for e in scorable), scored.each, strict=True)) if scored else {},
-            ),
-        )
+        path = outputs_path(task, out)
+        each = scored.each if scored else []
+        by_id = {e.id: scores for e, scores in zip(scorable, each, strict=bool(each))}
+        atomic_write_text(path, output_lines(task, examples, outputs, by_id))
         say(f"outputs: {path}")
     if scored is None:
         say(f"the {task.unit} have no answers, so nothing is scored")
@@ -313,7 +310,7 @@ def score_outputs(
 ) -> Scored:
     """Score outputs by example id, with the bootstrap settings of the command."""
     each = task.example_scores(outputs, examples)
-    statistics = task.statistics(each, examples) if config.bootstrap else []
+    statistics = task.statistics(outputs, each, examples) if config.bootstrap else []
     resampled = resample(statistics, config.bootstrap, config.seed) if statistics else {}
     return Scored(each, task.score(outputs, examples), resampled)
 
@@ -337,6 +334,7 @@ def write_outputs(
 
 
 def output_lines(
+    task: Task,
     examples: Sequence[Example],
     outputs: Mapping[Any, Any],
     scores: Mapping[int | str, Mapping[str, float]],
@@ -348,14 +346,9 @@ def output_lines(
     """
     lines = []
     for example in examples:
-        entry: dict[str, Any] = {
-            "id": example.id,
-            "image_id": example.image_id,
-            "prompt": example.prompt,
-            "output": outputs[example.id],
-        }
+        entry = task.output_entry(example, outputs[example.id])
         if example.id in scores:
-            entry |= {"targets": example.targets, "scores": scores[example.id]}
+            entry["scores"] = scores[example.id]
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     return "".join(lines)
 
@@ -369,7 +362,8 @@ def print_record(config: EvaluateConfig, name: str, record: Mapping[str, Any]) -
         if isinstance(value, Mapping):
             click.echo(key)
             for group, mean in value.items():
-                click.echo(f"  {group:<30} {mean:.4f}")
+                text = f"{mean:.4f}" if isinstance(mean, float) else _counts(mean)
+                click.echo(f"  {group:<30} {text}")
             continue
         line = f"{key:<12} {value:.4f}"
         if key in record["intervals"]:
@@ -384,3 +378,8 @@ def print_record(config: EvaluateConfig, name: str, record: Mapping[str, Any]) -
             f"p {format_p(item['p'], config.bootstrap)}"
         )
     click.echo(f"signature {record['signature']}")
+
+
+def _counts(row: Mapping[str, int]) -> str:
+    """A row of the confusion matrix: the counts of the predicted labels."""
+    return ", ".join(f"{label} {count:,}" for label, count in row.items() if count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,16 @@ __all__ = ["Example", "Task"]
 
 # A text with a word that starts with one of these is not true of the mirrored image.
 SIDES = ("left", "right")
+
+
+class Generated(Protocol):
+    """A generated text, or a class, with its score."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def score(self) -> float: ...
 
 
 class Task(ABC):
@@ -39,6 +49,11 @@ class Task(ABC):
     output: "words": the decoder generates text; "classes": the decoder chooses one of `answers`.
     answers: with output "classes", the text of each class.
     result_fields: the fields of the entries of a results file: the example id and the text.
+    exclusive: with output "classes", whether exactly one class is true. The loss is then the
+        cross-entropy of the softmax, else the binary cross-entropy of each class.
+    uses_images: whether the decoder reads the features of images. reads_texts: whether it reads the
+        prompts.
+    outputs_name: name of the file of the outputs beside scores.json; "": NAME-outputs.jsonl.
     ranks_by_mean: whether candidates are ranked by their mean log-probability per word; else by the
         sum.
     may_lack_targets: whether examples without targets are left out of training. Otherwise they are
@@ -58,6 +73,10 @@ class Task(ABC):
     output: str = "words"
     answers: tuple[str, ...] = ()
     result_fields = Fields("id", "output")
+    exclusive = False
+    uses_images = True
+    reads_texts = True
+    outputs_name = ""
     ranks_by_mean = True
     may_lack_targets = False
     dev_images = 5000
@@ -103,11 +122,13 @@ class Task(ABC):
         return []
 
     def statistics(
-        self, scores: Sequence[Mapping[str, float]], examples: Sequence[Example]
-    ) -> list[Statistic]:
+        self, outputs: Mapping[int | str, Any], scores: Sequence[Mapping[str, float]],
+        examples: Sequence[Example],
+    ) -> list[Statistic]:  # fmt: skip
         """Compute sums over images, from which the bootstrap computes intervals of scores.
 
-        scores: the result of `example_scores`. By default each of its scores is a mean.
+        outputs: as in `score`. scores: the result of `example_scores`. By default each of these is
+            a mean.
         """
         groups = [e.id if e.image_id is None else e.image_id for e in examples]
         return [
@@ -135,6 +156,24 @@ class Task(ABC):
         Raises UserError if they cannot be used.
         """
         return None
+
+    def output_of(self, candidates: Sequence[Generated]) -> Any:
+        """Return the output of an example: by default the text of the best candidate.
+
+        candidates: the generated texts, or the classes, the best first. For an exclusive task these
+            are all classes, and their scores are probabilities.
+        """
+        return candidates[0].text
+
+    def output_entry(self, example: Example, output: Any) -> dict[str, Any]:
+        """Return the entry of an example in the file of the outputs."""
+        return {
+            "id": example.id,
+            "image_id": example.image_id,
+            "prompt": example.prompt,
+            "output": output,
+            **({"targets": example.targets} if example.targets else {}),
+        }
 
     def read_outputs(self, file: Path) -> dict[int | str, Any]:
         """Read the outputs of another model from a results file, by example id.

@@ -171,8 +171,9 @@ class VisualDialog(Task):
         return all_scores
 
     def statistics(
-        self, scores: Sequence[Mapping[str, float]], examples: Sequence[Example]
-    ) -> list[Statistic]:
+        self, outputs: Mapping[int | str, Any], scores: Sequence[Mapping[str, float]],
+        examples: Sequence[Example],
+    ) -> list[Statistic]:  # fmt: skip
         groups = [example.image_id for example in examples]
         names = [name for name in SCORES if any(name in score for score in scores)]
         return [

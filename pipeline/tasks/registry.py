@@ -9,12 +9,14 @@ from pipeline.cli import UserError, from_record
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import Captioning
 from pipeline.tasks.dialog import VisualDialog
+from pipeline.tasks.sentiment import Sentiment
 from pipeline.tasks.vqa import VisualQuestionAnswering
 
 TASKS: dict[str, type[Task]] = {
     "captioning": Captioning,
     "vqa": VisualQuestionAnswering,
     "dialog": VisualDialog,
+    "sentiment": Sentiment,
 }
 
 

@@ -53,7 +53,10 @@ def supervised_loss(
     regions, prompts = Regions(batch.features, batch.boxes, batch.counts), batch.prompt_lengths
     noise = noise or Noise()
     if batch.labels is not None:
-        return class_loss(decoder, regions, batch.tokens, batch.labels, PAD, noise, prompts)[0]
+        smoothing = label_smoothing if batch.exclusive else None
+        return class_loss(
+            decoder, regions, batch.tokens, batch.labels, PAD, noise, prompts, smoothing
+        )[0]
     return caption_loss(decoder, regions, batch.tokens, PAD, label_smoothing, noise, prompts)[0]
 
 

@@ -18,7 +18,7 @@ from data.examples import Example
 from data.segmentation import without_blanks
 from data.sources import Source
 from data.subwords import Subwords
-from data.vocabulary import Vocabulary
+from data.vocabulary import SPECIALS, Vocabulary
 from models.decoders.registry import DECODERS, create_decoder
 from models.decoders.transfer import copy_common_weights
 from pipeline.checkpoints.checkpoint import (
@@ -159,6 +159,7 @@ def open_splits(
             task.holds_mirrored,
             task.labels if has_classes else None,
             len(task.answers),
+            task.exclusive,
         )
 
     splits = (
@@ -345,7 +346,9 @@ def make_vocabulary(config: TrainConfig, folder: Path, train: ImageTexts) -> Voc
     A resumed run keeps its tokenizer.json, because another version of the tokenizers package would
     learn other subwords.
     """
-    texts = (words for group in (*train.prompts, *train.tokens) for words in group)
+    texts = [words for group in (*train.prompts, *train.tokens) for words in group]
+    if train.classes and not any(texts):
+        return Vocabulary(SPECIALS)  # the decoder reads no texts
     if config.vocabulary == "word":
         assert config.min_count is not None  # set by `resolve`
         return Vocabulary.build(texts, config.min_count, config.segment or "words")

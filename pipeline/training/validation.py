@@ -142,6 +142,9 @@ def dev_scores(run: Run) -> dict[str, float]:
         run.captioner, run.checkpoint.vocabulary, machine, options, answers=run.task.answers
     )
 
+    if task.exclusive:
+        generator = generator.with_all_classes()
+
     def step(count: int) -> None:
         if run.stop_signal and machine.world == 1:
             raise Stopped(run.stop_signal)
@@ -158,7 +161,7 @@ def dev_scores(run: Run) -> dict[str, float]:
             )
         elif examples:
             texts_by_id = generate_texts(generator, run.dev.cache, examples, done=step)
-            outputs = {id_: texts[0].text for id_, texts in texts_by_id.items()}
+            outputs = {id_: task.output_of(texts) for id_, texts in texts_by_id.items()}
     outputs = {
         id_: output for part in distributed.all_gather(outputs) for id_, output in part.items()
     }
