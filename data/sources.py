@@ -323,26 +323,31 @@ def read_text(file: Path, encoding: str | None = None) -> str:
 
     Raises DataError if the file has another encoding.
     """
-    if encoding is not None:
-        try:
-            text = file.read_bytes().decode(encoding)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file} is not {encoding} at byte {error.start}; save it as {encoding}, or pass "
-                "--encoding NAME, such as gb18030"
-            ) from error
-        except LookupError as error:
-            raise DataError(f"--encoding {encoding}: {error}") from error
-        return text.removeprefix("\ufeff")
+    if encoding not in (None, "utf-8"):
+        return _read_encoded(file, encoding)
     with open(file, "rb") as opened:
         start = opened.read(2)
+    hint = "" if encoding is None else ", or pass --encoding NAME, such as gb18030"
     # a byte order mark of UTF-16, or a character of two bytes
     if start in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-        raise DataError(f"{file} is UTF-16; save it as UTF-8")
+        raise DataError(f"{file} is UTF-16; save it as UTF-8{hint}")
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise DataError(
+            f"{file} is not UTF-8 at byte {error.start}; save it as UTF-8{hint}"
+        ) from error
+
+
+def _read_encoded(file: Path, encoding: str) -> str:
+    try:
+        return file.read_bytes().decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not {encoding} at byte {error.start}; pass another --encoding"
+        ) from error
+    except LookupError as error:
+        raise DataError(f"--encoding {encoding}: {error}") from error
 
 
 def csv_rows(

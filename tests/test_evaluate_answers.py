@@ -118,7 +118,7 @@ def test_mistakes_of_a_file_of_answers_name_the_question(pair, tmp_path, given, 
 
 def test_options_of_captions_and_of_answers_do_not_mix(pair, tmp_path):
     given = answers(tmp_path, RIGHT)
-    assert "--meteor is an option of captioning" in refused(
+    assert "--meteor is an option of --task captioning" in refused(
         evaluate.main, "--answers", given, *of(pair), "--meteor")  # fmt: skip
     assert "--answers goes with neither" in refused(
         evaluate.main, "--answers", given, *of(pair), "--checkpoint", tmp_path)  # fmt: skip
@@ -126,7 +126,7 @@ def test_options_of_captions_and_of_answers_do_not_mix(pair, tmp_path):
         evaluate.main, "--answers", given, *of(pair), "--beam", 3)  # fmt: skip
     captions = tmp_path / "captions.json"
     captions.write_text("[]")
-    assert "--wups is an option of visual question answering" in refused(
+    assert "--wups is an option of --task vqa" in refused(
         evaluate.main, "--captions", captions, "--references", captions, "--wups")  # fmt: skip
 
 
@@ -195,10 +195,10 @@ def test_no_output_file_replaces_an_input_file(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--examples", 3], "--examples is an option of captioning"),
+        (["--examples", 3], "--examples is an option of --task captioning"),
         (["--features", "cache"], "--features is the feature cache of a checkpoint"),
         (["--format", "latex"], "--format latex is a table of captioning scores"),
-        (["--segment", "characters"], "--segment is an option of captioning"),
+        (["--segment", "characters"], "--segment is an option of --task captioning"),
         (["--server", "a/b"], "pass a name of letters"),
         (["--server", "a", "--limit", 2], "the answers to all questions"),
     ],
@@ -293,6 +293,6 @@ def test_wups_without_wordnet_is_refused_with_the_line_that_installs_it(
     def absent() -> None:
         raise NotInstalled("WUPS needs WordNet: install it with python -m nltk.downloader wordnet")
 
-    monkeypatch.setattr("pipeline.evaluate.task.open_wordnet", absent)
+    monkeypatch.setattr("pipeline.tasks.vqa.open_wordnet", absent)
     assert "python -m nltk.downloader wordnet" in refused(
         evaluate.main, "--answers", answers(tmp_path, RIGHT), *of(pair), "--wups")  # fmt: skip

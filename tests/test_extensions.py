@@ -172,7 +172,7 @@ def test_a_task_trains_without_any_image(drawn, tmp_path):
     works(evaluate.main, *at(drawn), "--checkpoint", tmp_path / "run")
     assert "accuracy" in json.loads((tmp_path / "run" / "scores-test.json").read_text())["scores"]
     photo = next((drawn / "sample").rglob("*.jpg"))
-    assert "regions of kind 'none'" in refused(
+    assert "was trained on questions, not on captions" in refused(
         caption.main, photo, "--checkpoint", tmp_path / "run"
     )
 
@@ -188,7 +188,7 @@ def test_options_of_captions_and_rewards_are_refused_for_another_task(drawn, tmp
         drawn / "cache",
         "--meteor",
     )
-    assert "--meteor is an option of captioning" in answer
+    assert "--meteor is an option of --task captioning" in answer
     asked = over(
         drawn, tmp_path / "scst", "--task", "counting", "--init", tmp_path / "run", "--scst"
     )

@@ -95,7 +95,7 @@ def test_mistakes_of_mvsa_name_the_line(tmp_path, lines, message):
 def test_texts_without_a_file_are_counted_and_other_encodings_name_the_byte(tmp_path):
     root = mvsa(tmp_path, ["1\tneutral,neutral", "2\tneutral,neutral"],
                 {1: "ab 开心".encode("gb18030")})  # fmt: skip
-    with pytest.raises(DataError, match=r"1.txt is not utf-8 at byte 3; .* --encoding NAME"):
+    with pytest.raises(DataError, match=r"1.txt is not UTF-8 at byte 3; .* --encoding NAME"):
         open_source("mvsa", root)
     assert open_source("mvsa", root, encoding="gb18030").texts[0].text == "ab 开心"
     with pytest.raises(DataError, match="--encoding nonsense: unknown encoding"):
@@ -128,7 +128,7 @@ def test_a_folder_has_labelled_texts_in_its_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes(
         '{"file_name": "a.jpg", "text": "é"}'.encode("latin1")
     )
-    with pytest.raises(DataError, match=r"is not utf-8 at byte 32; .*--encoding"):
+    with pytest.raises(DataError, match=r"is not UTF-8 at byte 32; .*--encoding"):
         open_source("folder", tmp_path)
     assert open_source("folder", tmp_path, encoding="latin1").by_id
     folder(tmp_path, [{"file_name": "a.jpg", "label": [1]}])

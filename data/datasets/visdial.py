@@ -104,7 +104,10 @@ def read(
     round that has no options.
     """
     if not dialogs or annotations:
-        raise DataError(f"{dataset} needs --dialogs, the file of the dialogues, in place of others")
+        raise DataError(
+            f"{dataset} needs --dialogs, the file of the dialogues, and --images or --root, the "
+            "folder of the photographs; it takes no --annotations"
+        )
     found: dict[int, Dialog] = {}
     splits: dict[int, str] = {}
     for file in dialogs:

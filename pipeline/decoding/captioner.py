@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from models.regions import Regions
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from pipeline.checkpoints.hub import CARD, SCHEME, checkpoint_folder, copy_shared
 from pipeline.cli import UserError, is_out_of_memory
+from pipeline.decoding.chat import Chat
 from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
@@ -46,9 +47,6 @@ from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
 from pipeline.tasks.registry import task_of
 from pipeline.terminal import say
-
-if TYPE_CHECKING:
-    from pipeline.decoding.chat import Chat
 
 MAX_SEQUENCES = 4000  # maximum number of beams and samples that are in memory at a time
 
@@ -522,10 +520,19 @@ class PhotoCaptioner(
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
         beams = max(count, self.checkpoint.decoding["beam"])
         options = {"num_beams": beams, **options, "num_return_sequences": count}
-        generator = make_generator(self.captioner, self.checkpoint, self.machine, options)
         task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
-        prompts = generator.encode_prompts([task.prompt(question) for question in questions])
-        return generator(regions, 0, prompts, [0] * len(questions))
+        prompts = [task.prompt(question) for question in questions]
+        return self.continue_prompts(regions, prompts, options)
+
+    def continue_prompts(
+        self, regions: Regions, prompts: Sequence[str], options: Mapping[str, Any]
+    ) -> list[list[Caption]]:
+        """Generate the texts after prompts about one photograph, the best first.
+
+        regions: of the photograph. options: decoding options.
+        """
+        generator = make_generator(self.captioner, self.checkpoint, self.machine, options)
+        return generator(regions, 0, generator.encode_prompts(prompts), [0] * len(prompts))
 
     def classify(
         self, photo: Photograph | None, texts: str | Sequence[str] = ""
@@ -572,8 +579,6 @@ class PhotoCaptioner(
 
         Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues.
         """
-        from pipeline.decoding.chat import Chat
-
         return Chat(self, photo, caption)
 
     # `options` takes the arguments of the mixin's method, such as `revision`

@@ -11,7 +11,6 @@ from data.files import atomic_write_text
 from data.images import Photograph, UnreadableImage, describe
 from data.sources import check_caption, parse_json
 from pipeline.cli import UserError
-from pipeline.decoding.captioner import PhotoCaptioner, make_generator
 from pipeline.tasks.dialog import VisualDialog, dialog_prompt
 from pipeline.tasks.registry import task_of
 
@@ -29,12 +28,13 @@ class Chat:
 
     def __init__(
         self,
-        captioner: PhotoCaptioner,
+        captioner: Any,
         photo: Photograph,
         caption: str = "",
         rounds: Sequence[tuple[str, str]] = (),
     ) -> None:
         """
+        captioner: a PhotoCaptioner.
         photo: as in `PhotoCaptioner.caption`.
         caption: the caption of the photograph, which dialogues of VisDial begin with.
 
@@ -68,11 +68,8 @@ class Chat:
         check_caption(question, "QUESTION", "question")
         rounds = self.rounds if self._has_history else []
         prompt = dialog_prompt(self.caption if self._has_history else "", rounds, question)
-        model = self._captioner
-        self.forgotten = bool(model.checkpoint.count_cut([prompt]))
-        generator = make_generator(model.captioner, model.checkpoint, model.machine, options)
-        answers = generator(self._regions, 0, generator.encode_prompts([prompt]), [0])
-        answer = answers[0][0].text
+        self.forgotten = bool(self._captioner.checkpoint.count_cut([prompt]))
+        answer = self._captioner.continue_prompts(self._regions, [prompt], options)[0][0].text
         self.rounds.append((question, answer))
         return answer
 
