@@ -42,6 +42,10 @@ def page(name: str) -> str:
         "config.json; options on the command line win over it. This page is written by",
         "`docs/write_options.py`.",
     ]
+    for item in fields(config):
+        if item.name != "extensions" and item.metadata["name"]:
+            lines += ["", "| argument | what it is |", "|---|---|"]
+            lines.append(f"| `{item.metadata['name']}` | {item.metadata['help']} |")
     groups: dict[str, list[Any]] = {}
     for item in fields(config):
         if item.name != "extensions" and not item.metadata["name"]:

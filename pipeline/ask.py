@@ -223,6 +223,9 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
         for question in questions:
             check_caption(question, "QUESTION", "question")
         folder = Path(photograph)
+        if not folder.exists():
+            hint = " (the photograph comes first)" if Path(questions[-1]).is_file() else ""
+            raise UserError(f"{photograph}: there is no such photograph or folder{hint}")
         if not folder.is_dir():
             return {folder: questions}
         files = list_files(folder)
@@ -237,7 +240,9 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
+            raise UserError(
+                f'{where}: not JSON; write {{"file_name": "a.jpg", "question": "..."}}: {error}'
+            ) from error
         keys = ("file_name", "question")
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
             raise UserError(

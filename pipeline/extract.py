@@ -196,8 +196,8 @@ def missing_photographs(source: Source, images: Sequence[Image], allowed: bool) 
         names = [image.name + similar_hint(listing.similar(image.name)) for image in missing[:5]]
         raise UserError(
             f"{len(missing):,} of {len(images):,} photographs are not under {source.root}: "
-            f"{', '.join(names)}{', ...' if len(missing) > 5 else ''}; add the files, or pass "
-            "--allow-missing to continue without them"
+            f"{', '.join(names)}{', ...' if len(missing) > 5 else ''}; add the files, pass their "
+            "folder as --images or --root, or pass --allow-missing to continue without them"
         )
     return {image.id for image in missing}
 

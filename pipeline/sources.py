@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data.cache.no_features import NoFeatures, PartialFeatures
 from data.cache.reader import FeatureCache
@@ -11,7 +13,7 @@ from data.datasets.registry import DATASETS, as_list, open_source
 from data.datasets.sample import ensure_sample
 from data.results import choose, read_ids
 from data.sources import Source
-from pipeline.cli import Settings, setting
+from pipeline.cli import Settings, flag_of, setting
 from pipeline.terminal import say
 
 SAMPLE_ROOT = Path("datasets/sample")
@@ -30,7 +32,8 @@ class SourceOptions(Settings):
     )
     annotations: tuple[Path, ...] = setting(
         (),
-        "caption file, if the dataset format has no fixed name for it",
+        "file of captions, answers or labels, if the dataset format has no fixed name for it; may "
+        "be repeated with --dataset vqa",
         group="data",
         may_change_on_resume=True,
     )
@@ -49,6 +52,20 @@ class SourceOptions(Settings):
     exclude_ids: Path | None = setting(
         None, "file with the ids of images to leave out", group="data"
     )
+
+    def dataset_options(self) -> str:
+        """Return the options that choose the dataset, as on the command line."""
+        options: dict[str, Any] = {"dataset": self.dataset, "root": self.root}
+        options |= {"annotations": self.annotations, "images": self.images}
+        options |= self.extensions.get("dataset", {})
+        words = []
+        for name, value in options.items():
+            for each in value if isinstance(value, tuple) else (value,):
+                if each is True:
+                    words.append(flag_of(name))
+                elif each not in (None, False):
+                    words += [flag_of(name), str(each)]
+        return shlex.join(words)
 
     def open_cache(self, features: Path | None) -> FeatureCache | NoFeatures:
         """Open the feature cache at `features`, by default cache/DATASET.

@@ -16,6 +16,7 @@ from pipeline.checkpoints.tensors import require_utf8
 from pipeline.cli import UserError, command
 from pipeline.runtime import open_machine
 from pipeline.sources import SAMPLE_ROOT
+from pipeline.tasks.captioning import Captioning
 from pipeline.tasks.registry import TASKS, task_of
 from pipeline.terminal import human_bytes, say
 from pipeline.training import distributed
@@ -86,15 +87,17 @@ def open_inputs(config: TrainConfig) -> tuple[Source, FeatureCache | NoFeatures,
             f"dataset: the embedded sample of drawn scenes, in {SAMPLE_ROOT}; for your own data "
             "pass --dataset ... --root ... --features ... --out ..."
         )
-    uses_images = TASKS[config.task](config.options("task")).uses_images
-    cache = config.open_cache(config.features if uses_images else NoFeatures.path)
-    folder = config.out or Path("runs") / config.dataset
+    name = config.dataset if config.task == Captioning.name else f"{config.dataset}-{config.task}"
+    folder = config.out or Path("runs") / name
     require_utf8(folder)
     if (folder / "config.json").exists() and not config.resume:
         raise UserError(
             f"{folder} already contains a run; pass --resume to continue it, or another --out"
         )
-    return config.open_source(), cache, folder
+    source = config.open_source()
+    uses_images = TASKS[config.task](config.options("task")).uses_images
+    cache = config.open_cache(config.features if uses_images else NoFeatures.path)
+    return source, cache, folder
 
 
 def print_plan(run: Run, cache: FeatureCache | NoFeatures) -> None:
@@ -196,7 +199,7 @@ def print_result(run: Run) -> None:
         )
     say(
         f"next: python -m pipeline.evaluate --checkpoint {run.folder} --features "
-        f"{run.train.cache.path} ..."
+        f"{run.train.cache.path} {run.config.dataset_options()}"
     )
 
 

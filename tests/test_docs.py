@@ -40,7 +40,7 @@ def options_script():
     return module
 
 
-@pytest.mark.parametrize("name", ["extract", "train", "evaluate", "caption", "ask"])
+@pytest.mark.parametrize("name", ["extract", "train", "evaluate", "caption", "ask", "classify"])
 def test_the_page_of_a_command_lists_the_options_that_it_has(name):
     written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert written == options_script().page(name), "run: python docs/write_options.py"

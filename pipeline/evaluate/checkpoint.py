@@ -92,7 +92,18 @@ def open_checkpoints(config: EvaluateConfig) -> Evaluation:
 
 
 def open_split(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> tuple[Source, str]:
-    """Open the dataset and choose the split to score."""
+    """Open the dataset and choose the split to score.
+
+    Raises:
+        UserError: the options choose the embedded sample, but the checkpoint was trained on another
+            dataset.
+    """
+    trained_on = checkpoints[0].training.get("dataset", config.dataset)
+    if config.dataset == "sample" != trained_on and config.root is None:
+        raise UserError(
+            f"the checkpoint was trained on --dataset {trained_on}; pass the dataset to score, "
+            "with its options (for the embedded sample --root datasets/sample)"
+        )
     source = config.open_source()
     split = config.split or choose_split(source, checkpoints[0])
     if split == "dev" and any(

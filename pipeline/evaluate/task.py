@@ -36,6 +36,10 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     """Decode a split of a dataset with a checkpoint, and score its outputs."""
     checkpoints, task, cache, folder = evaluation
     refuse_options(config, task, f"{folder} was trained for --task {task.name}")
+    if (decoding := config.given()) and (checkpoints[0].answers or config.consensus):
+        name = "consensus" if config.consensus else next(iter(decoding))
+        reason = "chooses among its answers" if checkpoints[0].answers else "generates no captions"
+        raise UserError(f"{flag_of(name)} has no effect: {folder} {reason}; remove the option")
     task.set_options({name: getattr(config, name) for name in task.evaluate_options})
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)

@@ -310,7 +310,10 @@ class TrainConfig(SourceOptions):
         group="self-critical",
     )
     out: Path | None = setting(
-        None, "folder of the run  [runs/DATASET]", group="output", may_change_on_resume=True
+        None,
+        "folder of the run  [runs/DATASET; for a task other than captioning runs/DATASET-TASK]",
+        group="output",
+        may_change_on_resume=True,
     )
     resume: bool = setting(
         False, "continue the run in --out", group="output", may_change_on_resume=True
