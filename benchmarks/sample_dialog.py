@@ -17,25 +17,20 @@ in a process of one thread.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import click
-import torch
 
 from benchmarks.measure import header, report
+from benchmarks.sample_runs import Job, train_all
 from data.cache.reader import FeatureCache
 from data.datasets.registry import open_source
 from data.tokens import tokenize
-from pipeline import evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import generate_texts, make_generator
 from pipeline.decoding.ranking import candidate_scores, rank_candidates
-from pipeline.demo import run_command, set_aside
 from pipeline.runtime import open_machine
 from pipeline.tasks.dialog import VisualDialog
 
@@ -55,49 +50,25 @@ OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "10")
 def main(work: Path, seeds: str, out: Path | None) -> None:
     """Train visual dialog on the sample, and report the scores on held-out scenes."""
     start = time.monotonic()
-    sample, cache = work / "datasets/sample", work / "cache/sample"
-    run_command(extract.main, "--dataset", "sample", "--root", str(sample), "--out", str(cache))
-    figures = header() | {"extraction: seconds": time.monotonic() - start}
     names = seeds.split(",")
-    jobs = [(work, f"seed {name}", name, ()) for name in names]
-    jobs += [
-        (work, "without history", names[0], ("--no-history",)),
-        (work, "without regions", names[0], ("--features", "none")),
-    ]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(len(jobs), cores or 1), torch.set_num_threads, (1,)) as pool:
-        for measured in pool.starmap(measure, jobs, chunksize=1):
-            figures |= measured
+    options = {f"seed {seed}": (*OPTIONS, "--seed", seed) for seed in names}
+    first = (*OPTIONS, "--seed", names[0])
+    options["without history"] = (*first, "--no-history")
+    options["without regions"] = (*first, "--features", "none")
+    figures = header()
+    for name, (job, scores) in train_all(work, "dialog", options).items():
+        figures |= {f"{name}: {score}": scores[score] for score in ("R@1", "MRR", "seconds")}
+        if name.startswith("seed"):
+            figures |= truth(job)
     figures["minutes"] = (time.monotonic() - start) / 60
     report(figures, out)
 
 
-def measure(work: Path, name: str, seed: str, options: tuple[str, ...]) -> dict[str, float]:
-    """Train and score one decoder, and return its figures by name."""
-    start = time.monotonic()
-    sample, cache = work / "datasets/sample", work / "cache/sample"
-    run = work / f"runs/sample-dialog-{name.replace(' ', '-')}"
-    set_aside(run)
-    dataset = ["--dataset", "sample", "--root", str(sample)]
-    features = [] if "--features" in options else ["--features", str(cache)]
-    run_command(
-        train.main, "--task", "dialog", *dataset, *features, *OPTIONS, "--seed", seed,
-        "--out", str(run), *options,
-    )  # fmt: skip
-    run_command(evaluate.main, "--checkpoint", str(run), *dataset, *features, "--split", "test")
-    scores = json.loads((run / "scores-test.json").read_text())["scores"]
-    figures = {f"{name}: R@1": scores["R@1"], f"{name}: MRR": scores["MRR"]}
-    if not options:
-        figures |= truth(sample, cache, run, name)
-    return figures | {f"{name}: seconds": time.monotonic() - start}
-
-
-def truth(sample: Path, cache_path: Path, run: Path, name: str) -> dict[str, float]:
-    """Return the share of right generated answers, by type too, and R@1 of shuffled features."""
-    checkpoint, machine, cache = load_checkpoint(run), open_machine(), FeatureCache(cache_path)
-    task = VisualDialog()
-    examples = task.examples(open_source("sample", sample), "test")
+def truth(job: Job) -> dict[str, float]:
+    """Return the share of right generated answers, and R@1 with features of another image."""
+    checkpoint, machine, cache = load_checkpoint(job.run), open_machine(), FeatureCache(job.cache)
+    task, name = VisualDialog(), job.name
+    examples = task.examples(open_source("sample", job.sample), "test")
     generator = make_generator(checkpoint.captioner, checkpoint, machine, {})
     texts = generate_texts(generator, cache, examples)
     right = [tokenize(texts[e.id][0].text) == tokenize(e.targets[0]) for e in examples]
