@@ -18,7 +18,6 @@ in a process of one thread.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -30,7 +29,7 @@ from data.datasets.registry import open_source
 from data.tokens import tokenize
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import generate_texts, make_generator
-from pipeline.decoding.ranking import candidate_scores, rank_candidates
+from pipeline.demo import shuffled_scores
 from pipeline.runtime import open_machine
 from pipeline.tasks.dialog import VisualDialog
 
@@ -72,14 +71,11 @@ def truth(job: Job) -> dict[str, float]:
     generator = make_generator(checkpoint.captioner, checkpoint, machine, {})
     texts = generate_texts(generator, cache, examples)
     right = [tokenize(texts[e.id][0].text) == tokenize(e.targets[0]) for e in examples]
-    image_ids = list(dict.fromkeys(example.image_id for example in examples))
-    next_ids = dict(zip(image_ids, [*image_ids[1:], image_ids[0]], strict=True))
-    shuffled = [replace(example, image_id=next_ids[example.image_id]) for example in examples]
-    candidates = {example.id: task.candidates(example) for example in examples}
-    ranks, _ = rank_candidates(candidate_scores(generator, cache, shuffled, candidates))
     return {
         f"{name}: generated answers": sum(right) / len(right),
-        f"{name}: R@1 with shuffled features": task.score(ranks, examples)["R@1"],
+        f"{name}: R@1 with shuffled features": shuffled_scores(job.sample, job.cache, job.run)[
+            "R@1"
+        ],
     }
 
 

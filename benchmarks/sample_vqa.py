@@ -29,7 +29,7 @@ import torch
 from benchmarks.measure import header, report
 from data.datasets.registry import open_source
 from pipeline import extract
-from pipeline.demo import run_command, set_aside, shuffled_scores, train_vqa
+from pipeline.demo import run_command, set_aside, shuffled_scores, train_task
 from pipeline.tasks.vqa import VisualQuestionAnswering
 
 EPOCHS = "10"
@@ -66,7 +66,7 @@ def measure(work: Path, seed: str) -> dict[str, float]:
         work / name for name in ("datasets/sample", "cache/sample", f"runs/sample-vqa-{seed}")
     )
     set_aside(run)
-    train_vqa(sample, cache, run, "--epochs", EPOCHS, "--seed", seed)
+    train_task("vqa", sample, cache, run, "--epochs", EPOCHS, "--seed", seed)
     scores = json.loads((run / "scores-test.json").read_text())["scores"]
     return {
         **{f"seed {seed}: {name}": value for name, value in by_name(scores).items()},

@@ -1,11 +1,10 @@
 """All commands on the embedded sample, in a few minutes: draw, extract, train, evaluate, caption,
-and, with the same cache, a second task: train on questions, evaluate, ask.
+and with the same cache three other tasks: questions, dialogues and sentiments.
 
-The last line of the output is the share of scene-true captions of the held-out scenes. A caption is
-scene-true if it names two objects, each with its colour, size and shape, and a relation between
-them, and all of this is true in the drawn scene. If the features are shuffled between images, the
-share must fall to almost zero. The accuracy of the answers must fall to that of the questions
-without images.
+The output ends with a table of the scores on held-out scenes. Beside each stands the score with
+the features of another image: a decoder that looks at the image must lose it. Captions are scored
+by the share of scene-true ones. A caption is scene-true if it names two objects, each with its
+colour, size and shape, and a relation between them, and all of this is true in the drawn scene.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,19 @@ from data.cache.reader import FeatureCache
 from data.datasets.registry import open_source
 from data.datasets.sample import is_true, load_scenes
 from data.datasets.scene_questions import SampleSource
-from data.examples import Example
 from pipeline import ask, caption, evaluate, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
-from pipeline.decoding.captioner import generate_texts, make_generator
+from pipeline.decoding.captioner import make_generator
+from pipeline.decoding.outputs import task_outputs
 from pipeline.runtime import open_machine
-from pipeline.tasks.captioning import caption_examples
-from pipeline.tasks.vqa import VisualQuestionAnswering
+from pipeline.tasks.registry import task_of
 
 SHOWN = 5  # held-out scenes that are captioned
 ASKED = ("colour", "count", "relation")  # types of the questions about held-out scenes
-VQA_LENGTH = ("--minutes", "1")  # length of the training of visual question answering
-# chosen on dev (docs/log.md)
-VQA_OPTIONS = ("--batch", "16", "--lr", "5e-4")
+LENGTH = {"vqa": "1", "dialog": "1", "sentiment": "0.5"}  # minutes of training of the other tasks
+SCORE = {"vqa": "accuracy", "dialog": "R@1", "sentiment": "accuracy"}  # in the table
+# options of the training, chosen on dev (docs/log.md)
+OPTIONS = ("--batch", "16", "--lr", "5e-4")
 
 
 @click.command(context_settings={"show_default": True})
@@ -49,12 +48,12 @@ VQA_OPTIONS = ("--batch", "16", "--lr", "5e-4")
 )
 def main(work: Path) -> None:
     """Run all commands on the embedded sample: draw it, extract features, train a decoder, evaluate
-    it, and caption a few held-out scenes. Then train and ask about questions with the same cache.
+    it, and caption a few held-out scenes. Then train three other tasks with the same cache.
     """
     start = time.monotonic()
     sample, cache, run = work / "datasets/sample", work / "cache/sample", work / "runs/sample"
-    vqa_run = run.with_name("sample-vqa")
-    for folder in (run, vqa_run):  # a sample and a cache are reused, but the decoders are trained
+    runs = {task: run.with_name(f"sample-{task}") for task in LENGTH}
+    for folder in (run, *runs.values()):  # a sample and a cache are reused, decoders are trained
         set_aside(folder)
     dataset = ["--dataset", "sample", "--root", str(sample)]
     run_command(extract.main, *dataset, "--out", str(cache))
@@ -65,10 +64,10 @@ def main(work: Path) -> None:
     captions = work / "captions.json"
     options = ["--checkpoint", str(run), "--out", str(captions)]
     run_command(caption.main, *photographs[:SHOWN], *options)
-    train_vqa(sample, cache, vqa_run, *VQA_LENGTH)
-    ask_questions(sample, vqa_run)
-    report_answers(sample, cache, vqa_run)
-    report(sample, cache, run, captions, start)
+    for task, folder in runs.items():
+        train_task(task, sample, cache, folder, "--minutes", LENGTH[task])
+    ask_questions(sample, runs["vqa"])
+    report(sample, cache, run, runs, start)
 
 
 def set_aside(folder: Path) -> None:
@@ -85,43 +84,36 @@ def run_command(command: click.Command, *arguments: str) -> None:
     command.main(list(arguments), standalone_mode=False)
 
 
-def report(sample: Path, cache: Path, run: Path, captions: Path, start: float) -> None:
-    """Print the scores, the paths of the results and the shares of scene-true captions.
+def report(sample: Path, cache: Path, run: Path, runs: Mapping[str, Path], start: float) -> None:
+    """Print where the results are, and the table of the scores of all tasks.
 
-    start: the time at the start of the demo, as time.monotonic() returned it.
+    Args:
+        run: the run of captioning. runs: those of the other tasks, by name.
+        start: the time at the start of the demo, as time.monotonic() returned it.
     """
-    scores = json.loads((run / "scores-test.json").read_text())
     captions_by_id = {
         record["image_id"]: record["caption"]
         for record in json.loads((run / "captions-test.json").read_text())
     }
-    true_share = scene_true_share(sample, captions_by_id)
-    examples = caption_examples(open_source("sample", sample).select("test"))
-    shuffled_captions = generate_shuffled(cache, run, examples)
-    shuffled_share = scene_true_share(sample, shuffled_captions)
-    click.echo(
-        f"\nheld-out scenes: {len(captions_by_id)}; total time {time.monotonic() - start:.0f} s"
-    )
-    for name, value in scores["scores"].items():
-        click.echo(f"  {name:<8} {value:.4f}")
-    for name, path in (
-        ("photographs", sample),
-        ("features", cache),
-        ("checkpoint", run),
-        ("captions", captions),
-    ):
-        click.echo(f"  {name}: {path}")
-    click.echo(
-        "(scene-true: the caption names two objects, with their sizes, colours and shapes, and "
-        "their relative position, and all of this is true)"
-    )
-    echo_share("scene-true captions, features shuffled between images", shuffled_share)
-    echo_share("scene-true captions", true_share)
-
-
-def echo_share(name: str, share: float) -> None:
-    """Print a share, 0 to 1, in percent."""
-    click.echo(f"{name}: {100 * share:.1f} %")
+    shuffled_captions = generate_shuffled(sample, cache, run)
+    rows = [
+        (
+            "captioning",
+            "scene-true captions",
+            scene_true_share(sample, captions_by_id),
+            scene_true_share(sample, shuffled_captions),
+        )
+    ]
+    for task, folder in runs.items():
+        scores = json.loads((folder / "scores-test.json").read_text())["scores"]
+        shuffled = shuffled_scores(sample, cache, folder)
+        rows.append((task, SCORE[task], scores[SCORE[task]], shuffled[SCORE[task]]))
+    click.echo(f"\nphotographs {sample}, features {cache}, runs {run.parent}")
+    click.echo(f"total time {time.monotonic() - start:.0f} s")
+    click.echo("\none cache, four tasks; held-out scenes:")
+    click.echo(f"  {'task':<12}{'score':<22}{'':>8}{'features of another image':>28}")
+    for task, name, score, shuffled_score in rows:
+        click.echo(f"  {task:<12}{name:<22}{score:>8.1%}{shuffled_score:>28.1%}")
 
 
 def scene_true_share(sample: Path, captions: Mapping[Any, str]) -> float:
@@ -130,51 +122,39 @@ def scene_true_share(sample: Path, captions: Mapping[Any, str]) -> float:
     return float(np.mean([is_true(text, scenes[image_id]) for image_id, text in captions.items()]))
 
 
-def generate_shuffled(
-    cache_path: Path, run: Path, examples: Sequence[Example]
-) -> dict[int | str, str]:
-    """Generate the text of each example from the features of the next image.
-
-    Returns the texts by example id.
-    """
+def generate_shuffled(sample: Path, cache_path: Path, run: Path) -> dict[Any, Any]:
+    """Return the output of each test example from the features of the next image, by example id."""
     machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
+    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+    examples = task.examples(open_source("sample", sample), "test")
     image_ids = list(dict.fromkeys(example.image_id for example in examples))
     next_ids = dict(zip(image_ids, [*image_ids[1:], image_ids[0]], strict=True))
     shuffled = [replace(example, image_id=next_ids[example.image_id]) for example in examples]
     captioner = checkpoint.captioner.to(machine.device)
     generator = make_generator(captioner, checkpoint, machine, {})
-    texts = generate_texts(generator, cache, shuffled)
-    return {example_id: best[0].text for example_id, best in texts.items()}
-
-
-# ----------------------------------------------------------------------- visual question answering
-
-
-def train_vqa(sample: Path, cache: Path, run: Path, *options: str) -> None:
-    """Train visual question answering on the sample, and evaluate it on the test split.
-
-    options: further options of pipeline.train.
-    """
-    dataset = ["--dataset", "sample", "--root", str(sample), "--features", str(cache)]
-    options = (*VQA_OPTIONS, "--out", str(run), *options)
-    run_command(train.main, "--task", "vqa", *dataset, *options)
-    run_command(evaluate.main, *dataset, "--checkpoint", str(run), "--split", "test")
+    return task_outputs(task, generator, cache, shuffled).by_id
 
 
 def shuffled_scores(sample: Path, cache: Path, run: Path) -> dict[str, Any]:
-    """Return the test scores of a run of `train_vqa` with features shuffled between images."""
-    task = VisualQuestionAnswering()
+    """Return the test scores of a run with features shuffled between images."""
+    checkpoint = load_checkpoint(run)
+    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
     examples = task.examples(open_source("sample", sample), "test")
-    return task.score(generate_shuffled(cache, run, examples), examples)
+    return task.score(generate_shuffled(sample, cache, run), examples)
 
 
-def report_answers(sample: Path, cache: Path, run: Path) -> None:
-    """Print the accuracy of a run of `train_vqa` on the test split."""
-    scores = json.loads((run / "scores-test.json").read_text())["scores"]
-    shuffled = shuffled_scores(sample, cache, run)
-    click.echo()
-    echo_share("correct answers, features shuffled between images", shuffled["accuracy"])
-    echo_share("correct answers", scores["accuracy"])
+# ------------------------------------------------------------------------------------- other tasks
+
+
+def train_task(task: str, sample: Path, cache: Path, run: Path, *options: str) -> None:
+    """Train a task on the sample, and evaluate it on the test split.
+
+    Args:
+        options: further options of pipeline.train.
+    """
+    dataset = ["--dataset", "sample", "--root", str(sample), "--features", str(cache)]
+    run_command(train.main, "--task", task, *dataset, *OPTIONS, "--out", str(run), *options)
+    run_command(evaluate.main, *dataset, "--checkpoint", str(run), "--split", "test")
 
 
 def ask_questions(sample: Path, run: Path) -> None:

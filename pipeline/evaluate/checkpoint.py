@@ -222,24 +222,17 @@ def decode(
     generator: CaptionGenerator,
     cache: FeatureCache | NoFeatures,
     examples: Sequence[Example],
-    unit: str = "captions",
 ) -> dict[Any, list[Caption]]:
-    """Generate the texts of the examples. Returns them by example id, best first.
-
-    Args:
-        unit: name of the texts in messages, in the plural.
-    """
+    """Generate the captions of the examples. Returns them by example id, best first."""
     from pipeline.decoding.captioner import generate_texts
 
     method = "samples" if config.sample else f"beam {generator.options.num_beams}"
     method += f", consensus with {config.consensus} samples" if config.consensus else ""
-    if generator.answers:
-        method = "classes"
-    with by_option(), progress(len(examples), unit, method) as bar:
+    with by_option(), progress(len(examples), "images", method) as bar:
         texts = generate_texts(generator, cache, examples, config.batch, bar.step)
     say(
-        f"{len(examples):,} {unit} in {bar.seconds:.1f} s, {bar.rate:.0f}/s, {method}, on "
-        f"{generator.machine}"
+        f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {method}, "
+        f"on {generator.machine}"
     )
     return texts
 

@@ -15,7 +15,8 @@ from data.examples import Example, with_rows
 from data.files import atomic_write_text
 from data.sources import Source
 from pipeline.cli import UserError, flag_of
-from pipeline.evaluate.checkpoint import Evaluation, decode, open_generator, open_split
+from pipeline.decoding.options import by_option
+from pipeline.evaluate.checkpoint import Evaluation, open_generator, open_split
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.scoring.bootstrap import interval, paired_difference, resample
 from pipeline.scoring.report import format_p, signature_line
@@ -66,39 +67,29 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
 def compute_outputs(
     config: EvaluateConfig, evaluation: Evaluation, examples: Sequence[Example]
 ) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """Rank the candidates of the examples that have some, and generate texts for the others.
+    """Decode the examples, and print how long it took.
 
     Returns:
-        The ranks or the text of each example by id, and entries for scores.json.
+        The output of each example by id, and entries for scores.json.
     """
-    from pipeline.decoding.ranking import candidate_scores, rank_candidates
+    from pipeline.decoding.outputs import task_outputs
 
     checkpoints, task, cache, _ = evaluation
     generator, decoding = open_generator(config, checkpoints)
-    if task.exclusive:
-        generator = generator.with_all_classes()
-    candidates = {example.id: task.candidates(example) for example in examples}
-    ranked = [example for example in examples if candidates[example.id]]
-    others = [example for example in examples if not candidates[example.id]]
-    outputs: dict[Any, Any] = {}
     about: dict[str, Any] = {"decoding": decoding}
-    if ranked:
-        with progress(len(ranked), task.unit, "rank") as bar:
-            scores = candidate_scores(
-                generator, cache, ranked, candidates, task.ranks_by_mean, bar.step
-            )
-        outputs, ties = rank_candidates(scores)
-        about |= {"ranked": len(ranked), "ties": ties}
+    with by_option(), progress(len(examples), task.unit, "evaluate") as bar:
+        outputs = task_outputs(task, generator, cache, examples, config.batch, bar.step)
+    say(
+        f"{len(examples):,} {task.unit} in {bar.seconds:.1f} s, {bar.rate:.0f}/s, on "
+        f"{generator.machine}"
+    )
+    if outputs.ranked:
+        about |= {"ranked": outputs.ranked, "ties": outputs.ties}
         say(
-            f"{len(ranked):,} {task.unit} ranked in {bar.seconds:.1f} s, {bar.rate:.0f}/s; in "
-            f"{ties:,} of them candidates have equal scores, which rank by their order"
+            f"{outputs.ranked:,} {task.unit} have candidates, which are ranked; in "
+            f"{outputs.ties:,} of them candidates have equal scores and rank by their order"
         )
-        if others:
-            say(f"{len(others):,} {task.unit} have no candidates and are answered, not ranked")
-    if others:
-        texts = decode(config, generator, cache, others, task.unit)
-        outputs |= {example_id: task.output_of(best) for example_id, best in texts.items()}
-    return outputs, about
+    return outputs.by_id, about
 
 
 def score_file(config: EvaluateConfig) -> None:

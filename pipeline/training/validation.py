@@ -10,8 +10,8 @@ import torch
 
 from models.generation.options import Generation
 from pipeline.checkpoints.checkpoint import save_weights
-from pipeline.decoding.captioner import CaptionGenerator, generate_texts
-from pipeline.decoding.ranking import candidate_scores, rank_candidates
+from pipeline.decoding.captioner import CaptionGenerator
+from pipeline.decoding.outputs import task_outputs
 from pipeline.tasks.base import Task
 from pipeline.terminal import progress, say
 from pipeline.training import distributed
@@ -134,16 +134,12 @@ def dev_scores(run: Run) -> dict[str, float]:
     """
     config, machine, task = run.config, run.machine, run.task
     assert run.dev is not None
-    all_candidates = {e.id: task.candidates(e) for e in run.dev.examples}
-    ranked = [e for e in run.dev.examples if all_candidates[e.id]]
+    ranked = [example for example in run.dev.examples if task.candidates(example)]
     examples = (ranked or run.dev.examples)[machine.rank :: machine.world]
     options = Generation(num_beams=config.beam, length_penalty=config.length_penalty)
     generator = CaptionGenerator(
-        run.captioner, run.checkpoint.vocabulary, machine, options, answers=run.task.answers
+        run.captioner, run.checkpoint.vocabulary, machine, options, answers=task.answers
     )
-
-    if task.exclusive:
-        generator = generator.with_all_classes()
 
     def step(count: int) -> None:
         if run.stop_signal and machine.world == 1:
@@ -152,16 +148,8 @@ def dev_scores(run: Run) -> dict[str, float]:
 
     outputs: dict[Any, Any] = {}
     with progress(len(examples), "examples", "dev", enabled=machine.rank == 0) as bar:
-        if ranked:
-            mean = task.ranks_by_mean
-            outputs, _ = rank_candidates(
-                candidate_scores(
-                    generator, run.dev.cache, examples, all_candidates, mean, done=step
-                )
-            )
-        elif examples:
-            texts_by_id = generate_texts(generator, run.dev.cache, examples, done=step)
-            outputs = {id_: task.output_of(texts) for id_, texts in texts_by_id.items()}
+        if examples:
+            outputs = task_outputs(task, generator, run.dev.cache, examples, done=step).by_id
     outputs = {
         id_: output for part in distributed.all_gather(outputs) for id_, output in part.items()
     }
