@@ -303,7 +303,7 @@ def test_a_run_ranks_answers_and_talks_by_its_folder_alone(talked, tmp_path):
                  "--server", "mine", "--out", out)  # fmt: skip
     record = json.loads(out.read_text())
     assert {"R@1", "R@5", "R@10", "mean_rank", "MRR"} == record["scores"].keys()
-    assert record["ranked"] == record["examples"] and "rounds ranked in" in told
+    assert record["ranked"] == record["examples"] and "which are ranked" in told
     sums = tmp_path / "sum.json"
     works(evaluate.main, "--checkpoint", talked / "run", *over(talked), "--split", "test",
           "--rank", "sum", "--out", sums)  # fmt: skip
