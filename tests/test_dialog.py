@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import real_dialog
 from data import DataError
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
@@ -366,3 +367,32 @@ def test_dialogues_without_features_train_without_regions(talked, tmp_path):
     excluded.write_text("\n".join(map(str, known)))
     told = works(*command, "--text-only", "--exclude-ids", excluded, "--out", tmp_path / "part")
     assert "12 of 24 images are used" in told
+
+
+# ----------------------------------------------------------------------------------- real dialogues
+
+
+def test_the_real_dialogues_that_are_scored_are_not_trained_on(real):
+    """The dialogues with options are also in the file of all dialogues: --exclude-ids is needed."""
+    folder = real / "tasks" / "visdial"
+    scored = real_dialog.dialogs_of(folder / real_dialog.SCORED)
+    everything = real_dialog.dialogs_of(*(folder / name for name in real_dialog.TRAIN))
+    assert len(scored.dialogs) == 107 and len(everything.dialogs) == 1588 + 728
+    trained = everything.dialogs.keys() - scored.dialogs.keys()
+    assert len(trained) == 1481 + 728 and not trained & scored.dialogs.keys()
+    assert sum(len(each.rounds) for each in scored.dialogs.values()) == 1070
+
+
+def test_answers_ranked_by_their_frequency_have_the_scores_that_were_published(real, tmp_path):
+    """R@1 .156, MRR .273, NDCG .248, by the README of the data."""
+    folder = real / "tasks" / "visdial"
+    scored = real_dialog.dialogs_of(folder / real_dialog.SCORED)
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text(json.dumps(real_dialog.ranks_by_frequency(folder, scored)))
+    out = tmp_path / "scores.json"
+    works(evaluate.main, "--ranks", ranks, "--dialogs", folder / real_dialog.SCORED, "--dense",
+          folder / real_dialog.DENSE, "--out", out)  # fmt: skip
+    scores = json.loads(out.read_text())["scores"]
+    assert scores["R@1"] == pytest.approx(0.156, abs=0.02)
+    assert scores["MRR"] == pytest.approx(0.273, abs=0.02)
+    assert scores["NDCG"] == pytest.approx(0.248, abs=0.03)
