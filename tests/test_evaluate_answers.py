@@ -218,7 +218,7 @@ def test_answers_without_questions_are_refused_with_the_options_that_name_them(t
     [
         (["--accuracy", "vqa"], "--accuracy is for scores, but the questions have no answers"),
         (["--format", "json"], "--format json prints scores, but the questions have no answers"),
-        ([], "nothing is scored; add them"),
+        ([], "nothing is scored, because the questions have no answers"),
     ],
 )
 def test_options_of_scores_are_refused_where_nothing_is_scored(pair, tmp_path, options, message):

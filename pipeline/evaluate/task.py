@@ -157,22 +157,15 @@ def check_files(
     config.check_outputs(outputs, source)
     scorable = task.scorable(examples)
     if not scorable:
-        for name in ("against", "accuracy", "wups"):
+        for name in ("against", "accuracy", "wups", "rank"):
             if getattr(config, name):
-                raise UserError(
-                    f"{flag_of(name)} is for scores, but the {task.unit} have no answers; add "
-                    "them (--annotations, or the column answer of a folder's metadata)"
-                )
+                raise UserError(f"{flag_of(name)} is for scores, but {task.why_unscored}")
         if config.format == "json":
-            raise UserError(
-                f"--format json prints scores, but the {task.unit} have no answers; add them "
-                "(--annotations, or the column answer of a folder's metadata)"
-            )
+            raise UserError(f"--format json prints scores, but {task.why_unscored}")
         if (config.answers or config.ranks) and not outputs:
             raise UserError(
-                f"the {task.unit} have no answers, so nothing is scored; add them (--annotations, "
-                "or the column answer of a folder's metadata), or pass --server or --answers-out "
-                "to write a file"
+                f"nothing is scored, because {task.why_unscored}; or pass --server or "
+                "--answers-out to write a file"
             )
     if config.against is None:
         return None
@@ -250,7 +243,7 @@ def report(
         atomic_write_text(path, output_lines(task, examples, outputs, by_id))
         say(f"outputs: {path}")
     if scored is None:
-        say(f"the {task.unit} have no answers, so nothing is scored")
+        say(f"nothing is scored, because {task.why_unscored}")
         return
     record: dict[str, Any] = {
         "task": task.name,

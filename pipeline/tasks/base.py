@@ -56,6 +56,7 @@ class Task(ABC):
     outputs_name: name of the file of the outputs beside scores.json; "": NAME-outputs.jsonl.
     ranks_by_mean: whether candidates are ranked by their mean log-probability per word; else by the
         sum.
+    why_unscored: what is said if no example can be scored.
     may_lack_targets: whether examples without targets are left out of training. Otherwise they are
         an error.
     dev_images: the largest number of dev images that training scores.
@@ -78,6 +79,7 @@ class Task(ABC):
     reads_texts = True
     outputs_name = ""
     ranks_by_mean = True
+    why_unscored = "the examples have no targets"
     may_lack_targets = False
     dev_images = 5000
     evaluate_options: tuple[str, ...] = ()

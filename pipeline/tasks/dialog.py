@@ -58,6 +58,7 @@ class VisualDialog(Task):
     name = "dialog"
     metric = "MRR"
     unit = "rounds"
+    why_unscored = "no round has answer options of which the true one is known"
     result_fields = Fields("round", "ranks")
     may_lack_targets = True
     dev_images = 500

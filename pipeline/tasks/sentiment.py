@@ -47,6 +47,7 @@ class Sentiment(Task):
     metric = "macro_f1"
     shown = {"accuracy": "accuracy"}  # noqa: RUF012
     unit = "texts"
+    why_unscored = "the texts have no labels; add the column label to the metadata"
     output = "classes"
     exclusive = True
     outputs_name = "predictions.jsonl"

@@ -70,6 +70,10 @@ class VisualQuestionAnswering(Task):
     name = "vqa"
     metric = "accuracy"
     unit = "questions"
+    why_unscored = (
+        "the questions have no answers; add them (--annotations, or the column answer of the "
+        "metadata of a folder)"
+    )
     result_fields = ANSWERS
     wups = False  # whether WUPS is also computed
     Options = VqaOptions
