@@ -468,14 +468,26 @@ def test_a_run_is_used_only_for_what_it_was_trained_on(asked, tmp_path):
     assert "was not trained on questions" in told and "lose their first" not in told
 
 
-def test_a_stopped_run_with_classes_resumes_to_the_same_weights(asked, tmp_path, monkeypatch):
-    options = ["--task", "vqa", *over(asked), "--preset", "tiny", "--epochs", 2]
+@pytest.mark.parametrize("task", ["vqa", "dialog", "sentiment"])
+def test_a_stopped_run_of_any_task_resumes_to_the_same_weights(asked, tmp_path, monkeypatch, task):
+    options = ["--task", task, *over(asked), "--preset", "tiny", "--epochs", 2]
+    whole = asked / "classes" if task == "vqa" else tmp_path / "whole"
+    if task != "vqa":
+        works(train.main, *options, "--out", whole)
     interrupt_at(3, monkeypatch)
     assert run(train.main, *options, "--out", tmp_path / "run").exit_code == 130
     monkeypatch.undo()
     works(train.main, *options, "--out", tmp_path / "run", "--resume")
-    one, two = (load_file(f / "model.safetensors") for f in (asked / "classes", tmp_path / "run"))
+    one, two = (load_file(f / "model.safetensors") for f in (whole, tmp_path / "run"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    if task != "vqa":
+        members = ["--checkpoint", whole, "--checkpoint", tmp_path / "run"]
+        out = tmp_path / "scores.json"
+        works(evaluate.main, *members, *over(asked), "--split", "test", "--out", out)
+        both = json.loads(out.read_text())["scores"]
+        works(evaluate.main, *members[:2], *over(asked), "--split", "test", "--out", out)
+        alone = json.loads(out.read_text())["scores"]
+        assert both.get("MRR", both.get("accuracy")) == alone.get("MRR", alone.get("accuracy"))
 
 
 # ------------------------------------------------------------------------------ other ways to train
