@@ -1,9 +1,12 @@
 """Dialogues about the embedded sample's scenes, with answers that are known to be true.
 
 A dialogue asks about one thing, and then about things beside it. Its later questions can only be
-understood with the earlier ones: "is there a star?", "what colour is it?", "what is left of it?",
-"and what is above that?". Each round has 100 different candidate answers, at least 20 of which
-could answer the question.
+understood with the earlier ones: "is there a red thing?", "what shape is it?", "what is left of
+it?", "and what is above that?". Each round has 100 different candidate answers, at least 20 of
+which could answer the question.
+
+Things are first named by their colour. If they were named by their shape, a decoder would not learn
+within minutes which one is meant.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ ANSWERS: Mapping[str, Sequence[str]] = {
     "thing": [
         f"the {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES
     ],
-    "colour": [
-        f"it is {shade}{colour}" for shade in ("", "dark ", "light ") for colour in COLOURS
+    "shape": [
+        f"{start} a {shape}"
+        for start in ("it is", "it looks like", "i think it is", "it seems to be")
+        for shape in SHAPES
     ],
     "size": [
         f"it is {degree}{size}"
@@ -60,21 +65,21 @@ class SceneRound(NamedTuple):
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
-    """A dialogue of three to six rounds about a scene; empty if no thing has a shape of its own."""
+    """A dialogue of three to six rounds; empty if no thing of the scene has a colour of its own."""
     things = scene.things
-    shapes = [thing.shape for thing in things]
-    alone = [thing for thing in things if shapes.count(thing.shape) == 1]
+    colours = [thing.colour for thing in things]
+    alone = [thing for thing in things if colours.count(thing.colour) == 1]
     if not alone:
         return []
     rounds = []
     if rng.random() < 0.5:
-        absent = [shape for shape in SHAPES if shape not in shapes]
-        shape = absent[int(rng.integers(len(absent)))]
-        rounds.append(SceneRound(f"is there a {shape}?", "no", "presence"))
+        absent = [colour for colour in COLOURS if colour not in colours]
+        colour = absent[int(rng.integers(len(absent)))]
+        rounds.append(SceneRound(f"is there a {colour} thing?", "no", "presence"))
     thing = alone[int(rng.integers(len(alone)))]
-    rounds.append(SceneRound(f"is there a {thing.shape}?", "yes", "presence"))
+    rounds.append(SceneRound(f"is there a {thing.colour} thing?", "yes", "presence"))
     attributes = [
-        SceneRound("what colour is it?", f"it is {thing.colour}", "colour"),
+        SceneRound("what shape is it?", f"it is a {thing.shape}", "shape"),
         SceneRound("is it small or large?", f"it is {thing.size}", "size"),
     ]
     rounds += [attributes[i] for i in rng.permutation(2)]
