@@ -34,7 +34,7 @@ from pipeline.runtime import open_machine
 from pipeline.tasks.dialog import VisualDialog
 
 # chosen on dev
-OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "10")
+OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "5", "--eval-steps", "290")
 
 
 @click.command(context_settings={"show_default": True})
