@@ -22,7 +22,7 @@ from benchmarks.sample_runs import train_all
 from pipeline.demo import shuffled_scores
 
 # chosen on dev
-OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "12")
+OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "8")
 
 
 @click.command(context_settings={"show_default": True})

@@ -51,6 +51,7 @@ def segmented(caption: str, segment: str = "words") -> list[str]:
 # questions and answers of a dialogue. Each mark is a token.
 CAPTION, QUESTION, ANSWER = MARKS = ("<caption>", "<question>", "<answer>")
 _MARK = re.compile("(" + "|".join(MARKS) + ")")
+_MARK_IN_TEXT = re.compile("<+(" + "|".join(mark.strip("<>") for mark in MARKS) + ")>+")
 
 
 def prompt_tokens(prompt: str, segment: str = "words") -> list[str]:
@@ -71,7 +72,7 @@ def _part_tokens(part: str, segment: str) -> tuple[str, ...]:
 
 def without_marks(text: str) -> str:
     """Return a text in which nothing is a mark: "<answer>" becomes "answer"."""
-    return _MARK.sub(lambda match: match[0].strip("<>"), text)
+    return _MARK_IN_TEXT.sub(r"\1", text)
 
 
 def characters(run: str) -> list[str]:

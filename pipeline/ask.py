@@ -143,7 +143,11 @@ def chat(config: AskConfig) -> None:
     while True:
         if at_terminal:
             click.echo("> ", nl=False)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            say("the line is not UTF-8; write it again")
+            continue
         if not line or line.strip() == "/quit":
             break
         if line.strip():
@@ -233,13 +237,13 @@ def read_questions(config: AskConfig) -> dict[Path, list[str]]:
             raise UserError(f"{folder} has no photographs; {files.left_out() or 'it is empty'}")
         return {folder / name: questions for name in sorted(files.photographs)}
     questions_by_path: dict[Path, list[str]] = {}
-    for number, line in enumerate(read_text(config.questions).splitlines(), start=1):
+    for number, line in enumerate(read_text(config.questions).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{config.questions}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f'{where}: not JSON; write {{"file_name": "a.jpg", "question": "..."}}: {error}'
             ) from error

@@ -13,10 +13,12 @@ from data.datasets.folder import list_files
 from data.datasets.folder import read as read_folder
 from data.files import atomic_write_text, check_outputs
 from data.images import UnreadableImage
+from data.segmentation import segmented
 from data.sources import check_caption
 from pipeline.cli import DEVICES, PRECISIONS, Settings, UserError, command, setting
 from pipeline.decoding.captioner import PhotoCaptioner, load_captioner
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
+from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
 
@@ -50,6 +52,10 @@ class ClassifyConfig(Settings):
                 f"{len(self.photograph)} photographs are passed; pass one, or a folder with "
                 "metadata.jsonl (text in quotes after --text)"
             )
+        if self.encoding != "utf-8" and not self.is_folder:
+            raise UserError("--encoding is that of the metadata of a folder; omit it")
+        if self.photograph and not self.photograph[0].exists():
+            raise UserError(f"{self.photograph[0]}: there is no such photograph or folder")
         if not self.photograph and self.text is None:
             raise UserError('pass a photograph and its text: PHOTO --text "..."')
         if self.is_folder and self.text is not None:
@@ -70,9 +76,13 @@ def main(config: ClassifyConfig) -> None:
     """Print the labels of a photograph with its text, and their probabilities."""
     pairs = read_pairs(config)
     if config.out:
-        check_outputs([("--out", config.out)], [photo for photo, _ in pairs if photo])
+        inputs = [photo for photo, _ in pairs if photo]
+        inputs += [config.photograph[0] / name for name in list_files(config.photograph[0]).others]
+        check_outputs([("--out", config.out)], inputs)
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
+    if not config.is_folder:
+        say_unread(captioner, config.text)
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
     records = classify_all(config, captioner, pairs)
@@ -104,8 +114,26 @@ def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
     return [
         (image.path, text)
         for image in source.images
-        for text in texts.get(image.id) or image.captions or [""]
+        for text in dict.fromkeys([*texts.get(image.id, []), *image.captions]) or [""]
     ]
+
+
+def say_unread(captioner: PhotoCaptioner, text: str | None) -> None:
+    """Print what of the text of one photograph is not read."""
+    checkpoint = captioner.checkpoint
+    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+    if text and not task.reads_texts:
+        say("the checkpoint reads no texts, so --text has no effect")
+    elif text is None and task.reads_texts:
+        say("without --text, the labels are those of an empty text")
+    elif text:
+        known = set(checkpoint.vocabulary.words)
+        tokens = segmented(text, checkpoint.vocabulary.segment)
+        if unknown := sorted({*tokens} - known):
+            say(f"words that the model does not know: {', '.join(unknown[:10])}")
+        if checkpoint.count_cut([text]):
+            say(f"the text has more than {captioner.captioner.config.max_prompt} words; its first "
+                "words are not read")  # fmt: skip
 
 
 def classify_all(

@@ -80,25 +80,29 @@ class SourceOptions(Settings):
         return cache_class(features or Path("cache") / self.dataset)
 
     def open_source(self) -> Source:
-        """Open the dataset and print the notes of its reader.
+        """Open the dataset, print the notes of its reader, and choose the images of --ids.
 
         The embedded sample is drawn if it does not exist.
         """
+        source = self.open_whole_source()
+        for note in source.notes:
+            say(note)
+        return self._choose_images(source)
+
+    def open_whole_source(self) -> Source:
+        """Open the dataset with all images."""
         root = self.root
         if self.dataset == "sample":
             root = root or (None if self.images else SAMPLE_ROOT)
             ensure_sample(root or as_list(self.images)[0])
         options = self.options("dataset")
-        source = open_source(
+        return open_source(
             self.dataset,
             root,
             self.annotations,
             self.images,
             **(asdict(options) if options else {}),
         )
-        for note in source.notes:
-            say(note)
-        return self._choose_images(source)
 
     def _choose_images(self, source: Source) -> Source:
         """Keep the images of --ids, and leave out those of --exclude-ids.

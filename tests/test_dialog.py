@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data import DataError
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
 from data.datasets.scene_dialogs import ANSWERS, CANDIDATES
-from data.segmentation import prompt_tokens
+from data.segmentation import MARKS, prompt_tokens, without_marks
 from pipeline import ask, evaluate, extract, train
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
@@ -115,6 +116,8 @@ def test_dense_annotations_belong_to_one_round(tmp_path):
         ([dialog(7, [round_(options=(0, "a"))])], '"answer_options" must be positions in the 5'),
         ([dialog(7, [round_(gt=3)])], "gt_index 3 is not one of 3 options"),
         ([dialog(7, [round_(gt=1)])], "the answer is 'yes', but the option at gt_index 1 is 'no'"),
+        ([dialog(7, [round_() | {"answer_options": 5}])], '"answer_options" must be positions'),
+        ([dialog(7, [round_() | {"answer_options": True}])], '"answer_options" must be positions'),
         ([dialog(7, caption="\ud83d")], "lone surrogate"),
         (["x"], "dialogue number 0 is no object"),
         ({}, "is not a VisDial file, for --dialogs"),
@@ -139,6 +142,10 @@ def test_mistakes_of_dialogues_name_the_file_and_the_round(tmp_path, entries, me
 )
 def test_mistakes_of_dense_annotations_name_the_round(tmp_path, entry, message):
     dense = tmp_path / "dense.json"
+    for entries, all_message in (([], "contains no dense"), ([{}, 3], "is not a file of dense")):
+        dense.write_text(json.dumps(entries))
+        with pytest.raises(DataError, match=all_message):
+            opened(dialogs(tmp_path, [dialog(7)]), dense=dense)
     whole = {"image_id": 7, "round_id": 1, "gt_relevance": [0, 0, 1]}
     dense.write_text(json.dumps([whole | entry]))
     with pytest.raises(DataError, match=message):
@@ -146,6 +153,19 @@ def test_mistakes_of_dense_annotations_name_the_round(tmp_path, entry, message):
 
 
 # ------------------------------------------------------------------------------- prompts and scores
+
+
+def test_null_is_absent_and_the_true_option_is_found_by_its_text(tmp_path):
+    absent = {"question": 0, "answer": None, "answer_options": None, "gt_index": None}
+    file = dialogs(tmp_path, [dialog(7, [absent, round_(1, 3, (2, 3, 1), None)])])
+    first, second = opened(file).dialogs[7].rounds
+    assert first.answer is None and len(first.options) == 0 and first.gt_index is None
+    assert second.gt_index == 1
+
+
+def test_no_text_of_a_user_becomes_a_mark():
+    for text in ("<answer>", "<<answer>>", "<<<question>>> <caption>", "<<<answer>question>"):
+        assert not any(mark in prompt_tokens(without_marks(text)) for mark in MARKS)
 
 
 def test_a_prompt_has_the_caption_and_the_rounds_so_far_with_marks():
@@ -232,6 +252,9 @@ def test_mistakes_of_a_file_of_ranks_name_the_round(tmp_path, changed, message):
     given = {(image, number): [1, 2, 3] for image in (7, 8) for number in (1, 2)}
     command = [evaluate.main, "--dialogs", dialogs(tmp_path, [dialog(7), dialog(8)]), "--ranks"]
     assert message in refused(*command, ranks_file(tmp_path, given | changed))
+    ids = tmp_path / "ids.txt"
+    ids.write_text("7")
+    assert "MRR" in works(*command, ranks_file(tmp_path, given), "--ids", ids)
     del given[8, 1]
     assert "round 8-1 has no ranks in" in refused(*command, ranks_file(tmp_path, given))
 
@@ -338,6 +361,13 @@ def test_conversations_refuse_what_they_cannot_do(talked, tmp_path):
     (tmp_path / "x.json").write_text('{"photo": "a.jpg", "caption": "", "rounds": [{}]}')
     assert "is not a conversation" in refused(*talking, "--resume", tmp_path / "x.json")
     assert "also pass --chat" in refused(ask.main, path, "why?", "--caption", "a dog")
+    mine = shutil.copy(path, tmp_path / "mine.jpg")
+    before = Path(mine).read_bytes()
+    lines = f"/save {mine}\n/save {tmp_path}\n/save a\0b\nis it red?\n"
+    result = run(*talking, mine, input=lines)
+    assert result.exit_code == 0 and Path(mine).read_bytes() == before
+    assert "exists and is not a conversation" in result.output and "is a folder" in result.output
+    assert len(result.stdout.splitlines()) == 1  # the answer
     works(train.main, *over(talked), "--preset", "tiny", "--epochs", 1, "--out", tmp_path / "run")
     with pytest.raises(UserError, match="not on dialogues"):
         load_captioner(tmp_path / "run").chat(path)

@@ -13,7 +13,7 @@ from data import DataError
 from data.datasets.mvsa import combined_label
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample, load_scenes
-from pipeline import classify, evaluate, extract, train
+from pipeline import ask, classify, evaluate, extract, train
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
 from pipeline.scoring.classification import (
@@ -71,6 +71,12 @@ def test_mvsa_has_the_pairs_with_a_label(tmp_path):
         ("a tweet", "positive"), ("a tweet", "neutral"),
     ]  # fmt: skip
     assert "2 of 3 pairs have a label by the rule of MultiSentiNet" in source.notes[0]
+    pairs = root / "labelResultAll.txt"
+    pairs.write_text("1\tpositive,positive\n")  # without a header
+    assert [text.image_id for text in open_source("mvsa", root).texts] == [1]
+    pairs.write_text("1\tpositive,negative\n")
+    with pytest.raises(DataError, match="none of 1 pairs has a label by the rule"):
+        open_source("mvsa", root)
     three = "\t".join(["positive,neutral"] * 3)
     assert open_source("mvsa", mvsa(tmp_path, [f"1\t{three}"])).texts[0].label == "positive"
     for id_ in (1, 5):
@@ -85,6 +91,7 @@ def test_mvsa_has_the_pairs_with_a_label(tmp_path):
         (["1\thappy,neutral"], "line 2: 'happy,neutral' is not a pair"),
         (["1\tneutral,neutral"] * 2, "line 3: 1 occurs twice"),
         (["1\tneutral,neutral\tneutral,neutral"], "is not an id with one or three pairs"),
+        (["1\tneutral,neutral", "9" * 30 + "\tneutral,neutral"], "is not an id with one"),
     ],
 )
 def test_mistakes_of_mvsa_name_the_line(tmp_path, lines, message):
@@ -131,6 +138,10 @@ def test_a_folder_has_labelled_texts_in_its_metadata(tmp_path):
     with pytest.raises(DataError, match=r"is not UTF-8 at byte 32; .*--encoding"):
         open_source("folder", tmp_path)
     assert open_source("folder", tmp_path, encoding="latin1").by_id
+    rows = [{"file_name": "a.jpg", "caption": "a dog", "label": "yes"},
+            {"file_name": "a.jpg", "text": "no label", "label": "  "}]  # fmt: skip
+    texts = open_source("folder", folder(tmp_path, rows)).texts
+    assert [(text.text, text.label) for text in texts] == [("a dog", "yes")]
     folder(tmp_path, [{"file_name": "a.jpg", "label": [1]}])
     with pytest.raises(DataError, match=r"line 1: the label is \[1\], not a text"):
         open_source("folder", tmp_path)
@@ -257,8 +268,19 @@ def test_a_run_is_evaluated_and_classifies_by_its_folder_alone(felt, tmp_path, u
     told = works(classify.main, "--checkpoint", felt / use, path, "--text", "i love red")
     assert "positive" in told and "%" in told
     other = tmp_path / "other"
-    works(evaluate.main, "--checkpoint", felt / use, *over(felt), "--split", "test", "--out",
-          other / "s.json", "--against", tmp_path / "predictions.jsonl")  # fmt: skip
+    command = [evaluate.main, "--checkpoint", felt / use, *over(felt), "--split", "test", "--out",
+               other / "s.json", "--against"]  # fmt: skip
+    works(*command, tmp_path / "predictions.jsonl")
+    assert (other / "s-predictions.jsonl").exists()
+    broken = tmp_path / "broken.jsonl"
+    for line, message in (
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"id": 1, "probabilities": {"a": NaN}}', "not a line of predictions"),
+        ('{"id": 1, "probabilities": {"a": 5}}', "not a line of predictions"),
+        ('{"id": 1, "probabilities": {"a": true}}', "not a line of predictions"),
+    ):
+        broken.write_text(line)
+        assert message in refused(*command, broken)
     difference = json.loads((other / "s.json").read_text())["against"]["differences"]["macro_f1"]
     assert difference["value"] == 0 and difference["interval"] == [0, 0]
 
@@ -274,7 +296,17 @@ def test_a_folder_is_classified_as_json_lines(felt, tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["text"] for line in lines] == ["i love red", "i hate red"]
     assert "left out: " in told and "b.jpg" in told
+    metadata = (photos / "metadata.jsonl").read_bytes()
     command = [classify.main, "--checkpoint", felt / "both"]
+    assert "would overwrite an input file" in refused(
+        *command, photos, "--out", photos / "metadata.jsonl")  # fmt: skip
+    assert (photos / "metadata.jsonl").read_bytes() == metadata
+    assert "there is no such photograph" in refused(*command, photos / "c.jpg", "--text", "x")
+    assert "--encoding is that of the metadata" in refused(
+        *command, photos / "a.jpg", "--text", "x", "--encoding", "latin1")  # fmt: skip
+    told = works(*command, photos / "a.jpg", "--text", "zebra red")
+    assert "does not know: zebra" in told
+    assert "those of an empty text" in works(*command, photos / "a.jpg")
     assert "would overwrite an input file" in refused(*command, photos, "--out", photos / "a.jpg")
     assert "omit --text" in refused(*command, photos, "--text", "x")
     assert "pass a photograph" in refused(*command, "--text", "x")
@@ -287,6 +319,25 @@ def test_sentiment_refuses_data_without_labels_and_other_checkpoints(felt, tmp_p
     told = refused(train.main, "--task", "sentiment", "--dataset", "folder", "--root", photos,
                    "--features", felt / "cache", "--out", tmp_path / "run")  # fmt: skip
     assert "--task sentiment needs labels" in told and "the column label" in told
+    many = [{"file_name": f"{n:02}.jpg", "text": "x", "label": "ab"[n % 2]} for n in range(30)]
+    many = open_source("folder", folder(tmp_path / "many", many))
+    dev = {image.id for image in many.select("dev")}
+    rows = [{"file_name": image.name, "text": "x", "label": "ab"[n % 2]}
+            for n, image in enumerate(many.images)]  # fmt: skip
+    for image, row in zip(many.images, rows, strict=True):
+        row["label"] = "rare" if image.id in dev else row["label"]
+    folder(tmp_path / "many", rows)
+    told = refused(train.main, "--task", "sentiment", "--dataset", "folder", "--root",
+                   tmp_path / "many", "--use", "text", "--out", tmp_path / "rare")  # fmt: skip
+    assert "of dev has the label 'rare', which no text of train has" in told
+    told = refused(ask.main, "--checkpoint", felt / "both", photos / "a.jpg", "why?")
+    assert "was trained on labels; use it with python -m pipeline.classify" in told
+    told = refused(evaluate.main, "--checkpoint", felt / "both", *over(felt), "--out",
+                   felt / "both" / "config.json")  # fmt: skip
+    assert "is a file of the checkpoint" in told
+    told = refused(evaluate.main, "--checkpoint", felt / "both", *over(felt), "--out",
+                   next((felt / "sample").rglob("*.jpg")))  # fmt: skip
+    assert "would overwrite an input file" in told
     works(train.main, *over(felt), "--preset", "tiny", "--epochs", 1, "--out", tmp_path / "run")
     told = refused(classify.main, "--checkpoint", tmp_path / "run", photos / "a.jpg",
                    "--text", "x")  # fmt: skip

@@ -500,15 +500,14 @@ def _question(row: dict, where: str) -> tuple[str | None, tuple[str, ...]]:
 def _label(row: dict, where: str) -> tuple[str, str | None]:
     """Return the text and the label of a metadata row; None if it has no label."""
     label = row.get("label")
-    if label in (None, ""):
+    if label is None or (isinstance(label, str) and not label.strip()):
         return "", None
     if type(label) not in (str, int):
         raise DataError(f"{where}: the label is {label!r}, not a text or a whole number")
-    text = row.get("text")
-    return (
-        "" if text is None else check_caption(text, where, "text"),
-        check_caption(str(label), where, "label").strip(),
-    )
+    texts = _captions(row, where)
+    if len(texts) > 1:
+        raise DataError(f"{where}: {len(texts)} texts have one label; write one text per row")
+    return texts[0] if texts else "", check_caption(str(label), where, "label").strip()
 
 
 # ------------------------------------------------------------------- captions.txt, Flickr8k's files

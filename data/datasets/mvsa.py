@@ -91,15 +91,17 @@ def read(
     file = annotations or base / "labelResultAll.txt"
     if not file.exists():
         raise DataError(f"{file} does not exist; --root must be the folder MVSA_Single or MVSA")
-    lines = read_text(file).splitlines()[1:]
     labels: dict[int, str | None] = {}
-    for number, line in enumerate(lines, start=2):
-        if line.strip():
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        is_header = number == 1 and not line[:1].isdecimal()
+        if line.strip() and not is_header:
             id_, label = _read_line(line, f"{file}, line {number}")
             if id_ in labels:
                 raise DataError(f"{file}, line {number}: {id_} occurs twice")
             labels[id_] = label
     kept = {id_: label for id_, label in labels.items() if label is not None}
+    if not kept:
+        raise DataError(f"{file}: none of {len(labels):,} pairs has a label by the rule of {RULE}")
     without = [id_ for id_ in kept if not (base / f"data/{id_}.txt").exists()]
     if without:
         first = ", ".join(map(str, without[:5]))
@@ -125,7 +127,7 @@ def _read_line(line: str, where: str) -> tuple[int, str | None]:
     """Return the id of a pair and its label; None: the pair is left out."""
     id_, *pairs = line.split()
     split = [pair.split(",") for pair in pairs]
-    if not id_.isascii() or not id_.isdecimal() or len(pairs) not in (1, 3):
+    if not id_.isascii() or not id_.isdecimal() or len(id_) > 18 or len(pairs) not in (1, 3):
         raise DataError(f"{where}: {line[:60]!r} is not an id with one or three pairs of labels")
     for pair in split:
         if len(pair) != 2 or not {*pair} <= {*LABELS}:

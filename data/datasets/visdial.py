@@ -190,10 +190,13 @@ def _read_round(entry: Any, where: str, questions: Sequence[str], answers: Seque
         raise DataError(f"{where} is no object")
     question = _text_at(entry.get("question"), questions, where, "question")
     answer = None
-    if "answer" in entry:
+    if entry.get("answer") is not None:
         answer = _text_at(entry["answer"], answers, where, "answer")
-    options, gt_index = entry.get("answer_options", ()), entry.get("gt_index")
-    if len(options):
+    options: Any = entry.get("answer_options")
+    gt_index = entry.get("gt_index")
+    if options is None:
+        options = ()
+    if not isinstance(options, tuple | np.ndarray) or len(options):
         is_array = isinstance(options, np.ndarray)
         if not is_array or options.min() < 0 or options.max() >= len(answers):
             raise DataError(
@@ -207,6 +210,9 @@ def _read_round(entry: Any, where: str, questions: Sequence[str], answers: Seque
                 f"{where}: the answer is {answer[:60]!r}, but the option at gt_index {gt_index} is "
                 f"{answers[options[gt_index]][:60]!r}"
             )
+    elif answer is not None and len(options):
+        matches = [i for i, number in enumerate(options) if answers[number] == answer]
+        gt_index = matches[0] if matches else None
     return Round(question, answer, options, gt_index, answers)
 
 
@@ -225,11 +231,17 @@ def _add_relevance(dialogs: dict[int, Dialog], file: Path) -> None:
         raise DataError(
             f"{file} is not a file of dense annotations, for --dense: a list of objects"
         )
+    if not entries:
+        raise DataError(f"{file} contains no dense annotations")
+    seen: set[tuple[int, Any]] = set()
     for number, entry in enumerate(entries):
         id_ = check_id(entry.get("image_id"), f"{file}: entry {number}")
         where = f"{file}: image {id_}, round {entry.get('round_id')}"
         if id_ not in dialogs:
             raise DataError(f"{where}: no dialogue about this image is in --dialogs")
+        if (id_, entry.get("round_id")) in seen:
+            raise DataError(f"{where}: this round occurs twice")
+        seen.add((id_, entry.get("round_id")))
         rounds = [*dialogs[id_].rounds]
         index = entry.get("round_id")
         if type(index) is not int or not 1 <= index <= len(rounds):

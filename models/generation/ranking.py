@@ -107,7 +107,8 @@ def _group(candidates: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     each candidate among the candidates of the groups of its example.
     """
     examples, count, longest = candidates.shape
-    groups = -(-count // GROUP)
+    candidates = F.pad(candidates, (0, int(longest == 0)), value=pad)
+    longest, groups = candidates.shape[2], -(-count // GROUP)
     by_length = (candidates != pad).sum(2).argsort(dim=1, descending=True, stable=True)
     place = torch.arange(count, device=candidates.device)
     place = place % groups * -(-count // groups) + place // groups  # dealt out in turn

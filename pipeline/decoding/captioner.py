@@ -429,6 +429,11 @@ class PhotoCaptioner(
         Raises UserError if the checkpoint was trained on questions and `has_questions` is False, or
         the reverse.
         """
+        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        if task.exclusive:
+            raise UserError(
+                f"{self.folder} was trained on labels; use it with python -m pipeline.classify"
+            )
         if has_questions and not self.captioner.config.max_prompt:
             raise UserError(f"{self.folder} was not trained on questions; train with --task vqa")
         if not has_questions and self.captioner.config.max_prompt:

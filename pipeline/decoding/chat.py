@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data import DataError
 from data.files import atomic_write_text
 from data.images import Photograph, UnreadableImage, describe
 from data.sources import check_caption, parse_json
@@ -78,9 +79,21 @@ class Chat:
         self.rounds, self.forgotten = [], False
 
     def save(self, file: Path) -> None:
-        """Write the conversation as JSON. Raises UserError if the photograph has no path."""
+        """Write the conversation as JSON. An existing file is replaced only by itself.
+
+        Raises UserError if the photograph has no path, or the file exists and is no conversation.
+        """
         if not isinstance(self.photo, str | Path):
             raise UserError("only a conversation about a photograph with a path can be saved")
+        if "\0" in str(file):
+            raise UserError("a file name cannot contain a NUL character")
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name the file")
+        if file.exists():
+            try:
+                read_conversation(file)
+            except (DataError, UserError) as error:
+                raise UserError(f"{file} exists and is not a conversation; name another") from error
         record = {
             "photo": str(self.photo),
             "caption": self.caption,

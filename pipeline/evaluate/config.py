@@ -26,6 +26,12 @@ from pipeline.scoring.vqa import VARIANTS
 from pipeline.sources import SourceOptions
 from pipeline.tasks.captioning import UNFINISHED
 
+# files of a checkpoint that no score may replace
+CHECKPOINT_FILES = (
+    "config.json", "vocab.json", "tokenizer.json", "answers.json", "model.safetensors",
+    "frequencies.safetensors", "backbone.safetensors", "last.safetensors", "metrics.jsonl",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(DecodingOptions, SourceOptions):
@@ -169,10 +175,15 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
             for name in ("questions", "dialogs"):
                 if len(self.extensions.get("dataset", {}).get(name, ())) > 1:
                     raise UserError(f"--server takes one --{name} file; several are passed")
-        if self.server and (self.limit or len(self.captions) > 1):
+        if self.server and (
+            self.limit
+            or self.exclude_ids
+            or len(self.captions) > 1
+            or (self.ids and not self.captions)
+        ):
             raise UserError(
                 "--server needs the captions of all images, or the answers to all questions, by "
-                "one method: no --limit, and at most one --captions"
+                "one method: no --limit, --ids or --exclude-ids, and at most one --captions"
             )
         if self.against and (len(self.captions) > 1 or not self.bootstrap):
             raise UserError(
@@ -194,7 +205,12 @@ class EvaluateConfig(DecodingOptions, SourceOptions):
         inputs += [self.exclude_ids, self.answers, self.ranks, *self.captions, *self.annotations]
         options = self.extensions.get("dataset", {})
         inputs += [*options.get("questions", ()), *options.get("dialogs", ()), options.get("dense")]
-        inputs += [source.annotations] if source else []
+        inputs += [source.annotations, *(image.path for image in source.images)] if source else []
+        folders = [folder.resolve() for folder in self.checkpoint]
+        for option, path in files:
+            name = path.name
+            if path.resolve().parent in folders and name in CHECKPOINT_FILES:
+                raise UserError(f"{option} {path} is a file of the checkpoint; pass another path")
         check_outputs(files, [path for path in inputs if path])
 
     def _check_out(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,12 @@ def score_file(config: EvaluateConfig) -> None:
     examples = [example for example in examples if task.candidates(example)] or examples
     given = task.read_outputs(file)
     outputs = choose_outputs(task, given, examples, file)
-    if unknown := given.keys() - {example.id for example in all_examples}:
+    known = {example.id for example in all_examples}
+    if config.ids or config.exclude_ids:
+        whole = config.open_whole_source()
+        known |= {example.id for example in task.examples(whole, split)}
+        source = replace(source, images=whole.images)
+    if unknown := given.keys() - known:
         first = min(unknown, key=str)
         where = f"{file}: {task.unit.rstrip('s')} {first} is not in"
         if unknown & {example.id for example in task.examples(source, "all")}:
@@ -164,8 +170,8 @@ def check_files(
             raise UserError(f"--format json prints scores, but {task.why_unscored}")
         if (config.answers or config.ranks) and not outputs:
             raise UserError(
-                f"nothing is scored, because {task.why_unscored}; or pass --server or "
-                "--answers-out to write a file"
+                f"nothing is scored, because {task.why_unscored}; or write a file: --server"
+                f"{' or --answers-out' if config.answers else ''}"
             )
     if config.against is None:
         return None
@@ -173,8 +179,16 @@ def check_files(
 
 
 def outputs_path(task: Task, out: Path) -> Path:
-    """The path of the outputs of each example, beside scores.json."""
-    return out.with_name(task.outputs_name or f"{out.stem}-outputs.jsonl")
+    """The path of the outputs of each example, beside scores.json.
+
+    For sentiment: predictions.jsonl beside scores.json, predictions-test.jsonl beside
+    scores-test.json, NAME-predictions.jsonl beside NAME.json.
+    """
+    if not task.outputs_name:
+        return out.with_name(f"{out.stem}-outputs.jsonl")
+    if out.stem == "scores" or out.stem.startswith("scores-"):
+        return out.with_name(f"{task.outputs_name}{out.stem.removeprefix('scores')}.jsonl")
+    return out.with_name(f"{out.stem}-{task.outputs_name}.jsonl")
 
 
 def server_path(config: EvaluateConfig, source: Source, out: Path | None) -> Path:

@@ -53,7 +53,8 @@ class Task(ABC):
         cross-entropy of the softmax, else the binary cross-entropy of each class.
     uses_images: whether the decoder reads the features of images. reads_texts: whether it reads the
         prompts.
-    outputs_name: name of the file of the outputs beside scores.json; "": NAME-outputs.jsonl.
+    outputs_name: the part of the name of the file of outputs beside scores.json that stands for
+        "scores"; "": SCORES-outputs.jsonl.
     ranks_by_mean: whether candidates are ranked by their mean log-probability per word; else by the
         sum.
     why_unscored: what is said if no example can be scored.

@@ -58,7 +58,10 @@ class VisualDialog(Task):
     name = "dialog"
     metric = "MRR"
     unit = "rounds"
-    why_unscored = "no round has answer options of which the true one is known"
+    why_unscored = (
+        "no round has answer options of which the true one or the relevance is known; pass "
+        "dialogues with answer_options, or --dense"
+    )
     result_fields = Fields("round", "ranks")
     may_lack_targets = True
     dev_images = 500
@@ -103,7 +106,7 @@ class VisualDialog(Task):
         Each round gets DRAWN different answers of other train dialogues, always the same ones. The
         metric is then called dev_MRR_drawn.
         """
-        if not dev or any(self.candidates(example) for example in dev):
+        if not dev or any(self._rounds[example.id].gt_index is not None for example in dev):
             return ""
         self.metric = "dev_MRR_drawn"
         texts = sorted({target for example in train for target in example.targets})
@@ -116,8 +119,8 @@ class VisualDialog(Task):
                 others.insert(position, example.targets[0])
                 self._drawn[example.id] = others, position
         return (
-            f"dev has no answer options: each round is ranked against {DRAWN} answers of train "
-            "dialogues (dev_MRR_drawn)"
+            f"dev has no answer options: each round is ranked against {min(DRAWN, len(texts))} "
+            "answers of train dialogues (dev_MRR_drawn)"
         )
 
     def set_options(self, values: Mapping[str, Any]) -> None:
@@ -192,6 +195,11 @@ class VisualDialog(Task):
             example_id = f"{image_id}-{number}"
             if round_ := self._rounds.get(example_id):
                 options = len(round_.options)
+                if not options:
+                    raise DataError(
+                        f"{file}: image {image_id}, round {number} has no options in the "
+                        "dialogues; leave it out"
+                    )
                 if sorted(ranks) != list(range(1, options + 1)):
                     raise DataError(
                         f"{file}: image {image_id}, round {number}: the ranks are not the numbers "
@@ -215,5 +223,5 @@ class VisualDialog(Task):
         ]
 
     def describe(self, examples: Sequence[Example]) -> dict[str, str]:
-        relevant = sum(self._rounds[example.id].relevance is not None for example in examples)
+        relevant = sum(any(self._rounds[example.id].relevance or ()) for example in examples)
         return {"rank": self.options.rank, "dense": str(relevant)}

@@ -50,7 +50,7 @@ class Sentiment(Task):
     why_unscored = "the texts have no labels; add the column label to the metadata"
     output = "classes"
     exclusive = True
-    outputs_name = "predictions.jsonl"
+    outputs_name = "predictions"
     Options = SentimentOptions
 
     def __init__(self, options: Any = None, segment: str = "words") -> None:
@@ -116,6 +116,11 @@ class Sentiment(Task):
         if example.id not in self._labels:
             raise UserError(f"text {example.id} has no label, so it cannot be trained on")
         label = self._labels[example.id]
+        if label not in self._weights:
+            raise UserError(
+                f"text {example.id} of dev has the label {label!r}, which no text of train has; "
+                "add texts with this label to train, or leave this one out"
+            )
         return [(self.answers.index(label), self._weights[label])]
 
     def output_of(self, candidates: Sequence[Generated]) -> Probabilities:
@@ -184,20 +189,22 @@ class Sentiment(Task):
         Raises DataError if the file is invalid.
         """
         outputs: dict[int | str, Any] = {}
-        for number, line in enumerate(read_text(file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
+            if not line.strip():
+                continue
             where = f"{file}, line {number}"
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
             values = entry.get("probabilities") if isinstance(entry, dict) else None
             if (
                 not isinstance(values, dict)
                 or not values
-                or not all(isinstance(value, int | float) for value in values.values())
+                or not all(type(v) in (int, float) and 0 <= v <= 1 for v in values.values())
             ):
                 raise DataError(
-                    f'{where}: not a line of predictions.jsonl, with "id" and "probabilities"'
+                    f'{where}: not a line of predictions, with "id" and "probabilities" in 0..1'
                 )
             id_ = check_id(entry.get("id"), where, "text")
             if id_ in outputs:
