@@ -1150,7 +1150,8 @@ def test_an_id_absent_from_the_cache_is_an_error(world, tmp_path):
     message = refused(
         evaluate.main, *at(world), "--checkpoint", world / "run", "--features", tmp_path / "c"
     )
-    assert "is not in" in message and "(5 images)" in message and "pipeline.extract" in message
+    assert "6 images are not in" in message and "(5 images)" in message
+    assert "pipeline.extract" in message
 
 
 def test_two_photographs_with_one_id_are_an_error(world, tmp_path):

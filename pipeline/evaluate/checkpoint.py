@@ -159,8 +159,10 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
             frequencies=frequencies(config),
             segment=segment,
         )
+        chosen = config.ids or config.exclude_ids
+        all_images = (config.open_whole_source() if chosen else source).images
         train = train_tokens(
-            config, segment, [image for image in source.images if image.split == "train"]
+            config, segment, [image for image in all_images if image.split == "train"]
         )
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
     about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
