@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -47,17 +48,27 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path]) -
 
     outputs: the path of each output file, with the option that named it.
     """
-    inputs_resolved = {path.resolve() for path in inputs}
+    outputs = [*outputs]
+    # A dataset may have 100,000 photographs, and to follow their links takes long on a network. A
+    # file that does not exist has no other name.
+    exists = any(path.exists() for _, path in outputs)
+    place = os.path.realpath if exists else os.path.abspath
+    places = {place(path) for path in inputs}
     options: dict[Path, str] = {}
     for option, path in outputs:
         resolved = path.resolve()
-        if resolved in inputs_resolved:
+        if place(path) in places:
             raise DataError(f"{option} {path} would overwrite an input file; pass another path")
         if resolved in options:
             raise DataError(
                 f"{options[resolved]} and {option} write the same file, {path}; pass another path"
             )
         options[resolved] = option
+
+
+def json_lines(records: Iterable[object]) -> str:
+    """Return records as JSON, one per line."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

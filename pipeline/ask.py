@@ -14,7 +14,7 @@ import click
 
 from data import DataError
 from data.datasets.folder import list_files
-from data.files import atomic_write_text, check_outputs
+from data.files import atomic_write_text, check_outputs, json_lines
 from data.images import UnreadableImage
 from data.segmentation import segmented
 from data.sources import check_caption, read_text
@@ -122,8 +122,7 @@ def main(config: AskConfig) -> None:
     if not records:
         raise UserError(f"no answers: none of {len(questions_by_path):,} photographs can be read")
     if config.out:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(config.out, "".join(lines))
+        atomic_write_text(config.out, json_lines(records))
         say(f"{len(records):,} answers: {config.out}")
 
 
@@ -268,7 +267,7 @@ def print_what_is_lost(captioner: PhotoCaptioner, questions: Sequence[str]) -> N
     vocabulary = captioner.checkpoint.vocabulary
     known = set(vocabulary.words)
     words = {text: set(segmented(text, vocabulary.segment)) for text in questions}
-    if unknown := sorted(set().union(*words.values()) - known):
+    if unknown := captioner.checkpoint.unknown_words(questions):
         say(f"words that the model does not know: {', '.join(unknown[:10])}")
     if unread := [text for text in words if not words[text] & known]:
         say(

@@ -11,14 +11,12 @@ import click
 
 from data.datasets.folder import list_files
 from data.datasets.folder import read as read_folder
-from data.files import atomic_write_text, check_outputs
+from data.files import atomic_write_text, check_outputs, json_lines
 from data.images import UnreadableImage
-from data.segmentation import segmented
 from data.sources import check_caption
 from pipeline.cli import DEVICES, PRECISIONS, Settings, UserError, command, setting
 from pipeline.decoding.captioner import PhotoCaptioner, load_captioner
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
-from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
 
@@ -89,8 +87,7 @@ def main(config: ClassifyConfig) -> None:
     if not records:
         raise UserError(f"no labels: none of {len(pairs):,} photographs can be read")
     if config.out:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        atomic_write_text(config.out, "".join(lines))
+        atomic_write_text(config.out, json_lines(records))
         say(f"{len(records):,} labels: {config.out}")
 
 
@@ -121,15 +118,13 @@ def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
 def say_unread(captioner: PhotoCaptioner, text: str | None) -> None:
     """Print what of the text of one photograph is not read."""
     checkpoint = captioner.checkpoint
-    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+    task = checkpoint.new_task()
     if text and not task.reads_texts:
         say("the checkpoint reads no texts, so --text has no effect")
     elif text is None and task.reads_texts:
         say("without --text, the labels are those of an empty text")
     elif text:
-        known = set(checkpoint.vocabulary.words)
-        tokens = segmented(text, checkpoint.vocabulary.segment)
-        if unknown := sorted({*tokens} - known):
+        if unknown := checkpoint.unknown_words([text]):
             say(f"words that the model does not know: {', '.join(unknown[:10])}")
         if checkpoint.count_cut([text]):
             say(f"the text has more than {captioner.captioner.config.max_prompt} words; its first "

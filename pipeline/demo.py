@@ -29,7 +29,6 @@ from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import make_generator
 from pipeline.decoding.outputs import task_outputs
 from pipeline.runtime import open_machine
-from pipeline.tasks.registry import task_of
 
 SHOWN = 5  # held-out scenes that are captioned
 ASKED = ("colour", "count", "relation")  # types of the questions about held-out scenes
@@ -125,7 +124,7 @@ def scene_true_share(sample: Path, captions: Mapping[Any, str]) -> float:
 def generate_shuffled(sample: Path, cache_path: Path, run: Path) -> dict[Any, Any]:
     """Return the output of each test example from the features of the next image, by example id."""
     machine, checkpoint, cache = open_machine(), load_checkpoint(run), FeatureCache(cache_path)
-    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+    task = checkpoint.new_task()
     examples = task.examples(open_source("sample", sample), "test")
     image_ids = list(dict.fromkeys(example.image_id for example in examples))
     next_ids = dict(zip(image_ids, [*image_ids[1:], image_ids[0]], strict=True))
@@ -138,7 +137,7 @@ def generate_shuffled(sample: Path, cache_path: Path, run: Path) -> dict[Any, An
 def shuffled_scores(sample: Path, cache: Path, run: Path) -> dict[str, Any]:
     """Return the test scores of a run with features shuffled between images."""
     checkpoint = load_checkpoint(run)
-    task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+    task = checkpoint.new_task()
     examples = task.examples(open_source("sample", sample), "test")
     return task.score(generate_shuffled(sample, cache, run), examples)
 

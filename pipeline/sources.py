@@ -87,7 +87,7 @@ class SourceOptions(Settings):
         source = self.open_whole_source()
         for note in source.notes:
             say(note)
-        return self._choose_images(source)
+        return self.choose_images(source)
 
     def open_whole_source(self) -> Source:
         """Open the dataset with all images."""
@@ -104,7 +104,7 @@ class SourceOptions(Settings):
             **(asdict(options) if options else {}),
         )
 
-    def _choose_images(self, source: Source) -> Source:
+    def choose_images(self, source: Source) -> Source:
         """Keep the images of --ids, and leave out those of --exclude-ids.
 
         Raises DataError if an id of --ids is not in the dataset, or no image remains.

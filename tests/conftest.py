@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # tiny products; two threads fighting a busy neighbour take 10x as long
@@ -29,6 +30,14 @@ def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user-cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def a_sample_of_any_size() -> Iterator[None]:
+    """Scenes that were drawn for a test are read as the embedded sample is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.decoding.ranking import rank_candidates
 from pipeline.scoring.visdial import ndcg, retrieval_scores
 from pipeline.tasks.dialog import DialogOptions, VisualDialog, dialog_prompt
 from tests.test_commands import refused, run, works
+from tests.test_vqa import over
 
 TEXTS = ["yes", "no", "red", "a dog", "yes"]
 
@@ -299,13 +299,6 @@ def test_scenes_have_dialogues_with_a_hundred_candidates_each(talked):
 
 
 @pytest.fixture(scope="module")
-def a_sample_of_any_size() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
-        yield
-
-
-@pytest.fixture(scope="module")
 def talked(a_sample_of_any_size, tmp_path_factory) -> Path:
     """A small sample with its cache and a run of --task dialog."""
     folder = tmp_path_factory.mktemp("dialog")
@@ -315,10 +308,6 @@ def talked(a_sample_of_any_size, tmp_path_factory) -> Path:
     works(train.main, "--task", "dialog", *root, "--features", folder / "cache", "--preset", "tiny",
           "--epochs", 2, "--max-prompt", 30, "--out", folder / "run")  # fmt: skip
     return folder
-
-
-def over(folder: Path) -> list:
-    return ["--dataset", "sample", "--root", folder / "sample", "--features", folder / "cache"]
 
 
 def test_a_run_ranks_answers_and_talks_by_its_folder_alone(talked, tmp_path):

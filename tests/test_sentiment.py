@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from pipeline.scoring.classification import (
 from pipeline.tasks.sentiment import Sentiment, SentimentOptions
 from tests.test_commands import refused, works
 from tests.test_images import halves
+from tests.test_vqa import over
 
 
 def photograph(path: Path) -> Path:
@@ -208,13 +208,6 @@ def test_classes_are_the_labels_of_train_with_their_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def a_sample_of_any_size() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
-        yield
-
-
-@pytest.fixture(scope="module")
 def felt(a_sample_of_any_size, tmp_path_factory) -> Path:
     """A small sample with its cache and runs of --task sentiment: both, text and image."""
     at = tmp_path_factory.mktemp("sentiment")
@@ -224,10 +217,6 @@ def felt(a_sample_of_any_size, tmp_path_factory) -> Path:
         works(train.main, "--task", "sentiment", *over(at), "--preset", "tiny", "--epochs", 1,
               "--use", use, "--out", at / use)  # fmt: skip
     return at
-
-
-def over(at: Path) -> list:
-    return ["--dataset", "sample", "--root", at / "sample", "--features", at / "cache"]
 
 
 def test_texts_about_scenes_say_nothing_without_the_image_and_the_reverse(felt):

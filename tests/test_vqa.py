@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -321,14 +320,6 @@ def test_answers_seen_often_enough_are_the_classes_with_soft_labels(tmp_path, ph
 
 
 # ------------------------------------------------------------------------------------ the commands
-
-
-@pytest.fixture(scope="module", autouse=True)
-def a_sample_of_any_size() -> Iterator[None]:
-    """Scenes that were drawn for a test are read as the embedded sample is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.sources.ensure_sample", lambda root: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from torch import Tensor
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, differences, packed_backbone
 from data.files import atomic_write, atomic_write_text
-from data.segmentation import prompt_tokens
+from data.segmentation import prompt_tokens, segmented
 from data.subwords import Subwords
 from data.vocabulary import Vocabulary
 from models import MAX_CAPTIONS, ModelError
@@ -40,6 +40,8 @@ from models.decoders.interface import Decoder
 from models.decoders.registry import DECODERS, create_decoder
 from pipeline.checkpoints.tensors import load_tensors, read_shapes, save_tensors
 from pipeline.cli import UserError
+from pipeline.tasks.base import Task
+from pipeline.tasks.registry import task_of
 from pipeline.terminal import say
 
 FORMAT = 1
@@ -88,6 +90,15 @@ class Checkpoint:
             f"({self.identity['weights']})" if "weights" in self.identity else "",
         ]
         return " ".join(str(part) for part in parts if part)
+
+    def new_task(self) -> Task:
+        """Create the task of the checkpoint. Raises UserError if this version does not have it."""
+        return task_of(self.training, self.vocabulary.segment)
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """Return the words of texts that are not in the vocabulary, in alphabetical order."""
+        words = {word for text in texts for word in segmented(text, self.vocabulary.segment)}
+        return sorted(words - set(self.vocabulary.words))
 
     def count_cut(self, prompts: Iterable[str]) -> int:
         """Count the prompts that are longer than `max_prompt` and lose their first tokens."""

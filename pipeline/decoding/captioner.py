@@ -45,7 +45,6 @@ from pipeline.decoding.options import NAMES
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
 from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
-from pipeline.tasks.registry import task_of
 from pipeline.terminal import say
 
 MAX_SEQUENCES = 4000  # maximum number of beams and samples that are in memory at a time
@@ -429,7 +428,7 @@ class PhotoCaptioner(
         Raises UserError if the checkpoint was trained on questions and `has_questions` is False, or
         the reverse.
         """
-        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        task = self.checkpoint.new_task()
         if task.exclusive:
             raise UserError(
                 f"{self.folder} was trained on labels; use it with python -m pipeline.classify"
@@ -525,7 +524,7 @@ class PhotoCaptioner(
             raise UnreadableImage(f"{describe(photo, 0)}: {reason}")
         beams = max(count, self.checkpoint.decoding["beam"])
         options = {"num_beams": beams, **options, "num_return_sequences": count}
-        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        task = self.checkpoint.new_task()
         prompts = [task.prompt(question) for question in questions]
         return self.continue_prompts(regions, prompts, options)
 
@@ -549,7 +548,7 @@ class PhotoCaptioner(
 
         Raises UnreadableImage, and UserError if the checkpoint was not trained on labels.
         """
-        task = task_of(self.checkpoint.training, self.checkpoint.vocabulary.segment)
+        task = self.checkpoint.new_task()
         if not task.exclusive:
             raise UserError(
                 f"{self.folder} was trained for --task {task.name}, not on labels; train with "

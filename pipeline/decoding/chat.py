@@ -13,7 +13,6 @@ from data.images import Photograph, UnreadableImage, describe
 from data.sources import check_caption, parse_json
 from pipeline.cli import UserError
 from pipeline.tasks.dialog import VisualDialog, dialog_prompt
-from pipeline.tasks.registry import task_of
 
 
 class Chat:
@@ -42,7 +41,7 @@ class Chat:
         Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues.
         """
         checkpoint = captioner.checkpoint
-        task = task_of(checkpoint.training, checkpoint.vocabulary.segment)
+        task = checkpoint.new_task()
         if not isinstance(task, VisualDialog):
             raise UserError(
                 f"{captioner.folder} was trained for --task {task.name}, not on dialogues; train "

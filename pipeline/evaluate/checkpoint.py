@@ -29,7 +29,6 @@ from pipeline.evaluate.config import (
 from pipeline.scoring.ngrams import References
 from pipeline.tasks.base import Task
 from pipeline.tasks.captioning import caption_examples
-from pipeline.tasks.registry import task_of
 from pipeline.terminal import progress, say
 
 if TYPE_CHECKING:  # importing torch takes seconds, and scoring a file does not need it
@@ -66,7 +65,7 @@ def open_checkpoints(config: EvaluateConfig) -> Evaluation:
         )
     checkpoints = [load_checkpoint(checkpoint_folder(folder)) for folder in folders]
     first = checkpoints[0]
-    task = task_of(first.training, first.vocabulary.segment)
+    task = first.new_task()
     without_images = first.identity == NoFeatures.identity
     no_features = without_images and (config.features is None or not task.uses_images)
     cache = config.open_cache(NoFeatures.path if no_features else config.features)
@@ -82,7 +81,7 @@ def open_checkpoints(config: EvaluateConfig) -> Evaluation:
                 f"{folder} and {folders[0]} have different answers; an ensemble needs runs that "
                 "were trained on the same questions"
             )
-        if task_of(checkpoint.training, checkpoint.vocabulary.segment).name != task.name:
+        if checkpoint.new_task().name != task.name:
             raise UserError(
                 f"{folder} and {folders[0]} were trained for different tasks; an ensemble needs "
                 "runs of one task"

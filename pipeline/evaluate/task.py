@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from data import DataError
 from data.examples import Example, with_rows
-from data.files import atomic_write_text
+from data.files import atomic_write_text, json_lines
 from data.sources import Source
 from pipeline.cli import UserError, flag_of
 from pipeline.decoding.options import by_option
@@ -106,22 +105,20 @@ def score_file(config: EvaluateConfig) -> None:
         raise UserError("--rank orders the options of a checkpoint; --ranks are ordered already")
     refuse_options(config, task, f"a file of {task.result_fields.text.rstrip('s')}s is scored")
     task.set_options({name: getattr(config, name) for name in task.evaluate_options})
-    source = config.open_source()
+    whole = config.open_whole_source()
+    for note in whole.notes:
+        say(note)
+    source = config.choose_images(whole)
     split = config.split or source.reported()
-    all_examples = task.examples(source, split)
-    examples = task.examples(source, split, config.limit) if config.limit else all_examples
+    examples = task.examples(source, split, config.limit)
     examples = [example for example in examples if task.candidates(example)] or examples
+    known = {example.id for example in task.examples(whole, split)}
     given = task.read_outputs(file)
     outputs = choose_outputs(task, given, examples, file)
-    known = {example.id for example in all_examples}
-    if config.ids or config.exclude_ids:
-        whole = config.open_whole_source()
-        known |= {example.id for example in task.examples(whole, split)}
-        source = replace(source, images=whole.images)
     if unknown := given.keys() - known:
         first = min(unknown, key=str)
         where = f"{file}: {task.unit.rstrip('s')} {first} is not in"
-        if unknown & {example.id for example in task.examples(source, "all")}:
+        if unknown & {example.id for example in task.examples(whole, "all")}:
             raise UserError(
                 f"{where} split {split} of {source.annotations} ({len(unknown):,} such); pass "
                 f"--split all, or a file of this split only"
@@ -346,13 +343,13 @@ def output_lines(
     Args:
         scores: by example id.
     """
-    lines = []
+    entries = []
     for example in examples:
         entry = task.output_entry(example, outputs[example.id])
         if example.id in scores:
             entry["scores"] = scores[example.id]
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        entries.append(entry)
+    return json_lines(entries)
 
 
 def print_record(config: EvaluateConfig, name: str, record: Mapping[str, Any]) -> None:
