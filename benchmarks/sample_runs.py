@@ -6,14 +6,34 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import torch
 
 from pipeline import evaluate, extract, train
 from pipeline.demo import run_command, set_aside
+
+
+def sample_command(main: Callable) -> click.Command:
+    """Make a command with the options of all benchmarks on the sample."""
+    work = click.Path(file_okay=False, path_type=Path)
+    for option in (
+        click.option(
+            "--json", "out", type=click.Path(path_type=Path), help="also write the figures here"
+        ),
+        click.option("--seeds", default="0,1,2", help="seeds of the runs, separated by commas"),
+        click.option(
+            "--work",
+            type=work,
+            default=Path("."),
+            help="folder for the sample, the cache and the runs",
+        ),
+    ):
+        main = option(main)
+    return click.command(context_settings={"show_default": True})(main)
 
 
 class Job(NamedTuple):

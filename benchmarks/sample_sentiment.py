@@ -15,25 +15,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import click
-
 from benchmarks.measure import header, report
-from benchmarks.sample_runs import train_all
+from benchmarks.sample_runs import sample_command, train_all
 from pipeline.demo import shuffled_scores
 
 # chosen on dev
 OPTIONS = ("--batch", "16", "--lr", "5e-4", "--epochs", "8")
 
 
-@click.command(context_settings={"show_default": True})
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("."),
-    help="folder for the sample, the cache and the runs",
-)
-@click.option("--seeds", default="0,1,2", help="seeds of the runs, separated by commas")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
+@sample_command
 def main(work: Path, seeds: str, out: Path | None) -> None:
     """Train image-text sentiment on the sample, and report the accuracy on held-out scenes."""
     start = time.monotonic()

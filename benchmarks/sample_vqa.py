@@ -23,10 +23,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from benchmarks.measure import header, report
+from benchmarks.sample_runs import sample_command
 from data.datasets.registry import open_source
 from pipeline import extract
 from pipeline.demo import run_command, set_aside, shuffled_scores, train_task
@@ -35,15 +35,7 @@ from pipeline.tasks.vqa import VisualQuestionAnswering
 EPOCHS = "10"
 
 
-@click.command(context_settings={"show_default": True})
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("."),
-    help="folder for the sample, the cache and the runs",
-)
-@click.option("--seeds", default="0,1,2", help="seeds of the runs, separated by commas")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
+@sample_command
 def main(work: Path, seeds: str, out: Path | None) -> None:
     """Train visual question answering on the sample, and report the accuracy on held-out scenes."""
     start = time.monotonic()
