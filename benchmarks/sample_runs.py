@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -13,8 +12,10 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from pipeline import evaluate, extract, train
-from pipeline.demo import run_command, set_aside
+from pipeline import extract
+from pipeline.demo import run_command, set_aside, shuffled_scores, train_task
+
+WITHOUT_REGIONS = "without regions"
 
 
 def sample_command(main: Callable) -> click.Command:
@@ -37,12 +38,13 @@ def sample_command(main: Callable) -> click.Command:
 
 
 class Job(NamedTuple):
-    """A decoder to train and score. `options` are options of pipeline.train."""
+    """A decoder to train and score. `options` are further options of pipeline.train."""
 
     work: Path
     task: str
     name: str
     options: tuple[str, ...]
+    regions: bool
 
     @property
     def sample(self) -> Path:
@@ -62,11 +64,16 @@ def train_all(
 ) -> dict[str, tuple[Job, dict[str, Any]]]:
     """Train a decoder for each entry, each in a process of one thread, as many as there are cores.
 
-    options: options of pipeline.train by the name of the decoder.
+    options: further options of pipeline.train by the name of the decoder. The one that is named
+        "without regions" is trained without features.
 
-    Returns by name the job and its scores on test, with the seconds that it took.
+    Returns by name the job and its scores on test, with the seconds that it took, and those with
+    the features of another image as "shuffled".
     """
-    jobs = [Job(work, task, name, tuple(given)) for name, given in options.items()]
+    jobs = [
+        Job(work, task, name, tuple(given), name != WITHOUT_REGIONS)
+        for name, given in options.items()
+    ]
     dataset = ["--dataset", "sample", "--root", str(jobs[0].sample)]
     run_command(extract.main, *dataset, "--out", str(jobs[0].cache))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -80,9 +87,8 @@ def train_one(job: Job) -> dict[str, Any]:
     """Train and score one decoder."""
     start = time.monotonic()
     set_aside(job.run)
-    dataset = ["--dataset", "sample", "--root", str(job.sample)]
-    dataset += [] if "--features" in job.options else ["--features", str(job.cache)]
-    run_command(train.main, "--task", job.task, *dataset, *job.options, "--out", str(job.run))
-    run_command(evaluate.main, "--checkpoint", str(job.run), *dataset, "--split", "test")
-    scores = json.loads((job.run / "scores-test.json").read_text())["scores"]
+    cache = job.cache if job.regions else None
+    scores = train_task(job.task, job.sample, cache, job.run, *job.options)
+    if job.regions:
+        scores["shuffled"] = shuffled_scores(job.sample, job.cache, job.run)
     return scores | {"seconds": time.monotonic() - start}

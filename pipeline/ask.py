@@ -24,6 +24,8 @@ from pipeline.decoding.chat import Chat, read_conversation
 from pipeline.extraction.backbone import MAX_PIXELS_HELP
 from pipeline.terminal import progress, say
 
+ANSWERS = 5  # answers that are printed for a question
+
 
 @dataclass(frozen=True)
 class AskConfig(Settings):
@@ -51,7 +53,9 @@ class AskConfig(Settings):
     resume: Path | None = setting(None, "file that /save wrote, to continue a conversation")
     caption: str = setting("", "caption of the photograph, which the conversation begins with")
     out: Path | None = setting(None, "output file for the answers, as JSON lines")
-    top: int = setting(5, "number of answers per question", at_least=1, at_most=100)
+    top: int | None = setting(
+        None, f"number of answers per question  [{ANSWERS}]", at_least=1, at_most=100
+    )
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1)
     device: str = setting("auto", "device", choices=DEVICES, group="machine")
     precision: str = setting(
@@ -85,6 +89,8 @@ class AskConfig(Settings):
     def _check_chat(self) -> None:
         if self.questions or self.out:
             raise UserError("--chat asks questions one by one: omit --questions and --out")
+        if self.top:
+            raise UserError("--chat prints the best answer alone: omit --top")
         if self.caption and self.resume:
             raise UserError("--resume continues with the caption of the file; omit --caption")
         if len(self.photograph_and_questions) != (0 if self.resume else 1):
@@ -136,6 +142,8 @@ def chat(config: AskConfig) -> None:
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
     conversation = Chat(captioner, photo, caption, rounds)
+    if not conversation.has_history:
+        say("the model was trained with --no-history: it reads each question alone")
     at_terminal = sys.stdin.isatty()
     for question, answer in rounds:
         click.echo(f"> {question}\n{answer}")
@@ -198,7 +206,7 @@ def answer_all(
     with progress(count, "questions", "ask", enabled=config.has_many) as bar:
         for path, questions in questions_by_path.items():
             try:
-                answers_per_question = captioner.answers(path, questions, config.top)
+                answers_per_question = captioner.answers(path, questions, config.top or ANSWERS)
             except UnreadableImage as error:
                 if not config.has_many:
                     raise UserError(str(error)) from error

@@ -80,7 +80,7 @@ def main(config: ClassifyConfig) -> None:
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
     if not config.is_folder:
-        say_unread(captioner, config.text)
+        say_unread(captioner, pairs[0])
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
     records = classify_all(config, captioner, pairs)
@@ -115,15 +115,18 @@ def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
     ]
 
 
-def say_unread(captioner: PhotoCaptioner, text: str | None) -> None:
-    """Print what of the text of one photograph is not read."""
-    checkpoint = captioner.checkpoint
+def say_unread(captioner: PhotoCaptioner, pair: tuple[Path | None, str]) -> None:
+    """Print what of a photograph and its text is not read."""
+    checkpoint, (photo, text) = captioner.checkpoint, pair
     task = checkpoint.new_task()
-    if text and not task.reads_texts:
-        say("the checkpoint reads no texts, so --text has no effect")
-    elif text is None and task.reads_texts:
+    if photo and not task.uses_images:
+        say("the checkpoint reads no images, so the photograph has no effect")
+    if not task.reads_texts:
+        if text:
+            say("the checkpoint reads no texts, so --text has no effect")
+    elif not text:
         say("without --text, the labels are those of an empty text")
-    elif text:
+    else:
         if unknown := checkpoint.unknown_words([text]):
             say(f"words that the model does not know: {', '.join(unknown[:10])}")
         if checkpoint.count_cut([text]):

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import real_dialog
 from data import DataError
 from data.datasets.registry import open_source
-from data.datasets.sample import draw_sample
+from data.datasets.sample import draw_sample, holds, load_scenes
 from data.datasets.scene_dialogs import ANSWERS, CANDIDATES
 from data.segmentation import MARKS, prompt_tokens, without_marks
 from pipeline import ask, evaluate, extract, train
@@ -287,7 +287,7 @@ def test_scenes_have_dialogues_with_a_hundred_candidates_each(talked):
     source = open_source("sample", talked / "sample")
     assert len(source.dialogs) > 0.8 * len(source.images)
     for each in source.dialogs.values():
-        assert 3 <= len(each.rounds) <= 6
+        assert 3 <= len(each.rounds) <= 7
         for round_ in each.rounds:
             candidates = round_.candidates
             assert len(set(candidates)) == len(candidates) == CANDIDATES
@@ -296,6 +296,35 @@ def test_scenes_have_dialogues_with_a_hundred_candidates_each(talked):
             assert sum(text in ANSWERS[kind] for text in candidates) >= 20
     positions = [each.rounds[0].gt_index for each in source.dialogs.values()]
     assert np.std(positions) > 20
+
+
+def test_answers_about_scenes_are_true_when_the_questions_are_read_in_order(talked):
+    """The oracle follows what "it", "that" and "one" stand for."""
+    source = open_source("sample", talked / "sample")
+    scenes = load_scenes(talked / "sample")
+    kinds = set()
+    for image_id, each in source.dialogs.items():
+        scene, thing, attribute = scenes[image_id], None, ""
+        of_colour = {it.colour: it for it in scene.things}
+        for question, answer in ((round_.question, round_.answer) for round_ in each.rounds):
+            words = question.rstrip("?").split()
+            kinds.add(words[1])
+            if words[:3] == ["is", "there", "anything"]:
+                thing = of_colour.get(words[3], thing)
+                assert answer == ("yes" if words[3] in of_colour else "no")
+                continue
+            if words[1] == "the":
+                thing = of_colour[words[2]]
+            elif relation := next(
+                (r for r in ("left", "right", "above", "below") if r in words), 0
+            ):
+                (thing,) = (it for it in scene.things if holds(it, relation, thing))
+                assert answer == f"the {thing.size} {thing.colour} {thing.shape}"
+                continue
+            else:
+                attribute = "shape" if "shape" in words else "size"
+            assert answer == (f"a {thing.shape}" if attribute == "shape" else thing.size)
+    assert kinds == {"there", "the", "it", "shape", "is", "what"}
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +376,7 @@ def test_conversations_refuse_what_they_cannot_do(talked, tmp_path):
     talking = [ask.main, "--checkpoint", talked / "run", "--chat"]
     assert "--chat takes one photograph" in refused(*talking, path, "is it red?")
     assert "--chat asks questions one by one" in refused(*talking, path, "--out", tmp_path / "x")
+    assert "omit --top" in refused(*talking, path, "--top", 3)
     (tmp_path / "x.json").write_text('{"photo": "a.jpg", "caption": "", "rounds": [{}]}')
     assert "is not a conversation" in refused(*talking, "--resume", tmp_path / "x.json")
     assert "also pass --chat" in refused(ask.main, path, "why?", "--caption", "a dog")
@@ -360,6 +390,22 @@ def test_conversations_refuse_what_they_cannot_do(talked, tmp_path):
     works(train.main, *over(talked), "--preset", "tiny", "--epochs", 1, "--out", tmp_path / "run")
     with pytest.raises(UserError, match="not on dialogues"):
         load_captioner(tmp_path / "run").chat(path)
+
+
+def test_runs_without_history_read_each_question_alone(talked, tmp_path):
+    path = next((talked / "sample").rglob("*.jpg"))
+    works(train.main, "--task", "dialog", *over(talked), "--preset", "tiny", "--epochs", 1,
+          "--no-history", "--out", tmp_path / "run")  # fmt: skip
+    talking = [ask.main, "--checkpoint", tmp_path / "run", "--chat", path]
+    result = run(*talking, input="is it red?\nis it large?\nis it red?\n")
+    first, _, again = result.stdout.splitlines()
+    assert first == again and "reads each question alone" in result.output
+    assert "reads no caption" in refused(*talking, "--caption", "two things")
+
+
+def test_options_of_beam_search_are_refused_where_all_rounds_are_ranked(talked):
+    told = refused(evaluate.main, "--checkpoint", talked / "run", *over(talked), "--beam", 3)
+    assert "--beam has no effect: all rounds" in told
 
 
 def test_dialogues_without_features_train_without_regions(talked, tmp_path):

@@ -301,6 +301,15 @@ def test_a_folder_is_classified_as_json_lines(felt, tmp_path):
     assert "pass a photograph" in refused(*command, "--text", "x")
     assert "2 photographs are passed" in refused(*command, photos / "a.jpg", "love")
     assert "%" in works(classify.main, "--checkpoint", felt / "text", "--text", "i love red")
+    reads_text = [
+        classify.main,
+        "--checkpoint",
+        felt / "text",
+        photos / "a.jpg",
+        "--text",
+        "i love",
+    ]
+    assert "the photograph has no effect" in works(*reads_text)
 
 
 def test_sentiment_refuses_data_without_labels_and_other_checkpoints(felt, tmp_path):

@@ -1,9 +1,9 @@
 """Dialogues about the embedded sample's scenes, with answers that are known to be true.
 
-A dialogue asks about one thing, and then about things beside it. Its later questions can only be
-understood with the earlier ones: "is there a red thing?", "what shape is it?", "what is left of
-it?", "and what is above that?". Each round has 100 different candidate answers, at least 20 of
-which could answer the question.
+A dialogue asks about one thing, and then about others. Its later questions can only be understood
+with the earlier ones: "is there anything red?", "what shape is it?", "and the blue one?" (also its
+shape), "what is left of it?" (of the blue one), "and what is above that?". Each round has 100
+different candidate answers, at least 20 of which could answer the question.
 
 Things are first named by their colour. If they were named by their shape, a decoder would not learn
 within minutes which one is meant.
@@ -22,6 +22,7 @@ from data.datasets.visdial import Dialog, Round
 CANDIDATES = 100
 SAME_TYPE = 30  # at most so many candidates are of the type of the true answer, if others suffice
 RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+QUESTIONS = {"shape": "what shape is it?", "size": "is it small or large?"}
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -36,12 +37,12 @@ ANSWERS: Mapping[str, Sequence[str]] = {
         f"the {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES
     ],
     "shape": [
-        f"{start} a {shape}"
-        for start in ("it is", "it looks like", "i think it is", "it seems to be")
+        f"{start}a {shape}"
+        for start in ("", "it is ", "probably ", "it looks like ")
         for shape in SHAPES
     ],
     "size": [
-        f"it is {degree}{size}"
+        f"{degree}{size}"
         for degree in ("", "very ", "quite ", "rather ", "fairly ")
         for size in ("small", "large", "tiny", "huge")
     ],
@@ -65,24 +66,25 @@ class SceneRound(NamedTuple):
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
-    """A dialogue of three to six rounds; empty if no thing of the scene has a colour of its own."""
+    """A dialogue of three to seven rounds; empty if no thing of the scene has its own colour."""
     things = scene.things
     colours = [thing.colour for thing in things]
     alone = [thing for thing in things if colours.count(thing.colour) == 1]
     if not alone:
         return []
     rounds = []
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         absent = [colour for colour in COLOURS if colour not in colours]
         colour = absent[int(rng.integers(len(absent)))]
-        rounds.append(SceneRound(f"is there a {colour} thing?", "no", "presence"))
+        rounds.append(SceneRound(f"is there anything {colour}?", "no", "presence"))
     thing = alone[int(rng.integers(len(alone)))]
-    rounds.append(SceneRound(f"is there a {thing.colour} thing?", "yes", "presence"))
-    attributes = [
-        SceneRound("what shape is it?", f"it is a {thing.shape}", "shape"),
-        SceneRound("is it small or large?", f"it is {thing.size}", "size"),
-    ]
-    rounds += [attributes[i] for i in rng.permutation(2)]
+    rounds.append(SceneRound(f"is there anything {thing.colour}?", "yes", "presence"))
+    attributes = ["shape", "size"] if rng.random() < 0.5 else ["size", "shape"]
+    rounds += [_attribute_round(thing, attribute, QUESTIONS[attribute]) for attribute in attributes]
+    others = [other for other in alone if other is not thing]
+    if others:  # asks for the same attribute as the question before; "it" is this thing from now on
+        thing = others[int(rng.integers(len(others)))]
+        rounds.append(_attribute_round(thing, attributes[-1], f"and the {thing.colour} one?"))
     about = "it"
     for _ in range(2):
         step = _beside(things, thing, rng)
@@ -93,6 +95,11 @@ def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
         rounds.append(SceneRound(f"{start} {RELATIONS[relation]} {about}?", phrase(thing), "thing"))
         about = "that"
     return rounds
+
+
+def _attribute_round(thing: Thing, attribute: str, question: str) -> SceneRound:
+    answer = f"a {thing.shape}" if attribute == "shape" else thing.size
+    return SceneRound(question, answer, attribute)
 
 
 def _beside(
@@ -124,6 +131,6 @@ def dialogs_about(scenes: Mapping[int, Scene], seed: int = 0) -> dict[int, Dialo
             gt_index = options.tolist().index(number_of[each.answer])
             rounds.append(Round(each.question, each.answer, options, gt_index, texts))
         if rounds:
-            caption = f"a picture with {NUMBERS[len(scene.things)]} things"
+            caption = f"{NUMBERS[len(scene.things)]} things"
             dialogs[image_id] = Dialog(image_id, caption, tuple(rounds))
     return dialogs

@@ -22,6 +22,7 @@ class Chat:
         chat.ask("is it sunny?")  # "yes"
 
     rounds: the questions so far and their answers.
+    has_history: whether the model reads the caption and the rounds so far, or each question alone.
     forgotten: whether the last prompt was longer than the model reads, so that the oldest rounds no
         longer fit.
     """
@@ -38,7 +39,8 @@ class Chat:
         photo: as in `PhotoCaptioner.caption`.
         caption: the caption of the photograph, which dialogues of VisDial begin with.
 
-        Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues.
+        Raises UnreadableImage, and UserError if the checkpoint was not trained on dialogues, or
+        reads no caption.
         """
         checkpoint = captioner.checkpoint
         task = checkpoint.new_task()
@@ -47,7 +49,11 @@ class Chat:
                 f"{captioner.folder} was trained for --task {task.name}, not on dialogues; train "
                 "with --task dialog"
             )
-        self._has_history = task.options.history
+        self.has_history = task.options.history
+        if caption and not self.has_history:
+            raise UserError(
+                f"{captioner.folder} was trained with --no-history and reads no caption; omit it"
+            )
         self._captioner, self.caption = captioner, caption
         self.rounds, self.forgotten = [*rounds], False
         self.photo = photo
@@ -66,8 +72,8 @@ class Chat:
         options: fields of models.generation.options.Generation.
         """
         check_caption(question, "QUESTION", "question")
-        rounds = self.rounds if self._has_history else []
-        prompt = dialog_prompt(self.caption if self._has_history else "", rounds, question)
+        rounds = self.rounds if self.has_history else []
+        prompt = dialog_prompt(self.caption, rounds, question)
         self.forgotten = bool(self._captioner.checkpoint.count_cut([prompt]))
         answer = self._captioner.continue_prompts(self._regions, [prompt], options)[0][0].text
         self.rounds.append((question, answer))

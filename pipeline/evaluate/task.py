@@ -45,6 +45,11 @@ def score_task(config: EvaluateConfig, evaluation: Evaluation) -> None:
     source, split = open_split(config, checkpoints)
     examples = task.examples(source, split, config.limit)
     examples, _, left_out = with_rows(examples, source.by_id, cache, split)
+    if decoding and all(task.candidates(example) for example in examples):
+        raise UserError(
+            f"{flag_of(next(iter(decoding)))} has no effect: all {task.unit} of split {split} have "
+            "candidates, which are ranked; remove the option"
+        )
     say(
         f"{folder} on {split} of {source.dataset} {source.root}: {len(examples):,} "
         f"{task.unit}, {left_out} photographs left out"
@@ -269,7 +274,7 @@ def report(
         "task": task.name,
         "n": len(scorable),
         "refs": f"{(source.annotations or source.root).name}-{split}",
-        **task.describe(scorable),
+        **(task.describe(scorable) | ({"rank": "file"} if config.ranks else {})),
         "bootstrap": f"{config.bootstrap}.seed{config.seed}" if config.bootstrap else "no",
     }
     record["signature"] = signature_line(parts)
