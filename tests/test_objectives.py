@@ -33,7 +33,11 @@ THREE = [4, 5, 6]  # the ids of a vocabulary of three words
 
 def small(words: int = 7, limit: int = LIMIT, width: int = 16, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    captioner = Transformer(TransformerConfig(words, 6, limit, 0, width, 2, 1, 2, 2 * width, 0.0))
+    config = TransformerConfig(
+        words, 6, limit, width=width, heads=2, encoder_layers=1, decoder_layers=2,
+        feedforward=2 * width, dropout=0.0,
+    )  # fmt: skip
+    captioner = Transformer(config)
     for weight in captioner.parameters():
         # words are not equally likely
         weight.data.add_((0.3 if words == 7 else 0.05) * torch.randn_like(weight))

@@ -59,8 +59,10 @@ class Packed(Layout):
     replaceable [N] bool: words that noise may replace; False for the prompt and the first token
         after it.
     slot [N] int64: the index of each row among the B*Q slots of the padded sequences.
-    image [N] int64: the image of each row.
+    image [N] int64: the image of each row. text [N] int64: its text among the K texts of its image.
+    prompt [N] int64: the number of prompt tokens of its text.
     count: the number of rows that are tokens. Rows after `count` are padding.
+    texts: K. longest: the largest numbers of tokens of a prompt, and of a text after its prompt.
     selected: the rows whose final states are used; None: all.
 
     N is a multiple of ROWS and Q is a multiple of SLOTS, because a CPU's matrix library compiles
@@ -81,7 +83,8 @@ class Packed(Layout):
         """
         images = tokens.shape[0]
         is_token = torch.ones_like(tokens, dtype=torch.bool) if is_token is None else is_token
-        self.image, text, self.positions = is_token.nonzero(as_tuple=True)
+        self.image, self.text, self.positions = is_token.nonzero(as_tuple=True)
+        self.texts = tokens.shape[1]
         self.words = tokens[is_token]
         tokens_per_image = is_token.sum((1, 2))
         longest, self.count = int(tokens_per_image.max()), len(self.words)
@@ -90,21 +93,23 @@ class Packed(Layout):
         first_row = tokens_per_image.cumsum(0) - tokens_per_image
         rows = torch.arange(self.count, device=tokens.device)
         self.slot = self.image * self.shape[1] + rows - first_row[self.image]
-        prompt = (
+        self.prompt = (
             torch.zeros_like(self.words)
             if prompt_lengths is None
-            else prompt_lengths[self.image, text]
+            else prompt_lengths[self.image, self.text]
         )
-        self.replaceable = self.positions > prompt
+        self.replaceable = self.positions > self.prompt
+        last = is_token.sum(2) - (0 if prompt_lengths is None else prompt_lengths)
+        self.longest = 0 if prompt_lengths is None else int(prompt_lengths.max()), int(last.max())
 
         def pad_with_minus_one(values: Tensor) -> Tensor:
             padded = values.new_full((images * self.shape[1],), -1)
             return padded.index_copy(0, self.slot, values).view(self.shape)
 
-        text_id, position = pad_with_minus_one(text), pad_with_minus_one(self.positions)
+        text_id, position = pad_with_minus_one(self.text), pad_with_minus_one(self.positions)
         visible = position[:, :, None] >= position[:, None, :]
         if prompt_lengths is not None:
-            visible |= (position < pad_with_minus_one(prompt))[:, None, :]
+            visible |= (position < pad_with_minus_one(self.prompt))[:, None, :]
         # Padding attends to padding: a mask row of -inf alone would give NaN.
         visible &= text_id[:, :, None] == text_id[:, None, :]
         super().__init__(additive_mask(visible)[:, None])
@@ -118,10 +123,8 @@ class Packed(Layout):
         is_free[self.slot] = False
         free_slots = is_free.nonzero()[: -self.count % self.ROWS, 0]
         self.slot = torch.cat([self.slot, free_slots])
-        self.words, self.positions, self.replaceable, self.image = (
-            F.pad(values, (0, len(free_slots)))
-            for values in (self.words, self.positions, self.replaceable, self.image)
-        )
+        for name in ("words", "positions", "replaceable", "image", "text", "prompt"):
+            setattr(self, name, F.pad(getattr(self, name), (0, len(free_slots))))
 
     def select(self, rows: Tensor) -> None:
         """Use only the final states of `rows` [B,Q'] int64, the rows of Q' tokens of each image."""
@@ -134,7 +137,8 @@ class Packed(Layout):
         if self.selected is not None:
             self.selected.rows = self.selected.rows.to(device, non_blocking=True)
             self.selected.mask = self.selected.mask.to(device, non_blocking=True)
-        for name in ("words", "positions", "replaceable", "image", "slot", "mask"):
+        names = ("words", "positions", "replaceable", "image", "text", "prompt", "slot", "mask")
+        for name in names:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
         return self
 
@@ -350,6 +354,45 @@ class KVCache(Layout):
         if self.padding is not None:
             self.padding = self.padding[images]
 
+    def continuation(self, tokens: Tensor, is_token: Tensor) -> Packed:
+        """The layout of texts that continue the prompts: tokens [B,K,T] int64.
+
+        This cache has one text per image, whose prompt and first token it has read. With G groups
+        of K texts per image, B is G times the number of images.
+        is_token: [B,K,T] bool, False for padding.
+        """
+        return Continuation(tokens, is_token, self)
+
+
+class Continuation(Packed):
+    """The layout of texts that continue the prompt of their image, which a KVCache holds.
+
+    A token attends to the prompt, to itself and to the preceding tokens of its text.
+    """
+
+    def __init__(self, tokens: Tensor, is_token: Tensor, cache: KVCache) -> None:
+        super().__init__(tokens, is_token)
+        self.cache, self.groups = cache, len(tokens) // cache.images
+        read = torch.arange(cache.length, device=tokens.device)
+        padding = (
+            torch.zeros(cache.images, dtype=torch.int64, device=tokens.device)
+            if cache.padding is None
+            else cache.padding
+        ).repeat_interleave(self.groups)
+        visible = additive_mask(read >= padding[:, None])[:, None, None]
+        self.mask = torch.cat([visible.expand(-1, -1, self.shape[1], -1), self.mask], dim=3)
+        self.positions = self.positions + (cache.length - padding)[self.image]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            self._after_prompt(self.cache.keys[layer], keys),
+            self._after_prompt(self.cache.values[layer], values),
+        )
+
+    def _after_prompt(self, prompt: Tensor, new: Tensor) -> Tensor:
+        prompt = prompt[:, :, : self.cache.length]
+        return torch.cat([prompt.repeat_interleave(self.groups, dim=0), new], dim=2)
+
 
 def move_to_front(store: Tensor, images: Tensor, filled: int) -> Tensor:
     """Move the keys or values of `images` [b] to the front of `store` [B,H,S,d], in place.
@@ -404,7 +447,7 @@ class SelfAttention(nn.Module):
         selected: compute only these tokens, [B,Q',D].
         """
         if selected is not None:
-            return self._selected(x, layout, selected)
+            return self._selected(x, layout, layer, selected)
         q, k, v = (
             layout.pad(self.qkv(x))
             .unflatten(2, (3, self.heads, -1))
@@ -414,18 +457,23 @@ class SelfAttention(nn.Module):
         out = attend(q, *layout.extend(layer, k, v), layout.mask)
         return self.out(layout.unpad(out.transpose(1, 2).flatten(2)))
 
-    def _selected(self, x: Tensor, layout: Layout, selected: Selected) -> Tensor:
+    def _selected(self, x: Tensor, layout: Layout, layer: int, selected: Selected) -> Tensor:
         width = x.shape[-1]
         weights, biases = (part.split((width, 2 * width)) for part in self.qkv.parameters())
         q = F.linear(x[selected.rows], weights[0], biases[0]).unflatten(2, (self.heads, -1))
-        k, v = (
-            layout.pad(F.linear(x, weights[1], biases[1]))
-            .unflatten(2, (2, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
-        out = attend(q.transpose(1, 2), k, v, selected.mask)
+        k, v = self._heads(layout.pad(F.linear(x, weights[1], biases[1])))
+        out = attend(q.transpose(1, 2), *layout.extend(layer, k, v), selected.mask)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute only the keys and values, each [B,H,R,d], of sequences [B,R,D]."""
+        weight, bias = self.qkv.weight[x.shape[-1] :], self.qkv.bias[x.shape[-1] :]
+        return self._heads(F.linear(x, weight, bias))
+
+    def _heads(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Split keys and values [B,S,2*D] into heads: two tensors [B,H,S,d]."""
+        keys, values = keys_values.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return keys, values
 
 
 class CrossAttention(nn.Module):

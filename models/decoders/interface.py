@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ModelError
-from models.decoders.attention import KVCache, Packed
+from models.decoders.attention import Packed
 from models.regions import Regions
 
 MAX_LAYERS = 1000  # far above the depth of any decoder that trains
@@ -58,7 +58,18 @@ OwnMemory = Any  # the Memory type that the same decoder's `encode` returns
 
 
 class DecodingCache(Protocol):
-    """The state of incremental decoding, for K growing texts per image."""
+    """The state of incremental decoding, for K growing texts per image. `KVCache` is one."""
+
+    def begin(self, texts: int, tokens: int) -> None:
+        """Prepare for `tokens` new tokens in each of `texts` texts.
+
+        The first call may have texts = 1, for a beginning that all K texts share, and tokens > 1:
+        the prompt and the first token after it. In all later calls texts is K and tokens is 1.
+        """
+
+    def positions(self, texts: int) -> Tensor:
+        """The position of each new token in its text: [B*K*T] int64."""
+        ...
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Reorder the texts of each image: text k continues the history of text beam_idx[b,k].
@@ -74,6 +85,18 @@ class DecodingCache(Protocol):
 
         image, text: [b,K] int64. All entries of one row of `image` are equal.
         """
+
+    def continuation(self, tokens: Tensor, is_token: Tensor) -> Packed:
+        """The layout of texts that continue the prompts: tokens [B,K,T] int64.
+
+        This cache has one text per image, whose prompt and first token it has read. With G groups
+        of K texts per image, B is G times the number of images.
+        is_token: [B,K,T] bool, False for padding.
+        """
+        ...
+
+
+OwnCache = Any  # the DecodingCache type that the same decoder's `init_cache` returns
 
 
 def size(default: int, help: str, at_least: int = 1, at_most: int = MAX_SIZE) -> Any:
@@ -137,11 +160,17 @@ class DecoderConfig:
             problems = ", ".join(missing + unknown)
             raise ModelError(f"the sizes of {cls.__name__} differ; missing or unknown: {problems}")
         for name, value in record.items():
-            types = (int, float) if isinstance(known[name].default, float) else (int,)
+            types, kind = _types_of(known[name].default)
             if type(value) not in types or not math.isfinite(value):
-                kind = "a number" if float in types else "an integer"
                 raise ModelError(f"{name} is {value!r}, it must be {kind}")
         return cls(**record)
+
+
+def _types_of(default: Any) -> tuple[tuple[type, ...], str]:
+    """The types of a field with this default, and their name in messages."""
+    if isinstance(default, bool):
+        return (bool,), "true or false"
+    return ((int, float), "a number") if isinstance(default, float) else ((int,), "an integer")
 
 
 class Decoder(nn.Module, ABC):
@@ -167,13 +196,14 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def states(
-        self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: OwnMemory
+        self, words: Tensor, positions: Tensor, layout: Packed | OwnCache, memory: OwnMemory
     ) -> Tensor:
         """Compute the final hidden states [N,D], the input of the output layer.
 
         words: [N] int64, one token per row.
         positions: [N] int64, the position of each token in its text.
-        layout: arranges the rows for attention; layout.image [N] is the image of each row.
+        layout: whole texts, or the cache of this decoder, after its `begin`. It arranges the rows
+            for attention; layout.image [N] is the image of each row.
         """
 
     @abstractmethod
@@ -181,7 +211,7 @@ class Decoder(nn.Module, ABC):
         """Return weight [V,D] and bias [V]: logits = states @ weight.T + bias."""
 
     @abstractmethod
-    def init_cache(self, memory: OwnMemory, texts: int, prompts: Tensor | None = None) -> KVCache:
+    def init_cache(self, memory: OwnMemory, texts: int, prompts: Tensor | None = None) -> OwnCache:
         """Create an empty cache for `texts` texts per image.
 
         prompts: [B,P] int64, padded on the left with 0; None: no prompts.
@@ -193,7 +223,7 @@ class Decoder(nn.Module, ABC):
         """Apply the output layer: states [...,D] to logits [...,V] of the next word."""
         return F.linear(states, *self.output_layer())
 
-    def decode(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, memory: Memory, cache: DecodingCache | None = None) -> Tensor:
         """Compute logits [B,K,T,V] of the word after each of `tokens` [B,K,T] int64.
 
         With a `cache`, pass only the new tokens. The first call reads [B,1,P+1]: the prompts and
@@ -203,7 +233,7 @@ class Decoder(nn.Module, ABC):
         return self.logits(self.decode_states(tokens, memory, cache))
 
     def next_words(
-        self, tokens: Tensor, memory: Memory, cache: KVCache
+        self, tokens: Tensor, memory: Memory, cache: DecodingCache
     ) -> tuple[Tensor, ExactLogits | None]:
         """Compute logits [B*K,V] of the word after `tokens` [B,K,T]; arguments as in `decode`.
 
@@ -220,14 +250,16 @@ class Decoder(nn.Module, ABC):
 
         return logits, None if logits.dtype == states.dtype else exact_logits
 
-    def class_logits(self, tokens: Tensor, memory: Memory, cache: KVCache) -> Tensor:
+    def class_logits(self, tokens: Tensor, memory: Memory, cache: DecodingCache) -> Tensor:
         """Scores [B,classes] of the answers to prompts.
 
         tokens: [B,1,P+1], prompts padded on the left and then <bos>; cache: of the same prompts.
         """
         return self.head(self.decode_states(tokens, memory, cache)[:, 0, -1])
 
-    def decode_states(self, tokens: Tensor, memory: Memory, cache: KVCache | None = None) -> Tensor:
+    def decode_states(
+        self, tokens: Tensor, memory: Memory, cache: DecodingCache | None = None
+    ) -> Tensor:
         """Compute the hidden states [B,K,T,D] of `decode`, without the output layer."""
         if cache is None:
             text = Packed(tokens)

@@ -7,9 +7,17 @@ import math
 from torch import nn
 
 from models.decoders.interface import Decoder, DecoderConfig
+from models.decoders.lstm import Lstm
+from models.decoders.pooled import Pooled
+from models.decoders.prefix import Prefix
 from models.decoders.transformer import Transformer
 
-DECODERS: dict[str, type[Decoder]] = {"transformer": Transformer}
+DECODERS: dict[str, type[Decoder]] = {
+    "transformer": Transformer,
+    "prefix": Prefix,
+    "pooled": Pooled,
+    "lstm": Lstm,
+}
 
 
 def create_decoder(name: str, config: DecoderConfig) -> Decoder:

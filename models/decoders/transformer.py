@@ -8,12 +8,12 @@ D model width, H heads, d = D/H.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ModelError
@@ -24,51 +24,75 @@ from models.decoders.attention import (
     Packed,
     Selected,
     SelfAttention,
-    additive_mask,
     move_to_front,
 )
 from models.decoders.dropout import Dropout
-from models.decoders.interface import MAX_LAYERS, Decoder, DecoderConfig, size
+from models.decoders.interface import MAX_LAYERS, Decoder, size
+from models.decoders.layers import (
+    BOX_FEATURES,
+    BOX_FREQUENCIES,
+    FeedForward,
+    SelfAttentionLayer,
+    StackConfig,
+    StackOptions,
+    fourier_features,
+    initialize_weights,
+    region_mask,
+    scale_residual_branches,
+)
 from models.regions import Regions
 
-# Frequencies pi/2 to 4 pi per coordinate. They separate the cells of grids up to about 16 x 16.
-BOX_FREQUENCIES = 4
+GEOMETRY_WAVES = 8  # waves per relative coordinate, each with a sine and a cosine
 
 
 @dataclass(frozen=True)
-class TransformerOptions:
+class TransformerOptions(StackOptions):
     """The command-line options of the Transformer."""
 
-    width: int = size(512, "model width D")
-    heads: int = size(8, "attention heads")
     encoder_layers: int = size(3, "encoder layers (regions)", at_least=0, at_most=MAX_LAYERS)
-    decoder_layers: int = size(3, "decoder layers (words)", at_most=MAX_LAYERS)
-    feedforward: int = size(2048, "inner width of the feed-forward layers")
-    dropout: float = field(default=0.1, metadata={"help": "dropout", "at_least": 0, "below": 1})
+    memory_slots: int = size(
+        0, "learnt keys and values per encoder layer (M2 Transformer)", at_least=0
+    )
+    meshed: bool = field(
+        default=False, metadata={"help": "decoder layers read all encoder layers (M2 Transformer)"}
+    )
+    relative_geometry: bool = field(
+        default=False,
+        metadata={"help": "encoder attention depends on the relative positions of boxes"},
+    )
 
 
 @dataclass(frozen=True)
-class TransformerConfig(TransformerOptions, DecoderConfig):
+class TransformerConfig(TransformerOptions, StackConfig):
     """The sizes of a Transformer decoder. Raises ModelError if they do not fit together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.heads:
-            raise ModelError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ModelError(f"dropout is {self.dropout}, it must be in [0, 1)")
+        for name in ("memory_slots", "meshed", "relative_geometry"):
+            if getattr(self, name) and not self.encoder_layers:
+                raise ModelError(f"{name} needs encoder layers, but encoder_layers is 0")
 
     def __str__(self) -> str:
+        extras = "".join(
+            f", {part}"
+            for part, is_on in (
+                (f"{self.memory_slots} memory slots", self.memory_slots),
+                ("meshed", self.meshed),
+                ("relative geometry", self.relative_geometry),
+            )
+            if is_on
+        )
         return (
             f"width {self.width}, {self.encoder_layers}+{self.decoder_layers} layers, "
-            f"dropout {self.dropout}"
+            f"dropout {self.dropout}{extras}"
         )
 
 
 class TransformerMemory(NamedTuple):
     """An encoded batch of images.
 
-    keys, values: one tensor [B,H,R,d] for each decoder layer.
+    keys, values: one tensor [B,H,R,d] for each decoder layer. Of a meshed decoder, one for each
+        decoder layer and encoder layer: those of the first decoder layer come first.
     mask: [B,1,1,R], added to the attention scores: -inf for padding; None: no padding.
     """
 
@@ -106,25 +130,6 @@ class TransformerMemory(NamedTuple):
         return TransformerMemory(keys, values, mask)
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.attention = SelfAttention(config.width, config.heads)
-        self.feedforward = FeedForward(config.width, config.feedforward)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Map x [B,R,D] to [B,R,D]."""
-        x = x + self.dropout(self.attention(self.norms[0](x), layout))
-        return x + self.dropout(self.feedforward(self.norms[1](x)))
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -133,6 +138,10 @@ class DecoderLayer(nn.Module):
         self.feedforward = FeedForward(config.width, config.feedforward)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
         self.dropout = Dropout(config.dropout)
+        if config.meshed:
+            self.gates = nn.ModuleList(
+                nn.Linear(2 * config.width, config.width) for _ in range(config.encoder_layers)
+            )
 
     def forward(
         self,
@@ -143,24 +152,66 @@ class DecoderLayer(nn.Module):
         selected: Selected | None = None,
     ) -> Tensor:
         """Map rows x [N,D] to [N,D], or to [B,Q',D] if only some tokens are `selected`."""
-        keys, values = memory.keys[layer], memory.values[layer]
         attended = self.dropout(self.attention(self.norms[0](x), layout, layer, selected))
         if selected is not None:
             x, layout = x[selected.rows], selected
         x = x + attended
-        x = x + self.dropout(self.cross(self.norms[1](x), layout, keys, values, memory.mask))
+        x = x + self.dropout(self._read_regions(self.norms[1](x), layout, memory, layer))
         return x + self.dropout(self.feedforward(self.norms[2](x)))
 
+    def _read_regions(
+        self, x: Tensor, layout: Layout, memory: TransformerMemory, layer: int
+    ) -> Tensor:
+        if not hasattr(self, "gates"):
+            return self.cross(x, layout, memory.keys[layer], memory.values[layer], memory.mask)
+        read = torch.zeros_like(x)
+        for number, gate in enumerate(self.gates, start=layer * len(self.gates)):
+            keys, values = memory.keys[number], memory.values[number]
+            part = self.cross(x, layout, keys, values, memory.mask)
+            read = read + gate(torch.cat([x, part], dim=-1)).sigmoid() * part
+        return read * len(self.gates) ** -0.5
 
-def fourier_features(boxes: Tensor) -> Tensor:
-    """Fourier features of coordinates: their sines and cosines at several frequencies.
 
-    boxes: [...,n] coordinates in 0..1. Returns [...,2*n*BOX_FREQUENCIES].
-    Reference: Tancik et al. 2020.
+class EncoderLayout(Layout):
+    """The layout of regions that also attend to learnt memory slots (Cornia et al. 2020)."""
+
+    def __init__(self, mask: Tensor | None, keys: Tensor, values: Tensor) -> None:
+        """mask: of the regions, as in `Layout`. keys, values: [H,slots,d]."""
+        super().__init__(None if mask is None else F.pad(mask, (0, keys.shape[1])))
+        self.keys, self.values = keys, values
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch.cat([keys, self.keys.to(keys.dtype).expand(len(keys), -1, -1, -1)], dim=2),
+            torch.cat([values, self.values.to(keys.dtype).expand(len(keys), -1, -1, -1)], dim=2),
+        )
+
+
+class RelativeGeometry(nn.Module):
+    """Terms of attention scores that depend on the relative positions of two boxes.
+
+    The term of a pair is log(max(0, w . e)), where e are sines and cosines of the logs of the
+    distances and of the ratios of the sizes (Herdade et al. 2019), and each head learns its w.
     """
-    frequencies = math.pi / 2 * 2.0 ** torch.arange(BOX_FREQUENCIES, device=boxes.device)
-    angles = boxes[..., None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(8 * GEOMETRY_WAVES, heads)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """Map boxes [B,R,4] to terms [B,H,R,R]; [1,H,R,R] if all images have the same boxes."""
+        if boxes.device.type == "cpu" and len(boxes) and bool((boxes == boxes[:1]).all()):
+            boxes = boxes[:1]  # the cells of a grid
+        low, high = boxes[..., :2], boxes[..., 2:]
+        centres, sizes = (low + high) / 2, (high - low).clamp(min=1e-3)
+        distances = (centres[:, :, None] - centres[:, None]).abs().clamp(min=1e-3)
+        relative = torch.cat(
+            [distances / sizes[:, :, None], sizes[:, None] / sizes[:, :, None]], dim=3
+        )
+        waves = 1000.0 ** -(torch.arange(GEOMETRY_WAVES, device=boxes.device) / GEOMETRY_WAVES)
+        angles = (100 * relative.log()[..., None] * waves).flatten(3)
+        terms = self.weight(torch.cat([angles.sin(), angles.cos()], dim=3)).float()
+        return terms.clamp(min=1e-6).log().permute(0, 3, 1, 2)
 
 
 class Transformer(Decoder):
@@ -178,54 +229,63 @@ class Transformer(Decoder):
         width = config.width
         self.region_norm = nn.LayerNorm(config.channels)
         self.region = nn.Linear(config.channels, width)
-        self.box = nn.Linear(8 * BOX_FREQUENCIES, width)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.box = nn.Linear(BOX_FEATURES, width)
+        self.encoder = nn.ModuleList(
+            SelfAttentionLayer(width, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.encoder_layers)
+        )
         self.memory_norm = nn.LayerNorm(width)
-        self.memory_box = nn.Linear(8 * BOX_FREQUENCIES, width)
+        self.memory_box = nn.Linear(BOX_FEATURES, width)
         self.word = nn.Embedding(config.words, width)
         self.position = nn.Embedding(config.max_prompt + config.max_length + 1, width)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width)
         self.dropout = Dropout(config.dropout)
         self.output_bias = nn.Parameter(torch.zeros(config.words))
-        for embedding in (self.word, self.position):
-            nn.init.normal_(embedding.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        if config.relative_geometry:
+            self.geometry = nn.ModuleList(RelativeGeometry(config.heads) for _ in self.encoder)
+        if config.memory_slots:
+            slots = config.encoder_layers, config.heads, config.memory_slots, width // config.heads
+            self.slot_keys, self.slot_values = (nn.Parameter(torch.empty(slots)) for _ in range(2))
+            nn.init.normal_(self.slot_keys, std=slots[3] ** -0.5)
+            nn.init.normal_(self.slot_values, std=slots[2] ** -0.5)
+        initialize_weights(self)
+        if config.relative_geometry:  # from a bias of 0, half of the terms would begin at -14
+            for geometry in cast(Iterable[RelativeGeometry], self.geometry):
+                nn.init.ones_(geometry.weight.bias)
         # Scale the box features like the layer-normalised states that they are added to.
         nn.init.normal_(self.memory_box.weight, std=(4 * BOX_FREQUENCIES) ** -0.5)
-        # Scale down the output weights of all residual branches, as GPT-2 does.
-        outputs = ("attention.out.weight", "cross.out.weight", "feedforward.2.weight")
-        for layers, sublayers in ((self.encoder, 2), (self.decoder, 3)):
-            for name, weight in layers.named_parameters():
-                if name.endswith(outputs):
-                    weight.data.mul_((sublayers * len(layers)) ** -0.5)
+        scale_residual_branches(self.encoder, 2)
+        scale_residual_branches(self.decoder, 3)
 
     def encode(self, regions: Regions) -> TransformerMemory:
-        features, boxes, counts = regions
-        indices = torch.arange(features.shape[1], device=features.device)
-        visible = (indices < counts[:, None])[:, None, None, :]
-        # Only a CPU checks the counts: on a GPU the host would have to wait for the result.
-        on_cpu = features.device.type == "cpu"
-        no_padding = on_cpu and bool(visible.all())
-        may_be_empty = not no_padding and not (on_cpu and bool((counts > 0).all()))
-        if may_be_empty:
-            # An image without regions attends to its padding, whose values are set to 0 below.
-            visible = visible | (counts == 0)[:, None, None, None]
-        layout = Layout(None if no_padding else additive_mask(visible))
+        features, boxes, _ = regions
+        mask, is_empty = region_mask(regions)
         box_features = fourier_features(boxes)
         x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_features))
-        for layer in self.encoder:
-            x = layer(x, layout)
-        x = self.memory_norm(x) + self.memory_box(box_features)
+        outputs = []
+        for number, layer in enumerate(self.encoder):
+            x = layer(x, self._encoder_layout(mask, boxes, number))
+            outputs.append(x)
+        if not self.config.meshed:
+            outputs = [x]
+        box = self.memory_box(box_features)
+        outputs = [self.memory_norm(output) + box for output in outputs]
         layers = cast(Iterable[DecoderLayer], self.decoder)
-        keys, values = zip(*(layer.cross.project(x) for layer in layers), strict=True)
-        if may_be_empty:
-            has_regions = (counts > 0)[:, None, None, None]
-            values = tuple(value * has_regions for value in values)
-        return TransformerMemory(keys, values, layout.mask)
+        keys, values = zip(
+            *(layer.cross.project(output) for layer in layers for output in outputs), strict=True
+        )
+        if is_empty is not None:
+            values = tuple(value * ~is_empty[:, None, None, None] for value in values)
+        return TransformerMemory(keys, values, mask)
+
+    def _encoder_layout(self, mask: Tensor | None, boxes: Tensor, layer: int) -> Layout:
+        if self.config.relative_geometry:
+            terms = self.geometry[layer](boxes)
+            mask = terms if mask is None else terms + mask
+        if self.config.memory_slots:
+            return EncoderLayout(mask, self.slot_keys[layer], self.slot_values[layer])
+        return Layout(mask)
 
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: TransformerMemory

@@ -15,8 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.decoders.attention import KVCache
-from models.decoders.interface import Decoder, ExactLogits, Memory
+from models.decoders.interface import Decoder, DecodingCache, ExactLogits, Memory
 from models.regions import Regions
 
 
@@ -38,7 +37,7 @@ class Memories(tuple[Memory, ...]):
         return Memories(memory.keep(images, in_place) for memory in self)
 
 
-class Caches(tuple[KVCache, ...]):
+class Caches(tuple[DecodingCache, ...]):
     """The decoding caches of the same texts, one per decoder."""
 
     def reorder(self, beam_idx: Tensor) -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.decoders.attention import KVCache, Packed, additive_mask
 from models.decoders.interface import Decoder, Memory
 from models.generation.ensemble import Ensemble, Memories, log_mean
 from models.generation.options import first_tokens
@@ -23,41 +22,6 @@ CHUNK_ROWS = 4096  # rows of float32 logits in memory at a time
 # Candidates of an example that share a sequence. All tokens of a sequence are compared with each
 # other in attention, also those of different candidates, so long sequences cost more.
 GROUP = 16
-
-
-class Continuation(Packed):
-    """The layout of texts that continue the prompt of their example, which a KVCache holds.
-
-    A token attends to the prompt, to itself and to the preceding tokens of its text.
-    """
-
-    def __init__(self, tokens: Tensor, is_token: Tensor, cache: KVCache) -> None:
-        """
-        tokens: [B,K,T] int64. is_token: [B,K,T] bool, False for padding.
-        cache: of one text per example, after the call that read the prompts. With G sequences per
-            example, B is G times its number of examples.
-        """
-        super().__init__(tokens, is_token)
-        self.cache, self.groups = cache, len(tokens) // cache.images
-        read = torch.arange(cache.length, device=tokens.device)
-        padding = (
-            torch.zeros(cache.images, dtype=torch.int64, device=tokens.device)
-            if cache.padding is None
-            else cache.padding
-        ).repeat_interleave(self.groups)
-        visible = additive_mask(read >= padding[:, None])[:, None, None]
-        self.mask = torch.cat([visible.expand(-1, -1, self.shape[1], -1), self.mask], dim=3)
-        self.positions = self.positions + (cache.length - padding)[self.image]
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            self._after_prompt(self.cache.keys[layer], keys),
-            self._after_prompt(self.cache.values[layer], values),
-        )
-
-    def _after_prompt(self, prompt: Tensor, new: Tensor) -> Tensor:
-        prompt = prompt[:, :, : self.cache.length]
-        return torch.cat([prompt.repeat_interleave(self.groups, dim=0), new], dim=2)
 
 
 def candidate_log_p(
@@ -140,7 +104,7 @@ def _token_log_p(
     first = first.gather(1, targets[:, :, 0])
     memory = memory.keep(torch.arange(memory.images).repeat_interleave(groups).to(memory.device))
     is_token = candidates != pad
-    text = Continuation(candidates, is_token, cache)
+    text = cache.continuation(candidates, is_token)
     states = decoder.states(text.words, text.positions, text, memory)[: text.count]
     following = targets[:, :, 1:][is_token]
     log_p = []
