@@ -23,8 +23,8 @@ def copy_common_weights(
     """Copy the weights of `other` that fit into `decoder`, in place.
 
     A tensor with one row per word (per answer) gets the rows of the words (answers) in common. Of a
-    tensor with one row per position it gets the rows that both have. All other tensors must have
-    the same shape.
+    tensor with one row per position it gets the rows that both have. A tensor that `other` lacks,
+    such as those of prompts, is unchanged. All other tensors must have the same shape.
 
     words, answers: the words and the answers of the rows of `decoder`, in order; other_words,
         other_answers: those of `other`.
@@ -37,6 +37,8 @@ def copy_common_weights(
     for name, tensor in own.items():
         if name.startswith("head."):
             rows = answer_rows
+        elif name not in theirs:
+            continue
         elif name in of_words:
             rows = word_rows
         else:

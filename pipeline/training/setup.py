@@ -25,6 +25,7 @@ from pipeline.checkpoints.checkpoint import (
     Checkpoint,
     check_features,
     copy_backbone,
+    decoder_name,
     load_checkpoint,
     load_record,
     load_vocabulary,
@@ -65,8 +66,8 @@ def open_init(
 ) -> InitRun | None:
     """Open the run of --init; None without --init.
 
-    Raises UserError if its features differ from those of the cache, if it was trained on dev, or if
-    captioning would start from a run of another task.
+    Raises UserError if its features differ from those of the cache, if it has another decoder or
+    was trained on dev, or if captioning would start from a run of another task.
     """
     if config.init is None:
         return None
@@ -79,6 +80,11 @@ def open_init(
         raise UserError(
             f"--init {config.init} was trained for --task {init_task}; captioning can start from a "
             "run of captioning only"
+        )
+    decoder = decoder_name(checkpoint.captioner)
+    if decoder != config.decoder:
+        raise UserError(
+            f"--init {config.init} was trained with --decoder {decoder}; pass --decoder {decoder}"
         )
     if checkpoint.training.get("train_on_dev") and not config.train_on_dev:
         raise UserError(
