@@ -18,6 +18,7 @@ from pipeline.classify import ClassifyConfig
 from pipeline.cli import flag_of, options_of
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.extract import ExtractConfig
+from pipeline.sweep import SweepConfig
 from pipeline.train import describe_preset
 from pipeline.training.config import PRESETS, TrainConfig
 
@@ -29,6 +30,7 @@ COMMANDS = {
     "caption": (CaptionConfig, "Caption photographs with a checkpoint."),
     "ask": (AskConfig, "Answer questions about photographs with a checkpoint."),
     "classify": (ClassifyConfig, "Label photographs with texts with a checkpoint."),
+    "sweep": (SweepConfig, "Train and score the runs of a TOML file, and compare them."),
 }
 
 

@@ -362,6 +362,8 @@ class _Command(click.Command):
             entry = _value_of(flag_of(name), args) or config.get(name) or item.default
             if isinstance(entry, str) and entry in item.metadata["registry"]:
                 entries[name] = entry
+            else:
+                ctx.meta.setdefault("unknown entries", {})[name] = entry
         return entries
 
     def _explain_option_of_other_entry(self, ctx: click.Context, error: click.NoSuchOption) -> None:
@@ -369,6 +371,10 @@ class _Command(click.Command):
         for item, entry, option in extension_options(self.registries.values()):
             flag, setting_flag = flag_of(option.name), flag_of(item.name)
             if error.option_name in (flag, f"--no-{flag[2:]}"):
+                if item.name in ctx.meta.get("unknown entries", {}):
+                    param = next(each for each in self.params if each.name == item.name)
+                    # raises the error that names the entries
+                    param.type_cast_value(ctx, ctx.meta["unknown entries"][item.name])
                 chosen = ctx.meta["extensions"].get(item.name, item.default)
                 raise UserError(
                     f"{error.option_name} is an option of {setting_flag} {entry}; "

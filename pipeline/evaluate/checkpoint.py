@@ -143,7 +143,7 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
     config.check_outputs(outputs, source)
     others = read_against(config, [image.id for image in images], has_references)
     generator, decoding = open_generator(config, checkpoints)
-    captions_by_id = decode(config, generator, cache, examples)
+    captions_by_id, rate = decode(config, generator, cache, examples)
     out.parent.mkdir(parents=True, exist_ok=True)
     best_captions = {image_id: captions[0].text for image_id, captions in captions_by_id.items()}
     write_results(captions_path, best_captions)
@@ -164,7 +164,12 @@ def job_of_checkpoint(config: EvaluateConfig, evaluation: Evaluation) -> Job:
             config, segment, [image for image in all_images if image.split == "train"]
         )
         scorer = make_scorer(config, references, f"{source.dataset}-{split}", train)
-    about = {"split": split, "left_out_unreadable": left_out, "decoding": decoding}
+    about = {
+        "split": split,
+        "left_out_unreadable": left_out,
+        "decoding": decoding,
+        "decoded_per_s": rate,
+    }
     return Job(folder.name, best_captions, selected, scorer, out, others, about)
 
 
@@ -223,8 +228,12 @@ def decode(
     generator: CaptionGenerator,
     cache: FeatureCache | NoFeatures,
     examples: Sequence[Example],
-) -> dict[Any, list[Caption]]:
-    """Generate the captions of the examples. Returns them by example id, best first."""
+) -> tuple[dict[Any, list[Caption]], float]:
+    """Generate the captions of the examples.
+
+    Returns:
+        The captions by example id, best first, and the number of images per second.
+    """
     from pipeline.decoding.captioner import generate_texts
 
     method = "samples" if config.sample else f"beam {generator.options.num_beams}"
@@ -235,7 +244,7 @@ def decode(
         f"{len(examples):,} captions in {bar.seconds:.1f} s, {bar.rate:.0f} images/s, {method}, "
         f"on {generator.machine}"
     )
-    return texts
+    return texts, bar.rate
 
 
 def nbest_json(captions_by_id: Mapping[int, Sequence[Caption]]) -> str:

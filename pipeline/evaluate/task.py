@@ -88,6 +88,7 @@ def compute_outputs(
         f"{len(examples):,} {task.unit} in {bar.seconds:.1f} s, {bar.rate:.0f}/s, on "
         f"{generator.machine}"
     )
+    about["decoded_per_s"] = bar.rate
     if outputs.ranked:
         about |= {"ranked": outputs.ranked, "ties": outputs.ties}
         say(
