@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.datasets.sample import draw_sample
+from pipeline import sweep
 from pipeline.sources import SAMPLE_ROOT
 from tests.test_commands import SMALL, works
 
@@ -40,7 +41,9 @@ def options_script():
     return module
 
 
-@pytest.mark.parametrize("name", ["extract", "train", "evaluate", "caption", "ask", "classify"])
+@pytest.mark.parametrize(
+    "name", ["extract", "train", "evaluate", "caption", "ask", "classify", "sweep"]
+)
 def test_the_page_of_a_command_lists_the_options_that_it_has(name):
     written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert written == options_script().page(name), "run: python docs/write_options.py"
@@ -51,6 +54,21 @@ def test_the_readme_has_at_most_150_lines_and_its_links_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_decoder_of_the_documents_is_the_one_that_is_tested():
+    page = (ROOT / "docs" / "decoders.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    assert block == (ROOT / "tests" / "toys" / "bag.py").read_text(encoding="utf-8")
+
+
+def test_the_sweep_of_the_documents_is_read(tmp_path):
+    page = (ROOT / "docs" / "decoders.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```", page, re.S | re.M)
+    (tmp_path / "sweep.toml").write_text(block)
+    told = works(sweep.main, tmp_path / "sweep.toml", "--dry-run")
+    assert told.count("pipeline.train") == told.count("pipeline.evaluate") == 9
+    assert "--meshed" in told
 
 
 def commands_of_readme() -> list[str]:
@@ -68,6 +86,8 @@ def made_small(line: str) -> list[str]:
     _, _, module, *arguments = shlex.split(line)
     if module == "pipeline.train":
         more = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) if "--init" not in arguments else {}
+        if "lstm" in arguments:
+            more = {"--width": "32"}
         more |= {"--epochs": "1", "--batch": "20", "--beam": "2"}
         arguments += [part for pair in more.items() if pair[0] not in arguments for part in pair]
     if "mobilenetv2_100" in arguments:
