@@ -9,6 +9,8 @@ val is left out, because in balanced pairs the same text has the opposite answer
 part and the dev part of train are kept apart in the same way. A question that two sources have
 about one photograph counts once. `daquar` trains on train.csv and scores test.csv.
 
+With several seeds, the last row is their ensemble.
+
 Two models without the right photograph stand beside each model, and the differences are tested by
 the paired bootstrap over photographs: the same weights with the regions of another photograph
 ("shuffled"), and a model of the same sizes that is trained without regions ("blind").
@@ -62,29 +64,37 @@ def main(
         "| seed | questions | n | right photograph | shuffled | difference | blind | difference |"
     )
     click.echo("|---|---|---|---|---|---|---|---|")
-    for seed in seeds.split(","):
-        run = work / f"run{seed}"
+    runs = {seed: [work / f"run{seed}"] for seed in seeds.split(",")}
+    for seed, (run,) in runs.items():
         train(run, train_files, features, [*more, "--seed", seed])
         if blind:
-            train(work / f"blind{seed}", train_files, Path("none"), [*more, "--seed", seed])
+            train(blind_run(run), train_files, Path("none"), [*more, "--seed", seed])
+    if len(runs) > 1:
+        runs["ensemble"] = [run for (run,) in runs.values()]
+    for seed, members in runs.items():
         for name, (files, shuffled_files) in scored.items():
-            click.echo(row(seed, name, run, files, shuffled_files, features, blind))
+            folder = work / f"scores-{seed}" / name
+            click.echo(row(seed, name, members, folder, files, shuffled_files, features, blind))
+
+
+def blind_run(run: Path) -> Path:
+    """The run of the same seed without regions."""
+    return run.with_name(run.name.replace("run", "blind"))
 
 
 def row(
-    seed: str, name: str, run: Path, files: list[str], shuffled_files: list[str], features: Path,
-    blind: bool,
+    seed: str, name: str, runs: list[Path], folder: Path, files: list[str],
+    shuffled_files: list[str], features: Path, blind: bool,
 ) -> str:  # fmt: skip
-    """Score a run on one set of questions, and format the row of the table."""
-    folder = run / name
-    right = evaluate(folder / "right", run, files, features)
-    shuffled = evaluate(folder / "shuffled", run, shuffled_files, features)
+    """Score a run, or an ensemble of several, on one set of questions, and format the row."""
+    right = evaluate(folder / "right", runs, files, features)
+    shuffled = evaluate(folder / "shuffled", runs, shuffled_files, features)
     cells = [seed, name, str(right["examples"]), with_interval(right)]
     others = [(folder / "shuffled", shuffled)]
     if blind:
-        blind_run = run.with_name(run.name.replace("run", "blind"))
+        blind_runs = [blind_run(run) for run in runs]
         others.append(
-            (folder / "blind", evaluate(folder / "blind", blind_run, files, Path("none")))
+            (folder / "blind", evaluate(folder / "blind", blind_runs, files, Path("none")))
         )
     for other, scores in others:
         out = other.with_name(f"{other.name}-difference.json")
@@ -104,12 +114,13 @@ def train(run: Path, files: list[str], features: Path, more: Sequence[str]) -> N
                 "--out", run, *more)  # fmt: skip
 
 
-def evaluate(out: Path, run: Path, files: list[str], features: Path) -> Entry:
-    """Answer the questions with a run. Returns the content of scores.json."""
+def evaluate(out: Path, runs: list[Path], files: list[str], features: Path) -> Entry:
+    """Answer the questions with a run or an ensemble. Returns the content of scores.json."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scores = Path(f"{out}.json")
-    command("evaluate", "--checkpoint", run, "--dataset", "vqa", *files, "--features", features,
-            "--split", "all", "--out", scores, "--answers-out", f"{out}-answers.json")  # fmt: skip
+    checkpoints = [part for run in runs for part in ("--checkpoint", run)]
+    command("evaluate", *checkpoints, "--dataset", "vqa", *files, "--features", features, "--split",
+             "all", "--out", scores, "--answers-out", f"{out}-answers.json")  # fmt: skip
     return json.loads(scores.read_text())
 
 

@@ -98,8 +98,8 @@ def region_mask(regions: Regions) -> RegionMask:
     """Compute the mask of the padding after `regions.counts`."""
     features, _, counts = regions
     visible = torch.arange(features.shape[1], device=features.device) < counts[:, None]
-    # Only a CPU checks the counts: on a GPU the host would have to wait for the result.
-    on_cpu = features.device.type == "cpu"
+    # Only a CPU checks the counts: on a GPU the host would have to wait, and a graph has no host.
+    on_cpu = features.device.type == "cpu" and not torch.compiler.is_exporting()
     if on_cpu and bool(visible.all()):
         return RegionMask(None, None)
     is_empty = None if on_cpu and bool((counts > 0).all()) else counts == 0

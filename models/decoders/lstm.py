@@ -59,7 +59,7 @@ class LstmMemory(NamedTuple):
 
     @property
     def images(self) -> int:
-        return len(self.values)
+        return self.values.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +105,7 @@ class LstmCache:
 
     @property
     def images(self) -> int:
-        return len(self.padding)
+        return self.padding.shape[0]
 
     def begin(self, texts: int, tokens: int) -> None:
         self.shape = texts, tokens
@@ -274,7 +274,7 @@ class Lstm(Decoder):
 
         embedded: [M,P,D]. is_token: [M,P] bool, False for padding, which does not change the state.
         """
-        h = c = embedded.new_zeros(len(embedded), self.config.width).float()
+        h = c = embedded.new_zeros(embedded.shape[0], self.config.width).float()
         for number in range(embedded.shape[1]):
             gates = self.prompt_gates(torch.cat([embedded[:, number], h.to(embedded.dtype)], dim=1))
             new_h, new_c = lstm_cell(gates, c)

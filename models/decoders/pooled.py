@@ -42,7 +42,7 @@ class PooledMemory(NamedTuple):
 
     @property
     def images(self) -> int:
-        return len(self.vector)
+        return self.vector.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +86,7 @@ class Pooled(Decoder):
     def encode(self, regions: Regions) -> PooledMemory:
         x, (mask, is_empty) = self.region(regions), region_mask(regions)
         if not x.shape[1]:  # no image has regions
-            return PooledMemory(x.new_zeros(len(x), self.config.width))
+            return PooledMemory(x.new_zeros(x.shape[0], self.config.width))
         scores = self.weight(x)[:, :, 0].float()
         if mask is not None:
             scores = scores + mask[:, 0, 0]

@@ -182,8 +182,8 @@ class EncoderLayout(Layout):
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return (
-            torch.cat([keys, self.keys.to(keys.dtype).expand(len(keys), -1, -1, -1)], dim=2),
-            torch.cat([values, self.values.to(keys.dtype).expand(len(keys), -1, -1, -1)], dim=2),
+            torch.cat([keys, self.keys.to(keys.dtype).expand(keys.shape[0], -1, -1, -1)], dim=2),
+            torch.cat([values, self.values.to(keys.dtype).expand(keys.shape[0], -1, -1, -1)], dim=2),
         )
 
 
@@ -200,7 +200,8 @@ class RelativeGeometry(nn.Module):
 
     def forward(self, boxes: Tensor) -> Tensor:
         """Map boxes [B,R,4] to terms [B,H,R,R]; [1,H,R,R] if all images have the same boxes."""
-        if boxes.device.type == "cpu" and len(boxes) and bool((boxes == boxes[:1]).all()):
+        on_cpu = boxes.device.type == "cpu" and not torch.compiler.is_exporting()
+        if on_cpu and len(boxes) and bool((boxes == boxes[:1]).all()):
             boxes = boxes[:1]  # the cells of a grid
         low, high = boxes[..., :2], boxes[..., 2:]
         centres, sizes = (low + high) / 2, (high - low).clamp(min=1e-3)
