@@ -51,15 +51,14 @@ class TextGraph(nn.Module):
     def __init__(self, decoder: Decoder, memory: Any) -> None:
         super().__init__()
         self.decoder = decoder
-        leaves, self.spec = pytree.tree_flatten(memory)
-        self.parts = len(leaves)
+        self.spec = pytree.tree_structure(memory)
         kind = decoder.init_cache(memory, 1)
         if not isinstance(kind, KVCache | LstmCache):
             raise ModelError(
                 f"{type(decoder).__name__} cannot be exported: its cache is a {type(kind).__name__}"
             )
         self.is_recurrent = isinstance(kind, LstmCache)
-        if not self.is_recurrent:
+        if isinstance(kind, KVCache):
             _, heads, _, width = kind.keys[0].shape
             capacity = decoder.config.max_prompt + decoder.config.max_length + 1
             self.layers, self.slot_shape = len(kind.keys), (heads, capacity, width)
@@ -156,11 +155,16 @@ class StaticCache(Layout):
 
 
 class Photographs(nn.Module):
-    """Maps photographs uint8 [B,3,H,W] to features [B,R,C] float32, rounded as in a cache."""
+    """Maps photographs to features, boxes and counts, the inputs of `Encoder`.
+
+    pixels: [B,3,H,W] uint8. frame: [B,4], the part of each photograph that they show, x0 y0 x1 y1
+        relative to its size. The features are float32, rounded to float16 as in a cache.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.backbone(pixels).features.half().float()
+    def forward(self, pixels: Tensor, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, boxes, counts = self.backbone(pixels, frame)
+        return features.half().float(), boxes, counts

@@ -54,7 +54,10 @@ def grid_regions(feature_map: Tensor, view_boxes: Tensor | None = None) -> Regio
     boxes = boxes.clamp(0, 1)
     # A side of at most 1e-4 is a rounding error: the cell shows only fill.
     shows_photo = (boxes[..., 2:] - boxes[..., :2] > 1e-4).all(2)
-    order = (~shows_photo).int().argsort(dim=1, stable=True)
+    # cells that show the photograph first, in their order; the keys are unique, so that no stable
+    # sort is needed, which ONNX lacks
+    cells = torch.arange(height * width, device=feature_map.device)
+    order = (cells + height * width * ~shows_photo).argsort(dim=1)
     is_region = shows_photo.gather(1, order)[..., None]
     features, boxes = (
         part.gather(1, order[..., None].expand_as(part)) * is_region for part in (features, boxes)

@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", {}),
 }
 DECODING: dict[str, dict[str, Any]] = {
-    "greedy": {"num_beams": 1},
+    "greedy": {"num_beams": 1, "min_length": 3},
     "beam": {"num_beams": 3, "num_return_sequences": 3},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
     "forced": {"num_beams": 3, "force_words_ids": ((5, 6),)},

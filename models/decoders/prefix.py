@@ -137,8 +137,9 @@ class AfterRegions(Layout):
         regions = self.memory.keys[0].shape[2]
         if self.memory.mask is None:
             return None if mask is None else F.pad(mask, (regions, 0))
-        if mask is None:  # one word, which attends to itself
-            return F.pad(self.memory.mask, (0, 1))
+        if mask is None:  # one text per image, which attends to all its words
+            assert isinstance(self.words, KVCache)
+            return F.pad(self.memory.mask, (0, self.words.length))
         of_regions = self.memory.mask.expand(-1, -1, mask.shape[2], -1)
         return torch.cat([of_regions.to(mask.dtype), mask], dim=3)
 

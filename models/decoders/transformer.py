@@ -183,7 +183,9 @@ class EncoderLayout(Layout):
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return (
             torch.cat([keys, self.keys.to(keys.dtype).expand(keys.shape[0], -1, -1, -1)], dim=2),
-            torch.cat([values, self.values.to(keys.dtype).expand(keys.shape[0], -1, -1, -1)], dim=2),
+            torch.cat(
+                [values, self.values.to(keys.dtype).expand(keys.shape[0], -1, -1, -1)], dim=2
+            ),
         )
 
 
