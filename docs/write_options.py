@@ -17,6 +17,7 @@ from pipeline.caption import CaptionConfig
 from pipeline.classify import ClassifyConfig
 from pipeline.cli import flag_of, options_of
 from pipeline.evaluate.config import EvaluateConfig
+from pipeline.export import ExportConfig
 from pipeline.extract import ExtractConfig
 from pipeline.sweep import SweepConfig
 from pipeline.train import describe_preset
@@ -30,6 +31,7 @@ COMMANDS = {
     "caption": (CaptionConfig, "Caption photographs with a checkpoint."),
     "ask": (AskConfig, "Answer questions about photographs with a checkpoint."),
     "classify": (ClassifyConfig, "Label photographs with texts with a checkpoint."),
+    "export": (ExportConfig, "Write a checkpoint as graphs of ONNX or torch.export."),
     "sweep": (SweepConfig, "Train and score the runs of a TOML file, and compare them."),
 }
 
