@@ -18,8 +18,6 @@ The log-probabilities of all are compared first.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import header, in_turn, peak_above, ratio, report, waiter, why_fp32
+from benchmarks.measure import (
+    header,
+    in_turn,
+    memory_alone,
+    peak_of,
+    ratio,
+    report,
+    waiter,
+    why_fp32,
+)
 from benchmarks.peers import CHANNELS, WORDS, median_rate, random_regions
 from data.vocabulary import BOS, EOS, PAD, SPECIALS
 from models.decoders.attention import Packed
@@ -159,26 +166,16 @@ def plain_log_p(decoder: Decoder, memory: Memory, prompt: Tensor, options: Tenso
 
 
 def memory(name: str, machine: Machine, count: int) -> float:
-    """Return `memory_of`, on Linux without a GPU in a process of its own; elsewhere NaN."""
-    if machine.device.type == "cuda":
-        return memory_of(name, machine, count)
-    if sys.platform != "linux":
-        return float("nan")
-    command = [sys.executable, "-m", "benchmarks.dialog", "--only-memory", name, "--device", "cpu"]
-    command += ["--dialogs", str(count)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(result.stdout.split()[-1])
+    """Return `memory_of`, on a CPU from a process of its own."""
+    options = ("--only-memory", name, "--dialogs", count)
+    return memory_alone(
+        lambda: memory_of(name, machine, count), machine, "benchmarks.dialog", *options
+    )
 
 
 def memory_of(name: str, machine: Machine, count: int) -> float:
     """Return the peak memory in GB of a ranking above the weights."""
-    work = make_ranking(name, machine, count)
-    if machine.device.type != "cuda":
-        return peak_above(work)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+    return peak_of(make_ranking(name, machine, count), machine)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -127,3 +129,30 @@ def report(figures: Mapping[str, object], out: Path | None) -> None:
         click.echo(f"{name:<52} {value:.4g}" if isinstance(value, float) else f"{name:<52} {value}")
     if out:
         out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def peak_of(work: Callable[[], object], machine: Machine) -> float:
+    """Return the peak memory in GB of a call of `work` above that before it."""
+    if machine.device.type != "cuda":
+        return peak_above(work)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def memory_alone(
+    measure: Callable[[], float], machine: Machine, module: str, *options: object
+) -> float:
+    """Return the result of `measure`: peak memory, which nothing else of this process may raise.
+
+    On a CPU a process of its own measures it, by `python -m MODULE OPTIONS`, whose last word is the
+    result. Only Linux can; elsewhere NaN.
+    """
+    if machine.device.type == "cuda":
+        return measure()
+    if sys.platform != "linux":
+        return float("nan")
+    command = [sys.executable, "-m", module, *map(str, options), "--device", "cpu"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(result.stdout.split()[-1])

@@ -27,8 +27,6 @@ that the system maps, which are counted although the system can free them.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +40,8 @@ from benchmarks.cache import make_cache
 from benchmarks.measure import (
     header,
     in_turn,
-    peak_above,
+    memory_alone,
+    peak_of,
     ratio,
     report,
     seconds_of,
@@ -289,15 +288,12 @@ def make_answering(machine: Machine, questions: int, folder: Path) -> Callable[.
 
 
 def memory(name: str, machine: Machine, regions: int, dropout: float, questions: int) -> float:
-    """Return `memory_of`, on Linux without a GPU in a process of its own; elsewhere NaN."""
-    if machine.device.type == "cuda":
-        return memory_of(name, machine, regions, dropout, questions)
-    if sys.platform != "linux":
-        return float("nan")
-    command = [sys.executable, "-m", "benchmarks.vqa", "--only-memory", name, "--device", "cpu"]
-    command += ["--regions", regions, "--dropout", dropout, "--questions", questions]
-    result = subprocess.run(map(str, command), check=True, capture_output=True, text=True)
-    return float(result.stdout.split()[-1])
+    """Return `memory_of`, on a CPU from a process of its own."""
+    options = ("--only-memory", name, "--regions", regions, "--dropout", dropout)
+    return memory_alone(
+        lambda: memory_of(name, machine, regions, dropout, questions), machine, "benchmarks.vqa",
+        *options, "--questions", questions,
+    )  # fmt: skip
 
 
 def memory_of(name: str, machine: Machine, regions: int, dropout: float, questions: int) -> float:
@@ -307,12 +303,7 @@ def memory_of(name: str, machine: Machine, regions: int, dropout: float, questio
             work = make_answering(machine, questions, Path(folder))
         else:
             work = make_step(name, machine, make_batch(IMAGES, regions), dropout)
-        if machine.device.type != "cuda":
-            return peak_above(work)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
+        return peak_of(work, machine)
 
 
 if __name__ == "__main__":

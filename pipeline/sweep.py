@@ -113,7 +113,8 @@ def main(config: SweepConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     failed = [run for run in runs[rank::world] if not finish(run)]
     finished = [run for run in runs if "evaluate" in read_state(run)["done"]]
-    if finished:  # under torchrun the last process compares all runs
+    # under torchrun the process that finishes last compares all runs
+    if finished and (world == 1 or len(finished) == len(runs)):
         comparison = compare_runs([row_of(run) for run in finished])
         click.echo(write_comparison(comparison, out))
     if failed:
