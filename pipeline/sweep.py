@@ -112,7 +112,7 @@ def main(config: SweepConfig) -> None:
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     out.mkdir(parents=True, exist_ok=True)
     failed = [run for run in runs[rank::world] if not finish(run)]
-    finished = [run for run in runs if "evaluate" in read_state(run)["done"]]
+    finished = [run for run in runs if is_done(run, "evaluate", read_state(run))]
     # under torchrun the process that finishes last compares all runs
     if finished and (world == 1 or len(finished) == len(runs)):
         comparison = compare_runs([row_of(run) for run in finished])
@@ -209,8 +209,8 @@ def check_runs(runs: Sequence[Run]) -> None:
     """Check the options of all runs before the first one starts.
 
     Raises:
-        UserError: a command does not have an option or does not accept its value, or a finished
-            part of a run was made with other options.
+        UserError: a command does not have an option or does not accept its value, or a run was
+            trained with other options.
     """
     for run in runs:
         for name, given in run.commands(resume=False).items():
@@ -219,34 +219,40 @@ def check_runs(runs: Sequence[Run]) -> None:
                 program.make_context(f"pipeline.{name}", list(given))
             except click.ClickException as error:
                 raise UserError(f"run {run.name}: {error.format_message()}") from error
-        state = read_state(run)
-        for name in ("train", "evaluate"):
-            old, new = state[name], getattr(run, name)
-            if name in state["started"] and old != new:
-                key = next(k for k in (*old, *new) if old.get(k) != new.get(k))
-                raise UserError(
-                    f"run {run.name} was made with {name} option {key} = {old.get(key)!r}, but the "
-                    f"file has {new.get(key)!r}; give the run another name, or delete {run.folder} "
-                    f"and {run.state_file}"
-                )
+        old, new = read_state(run)["train"], run.train
+        if old and old != new:
+            key = next(k for k in (*old, *new) if old.get(k) != new.get(k))
+            raise UserError(
+                f"run {run.name} was trained with {key} = {old.get(key)!r}, but the file has "
+                f"{new.get(key)!r}; give the run another name, or delete {run.folder} and "
+                f"{run.state_file}"
+            )
 
 
 def read_state(run: Run) -> dict[str, Any]:
     """Read the record of a run; of a new one it is empty."""
     if run.state_file.exists():
         return json.loads(run.state_file.read_text())
-    return {"train": {}, "evaluate": {}, "started": [], "done": [], "peak_bytes": {}}
+    return {"train": {}, "evaluate": {}, "done": [], "peak_bytes": {}}
+
+
+def is_done(run: Run, name: str, state: Mapping[str, Any]) -> bool:
+    """Whether a command of a run is done, with the options of the file."""
+    return name in state["done"] and state[name] == getattr(run, name)
 
 
 def finish(run: Run) -> bool:
     """Do what is not done of a run. Returns False if a command failed."""
     state = read_state(run)
     for name in ("train", "evaluate"):
-        if name in state["done"]:
+        if is_done(run, name, state):
             continue
         resume = name == "train" and (run.folder / "config.json").exists()
         given = run.commands(resume)[name]
-        state |= {name: getattr(run, name), "started": sorted({*state["started"], name})}
+        state |= {
+            name: getattr(run, name),
+            "done": [each for each in state["done"] if each != name],
+        }
         write_state(run, state)
         say(f"\n$ python -m pipeline.{name} {shlex.join(given)}")
         code, peak = run_process([sys.executable, "-m", f"pipeline.{name}", *given])

@@ -82,9 +82,15 @@ def test_the_runs_of_a_file_are_trained_scored_and_compared_once(file, tmp_path,
     again = works(sweep.main, file)
     assert "$ python" not in again
     assert before == (tmp_path / "runs" / "lstm" / "model.safetensors").stat().st_mtime_ns
+    file.write_text(file.read_text().replace("beam = 2", "beam = 1"))
+    told = works(sweep.main, file)
+    assert (
+        told.count("$ python -m pipeline.evaluate") == 3
+        and "$ python -m pipeline.train" not in told
+    )
     file.write_text(file.read_text().replace("epochs = 1", "epochs = 2"))
     told = refused(sweep.main, file)
-    assert "made with train option epochs = 1, but the file has 2" in told
+    assert "was trained with epochs = 1, but the file has 2" in told
 
 
 @pytest.mark.slow
