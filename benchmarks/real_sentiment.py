@@ -1,6 +1,6 @@
 """Image-text sentiment on real tweets, beside naive Bayes on their words.
 
-    python -m benchmarks.real_sentiment --features cache/tweets --work FOLDER [--folds 5] [--dev]
+    python -m benchmarks.real_sentiment --features cache/tweets --work FOLDER [--folds 5] [--dev] [--seeds 0,1,2]
 
 Options of pipeline.train follow after `--`. Trains --use both, text and image on train and scores
 val. Naive Bayes (multinomial, add-one smoothing, over the words that the decoder reads) is trained
@@ -21,7 +21,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -45,10 +45,10 @@ Outputs = dict[int | str, dict[str, float]]  # probabilities by label, by exampl
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the runs")
 @click.option("--folds", default=0, help="cross-validation on train with this number of folds")
 @click.option("--dev", is_flag=True, help="score the dev part of train")
-@click.option("--seed", default=0, help="seed of the runs")
+@click.option("--seeds", default="0", help="seeds of each model; several form an ensemble")
 @click.argument("more", nargs=-1)
 def main(
-    real: Path, features: Path, work: Path, folds: int, dev: bool, seed: int, more: tuple[str, ...]
+    real: Path, features: Path, work: Path, folds: int, dev: bool, seeds: str, more: tuple[str, ...]
 ) -> None:
     """Train on real tweets, and compare with naive Bayes on their words."""
     root = real / "tasks" / "sentiment"
@@ -56,10 +56,10 @@ def main(
     assert isinstance(source, FolderSource)
     task = Sentiment()
     work.mkdir(parents=True, exist_ok=True)
-    more = (*more, "--seed", str(seed))
+    given = Given(root, features, seeds.split(","), more)
     if folds:
         examples = task.examples(source, "train") + task.examples(source, "dev")
-        outputs = cross_validate(source, task, examples, root, features, work, folds, more)
+        outputs = cross_validate(source, task, examples, given, work, folds)
     else:
         train_examples = task.examples(source, "train")
         examples = task.examples(source, "dev" if dev else "val")
@@ -68,7 +68,7 @@ def main(
         outputs = {"naive Bayes": naive_bayes(train_examples, examples)}
         for use in USES:
             split = "dev" if dev else "val"
-            outputs[use] = predictions(task, work / use, root, features, split, use, (), more)
+            outputs[use] = predictions(task, work / use, given, split, use)
     click.echo(json.dumps(header()))
     click.echo(f"{len(examples):,} tweets; differences are minus naive Bayes, and minus text")
     for line in table(task, examples, outputs):
@@ -108,21 +108,33 @@ def formatted(bounds: Sequence[float], sign: str = "") -> str:
     return f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
+class Given(NamedTuple):
+    """What all runs share: the folder of tweets, the cache, the seeds and options of train."""
+
+    root: Path
+    features: Path
+    seeds: list[str]
+    more: Sequence[str]
+
+
 def predictions(
-    task: Sentiment, run: Path, root: Path, features: Path, split: str, use: str,
-    scored: Sequence[str], more: Sequence[str], trained: Sequence[str] = (),
+    task: Sentiment, work: Path, given: Given, split: str, use: str,
+    scored: Sequence[str] = (), trained: Sequence[str] = (),
 ) -> Outputs:  # fmt: skip
-    """Train a run unless it exists, and return its predictions.
+    """Train the runs that do not exist, one for each seed, and return their ensemble's predictions.
 
     scored, trained: further options of evaluate and of train.
     """
-    dataset = ["--dataset", "folder", "--root", str(root), "--features", str(features)]
-    if not (run / "model.safetensors").exists():
-        command("train", "--task", "sentiment", *dataset, "--use", use, "--out", str(run),
-                *trained, *more)  # fmt: skip
-    out = run / split / "scores.json"
-    command("evaluate", "--checkpoint", str(run), *dataset, "--split", split, "--out", str(out),
-            *scored)  # fmt: skip
+    dataset = ["--dataset", "folder", "--root", str(given.root), "--features", str(given.features)]
+    checkpoints: list[str] = []
+    for seed in given.seeds:
+        run = work / f"seed{seed}"
+        checkpoints += ["--checkpoint", str(run)]
+        if not (run / "model.safetensors").exists():
+            command("train", "--task", "sentiment", *dataset, "--use", use, "--out", str(run),
+                    "--seed", seed, *trained, *given.more)  # fmt: skip
+    out = work / split / "scores.json"
+    command("evaluate", *checkpoints, *dataset, "--split", split, "--out", str(out), *scored)
     return {**task.read_outputs(out.with_name("predictions.jsonl"))}
 
 
@@ -138,8 +150,8 @@ def command(stage: str, *arguments: str) -> None:
 
 
 def cross_validate(
-    source: FolderSource, task: Sentiment, examples: Sequence[Example], root: Path, features: Path,
-    work: Path, folds: int, more: Sequence[str],
+    source: FolderSource, task: Sentiment, examples: Sequence[Example], given: Given, work: Path,
+    folds: int,
 ) -> dict[str, Outputs]:  # fmt: skip
     """Return the out-of-fold predictions of the decoder and of naive Bayes."""
     fold_of = make_folds(source, examples, folds)
@@ -151,7 +163,7 @@ def cross_validate(
         ids.write_text("\n".join(str(example.image_id) for example in inside))
         outputs["naive Bayes"] |= naive_bayes(outside, inside)
         outputs["both"] |= predictions(
-            task, work / f"fold{fold}", root, features, "all", "both", ["--ids", str(ids)], more,
+            task, work / f"fold{fold}", given, "all", "both", ["--ids", str(ids)],
             ["--exclude-ids", str(ids)],
         )  # fmt: skip
     return outputs
