@@ -1,6 +1,6 @@
 """Image-text sentiment on real tweets, beside naive Bayes on their words.
 
-    python -m benchmarks.real_sentiment --features cache/tweets --work FOLDER [--folds 5] [--dev] [--seeds 0,1,2]
+    python -m benchmarks.real_sentiment --features CACHE --work FOLDER [--folds 5] [--seeds 0,1,2]
 
 Options of pipeline.train follow after `--`. Trains --use both, text and image on train and scores
 val. Naive Bayes (multinomial, add-one smoothing, over the words that the decoder reads) is trained
