@@ -294,6 +294,12 @@ def test_scenes_have_dialogues_with_a_hundred_candidates_each(talked):
             assert candidates[round_.gt_index] == round_.answer
             kind = next(k for k, group in ANSWERS.items() if round_.answer in group)
             assert sum(text in ANSWERS[kind] for text in candidates) >= 20
+    scenes = load_scenes(talked / "sample")
+    for image_id, each in source.dialogs.items():
+        for round_ in each.rounds:  # no candidate is right for being in the scene alone
+            if round_.question.startswith(("what is", "and what is")):
+                phrases = {f"the {' '.join(it.words)}" for it in scenes[image_id].things}
+                assert phrases <= set(round_.candidates)
     positions = [each.rounds[0].gt_index for each in source.dialogs.values()]
     assert np.std(positions) > 20
 

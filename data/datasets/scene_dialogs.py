@@ -123,7 +123,14 @@ def dialogs_about(scenes: Mapping[int, Scene], seed: int = 0) -> dict[int, Dialo
         rng = np.random.default_rng([seed, image_id])
         rounds = []
         for each in talk(scene, rng):
-            same = rng.permutation([number_of[t] for t in ANSWERS[each.type] if t != each.answer])
+            # the other things of the scene come first: else the true answer would be the only
+            # candidate that is in the scene, and the question would not matter
+            scene_phrases = [
+                phrase(thing) for thing in scene.things if phrase(thing) != each.answer
+            ]
+            near = [number_of[text] for text in scene_phrases if text in ANSWERS[each.type]]
+            far = [number_of[text] for text in ANSWERS[each.type] if text != each.answer]
+            same = [*near, *(n for n in rng.permutation(far).tolist() if n not in near)]
             others = [n for n in range(len(texts)) if texts[n] not in ANSWERS[each.type]]
             first, later = same[: SAME_TYPE - 1], same[SAME_TYPE - 1 :]
             chosen = [number_of[each.answer], *first, *rng.permutation(others), *later][:CANDIDATES]
