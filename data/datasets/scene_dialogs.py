@@ -2,7 +2,7 @@
 
 A dialogue asks about one thing, and then about others. Its later questions can only be understood
 with the earlier ones: "is there anything red?", "what shape is it?", "and the blue one?" (also its
-shape), "what is left of it?" (of the blue one), "and what is above that?". Each round has 100
+shape), "what else is there?" or "what is left of it?" (of the blue one). Each round has 100
 different candidate answers, at least 20 of which could answer the question.
 
 Things are first named by their colour. If they were named by their shape, a decoder would not learn
@@ -66,7 +66,7 @@ class SceneRound(NamedTuple):
 
 
 def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
-    """A dialogue of three to seven rounds; empty if no thing of the scene has its own colour."""
+    """A dialogue of three to six rounds; empty if no thing of the scene has its own colour."""
     things = scene.things
     colours = [thing.colour for thing in things]
     alone = [thing for thing in things if colours.count(thing.colour) == 1]
@@ -85,15 +85,12 @@ def talk(scene: Scene, rng: np.random.Generator) -> list[SceneRound]:
     if others:  # asks for the same attribute as the question before; "it" is this thing from now on
         thing = others[int(rng.integers(len(others)))]
         rounds.append(_attribute_round(thing, attributes[-1], f"and the {thing.colour} one?"))
-    about = "it"
-    for _ in range(2):
-        step = _beside(things, thing, rng)
-        if step is None:
-            break
-        relation, thing = step
-        start = "what is" if about == "it" else "and what is"
-        rounds.append(SceneRound(f"{start} {RELATIONS[relation]} {about}?", phrase(thing), "thing"))
-        about = "that"
+    if len(things) == 2:
+        other = things[1 - things.index(thing)]
+        rounds.append(SceneRound("what else is there?", phrase(other), "thing"))
+    elif step := _beside(things, thing, rng):
+        relation, other = step
+        rounds.append(SceneRound(f"what is {RELATIONS[relation]} it?", phrase(other), "thing"))
     return rounds
 
 
