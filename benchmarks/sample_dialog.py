@@ -29,8 +29,8 @@ from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import generate_texts, make_generator
 from pipeline.runtime import open_machine
 
-# chosen on dev: seven epochs, of which the last is validated; without regions dev no longer improves
-# after the second
+# chosen on dev: seven epochs, of which the last is validated; without regions dev no longer
+# improves after the second
 EPOCHS = ("--epochs", "7", "--eval-steps", "900")
 
 

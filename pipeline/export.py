@@ -83,9 +83,8 @@ def main(config: ExportConfig) -> None:
     out = config.out or folder.with_name(f"{folder.name}-{config.format}")
     if (out / "config.json").exists() or out.resolve() == folder.resolve():
         raise UserError(f"{out} contains a checkpoint; pass another --out")
-    backbone = None
-    if config.backbone and checkpoint.identity != NoFeatures.identity:
-        backbone = restore(folder, checkpoint.identity)
+    with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
+    backbone = restore(folder, checkpoint.identity) if with_backbone else None
     graphs = make_graphs(checkpoint, backbone)
     out.mkdir(parents=True, exist_ok=True)
     with progress(len(graphs), "graphs", "export") as bar:

@@ -141,12 +141,13 @@ class SelfAttentionLayer(nn.Module):
 def initialize_weights(decoder: nn.Module) -> None:
     """Set the weights of linear layers as in Glorot and Bengio 2010, and embeddings as in GPT-2."""
     for module in decoder.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for module in decoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
 
 @torch.no_grad()
