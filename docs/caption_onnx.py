@@ -96,7 +96,16 @@ def main():
     prompt = [ids.get(word, UNK) for word in re.findall(r"\w+", options.prompt.lower())]
     beams = options.beam or model["decoding"]["beam"]
     penalty = model["decoding"]["length_penalty"]
-    print(generate(options.folder, model, memory, prompt[-model["max_prompt"] :], beams, penalty))
+    print(
+        generate(
+            options.folder,
+            model,
+            memory,
+            prompt[max(0, len(prompt) - model["max_prompt"]) :],
+            beams,
+            penalty,
+        )
+    )
 
 
 if __name__ == "__main__":

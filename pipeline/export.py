@@ -202,7 +202,8 @@ def largest_difference(found: Sequence[np.ndarray], wanted: Sequence[Tensor]) ->
     largest = 0.0
     for one, two in zip(found, (part.numpy() for part in wanted), strict=True):
         if (differs := one != two).any():
-            largest = max(largest, float(np.abs(one[differs] - two[differs]).max()))
+            difference = float(np.abs(one[differs] - two[differs]).max())
+            largest = max(largest, float("inf") if np.isnan(difference) else difference)
     return largest
 
 

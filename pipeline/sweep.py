@@ -190,7 +190,8 @@ def _shared(options: Options) -> list[str]:
     dataset = next(item for item in fields(SourceOptions) if item.name == "dataset")
     of_dataset = options_of(dataset, options.get("dataset", dataset.default))
     names = [item.name for item in (*fields(SourceOptions), *of_dataset)]
-    return [*names, *SHARED]
+    # the images to train on are often not those to score
+    return [name for name in (*names, *SHARED) if name not in ("ids", "exclude_ids")]
 
 
 def arguments(options: Options) -> list[str]:
