@@ -28,6 +28,8 @@ def create_decoder(name: str, config: DecoderConfig) -> Decoder:
     """
     decoder = DECODERS[name](config)
     if config.classes:
+        # the bias of the words has no gradient, for which several processes would wait
+        decoder.output_layer()[1].requires_grad_(False)
         decoder.head = nn.Linear(decoder.output_layer()[0].shape[1], config.classes)
         nn.init.constant_(decoder.head.bias, -math.log(config.classes))
     return decoder

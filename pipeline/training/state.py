@@ -104,10 +104,7 @@ class Run:
         if config.compile:
             self.forward = cast(nn.Module, torch.compile(captioner, dynamic=True))
         if self.machine.world > 1:
-            # a decoder with classes does not use the bias of its words
-            self.forward = DistributedDataParallel(
-                self.forward, find_unused_parameters=bool(captioner.config.classes)
-            )
+            self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(captioner, config)
         self.average = (
             [weight.detach().clone() for weight in captioner.parameters()] if config.ema else None
