@@ -20,6 +20,7 @@ from models.decoders.attention import Packed
 from models.decoders.interface import Decoder
 from models.decoders.layers import fourier_features
 from models.decoders.registry import DECODERS, create_decoder
+from models.decoders.transformer import box_relations
 from models.generation.ensemble import Ensemble
 from models.generation.generate import generate_from_regions
 from models.generation.options import Generation
@@ -429,7 +430,7 @@ def test_an_encoder_layer_with_slots_and_geometry_equals_the_formulas():
         parts.append(scores.softmax(1) @ values)
     x1 = x + layer.attention.out(torch.cat(parts, dim=1))
     wanted = x1 + layer.feedforward(layer.norms[1](x1))
-    found = layer(x[None], decoder._encoder_layout(None, regions.boxes, 0))[0]
+    found = layer(x[None], decoder._encoder_layout(None, box_relations(regions.boxes), 0))[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

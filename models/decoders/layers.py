@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models import ModelError
-from models.decoders.attention import Layout, Selected, SelfAttention, additive_mask
+from models.decoders.attention import KVCache, Layout, Selected, SelfAttention, additive_mask
 from models.decoders.dropout import Dropout
-from models.decoders.interface import MAX_LAYERS, DecoderConfig, size
+from models.decoders.interface import MAX_LAYERS, Decoder, DecoderConfig, size
 from models.regions import Regions
 
 # Frequencies pi/2 to 4 pi per coordinate. They separate the cells of grids up to about 16 x 16.
@@ -135,6 +135,50 @@ class SelfAttentionLayer(nn.Module):
             x = x[selected.rows]
         x = x + attended
         return x + self.dropout(self.feedforward(self.norms[1](x)))
+
+
+class StackDecoder(Decoder):
+    """The common parts of decoders with one stack of self-attention layers over the words.
+
+    The output layer and the word embedding share one matrix.
+    """
+
+    config: StackConfig
+
+    def build_stack(self, config: StackConfig) -> None:
+        """Create the parts. A subclass calls this last, since it sets the weights of all parts."""
+        width = config.width
+        self.word = nn.Embedding(config.words, width)
+        self.position = nn.Embedding(config.max_prompt + config.max_length + 1, width)
+        self.layers = nn.ModuleList(
+            SelfAttentionLayer(width, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.dropout = Dropout(config.dropout)
+        self.output_bias = nn.Parameter(torch.zeros(config.words))
+        initialize_weights(self)
+        scale_residual_branches(self.layers, 2)
+
+    def embed(self, words: Tensor, positions: Tensor) -> Tensor:
+        """Embed tokens [N] at their positions [N]: [N,D], without dropout."""
+        return self.word(words) * self.config.width**0.5 + self.position(positions)
+
+    def run_stack(self, x: Tensor, layout: Layout, selected: Selected | None = None) -> Tensor:
+        """The final states of embedded tokens x [N,D], or only of those `selected` [B,Q',D]."""
+        x = self.dropout(x)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, layout, number, selected if number == last else None)
+        return self.norm(x)
+
+    def output_layer(self) -> tuple[Tensor, Tensor]:
+        return self.word.weight, self.output_bias
+
+    def new_cache(self, like: Tensor, texts: int, prompts: Tensor | None) -> KVCache:
+        """like, texts, prompts: as in KVCache."""
+        layers, length = self.config.decoder_layers, self.config.max_length + 1
+        return KVCache(layers, texts, length, like, prompts)
 
 
 @torch.no_grad()

@@ -15,17 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.decoders.attention import KVCache, Layout, Packed, Selected
-from models.decoders.dropout import Dropout
-from models.decoders.interface import Decoder
+from models.decoders.attention import KVCache, Packed
 from models.decoders.layers import (
     RegionInput,
-    SelfAttentionLayer,
     StackConfig,
+    StackDecoder,
     StackOptions,
-    initialize_weights,
     region_mask,
-    scale_residual_branches,
 )
 from models.regions import Regions
 
@@ -55,11 +51,8 @@ class PooledMemory(NamedTuple):
         return PooledMemory(self.vector[images])
 
 
-class Pooled(Decoder):
-    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
-
-    The output layer and the word embedding share one matrix.
-    """
+class Pooled(StackDecoder):
+    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]."""
 
     Config, Options = PooledConfig, StackOptions
     config: PooledConfig
@@ -71,17 +64,7 @@ class Pooled(Decoder):
         self.region = RegionInput(config.channels, width, config.dropout)
         self.weight = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
         self.pooled_norm = nn.LayerNorm(width)
-        self.word = nn.Embedding(config.words, width)
-        self.position = nn.Embedding(config.max_prompt + config.max_length + 1, width)
-        self.layers = nn.ModuleList(
-            SelfAttentionLayer(width, config.heads, config.feedforward, config.dropout)
-            for _ in range(config.decoder_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.dropout = Dropout(config.dropout)
-        self.output_bias = nn.Parameter(torch.zeros(config.words))
-        initialize_weights(self)
-        scale_residual_branches(self.layers, 2)
+        self.build_stack(config)
 
     def encode(self, regions: Regions) -> PooledMemory:
         x, (mask, is_empty) = self.region(regions), region_mask(regions)
@@ -98,32 +81,19 @@ class Pooled(Decoder):
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: PooledMemory
     ) -> Tensor:
-        return self._states(words, positions, layout, layout.image, memory)
+        return self.run_stack(self._input(words, positions, layout.image, memory), layout)
 
     def selected_states(self, words: Tensor, text: Packed, memory: PooledMemory) -> Tensor:
-        return self._states(words, text.positions, text, text.image, memory, text.selected)
+        x = self._input(words, text.positions, text.image, memory)
+        return self.run_stack(x, text, text.selected)
 
-    def _states(
-        self,
-        words: Tensor,
-        positions: Tensor,
-        layout: Layout,
-        image: Tensor,
-        memory: PooledMemory,
-        selected: Selected | None = None,
+    def _input(
+        self, words: Tensor, positions: Tensor, image: Tensor, memory: PooledMemory
     ) -> Tensor:
-        x = self.word(words) * self.config.width**0.5 + self.position(positions)
-        x = self.dropout(x + memory.vector[image])
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            x = layer(x, layout, number, selected if number == last else None)
-        return self.norm(x)
-
-    def output_layer(self) -> tuple[Tensor, Tensor]:
-        return self.word.weight, self.output_bias
+        return self.embed(words, positions) + memory.vector[image]
 
     def init_cache(
         self, memory: PooledMemory, texts: int, prompts: Tensor | None = None
     ) -> KVCache:
         like = memory.vector.view(memory.images, self.config.heads, 1, -1)
-        return KVCache(self.config.decoder_layers, texts, self.config.max_length + 1, like, prompts)
+        return self.new_cache(like, texts, prompts)

@@ -16,19 +16,16 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.decoders.attention import KVCache, Layout, Packed, Selected
-from models.decoders.dropout import Dropout
-from models.decoders.interface import Decoder
 from models.decoders.layers import (
     RegionInput,
     SelfAttentionLayer,
     StackConfig,
+    StackDecoder,
     StackOptions,
-    initialize_weights,
     region_mask,
-    scale_residual_branches,
 )
 from models.decoders.transformer import TransformerMemory
 from models.regions import Regions
@@ -39,11 +36,8 @@ class PrefixConfig(StackConfig):
     """The sizes of a prefix decoder. Raises ModelError if they do not fit together."""
 
 
-class Prefix(Decoder):
-    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V].
-
-    The output layer and the word embedding share one matrix.
-    """
+class Prefix(StackDecoder):
+    """Maps regions [B,R,C] and tokens [B,K,T] to logits [B,K,T,V]."""
 
     Config, Options = PrefixConfig, StackOptions
     config: PrefixConfig
@@ -51,19 +45,8 @@ class Prefix(Decoder):
     def __init__(self, config: PrefixConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        self.region = RegionInput(config.channels, width, config.dropout)
-        self.word = nn.Embedding(config.words, width)
-        self.position = nn.Embedding(config.max_prompt + config.max_length + 1, width)
-        self.layers = nn.ModuleList(
-            SelfAttentionLayer(width, config.heads, config.feedforward, config.dropout)
-            for _ in range(config.decoder_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.dropout = Dropout(config.dropout)
-        self.output_bias = nn.Parameter(torch.zeros(config.words))
-        initialize_weights(self)
-        scale_residual_branches(self.layers, 2)
+        self.region = RegionInput(config.channels, config.width, config.dropout)
+        self.build_stack(config)
 
     def encode(self, regions: Regions) -> TransformerMemory:
         x, (mask, is_empty) = self.region(regions), region_mask(regions)
@@ -80,7 +63,7 @@ class Prefix(Decoder):
     def states(
         self, words: Tensor, positions: Tensor, layout: Packed | KVCache, memory: TransformerMemory
     ) -> Tensor:
-        return self._states(words, positions, AfterRegions(layout, memory))
+        return self.run_stack(self.embed(words, positions), AfterRegions(layout, memory))
 
     def selected_states(self, words: Tensor, text: Packed, memory: TransformerMemory) -> Tensor:
         assert text.selected is not None
@@ -88,26 +71,12 @@ class Prefix(Decoder):
         mask = layout.with_regions(text.selected.mask)
         assert mask is not None
         selected = Selected(text.selected.rows, mask)
-        return self._states(words, text.positions, layout, selected)
-
-    def _states(
-        self, words: Tensor, positions: Tensor, layout: Layout, selected: Selected | None = None
-    ) -> Tensor:
-        x = self.dropout(self.word(words) * self.config.width**0.5 + self.position(positions))
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            x = layer(x, layout, number, selected if number == last else None)
-        return self.norm(x)
-
-    def output_layer(self) -> tuple[Tensor, Tensor]:
-        return self.word.weight, self.output_bias
+        return self.run_stack(self.embed(words, text.positions), layout, selected)
 
     def init_cache(
         self, memory: TransformerMemory, texts: int, prompts: Tensor | None = None
     ) -> KVCache:
-        return KVCache(
-            self.config.decoder_layers, texts, self.config.max_length + 1, memory.keys[0], prompts
-        )
+        return self.new_cache(memory.keys[0], texts, prompts)
 
 
 class StoredKeys(Layout):

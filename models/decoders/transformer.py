@@ -192,29 +192,35 @@ class EncoderLayout(Layout):
 class RelativeGeometry(nn.Module):
     """Terms of attention scores that depend on the relative positions of two boxes.
 
-    The term of a pair is log(max(0, w . e)), where e are sines and cosines of the logs of the
-    distances and of the ratios of the sizes (Herdade et al. 2019), and each head learns its w.
+    The term of a pair is log(max(0, w . e)), where e is from `box_relations` and each head learns
+    its w (Herdade et al. 2019).
     """
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.weight = nn.Linear(8 * GEOMETRY_WAVES, heads)
 
-    def forward(self, boxes: Tensor) -> Tensor:
-        """Map boxes [B,R,4] to terms [B,H,R,R]; [1,H,R,R] if all images have the same boxes."""
-        on_cpu = boxes.device.type == "cpu" and not torch.compiler.is_exporting()
-        if on_cpu and len(boxes) and bool((boxes == boxes[:1]).all()):
-            boxes = boxes[:1]  # the cells of a grid
-        low, high = boxes[..., :2], boxes[..., 2:]
-        centres, sizes = (low + high) / 2, (high - low).clamp(min=1e-3)
-        distances = (centres[:, :, None] - centres[:, None]).abs().clamp(min=1e-3)
-        relative = torch.cat(
-            [distances / sizes[:, :, None], sizes[:, None] / sizes[:, :, None]], dim=3
-        )
-        waves = 1000.0 ** -(torch.arange(GEOMETRY_WAVES, device=boxes.device) / GEOMETRY_WAVES)
-        angles = (100 * relative.log()[..., None] * waves).flatten(3)
-        terms = self.weight(torch.cat([angles.sin(), angles.cos()], dim=3)).float()
+    def forward(self, relations: Tensor) -> Tensor:
+        """Map relations [B,R,R,8*GEOMETRY_WAVES] to terms [B,H,R,R]."""
+        terms = self.weight(relations).float()
         return terms.clamp(min=1e-6).log().permute(0, 3, 1, 2)
+
+
+def box_relations(boxes: Tensor) -> Tensor:
+    """Sines and cosines of the logs of the distances of boxes and of the ratios of their sizes.
+
+    boxes: [B,R,4]. Returns [B,R,R,8*GEOMETRY_WAVES]; B is 1 if all images have the same boxes.
+    """
+    on_cpu = boxes.device.type == "cpu" and not torch.compiler.is_exporting()
+    if on_cpu and len(boxes) and bool((boxes == boxes[:1]).all()):
+        boxes = boxes[:1]  # the cells of a grid
+    low, high = boxes[..., :2], boxes[..., 2:]
+    centres, sizes = (low + high) / 2, (high - low).clamp(min=1e-3)
+    distances = (centres[:, :, None] - centres[:, None]).abs().clamp(min=1e-3)
+    relative = torch.cat([distances / sizes[:, :, None], sizes[:, None] / sizes[:, :, None]], dim=3)
+    waves = 1000.0 ** -(torch.arange(GEOMETRY_WAVES, device=boxes.device) / GEOMETRY_WAVES)
+    angles = (100 * relative.log()[..., None] * waves).flatten(3)
+    return torch.cat([angles.sin(), angles.cos()], dim=3)
 
 
 class Transformer(Decoder):
@@ -266,9 +272,10 @@ class Transformer(Decoder):
         mask, is_empty = region_mask(regions)
         box_features = fourier_features(boxes)
         x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_features))
+        relations = box_relations(boxes) if self.config.relative_geometry else None
         outputs = []
         for number, layer in enumerate(self.encoder):
-            x = layer(x, self._encoder_layout(mask, boxes, number))
+            x = layer(x, self._encoder_layout(mask, relations, number))
             outputs.append(x)
         if not self.config.meshed:
             outputs = [x]
@@ -282,9 +289,9 @@ class Transformer(Decoder):
             values = tuple(value * ~is_empty[:, None, None, None] for value in values)
         return TransformerMemory(keys, values, mask)
 
-    def _encoder_layout(self, mask: Tensor | None, boxes: Tensor, layer: int) -> Layout:
-        if self.config.relative_geometry:
-            terms = self.geometry[layer](boxes)
+    def _encoder_layout(self, mask: Tensor | None, relations: Tensor | None, layer: int) -> Layout:
+        if relations is not None:
+            terms = self.geometry[layer](relations)
             mask = terms if mask is None else terms + mask
         if self.config.memory_slots:
             return EncoderLayout(mask, self.slot_keys[layer], self.slot_values[layer])
