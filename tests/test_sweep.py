@@ -194,12 +194,12 @@ def test_processes_of_torchrun_share_the_runs(file, tmp_path):
     text = file.read_text().replace('["pooled", "lstm"]', '["pooled"]').replace(
         "[[runs]]", '[[runs]]\nname = "lstm"\ndecoder = "lstm"\n[[runs]]'
     )  # fmt: skip
-    file.write_text(text.replace("[grid]", "[grid]\nheads = [3]"))  # 16 is not a multiple of 3
+    file.write_text(text.replace("[grid]", "[grid]\nfeatures = ['absent']"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "pipeline.sweep", str(file)], capture_output=True, text=True
     )
-    assert done.returncode and "1 of 3 runs failed: heads=3-pooled" in done.stderr
+    assert done.returncode and "1 of 3 runs failed: absent-pooled" in done.stderr
     record = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert all(each["peak_bytes"] > 1e8 for each in record["runs"])
     assert {each["name"] for each in record["runs"]} == {"lstm", "wide"}
@@ -284,6 +284,13 @@ GRID = 'decoder = ["pooled", "lstm"]'
         (GRID, "heads = [1, 0]", "run heads=0: --heads is 0, it must be at least 1"),
         ("heads = 4", "meshed = true", "run wide: --meshed is an option of --decoder transformer"),
         ("heads = 4", "scst = true", "run wide: --scst needs --init"),
+        (GRID, "heads = [1, 5]", "run heads=5: width 16 is not a multiple of heads 5"),
+        (GRID, "seed = [1, -1]", "run seed=-1: --seed is -1, it must be at least 0"),
+        ("beam = 2", "beam = 0", "run pooled: --beam is 0"),
+        ("beam = 2", "top-p = 0.5", "run pooled: --temperature, --top-k and --top-p need --sample"),
+        ("heads = 4", "scst = true\ninit = 'x'\nreward = 'cider'", "run wide: --reward"),
+        ("beam = 2", "wups = true", "run pooled: --wups is an option of --task vqa"),
+        ("epochs = 1", "task = 'vqa'", "run pooled: --beam has no effect"),
         ("beam = 2", "consensus = 0", "run pooled: --consensus is 0"),
         ("beam = 2", "sample = true\nbeam = 2", "run pooled: --sample cannot be used with --beam"),
         ('split = "val"', 'split = "vall"', "run pooled: Invalid value for '--split'"),
@@ -335,6 +342,13 @@ def test_another_dataset_to_score_takes_no_options_of_the_one_to_train_on(bare):
 )
 def test_names_of_a_grid_tell_its_values_apart(name, values, labels):
     assert labels_of(name, values) == labels
+
+
+def test_sizes_that_some_preset_allows_are_accepted(bare):
+    bare.write_text(bare.read_text().replace('preset = "tiny"\n', "").replace("heads = 4\n", ""))
+    works(sweep.main, bare, "--dry-run")  # which preset it is depends on the data
+    bare.write_text(bare.read_text().replace("width = 32", "width = 37"))
+    assert "run wide: width 37 is not a multiple of heads" in refused(sweep.main, bare)
 
 
 def test_a_folder_of_another_origin_is_not_touched(bare, tmp_path, stands_in):

@@ -47,10 +47,11 @@ from data.cache.writer import Shard
 from pipeline.cli import Settings, UserError, command, setting
 from pipeline.runtime import Machine
 from pipeline.scoring.comparison import compare_runs, write_comparison
+from pipeline.sweep.checks import check_run
 from pipeline.sweep.file import read_sweep
 from pipeline.sweep.process import Launcher, own_gpu
 from pipeline.sweep.results import row_of
-from pipeline.sweep.runs import Run, check_run, finish, is_finished
+from pipeline.sweep.runs import Run, finish, is_finished
 from pipeline.training import distributed
 
 A_YEAR = timedelta(days=365)  # a process waits for the others while they train

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from data.files import atomic_write_text
 from pipeline import evaluate, train
 from pipeline.cli import UserError, flag_of
@@ -65,34 +63,6 @@ def arguments(options: Options) -> list[str]:
         for each in value if isinstance(value, list) else [value]:
             given += [flag_of(name), str(each)]
     return given
-
-
-def check_run(run: Run) -> None:
-    """Check the options of a run, and its folder, before the first run starts.
-
-    Raises:
-        UserError: a command does not accept an option or its value, the folder has a run of another
-            origin, or the run was trained with other options.
-    """
-    for name, given in run.commands(resume=False).items():
-        try:
-            COMMANDS[name].configuration(given)
-        except click.ClickException as error:
-            raise UserError(f"run {run.name}: {error.format_message()}") from error
-    old, new = read_state(run)["train"], run.train
-    if not run.is_started:  # an earlier try failed before it trained, so the options may change
-        return
-    if not run.state_file.exists():
-        raise UserError(
-            f"{run.folder} has a run that pipeline.sweep did not start; give the run {run.name} "
-            "another name, or move the folder to another place"
-        )
-    if old != new:
-        key = next(k for k in (*old, *new) if old.get(k) != new.get(k))
-        raise UserError(
-            f"run {run.name} was trained with {key} = {old.get(key)!r}, but the file has "
-            f"{new.get(key)!r}; give the run another name, or delete {run.folder}"
-        )
 
 
 def read_state(run: Run) -> dict[str, Any]:
