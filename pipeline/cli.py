@@ -234,7 +234,7 @@ def command(
     config_class: type,
     sections: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     implied: Mapping[str, tuple[str, str]] | None = None,
-) -> Callable[[Callable], click.Command]:
+) -> Callable[[Callable], _Command]:
     """Return a decorator that turns `main(config)` into a click command.
 
     The fields of `config_class` become the options.
@@ -245,11 +245,10 @@ def command(
         implied: by flag, another flag and its value, if the first is passed without the second.
     """
 
-    def decorate(main: Callable) -> click.Command:
+    def decorate(main: Callable) -> _Command:
         items = [item for item in fields(config_class) if item.name != "extensions"]
 
-        @functools.wraps(main)
-        def call(**values: Any) -> None:
+        def create(values: dict[str, Any]) -> Settings:
             del values["config"]  # already read by the callback of --config
             settings = {item.name: values.pop(item.name) for item in items}
             passed = {name: value for name, value in values.items() if value not in (None, ())}
@@ -258,7 +257,11 @@ def command(
                 names = [option.name for option in options_of(item, settings[item.name])]
                 if options := {name: passed[name] for name in names if name in passed}:
                     extensions[item.name] = options
-            main(config_class(**settings, **({"extensions": extensions} if extensions else {})))
+            return config_class(**settings, **({"extensions": extensions} if extensions else {}))
+
+        @functools.wraps(main)
+        def call(**values: Any) -> None:
+            main(create(values))
 
         types_by_name = typing.get_type_hints(config_class)
         own_names = config_class.__annotations__
@@ -273,6 +276,7 @@ def command(
             help=main.__doc__,
             context_settings={"show_default": True, "max_content_width": 110},
         )
+        click_command.create = create
         click_command.registries = {
             item.name: item for item in items if item.metadata.get("registry") is not None
         }
@@ -323,6 +327,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class _Command(click.Command):
+    create: Callable[[dict[str, Any]], Settings]  # the configuration from the values of options
     registries: Mapping[str, Field]  # the settings that choose an extension, by name
     sections: Mapping[str, Sequence[tuple[str, str]]]
     implied: Mapping[str, tuple[str, str]]
@@ -330,6 +335,11 @@ class _Command(click.Command):
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with plain_errors():  # --config is read here
             return super().make_context(*args, **kwargs)
+
+    def configuration(self, args: Sequence[str]) -> Settings:
+        """Return the configuration of a command line, without running the command."""
+        with plain_errors():
+            return self.create({**self.make_context(self.name, [*args]).params})
 
     def invoke(self, ctx: click.Context) -> Any:
         # a character that the terminal cannot print must not stop the command
@@ -575,6 +585,35 @@ def _config_option(config_class: type) -> click.Option:
         help="read settings from a TOML file or an earlier run's config.json; options on the "
         "command line override it",
     )
+
+
+def setting_types(config_class: type) -> dict[str, list[tuple[type, bool]]]:
+    """Return the types of all settings of a configuration and of all its extensions.
+
+    Returns:
+        By name, the type of the value and whether the option may be repeated. Settings of several
+        extensions with one name may have several types.
+    """
+    classes = [_options_class(item, entry) for item in fields(config_class)
+               for entry in item.metadata.get("registry") or ()]  # fmt: skip
+    types_by_name: dict[str, list[tuple[type, bool]]] = {}
+    for options_class in (config_class, *filter(None, classes)):
+        for name, annotation in typing.get_type_hints(options_class).items():
+            if name != "extensions":
+                types_by_name.setdefault(name, []).append(_value_type(annotation))
+    return types_by_name
+
+
+def type_error(value: Any, accepted: Iterable[tuple[type, bool]]) -> str:
+    """Return what is wrong with the type of a value, or "" if one of the types accepts it.
+
+    accepted: types as `setting_types` returns them. A text is also accepted as a list of one.
+    """
+    problems = [
+        _type_error([value] if multiple and isinstance(value, str) else value, kind, multiple)
+        for kind, multiple in accepted
+    ]
+    return "" if "" in problems else problems[0]
 
 
 def _is_default_of_other_entry(config_class: type, name: str, value: Any) -> bool:

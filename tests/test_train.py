@@ -942,3 +942,23 @@ def test_a_run_that_is_not_finished_takes_no_more_epochs(world, tmp_path, monkey
     message = refused(train.main, *options(world, tmp_path / "run", "--resume", "--epochs", 5))
     assert "is in epoch 1 of 2" in message
     works(train.main, *options(world, tmp_path / "run", "--resume"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_sent_twice_at_once_lets_the_run_save_and_a_later_one_ends_it(
+    signum, monkeypatch
+):
+    """Slurm and pipeline.sweep both signal the run."""
+    ended = []
+    before = signal.signal(signum, lambda *_: ended.append(True))
+    try:
+        stopped = types.SimpleNamespace(stop_signal=0)
+        with trainer.stopping_on_signals(stopped):
+            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signum)
+            assert stopped.stop_signal == signum and not ended
+            monkeypatch.setattr(trainer, "REPEAT_SECONDS", 0)
+            os.kill(os.getpid(), signum)
+            assert ended
+    finally:
+        signal.signal(signum, before)

@@ -14,6 +14,7 @@ import numpy as np
 from data.files import atomic_write_text
 from pipeline.cli import UserError
 from pipeline.scoring.bootstrap import mean_of_groups, paired_difference, resample
+from pipeline.scoring.report import format_p
 from pipeline.terminal import human_bytes, say
 
 RESAMPLES, SEED = 1000, 0
@@ -26,9 +27,11 @@ class Row:
 
     metric: the score that is compared. If examples do not have it (macro F1), their accuracy is.
     scores, intervals: as in scores.json.
-    examples: the scores of each example: {"id" or "image_id": ..., "scores": {name: value}}.
+    examples: {"id" or "image_id": ..., "scores": {name: value}} of each example. An example that
+        could not be scored has no "scores".
     trained_per_s: texts per second in training. decoded_per_s: examples per second in evaluation.
-    minutes: of the training, with its validations. peak_bytes: memory of the processes; 0: unknown.
+    minutes: of the training, with its validations. peak_bytes: most memory of a process. None, or 0
+        bytes: unknown.
     """
 
     name: str
@@ -37,40 +40,45 @@ class Row:
     intervals: Mapping[str, Sequence[float]]
     examples: Sequence[Mapping[str, Any]]
     parameters: int
-    trained_per_s: float
-    decoded_per_s: float
-    minutes: float
+    trained_per_s: float | None
+    decoded_per_s: float | None
+    minutes: float | None
     peak_bytes: int
 
 
 def compare_runs(rows: Sequence[Row]) -> dict[str, Any]:
     """Compare all pairs of runs by the paired bootstrap over images.
 
-    Returns {"metric", "runs": [...], "pairs": [{"a", "b", "value", "interval", "p"}]}.
+    Returns {"metric", "compared", "runs": [...], "pairs": [{"a", "b", "value", "interval", "p"}]}.
+    A run whose examples do not have the compared score is in no pair.
 
     Raises UserError if the runs have different tasks or were scored on different examples.
     """
     metric = rows[0].metric
-    compared = metric if metric in rows[0].examples[0]["scores"] else "accuracy"
-    first = [_key(example) for example in rows[0].examples]
-    for row in rows[1:]:
-        if row.metric != metric or {*map(_key, row.examples)} != {*first}:
+    scored = {row.name: [e for e in row.examples if "scores" in e] for row in rows}
+    has_metric = any(metric in e["scores"] for examples in scored.values() for e in examples)
+    compared = metric if has_metric else "accuracy"
+    with_examples = [row for row in rows if scored[row.name]]
+    first = scored[with_examples[0].name] if with_examples else []
+    keys = [_key(example) for example in first]
+    groups = [example.get("image_id", _key(example)) for example in first]
+    means, resampled = {}, {}
+    for row in rows:
+        by_key = {_key(e): e["scores"].get(compared) for e in scored[row.name]}
+        if row.metric != metric or (by_key and by_key.keys() != {*keys}):
+            other = rows[0] if row.metric != metric else with_examples[0]
             raise UserError(
-                f"runs {rows[0].name} and {row.name} were scored on different examples or tasks, "
+                f"runs {other.name} and {row.name} were scored on different examples or tasks, "
                 "so they cannot be compared; put them into different files"
             )
-    groups = [example.get("image_id", _key(example)) for example in rows[0].examples]
-    resampled, values = {}, {}
-    for row in rows:
-        by_key = {_key(example): example["scores"][compared] for example in row.examples}
-        each = np.array([by_key[key] for key in first])
-        values[row.name] = float(each.mean())
-        statistic = mean_of_groups(compared, each, groups)
-        resampled[row.name] = resample([statistic], RESAMPLES, SEED)[compared]
+        each = np.array([by_key.get(key) for key in keys], float)  # None becomes NaN
+        if not np.isnan(each).all():
+            means[row.name] = float(np.nanmean(each))
+            statistic = mean_of_groups(compared, each, groups)
+            resampled[row.name] = resample([statistic], RESAMPLES, SEED)[compared]
     pairs = [
-        {"a": a.name, "b": b.name}
-        | paired_difference(values[a.name], values[b.name], resampled[a.name], resampled[b.name])
-        for a, b in itertools.combinations(rows, 2)
+        {"a": a, "b": b} | paired_difference(means[a], means[b], resampled[a], resampled[b])
+        for a, b in itertools.combinations(means, 2)
     ]
     runs = []
     for row in rows:
@@ -103,35 +111,78 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> str:
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
-    """The comparison as two tables: the runs, and the differences of all pairs."""
+    """The comparison as two tables: the runs, the best first, and the differences of all pairs."""
     metric = comparison["metric"]
-    lines = [
-        f"| run | {metric} (95 %) | parameters | texts/s trained | examples/s decoded | minutes | "
-        "peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for run in sorted(comparison["runs"], key=lambda run: -run["scores"][metric]):
-        score = f"{run['scores'][metric]:.4f}"
-        if metric in run["intervals"]:
-            low, high = run["intervals"][metric]
-            score += f" ({low:.4f} to {high:.4f})"
-        memory = human_bytes(run["peak_bytes"]) if run["peak_bytes"] else "unknown"
-        lines.append(
-            f"| {run['name']} | {score} | {run['parameters'] / 1e6:.1f} M | "
-            f"{run['trained_per_s']:,.0f} | {run['decoded_per_s']:,.0f} | {run['minutes']:.1f} | "
-            f"{memory} |"
+    head = [
+        "run", metric, "95 % interval", "parameters", "texts/s in training",
+        "examples/s in evaluation", "minutes of training", "peak memory",
+    ]  # fmt: skip
+    body = []
+    for run in sorted(comparison["runs"], key=lambda run: -_score(run, metric)):
+        score, memory = _score(run, metric), run["peak_bytes"]
+        low_high = run["intervals"].get(metric)
+        body.append(
+            [
+                run["name"],
+                f"{score:.4f}" if np.isfinite(score) else "not computed",
+                "{:.4f} to {:.4f}".format(*low_high) if low_high else "not computed",
+                f"{run['parameters'] / 1e6:.1f} M",
+                _number(run["trained_per_s"], ",.0f"),
+                _number(run["decoded_per_s"], ",.0f"),
+                _number(run["minutes"], ".1f"),
+                human_bytes(memory) if memory else "unknown",
+            ]
         )
-    if comparison["pairs"]:
-        lines += ["", f"Differences of {comparison['compared']}, paired bootstrap over images; "
-                  f"bold where p is below {SIGNIFICANT}:", "",
-                  "| run | other run | difference (95 %) | p |", "|---|---|---|---|"]  # fmt: skip
-    for pair in comparison["pairs"]:
-        low, high = pair["interval"]
-        difference = f"{pair['value']:+.4f} ({low:+.4f} to {high:+.4f})"
-        if pair["p"] < SIGNIFICANT:
-            difference = f"**{difference}**"
-        lines.append(f"| {pair['a']} | {pair['b']} | {difference} | {pair['p']:.3f} |")
-    return "\n".join(lines)
+    lines = _table(head, body, left=1)
+    compared, pairs = comparison["compared"], comparison["pairs"]
+    if not pairs:
+        return "\n".join(lines)
+    lines += [
+        "",
+        f"Differences of {compared}: run minus other run, by the paired bootstrap over images "
+        f"({RESAMPLES:,} resamples).",
+        f"Significant: p below {SIGNIFICANT:g}, not corrected for the number of pairs.",
+        "",
+    ]
+    body = []
+    for pair in pairs:
+        body.append(
+            [
+                pair["a"],
+                pair["b"],
+                f"{pair['value']:+.4f}",
+                "{:+.4f} to {:+.4f}".format(*pair["interval"]),
+                format_p(pair["p"], RESAMPLES),
+                "yes" if pair["p"] < SIGNIFICANT else "no",
+            ]
+        )
+    head = ["run", "other run", "difference", "95 % interval", "p", "significant"]
+    return "\n".join([*lines, *_table(head, body, left=2)])
+
+
+def _score(run: Mapping[str, Any], metric: str) -> float:
+    """The score of a run; -infinity if it was not computed."""
+    score = run["scores"].get(metric)
+    return -np.inf if score is None else score
+
+
+def _number(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a Markdown table. left: number of columns of text; the others align right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * w if n < left else "-" * (w - 1) + ":" for n, w in enumerate(widths)]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [
+            cell.ljust(width) if n < left else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines
 
 
 def plot(comparison: Mapping[str, Any], file: Path) -> None:
@@ -145,10 +196,11 @@ def plot(comparison: Mapping[str, Any], file: Path) -> None:
     mpl.rcParams |= {"svg.hashsalt": "onceover", "font.size": 9}
     from matplotlib import pyplot
 
-    metric, runs = comparison["metric"], comparison["runs"]
+    metric = comparison["metric"]
+    runs = [run for run in comparison["runs"] if np.isfinite(_score(run, metric))]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for axis, label, values in (
-        (axes[0], "minutes of training", [run["minutes"] for run in runs]),
+        (axes[0], "minutes of training", [run["minutes"] or np.nan for run in runs]),
         (axes[1], "parameters in millions", [run["parameters"] / 1e6 for run in runs]),
     ):
         for number, (run, value) in enumerate(zip(runs, values, strict=True)):

@@ -361,7 +361,9 @@ class TrainConfig(SourceOptions):
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
-    seed: int = setting(0, "random seed of weights, data order and dropout", group="machine")
+    seed: int = setting(
+        0, "random seed of weights, data order and dropout", at_least=0, group="machine"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

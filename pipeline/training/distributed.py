@@ -35,8 +35,12 @@ CONNECTION_ERRORS = (
 
 
 @contextlib.contextmanager
-def process_group(machine: Machine) -> Iterator[None]:
+def process_group(
+    machine: Machine, timeout: timedelta = TIMEOUT, advice: str = "Continue the run with --resume"
+) -> Iterator[None]:
     """Context manager: joins the process group, and leaves it at exit.
+
+    timeout: how long a process waits for the others. advice: what to do if another process ends.
 
     Raises UserError if the processes do not connect, or if another process ends.
     """
@@ -47,7 +51,7 @@ def process_group(machine: Machine) -> Iterator[None]:
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device)
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE is {machine.world}, but the processes could not connect to each other "
@@ -61,8 +65,7 @@ def process_group(machine: Machine) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"rank {machine.rank} lost the connection to the other processes of the run "
-            f"({reason}). If another process ended, its error message gives the cause. Continue "
-            "the run with --resume"
+            f"({reason}). If another process ended, its error message gives the cause. {advice}"
         ) from error
     finally:
         if dist.is_initialized():

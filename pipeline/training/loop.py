@@ -25,6 +25,9 @@ from pipeline.training import distributed
 from pipeline.training.config import learning_rate
 from pipeline.training.state import Run, save_progress
 
+# the two signals of one stop arrive almost at the same time, but a busy machine delays them
+REPEAT_SECONDS = 2
+
 
 class Stopped(Exception):
     """Raised when Ctrl-C or SIGTERM stops the run. `signum` is the number of the signal."""
@@ -307,8 +310,10 @@ def averaged_weights(run: Run) -> Iterator[None]:
 def stopping_on_signals(run: Run) -> Iterator[None]:
     """Context manager: Ctrl-C or SIGTERM stops the run after the current step and saves it.
 
-    A second signal ends the process immediately.
+    A second signal ends the process immediately. A repetition of the first one within
+    REPEAT_SECONDS has no effect: Slurm and pipeline.sweep may both send one.
     """
+    first = 0.0
 
     def restore(signum: int) -> None:
         handler = handlers[signum]
@@ -316,8 +321,12 @@ def stopping_on_signals(run: Run) -> Iterator[None]:
         signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def stop(signum: int, _: Any) -> None:
-        run.stop_signal = signum
-        restore(signum)
+        nonlocal first
+        if not run.stop_signal:
+            run.stop_signal, first = signum, time.monotonic()
+        elif time.monotonic() - first > REPEAT_SECONDS:
+            restore(signum)
+            signal.raise_signal(signum)
 
     handlers: dict[int, Any] = {
         signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)

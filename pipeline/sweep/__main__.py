@@ -1,0 +1,5 @@
+"""python -m pipeline.sweep"""
+
+from pipeline.sweep import main
+
+main()
