@@ -29,11 +29,11 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.commands import command
 from benchmarks.measure import header, in_turn
 from data.cache.reader import FeatureCache
 from data.examples import Example
 from models.decoders.registry import DECODERS
+from pipeline import export
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.cli import from_record
 from pipeline.decoding.captioner import (
@@ -42,7 +42,6 @@ from pipeline.decoding.captioner import (
     load_captioner,
     make_generator,
 )
-from pipeline.export import quantize
 from pipeline.runtime import open_machine
 from pipeline.scoring.bootstrap import interval, mean_of_groups, resample
 from pipeline.scoring.metrics import score
@@ -81,11 +80,12 @@ def measure(
     checkpoint, machine = load_checkpoint(run), open_machine("cpu", precision="fp32")
     name = next(name for name, each in DECODERS.items() if type(checkpoint.captioner) is each)
     backbone = "--backbone" if photographs else "--no-backbone"
-    command("export", "--checkpoint", run, "--out", work / "fp32", backbone)
+    given = ["--checkpoint", str(run), "--out", str(work / "fp32"), backbone]
+    export.main.main(given, standalone_mode=False)
     shutil.copytree(work / "fp32", work / "int8")
     for path in (work / "int8").glob("*.onnx"):
         if path.stem != "backbone":  # as --quantize int8 does, without a second export
-            quantize(path)
+            export.quantize(path)
     task, beam = checkpoint.new_task(), checkpoint.decoding["beam"]
     source = from_record(SourceOptions, checkpoint.training).open_source()
     examples = task.examples(source, split)[: max(texts, scored)]

@@ -42,14 +42,19 @@ def replace_files(folder: Path, old: Collection[str], last: str) -> Iterator[Pat
     The files `old` of `folder` are removed first. `last` is removed before all others and moved
     after them, so that it exists only beside a complete set of files. After an error `folder` is
     unchanged; if it did not exist, it does not exist. Temporary folders of a killed process are
-    removed.
+    removed. Raises DataError if no file can be written in `folder`.
     """
     for killed in folder.glob(".*.tmp"):
         shutil.rmtree(killed, ignore_errors=True)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be written ({error.strerror}); pass another folder"
+            ) from error
         yield temporary
         for name in sorted(old, key=lambda name: name != last):
             (folder / name).unlink(missing_ok=True)

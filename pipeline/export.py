@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,7 @@ def default_out(config: ExportConfig) -> Path:
     """RUN-onnx beside the checkpoint RUN; in the current folder for one from the hub."""
     name = str(config.checkpoint)
     from_hub = name.startswith(SCHEME)
-    path = Path(name.rpartition("/")[2]) if from_hub else config.checkpoint.resolve()
+    path = Path(name.rpartition("/")[2] if from_hub else os.path.abspath(name))
     return path.with_name(f"{path.name}-{config.format}")
 
 

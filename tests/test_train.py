@@ -282,7 +282,10 @@ def questions(world: Path, folder: Path) -> list:
             "--annotations", folder / "answers.json", "--images", world / "sample"]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], BY_TORCHRUN, "classes"])
+CLASSES = pytest.param("classes", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [[], BY_TORCHRUN, CLASSES])
 def test_two_processes_train_as_one_does(world, tmp_path, more):
     """Captions of unequal number and length a rank, a last batch that leaves a rank without an
     image, fp32, no dropout. The second case is begun by torchrun itself. The third has questions.
