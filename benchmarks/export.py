@@ -1,6 +1,6 @@
 """Exported graphs in ONNX Runtime, compared with the decoder itself.
 
-    python -m benchmarks.export --checkpoint RUN [--checkpoint RUN ...] [--features CACHE]
+    python -m benchmarks.export --checkpoint RUN [--checkpoint RUN ...] --work FOLDER
 
 For each run, with docs/caption_onnx.py as the program around the graphs:
 
@@ -19,7 +19,6 @@ import importlib.util
 import json
 import shutil
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -57,19 +56,21 @@ Texts = dict[int | str, str]
 @click.option("--checkpoint", "runs", type=click.Path(path_type=Path), multiple=True, required=True)
 @click.option("--features", type=click.Path(path_type=Path), help="cache  [that of the run]")
 @click.option("--split", default="val", help="split of the run's dataset")
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="folder for the exports"
+)
 @click.option("--texts", default=200, help="examples whose texts are compared")
 @click.option("--photographs", default=0, help="photographs whose captions are compared")
 @click.option("--scored", default=300, help="examples that int8 is scored on")
 @click.option("--timed", default=10, help="examples of each round that is timed")
 def main(
-    runs: tuple[Path, ...], features: Path | None, split: str, texts: int, photographs: int,
-    scored: int, timed: int,
+    runs: tuple[Path, ...], work: Path, features: Path | None, split: str, texts: int,
+    photographs: int, scored: int, timed: int,
 ) -> None:  # fmt: skip
     """Compare exported graphs with the decoder: texts, int8, speed and size."""
     click.echo(json.dumps(header()))
     for run in runs:
-        with tempfile.TemporaryDirectory() as work:
-            measure(run, Path(work), features, split, texts, photographs, scored, timed)
+        measure(run, work / run.name, features, split, texts, photographs, scored, timed)
 
 
 def measure(
@@ -79,13 +80,7 @@ def measure(
     """Print the figures of one run, a line each."""
     checkpoint, machine = load_checkpoint(run), open_machine("cpu", precision="fp32")
     name = next(name for name, each in DECODERS.items() if type(checkpoint.captioner) is each)
-    backbone = "--backbone" if photographs else "--no-backbone"
-    given = ["--checkpoint", str(run), "--out", str(work / "fp32"), backbone]
-    export.main.main(given, standalone_mode=False)
-    shutil.copytree(work / "fp32", work / "int8")
-    for path in (work / "int8").glob("*.onnx"):
-        if path.stem != "backbone":  # as --quantize int8 does, without a second export
-            export.quantize(path)
+    export_run(run, work, bool(photographs))
     task, beam = checkpoint.new_task(), checkpoint.decoding["beam"]
     source = from_record(SourceOptions, checkpoint.training).open_source()
     examples = task.examples(source, split)[: max(texts, scored)]
@@ -125,6 +120,20 @@ def measure(
         click.echo(f"{run.name} ({name}): {kind}, one at a time: {rate:.2f} examples/s{size}")
 
 
+def export_run(run: Path, work: Path, with_backbone: bool) -> None:
+    """Write the graphs to work/fp32 and work/int8, unless an earlier call did."""
+    if (work / "int8" / "model.json").exists():
+        return
+    given = ["--checkpoint", str(run), "--out", str(work / "fp32")]
+    given.append("--backbone" if with_backbone else "--no-backbone")
+    export.main.main(given, standalone_mode=False)
+    (work / "int8").mkdir(exist_ok=True)
+    for path in (work / "fp32").iterdir():  # as --quantize int8 does, without a second export
+        shutil.copyfile(path, work / "int8" / path.name)
+        if path.suffix == ".onnx" and path.stem != "backbone":
+            export.quantize(work / "int8" / path.name)
+
+
 def say_equal(run: Path, name: str, what: str, theirs: Mapping, ours: Mapping) -> None:
     equal = sum(theirs[key] == text for key, text in ours.items())
     different = len({*ours.values()})
@@ -155,7 +164,7 @@ def generate_onnx(
     for example in examples:
         assert example.image_id is not None
         features, boxes, counts = cache.rows([example.image_id])
-        regions = [features.astype(np.float32), boxes, counts]
+        regions = [features.astype(np.float32), boxes.astype(np.float32), counts.astype(np.int64)]
         prompt = generator.encode_prompts([example.prompt])
         ids = [] if prompt is None else prompt[0].tolist()
         memory = ONNX.run(folder, model, "encoder", regions)
@@ -199,10 +208,10 @@ def scores_of(task: Task, texts: Mapping[Any, str], examples: Sequence[Example])
     """The score of each example, whose mean is the score of all: CIDEr of captions, or accuracy."""
     if each := task.example_scores(texts, examples):
         return np.array([scores[task.metric] for scores in each])
-    targets = {example.image_id: example.targets for example in examples if example.image_id}
+    targets = {int(example.id): example.targets for example in examples}  # the ids of images
     counted = score(texts, targets)
     row = {id_: number for number, id_ in enumerate(counted.image_ids.tolist())}
-    order = [row[example.image_id] for example in examples]
+    order = [row[example.id] for example in examples]
     return counted.per_image[task.metric][order]
 
 
