@@ -8,7 +8,7 @@ For each run, with docs/caption_onnx.py as the program around the graphs:
   over cached features, and with --photographs also from the photographs
 - the score of the fp32 graphs minus that of the int8 graphs (--quantize int8), at the run's beam,
   with the interval of the paired bootstrap
-- images per second with one image at a time, and the size of the files
+- images per second of processor time, one image at a time, and the size of the files
 
 The decoder runs in fp32. The split, by default val, is that of the run's dataset.
 """
@@ -19,6 +19,7 @@ import importlib.util
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +110,7 @@ def measure(
             "ours": lambda: generate_texts(generator, cache, examples[:timed], batch=1),
         },
         ROUNDS,
+        clock=time.process_time,
     )
     for kind, each in seconds.items():
         size = ""
@@ -117,18 +119,19 @@ def measure(
             parts = (f"{part} {count / 1e6:.1f}" for part, count in sorted(sizes.items()))
             size = f"; MB: {', '.join(parts)}"
         rate = timed / statistics.median(each)
-        click.echo(f"{run.name} ({name}): {kind}, one at a time: {rate:.2f} examples/s{size}")
+        click.echo(f"{run.name} ({name}): {kind}: {rate:.2f} examples per CPU second{size}")
 
 
 def export_run(run: Path, work: Path, with_backbone: bool) -> None:
     """Write the graphs to work/fp32 and work/int8, unless an earlier call did."""
-    if (work / "int8" / "model.json").exists():
+    if (work / "int8" / export.RECORD).exists():
         return
     given = ["--checkpoint", str(run), "--out", str(work / "fp32")]
     given.append("--backbone" if with_backbone else "--no-backbone")
     export.main.main(given, standalone_mode=False)
     (work / "int8").mkdir(exist_ok=True)
-    for path in (work / "fp32").iterdir():  # as --quantize int8 does, without a second export
+    # as --quantize int8 does, without a second export
+    for path in sorted((work / "fp32").iterdir(), key=lambda path: path.name == export.RECORD):
         shutil.copyfile(path, work / "int8" / path.name)
         if path.suffix == ".onnx" and path.stem != "backbone":
             export.quantize(work / "int8" / path.name)
