@@ -68,21 +68,28 @@ def waiter(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def seconds_of(work: Callable[[], object], synchronize: Callable[[], None] = lambda: None) -> float:
-    """Return the seconds of one call of `work`."""
+def seconds_of(
+    work: Callable[[], object],
+    synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return the seconds of one call of `work`, by `clock`."""
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(
     works: Mapping[str, Callable[[], object]],
     rounds: int,
     synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return the seconds of each function of `works` in each round, by name.
+
+    clock: time.process_time counts only this process, on a machine with other jobs.
 
     The functions take turns in each round, so that all of them see the same load of the machine. An
     additional first round is not counted.
@@ -90,7 +97,7 @@ def in_turn(
     seconds_by_name: dict[str, list[float]] = {name: [] for name in works}
     for round_number in range(rounds + 1):
         for name, work in works.items():
-            seconds = seconds_of(work, synchronize)
+            seconds = seconds_of(work, synchronize, clock)
             click.echo(f"round {round_number} of {rounds}, {name}: {seconds:.2f} s", err=True)
             if round_number:
                 seconds_by_name[name].append(seconds)

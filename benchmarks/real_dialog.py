@@ -13,13 +13,12 @@ dialogues; the difference is tested by the paired bootstrap over dialogues.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import click
 
+from benchmarks.commands import command, train
 from benchmarks.measure import header, real_option
 from data.datasets.registry import open_source
 from data.datasets.visdial import DialogSource
@@ -44,9 +43,8 @@ def main(real: Path, work: Path, dev: bool, more: tuple[str, ...]) -> None:
     ids, run = work / "scored.txt", work / "run"
     atomic_write_text(ids, "\n".join(map(str, scored.dialogs)))
     train_files = [part for name in TRAIN for part in ("--dialogs", folder / name)]
-    if not (run / "model.safetensors").exists():
-        command("train", "--task", "dialog", "--dataset", "visdial", *train_files, "--text-only",
-                "--exclude-ids", ids, "--out", run, *more)  # fmt: skip
+    train(run, "--task", "dialog", "--dataset", "visdial", *train_files, "--text-only",
+          "--exclude-ids", ids, *more)  # fmt: skip
     if dev:
         return
     frequency = work / "frequency.json"
@@ -91,11 +89,6 @@ def ranks_by_frequency(folder: Path, scored: DialogSource) -> list[dict[str, obj
             ranks, _ = rank_candidates({0: [float(counts[text]) for text in each.candidates]})
             entries.append({"image_id": image_id, "round_id": number, "ranks": ranks[0]})
     return entries
-
-
-def command(stage: str, *arguments: object) -> None:
-    """Run a command of the pipeline in a process of its own."""
-    subprocess.run([sys.executable, "-m", f"pipeline.{stage}", *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Options of pipeline.train follow after `--`. `coco` trains on five sources of qu
 photographs together and scores each apart. A train question about yes or no whose text occurs in
 val is left out, because in balanced pairs the same text has the opposite answer there; the fitted
 part and the dev part of train are kept apart in the same way. A question that two sources have
-about one photograph counts once. `daquar` trains on train.csv and scores test.csv.
+about one photograph counts once. vqax also has other questions; those whose text occurs in val are
+left out too. `daquar` trains on train.csv and scores test.csv.
 
 With several seeds, the last row is their ensemble.
 
@@ -22,15 +23,14 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from benchmarks.commands import command, train
 from benchmarks.measure import header, real_option
 from data.datasets.registry import open_source
 from data.datasets.vqa import QuestionSource
@@ -66,9 +66,10 @@ def main(
     click.echo("|---|---|---|---|---|---|---|---|")
     runs = {seed: [work / f"run{seed}"] for seed in seeds.split(",")}
     for seed, (run,) in runs.items():
-        train(run, train_files, features, [*more, "--seed", seed])
+        given = ["--task", "vqa", "--dataset", "vqa", *train_files, *more, "--seed", seed]
+        train(run, *given, "--features", features)
         if blind:
-            train(blind_run(run), train_files, Path("none"), [*more, "--seed", seed])
+            train(blind_run(run), *given, "--features", "none")
     if len(runs) > 1:
         runs["ensemble"] = [run for (run,) in runs.values()]
     for seed, members in runs.items():
@@ -107,13 +108,6 @@ def row(
     return f"| {' | '.join(cells)} |"
 
 
-def train(run: Path, files: list[str], features: Path, more: Sequence[str]) -> None:
-    """Train a run unless it exists."""
-    if not (run / "model.safetensors").exists():
-        command("train", "--task", "vqa", "--dataset", "vqa", *files, "--features", features,
-                "--out", run, *more)  # fmt: skip
-
-
 def evaluate(out: Path, runs: list[Path], files: list[str], features: Path) -> Entry:
     """Answer the questions with a run or an ensemble. Returns the content of scores.json."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,14 +116,6 @@ def evaluate(out: Path, runs: list[Path], files: list[str], features: Path) -> E
     command("evaluate", *checkpoints, "--dataset", "vqa", *files, "--features", features, "--split",
              "all", "--out", scores, "--answers-out", f"{out}-answers.json")  # fmt: skip
     return json.loads(scores.read_text())
-
-
-def command(stage: str, *arguments: object) -> None:
-    """Run a command of the pipeline in a process of its own."""
-    line = [sys.executable, "-m", f"pipeline.{stage}", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def with_interval(record: Entry) -> str:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
+from benchmarks.commands import command, train
 from benchmarks.measure import header, real_option
 from data.datasets.folder import FolderSource
 from data.datasets.registry import open_source
@@ -121,7 +120,7 @@ def predictions(
     task: Sentiment, work: Path, given: Given, split: str, use: str,
     scored: Sequence[str] = (), trained: Sequence[str] = (),
 ) -> Outputs:  # fmt: skip
-    """Train the runs that do not exist, one for each seed, and return their ensemble's predictions.
+    """Train one run for each seed, and return the predictions of their ensemble.
 
     scored, trained: further options of evaluate and of train.
     """
@@ -130,20 +129,11 @@ def predictions(
     for seed in given.seeds:
         run = work / f"seed{seed}"
         checkpoints += ["--checkpoint", str(run)]
-        if not (run / "model.safetensors").exists():
-            command("train", "--task", "sentiment", *dataset, "--use", use, "--out", str(run),
-                    "--seed", seed, *trained, *given.more)  # fmt: skip
+        train(run, "--task", "sentiment", *dataset, "--use", use, "--seed", seed, *trained,
+              *given.more)  # fmt: skip
     out = work / split / "scores.json"
     command("evaluate", *checkpoints, *dataset, "--split", split, "--out", str(out), *scored)
     return {**task.read_outputs(out.with_name("predictions.jsonl"))}
-
-
-def command(stage: str, *arguments: str) -> None:
-    """Run a command of the pipeline in a process of its own."""
-    line = [sys.executable, "-m", f"pipeline.{stage}", *arguments]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 # --------------------------------------------------------------------------------- cross-validation

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from data import DataError
@@ -32,6 +33,39 @@ def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_files(folder: Path, old: Collection[str], last: str) -> Iterator[Path]:
+    """Context manager: yields a temporary folder, and moves its files to `folder` at exit.
+
+    The files `old` of `folder` are removed first. `last` is removed before all others and moved
+    after them, so that it exists only beside a complete set of files. After an error `folder` is
+    unchanged; if it did not exist, it does not exist. Temporary folders of a killed process are
+    removed. Raises DataError if no file can be written in `folder`.
+    """
+    for killed in folder.glob(".*.tmp"):
+        shutil.rmtree(killed, ignore_errors=True)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be written ({error.strerror}); pass another folder"
+            ) from error
+        yield temporary
+        for name in sorted(old, key=lambda name: name != last):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+        created.clear()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for path in created:
+                path.rmdir()
 
 
 def _fsync(descriptor: int) -> None:

@@ -19,7 +19,7 @@ of the cache, V words, H heads, d width of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -31,6 +31,114 @@ from models.decoders.attention import KVCache, Layout, additive_mask
 from models.decoders.interface import Decoder
 from models.decoders.lstm import LstmCache, State
 from models.regions import Regions
+
+BOS = 1  # the token that begins a text
+
+
+class Sizes(NamedTuple):
+    """The sizes of an example: images, regions and texts."""
+
+    B: int
+    R: int
+    N: int
+
+
+# The examples of a graph differ in each of these sizes, and in no other.
+EXAMPLES = Sizes(B=2, R=7, N=3), Sizes(B=4, R=9, N=5)
+
+
+class Graph(NamedTuple):
+    """A module to export.
+
+    examples: the inputs by name, with the sizes of each of EXAMPLES. outputs: their names.
+    """
+
+    module: nn.Module
+    examples: list[dict[str, Tensor]]
+    outputs: list[str]
+
+    def dynamic(self) -> list[dict[int, str]]:
+        """For each input the dimensions that differ between the examples: {dimension: name}."""
+        names = {(a, b): name for name, a, b in zip(Sizes._fields, *EXAMPLES, strict=True)}
+        return [
+            {axis: names[pair] for axis, pair in enumerate(zip(one.shape, two.shape, strict=True))
+             if pair[0] != pair[1]}
+            for one, two in zip(*(each.values() for each in self.examples), strict=True)
+        ]  # fmt: skip
+
+
+@torch.no_grad()
+def make_graphs(decoder: Decoder, backbone: Backbone | None) -> dict[str, Graph]:
+    """Make the graphs of a decoder, and of the backbone if there is one, by name."""
+    decoder, graphs = decoder.float().eval(), {}
+    if backbone is not None:
+        photographs = [_photographs(backbone, sizes) for sizes in EXAMPLES]
+        graphs["backbone"] = Graph(Photographs(backbone), photographs, [*Regions._fields])
+    regions = [_regions(decoder.config.channels, sizes) for sizes in EXAMPLES]
+    memories = [pytree.tree_flatten(decoder.encode(each)) for each in regions]
+    names = [f"memory{number}" for number in range(len(memories[0][0]))]
+    graphs["encoder"] = Graph(Encoder(decoder), [each._asdict() for each in regions], names)
+    of_texts = [
+        _of_texts(parts, sizes) for (parts, _), sizes in zip(memories, EXAMPLES, strict=True)
+    ]
+    memory = pytree.tree_unflatten(of_texts[0], memories[0][1])
+    inputs = [
+        {
+            "tokens": _tokens(decoder.config.max_prompt, sizes.N),
+            **dict(zip(names, parts, strict=True)),
+        }
+        for parts, sizes in zip(of_texts, EXAMPLES, strict=True)
+    ]
+    begin = Begin(decoder, memory)
+    results = [begin(*each.values()) for each in inputs]
+    cached = [f"cache{number}" for number in range(len(results[0]) - 1)]
+    graphs["begin"] = Graph(begin, inputs, ["scores", *cached])
+    if decoder.config.classes:
+        return graphs
+    examples = [
+        {
+            "tokens": scores.argmax(1, keepdim=True),
+            "length": torch.tensor(decoder.config.max_prompt + 1),
+            **dict(zip(cached, (part.clone() for part in cache), strict=True)),
+            **dict(zip(names, parts, strict=True)),
+        }
+        for (scores, *cache), parts in zip(results, of_texts, strict=True)
+    ]
+    step = Step(decoder, memory, len(cached))
+    graphs["step"] = Graph(step, examples, ["scores", *(f"next_{name}" for name in cached)])
+    return graphs
+
+
+def _photographs(backbone: Backbone, sizes: Sizes) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(sizes.B)
+    shape = sizes.B, 3, *backbone.framing()["size"]
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return {"pixels": pixels, "frame": torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(sizes.B, 1)}
+
+
+def _regions(channels: int, sizes: Sizes) -> Regions:
+    """Random regions. Images have padding or no regions, so that no mask is left out."""
+    generator = torch.Generator().manual_seed(sizes.B)
+    return Regions(
+        torch.rand(sizes.B, sizes.R, channels, generator=generator),
+        torch.rand(sizes.B, sizes.R, 4, generator=generator).sort(dim=2).values,
+        torch.tensor([sizes.R - 2, 0, sizes.R, 1][: sizes.B]),
+    )
+
+
+def _of_texts(memory: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
+    """The memory of images, with a row per text."""
+    rows = torch.arange(sizes.N) % sizes.B
+    # copies: an exported program must not depend on how the examples lie in memory
+    return [part[rows].clone(memory_format=torch.contiguous_format) for part in memory]
+
+
+def _tokens(max_prompt: int, texts: int) -> Tensor:
+    """Prompts and <bos>: the first prompt is a full one, the others have one token."""
+    tokens = torch.full((texts, max_prompt + 1), BOS)
+    if max_prompt:
+        tokens[:, :-1], tokens[1:, :-2] = 3, 0
+    return tokens
 
 
 class Encoder(nn.Module):

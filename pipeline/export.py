@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.cache.no_features import NoFeatures
-from data.files import atomic_write_text
-from data.vocabulary import BOS
+from data.files import replace_files
 from models.backbones.interface import Backbone
-from models.export import Begin, Encoder, Photographs, Step
-from models.regions import Regions
+from models.export import Encoder, Graph, Photographs, Sizes, Step, make_graphs
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from pipeline.checkpoints.hub import checkpoint_folder
+from pipeline.checkpoints.hub import SCHEME, checkpoint_folder
 from pipeline.cli import Settings, UserError, command, setting
 from pipeline.extraction.registry import restore
 from pipeline.terminal import human_bytes, progress, say
 
 INSTALL = "pip install 'onceover[onnx]'"
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
-TEXTS, IMAGES, REGIONS = 3, 2, 7  # sizes of the example inputs; all different
+GRAPHS = ("backbone", "encoder", "begin", "step")
+RECORD = "model.json"
+# all files that an export may have; ONNX stores weights of gigabytes in a file beside the graph
+FILES = {RECORD, *(name + end for name in GRAPHS for end in (".onnx", ".onnx.data", ".pt2"))}
+# by --quantize: how far outputs may differ from ours, as a share of the largest value
+TOLERANCE = {"none": 2e-3, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,6 @@ class ExportConfig(Settings):
             raise UserError("--quantize int8 needs --format onnx")
 
 
-class Graph(NamedTuple):
-    """A module to export.
-
-    inputs: the example inputs by name. outputs: the names of the outputs. dynamic: for each input
-    the dimensions that may differ: {dimension: name}.
-    """
-
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    outputs: list[str]
-    dynamic: list[dict[int, str]]
-
-
 @command(ExportConfig)
 def main(config: ExportConfig) -> None:
     """Write a checkpoint as graphs: backbone, encoder, first decoding step and next steps.
@@ -79,23 +70,58 @@ def main(config: ExportConfig) -> None:
     if config.format == "onnx":
         require_onnx()
     folder = checkpoint_folder(config.checkpoint)
+    out = config.out or default_out(config)
+    check_out(out, folder)
     checkpoint = load_checkpoint(folder)
-    out = config.out or folder.with_name(f"{folder.name}-{config.format}")
-    if (out / "config.json").exists() or out.resolve() == folder.resolve():
-        raise UserError(f"{out} contains a checkpoint; pass another --out")
     with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
     backbone = restore(folder, checkpoint.identity) if with_backbone else None
-    graphs = make_graphs(checkpoint, backbone)
-    out.mkdir(parents=True, exist_ok=True)
-    with progress(len(graphs), "graphs", "export") as bar:
-        for name, graph in graphs.items():
-            path = out / f"{name}{FORMATS[config.format]}"
-            error = write_graph(graph, path, config)
-            say(f"{path}: {human_bytes(path.stat().st_size)}, differs by at most {error:.0e}")
-            bar.step(1)
-    record = describe(checkpoint, backbone, graphs)
-    atomic_write_text(out / "model.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
-    say(f"exported: {out}")
+    graphs = make_graphs(checkpoint.captioner, backbone)
+    with replace_files(out, FILES, last=RECORD) as temporary:
+        with progress(len(graphs), "graphs", "export") as bar:
+            for name, graph in graphs.items():
+                path = temporary / f"{name}{FORMATS[config.format]}"
+                difference = write_graph(graph, path, config)
+                size = human_bytes(path.stat().st_size)
+                say(f"{path.name}: {size}, outputs differ from ours by at most {difference:.1e}")
+                bar.step(1)
+        record = describe(checkpoint, backbone, graphs)
+        text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+        (temporary / RECORD).write_text(text, encoding="utf-8")
+    say(f"exported: {out}; the differences are shares of the largest value of each output")
+
+
+def default_out(config: ExportConfig) -> Path:
+    """RUN-onnx beside the checkpoint RUN; in the current folder for one from the hub."""
+    name = str(config.checkpoint)
+    from_hub = name.startswith(SCHEME)
+    path = Path(name.rpartition("/")[2] if from_hub else os.path.abspath(name))
+    return path.with_name(f"{path.name}-{config.format}")
+
+
+def check_out(out: Path, folder: Path) -> None:
+    """Raise UserError if `out` is in the checkpoint `folder`, or has files of something else."""
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out} is in the checkpoint {folder}; pass another --out")
+    files = {path.name for path in out.iterdir()} if out.exists() else set()
+    others = sorted(name for name in files - FILES if not name.endswith(".tmp"))
+    if files and not is_export(out):
+        others = others or sorted(files)
+    if others:
+        raise UserError(
+            f"--out {out} has files that are not from pipeline.export, such as {others[0]}; pass "
+            "another --out"
+        )
+
+
+def is_export(out: Path) -> bool:
+    """Whether a folder has an export, whole or interrupted in its last moment."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return any(out.glob(".*.tmp"))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and {"format", "inputs"} <= {*record}
 
 
 def require_onnx() -> None:
@@ -109,100 +135,69 @@ def require_onnx() -> None:
 
 
 @torch.no_grad()
-def make_graphs(checkpoint: Checkpoint, backbone: Backbone | None) -> dict[str, Graph]:
-    """Make the graphs of a checkpoint by name, with example inputs."""
-    decoder = checkpoint.captioner.float().eval()
-    config, generator = decoder.config, torch.Generator().manual_seed(0)
-    regions = Regions(
-        torch.rand(IMAGES, REGIONS, config.channels, generator=generator),
-        torch.rand(IMAGES, REGIONS, 4, generator=generator).sort(dim=2).values,
-        torch.tensor([REGIONS - 2, 0]),
-    )
-    graphs = {}
-    if backbone is not None:
-        height, width = backbone.framing()["size"]
-        pixels = torch.randint(0, 256, (IMAGES, 3, height, width), dtype=torch.uint8,
-                               generator=generator)  # fmt: skip
-        frame = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(IMAGES, 1)
-        inputs = {"pixels": pixels, "frame": frame}
-        outputs = [*Regions._fields]
-        graphs["backbone"] = Graph(Photographs(backbone), inputs, outputs, [{0: "B"}, {0: "B"}])
-    # One of the example images has padding and one has no regions, so that no mask is left out.
-    memory, spec = pytree.tree_flatten(decoder.encode(regions))
-    names = [f"memory{number}" for number in range(len(memory))]
-    inputs = dict(zip(Regions._fields, regions, strict=True))
-    dynamic = [{0: "B", 1: "R"}, {0: "B", 1: "R"}, {0: "B"}]
-    graphs["encoder"] = Graph(Encoder(decoder), inputs, names, dynamic)
-    rows = torch.arange(TEXTS) % IMAGES
-    # copies: an exported program must not depend on how the examples lie in memory
-    memory = [part[rows].clone(memory_format=torch.contiguous_format) for part in memory]
-    example = pytree.tree_unflatten(memory, spec)
-    of_memory = [
-        {0: "N"} | {axis: "R" for axis, n in enumerate(part.shape) if axis and n == REGIONS}
-        for part in memory
-    ]
-    tokens = torch.full((TEXTS, config.max_prompt + 1), BOS)
-    if config.max_prompt:
-        tokens[:, -2], tokens[1:, :-2] = 3, 0
-        tokens[0, :-2] = 3
-    inputs = {"tokens": tokens} | dict(zip(names, memory, strict=True))
-    begin = Begin(decoder, example)
-    scores, *cache = begin(*inputs.values())
-    cached = [f"cache{number}" for number in range(len(cache))]
-    graphs["begin"] = Graph(begin, inputs, ["scores", *cached], [{0: "N"}, *of_memory])
-    if not config.classes:
-        inputs = {
-            "tokens": scores.argmax(1, keepdim=True),
-            "length": torch.tensor(config.max_prompt + 1),
-            **dict(zip(cached, (part.clone() for part in cache), strict=True)),
-            **dict(zip(names, memory, strict=True)),
-        }
-        dynamic = [{0: "N"}, {}, *({0: "N"} for _ in cache), *of_memory]
-        step = Step(decoder, example, len(cache))
-        outputs = ["scores", *(f"next_{name}" for name in cached)]
-        graphs["step"] = Graph(step, inputs, outputs, dynamic)
-    return graphs
-
-
-@torch.no_grad()
 def write_graph(graph: Graph, path: Path, config: ExportConfig) -> float:
-    """Write a graph. Returns the largest difference of its outputs from those of the module."""
-    wanted = graph.module(*graph.inputs.values())
-    dimensions = {name: torch.export.Dim(name) for each in graph.dynamic for name in each.values()}
-    dynamic = [{axis: dimensions[name] for axis, name in each.items()} for each in graph.dynamic]
-    leading = 2 if isinstance(graph.module, Step | Encoder | Photographs) else 1
-    if isinstance(graph.module, Encoder | Photographs):
-        shapes: tuple[Any, ...] = tuple(dynamic)
-    else:  # the arguments after the first ones are a list
-        shapes = (*(each or None for each in dynamic[:leading]), tuple(dynamic[leading:]))
+    """Write a graph, and compare its outputs for all examples with those of the module.
+
+    Returns the largest difference, as a share of the largest value. Raises UserError if it is
+    above TOLERANCE.
+    """
+    inputs = graph.examples[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(
-            graph.module, tuple(graph.inputs.values()), dynamic_shapes=shapes
+            graph.module, tuple(inputs.values()), dynamic_shapes=dynamic_shapes(graph)
         )
         if config.format == "torch":
-            torch.export.save(program, path)
-            found = torch.export.load(path).module()(*graph.inputs.values())
-            return largest_difference([part.numpy() for part in found], wanted)
-        onnx_program = torch.onnx.export(
-            program, input_names=[*graph.inputs], output_names=graph.outputs, dynamo=True,
-            verbose=False,
-        )  # fmt: skip
-        assert onnx_program is not None
-        onnx_program.save(path)
-    if config.quantize == "int8" and not isinstance(graph.module, Photographs):
-        quantize(path)
-    arrays = {name: value.numpy() for name, value in graph.inputs.items()}
-    found = run_onnx(path, arrays)
-    return largest_difference(found, wanted)
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            path.write_bytes(buffer.getvalue())
+        else:
+            onnx_program = torch.onnx.export(
+                program, input_names=[*inputs], output_names=graph.outputs, dynamo=True,
+                verbose=False,
+            )  # fmt: skip
+            assert onnx_program is not None
+            onnx_program.save(path)
+            if config.quantize == "int8" and not isinstance(graph.module, Photographs):
+                quantize(path)
+        run = load_graph(path)
+        differences = [
+            largest_difference(run(each), graph.module(*each.values())) for each in graph.examples
+        ]
+    difference, limit = max(differences), TOLERANCE[config.quantize]
+    if not difference <= limit:
+        raise UserError(
+            f"{path.stem}: the outputs of the exported graph differ from ours by {difference:.1e} "
+            f"of the largest value; at most {limit:g} is allowed, so nothing was written. Try "
+            "other versions of torch, onnx and onnxruntime, or another --format or --quantize"
+        )
+    return difference
+
+
+def dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
+    """The dimensions that may differ, as torch.export takes them."""
+    dimensions = {name: torch.export.Dim(name) for name in Sizes._fields}
+    dynamic = [{axis: dimensions[name] for axis, name in each.items()} for each in graph.dynamic()]
+    if isinstance(graph.module, Encoder | Photographs):
+        return tuple(dynamic)
+    # the arguments after the first ones are a list
+    leading = 2 if isinstance(graph.module, Step) else 1
+    return (*(each or None for each in dynamic[:leading]), tuple(dynamic[leading:]))
 
 
 def largest_difference(found: Sequence[np.ndarray], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of any number; equal infinities, as in masks, do not differ."""
+    """The largest difference of any number, as a share of the largest value of its output.
+
+    Values below 1 count as 1. Equal infinities, as in masks, do not differ. NaN and another shape
+    differ by infinity.
+    """
     largest = 0.0
     for one, two in zip(found, (part.numpy() for part in wanted), strict=True):
+        if one.shape != two.shape:
+            return float("inf")
         if (differs := one != two).any():
-            difference = float(np.abs(one[differs] - two[differs]).max())
+            scale = np.abs(two[np.isfinite(two)]).max(initial=1)
+            difference = float(np.abs(one[differs] - two[differs]).max()) / float(scale)
             largest = max(largest, float("inf") if np.isnan(difference) else difference)
     return largest
 
@@ -219,13 +214,16 @@ def quantize(path: Path) -> None:
         small.replace(path)
 
 
-def run_onnx(path: Path, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
-    """Run an ONNX file once. Inputs that the graph does not use are left out."""
+def load_graph(path: Path) -> Callable[[Mapping[str, Tensor]], list[np.ndarray]]:
+    """Load an exported file: a function from the inputs by name to the outputs."""
+    if path.suffix == FORMATS["torch"]:
+        module = torch.export.load(path).module()
+        return lambda inputs: [part.detach().numpy() for part in module(*inputs.values())]
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    used = {each.name for each in session.get_inputs()}
-    return session.run(None, {name: value for name, value in inputs.items() if name in used})
+    used = [each.name for each in session.get_inputs()]  # without those that the graph ignores
+    return lambda inputs: session.run(None, {name: inputs[name].numpy() for name in used})
 
 
 def describe(
@@ -236,6 +234,7 @@ def describe(
     return {
         "format": 1,
         "words": checkpoint.vocabulary.words,
+        "unit": checkpoint.vocabulary.unit,  # words or subwords
         "segment": checkpoint.vocabulary.segment,
         "answers": checkpoint.answers,
         "task": checkpoint.new_task().name,
@@ -243,7 +242,7 @@ def describe(
         "max_prompt": config.max_prompt,
         "decoding": checkpoint.decoding,
         "framing": None if backbone is None else backbone.framing(),
-        "inputs": {name: [*graph.inputs] for name, graph in graphs.items()},
+        "inputs": {name: [*graph.examples[0]] for name, graph in graphs.items()},
         "outputs": {name: graph.outputs for name, graph in graphs.items()},
     }
 

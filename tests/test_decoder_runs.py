@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
 from models.decoders.registry import DECODERS
 from pipeline import ask, caption, classify, evaluate, extract, train
+from pipeline.checkpoints.checkpoint import load_checkpoint
 from tests.test_commands import LOOK, refused, run, works
 from tests.test_train import interrupt_at, told
 from tests.test_vqa import over
@@ -97,9 +100,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(drawn, tmp_path, monkeypatch,
     assert told(tmp_path / "half") == told(tmp_path / "whole")
 
 
-def test_an_lstm_for_questions_begins_with_one_for_captions(drawn, tmp_path):
+def test_an_lstm_for_questions_begins_with_one_for_captions(drawn, tmp_path, monkeypatch):
     """The LSTM of the prompts has no counterpart in the captioning run."""
     works(train.main, *over(drawn), *sizes("lstm"), "--out", tmp_path / "captions")
+    begun = {}
+    plan = train.print_plan  # called before the first step
+
+    def keep_weights(run, cache):
+        begun["weights"] = {n: t.clone() for n, t in run.captioner.state_dict().items()}
+        begun["words"] = run.checkpoint.vocabulary.words
+        plan(run, cache)
+
+    monkeypatch.setattr(train, "print_plan", keep_weights)
     told_ = works(train.main, "--task", "vqa", *over(drawn), "--decoder", "lstm", "--epochs", 1,
                   "--init", tmp_path / "captions", "--out", tmp_path / "questions")  # fmt: skip
     assert "words are also words of" in told_
+    theirs = load_file(tmp_path / "captions" / "model.safetensors")
+    their_words = load_checkpoint(tmp_path / "captions").vocabulary.words
+    common = [word for word in begun["words"] if word in their_words]
+    rows, their_rows = ([w.index(word) for word in common] for w in (begun["words"], their_words))
+    assert len(common) > 10
+    for name, tensor in theirs.items():
+        own = begun["weights"].pop(name)
+        if name in ("word.weight", "output_bias"):
+            own, tensor = own[rows], tensor[their_rows]
+        assert torch.equal(own, tensor), name
+    assert all(name.startswith(("prompt_", "question_", "head.")) for name in begun["weights"])

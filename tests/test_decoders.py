@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models import ModelError
 from models.decoders.attention import Packed
+from models.decoders.dropout import drop_regions
 from models.decoders.interface import Decoder
 from models.decoders.layers import fourier_features
 from models.decoders.registry import DECODERS, create_decoder
@@ -26,8 +27,9 @@ from models.generation.generate import generate_from_regions
 from models.generation.options import Generation
 from models.generation.ranking import candidate_log_p
 from models.generation.sampling import sample
-from models.losses import caption_loss, class_loss, self_critical_loss
+from models.losses import Noise, caption_loss, class_loss, self_critical_loss
 from models.regions import Regions
+from pipeline.runtime import open_machine
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 WORDS, CHANNELS, LENGTH, PROMPT = 11, 6, 6, 4
@@ -272,6 +274,36 @@ def test_the_loss_and_gradient_of_a_step_are_those_of_its_texts_one_by_one(kind)
         torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+@pytest.mark.parametrize("case", ["captions", "prompts", "empty prompts", "no regions"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_has_a_gradient_in_every_step(kind, case, classes):
+    """Several processes wait for the gradient of each weight (DistributedDataParallel)."""
+    decoder = build(kind, classes=classes, prompt=0 if case == "captions" else PROMPT)
+    regions = make_regions("empty", 2)
+    if case == "no regions":
+        regions = Regions(*(part[:, :0] for part in regions[:2]), regions.counts * 0)
+    prompts = [[4, 5], []] if case == "prompts" else [[], []]
+    lengths = torch.tensor([[len(p)] for p in prompts]) if case == "prompts" else None
+    noise = Noise(regions=0.5)
+    if classes:
+        rows = [[*p, BOS] for p in prompts]
+        tokens = torch.tensor([[row + [PAD] * (3 - len(row))] for row in rows])
+        loss, _ = class_loss(decoder, regions, tokens, torch.ones(2, 5), PAD, noise, lengths)
+    else:
+        rows = [[*p, BOS, 6, EOS] for p in prompts]
+        tokens = torch.tensor([[row + [PAD] * (5 - len(row))] for row in rows])
+        loss, _ = caption_loss(decoder, regions, tokens, PAD, 0.1, noise, lengths)
+    loss.backward()
+    waiting = {n for n, p in decoder.named_parameters() if p.requires_grad and p.grad is None}
+    assert not waiting
+
+
+def test_dropped_regions_leave_an_image_without_regions_without_regions():
+    regions = make_regions("empty")
+    assert drop_regions(regions, 0.5).counts.tolist() == [2, 0, 2, 0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_class_scores_of_training_are_those_of_generation(kind):
     decoder, regions = build(kind, classes=5), make_regions("empty", 2)
@@ -466,6 +498,28 @@ def test_bf16_stays_near_fp32(kind):
         exact = decoder.decode(tokens, decoder.encode(regions))
         with torch.autocast("cpu", torch.bfloat16):
             rounded = decoder.decode(tokens, decoder.encode(regions)).float()
+    assert (rounded - exact).abs().mean() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("kind", ["prefix", "pooled", "lstm"])
+def test_bf16_stays_near_fp32_with_padding_and_a_cache(kind):
+    if open_machine("cpu").precision != "bf16":
+        pytest.skip("this CPU has no native bf16")
+    decoder, regions, prompts = build(kind), make_regions("empty"), padded([[4, 5], [], [8], [9]])
+    tokens = torch.randint(4, WORDS, (4, 2, 5))
+
+    def step_by_step() -> Tensor:
+        memory = decoder.encode(regions)
+        cache = decoder.init_cache(memory, 2, prompts)
+        first = torch.cat([prompts, torch.full((4, 1), BOS)], dim=1)[:, None]
+        logits = [decoder.decode(first, memory, cache)[:, :, -1:].expand(-1, 2, -1, -1)]
+        logits += [decoder.decode(tokens[:, :, [t]], memory, cache) for t in range(5)]
+        return torch.cat(logits, dim=2).float()
+
+    with torch.no_grad():
+        exact = step_by_step()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = step_by_step()
     assert (rounded - exact).abs().mean() < 0.05 * exact.std()
 
 

@@ -46,12 +46,12 @@ class Dropout(nn.Module):
 def drop_regions(regions: Regions, p: float) -> Regions:
     """Remove a random share `p` of the regions of each image. The others keep their boxes.
 
-    At least one region per image remains. Their order is random.
+    At least one region per image remains, unless it has none. Their order is random.
     """
     if p == 0:
         return regions
     features, boxes, counts = regions
-    new_counts = (counts * (1 - p)).round().clamp(min=1).long()
+    new_counts = (counts * (1 - p)).round().clamp(min=1).long().minimum(counts)
     largest_count = max(1, round(features.shape[1] * (1 - p)))
     sort_keys = torch.rand(features.shape[:2], device=features.device)
     is_padding = torch.arange(features.shape[1], device=features.device) >= counts[:, None]

@@ -212,6 +212,10 @@ class Lstm(Decoder):
         is_word = step >= 0
         embedded = self._embed(words[:count])
         question = getattr(layout, "question", None)
+        if self.config.max_prompt and question is None:
+            # One place of padding, if all prompts are empty. All weights then have a gradient,
+            # which DistributedDataParallel needs.
+            prompt = max(prompt, 1)
         if prompt:
             # rows of words go to a further place after the last prompt token, which is cut off
             place = torch.where(is_word, prompt, layout.positions[:count])

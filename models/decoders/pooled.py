@@ -68,12 +68,12 @@ class Pooled(StackDecoder):
 
     def encode(self, regions: Regions) -> PooledMemory:
         x, (mask, is_empty) = self.region(regions), region_mask(regions)
-        if not x.shape[1]:  # no image has regions
-            return PooledMemory(x.new_zeros(x.shape[0], self.config.width))
         scores = self.weight(x)[:, :, 0].float()
         if mask is not None:
             scores = scores + mask[:, 0, 0]
         vector = self.pooled_norm((scores.softmax(dim=1)[:, None] @ x.float())[:, 0])
+        if is_empty is None and not x.shape[1]:  # R = 0: an empty mask shows no empty image
+            is_empty = torch.ones_like(regions.counts, dtype=torch.bool)
         if is_empty is not None:
             vector = vector.masked_fill(is_empty[:, None], 0)
         return PooledMemory(vector)
