@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import click
 
@@ -91,7 +92,7 @@ def check_decoding(training: TrainConfig, scoring: EvaluateConfig) -> None:
         )
     for name in ("consensus", "bad_words", "force_words"):  # checked with the vocabulary of the run
         given.pop(name, None)
-    defaults = {"beam": training.beam, "length_penalty": training.length_penalty}
+    defaults: dict[str, Any] = {"beam": training.beam, "length_penalty": training.length_penalty}
     if scoring.sample:
         del defaults["beam"]
     with by_option():
