@@ -1,0 +1,68 @@
+"""Read LMDB databases whose values are .npz or .npy files, as self-critical.pytorch writes them.
+
+The key of a value is the key of the image, with or without the suffix .npz or .npy. Entries like
+`__keys__` and `__len__` are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data import DataError
+from data.imports.interface import Arrays, Entry
+from data.imports.numpy_file import numpy_arrays, numpy_entry
+
+INSTALL = "pip install 'onceover[convert]'"
+
+
+class LmdbReader:
+    """Reads a database: a folder with data.mdb, or one file. Needs the package lmdb."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise DataError(f"{path}: reading LMDB needs the package lmdb: {INSTALL}") from error
+        self.path, self.lmdb = path, lmdb
+
+    def entries(self) -> Iterator[Entry]:
+        with self._open() as transaction:
+            for key, value in transaction.cursor():
+                if not (key.startswith(b"__") and key.endswith(b"__")):
+                    name = key.decode(errors="replace")
+                    entry = numpy_entry(name, io.BytesIO(value), self._where(name))
+                    stem = name.removesuffix(".npz").removesuffix(".npy")
+                    yield entry._replace(key=stem, place=(bytes(key), entry.place))
+
+    def where(self, entry: Entry) -> str:
+        return f"{self.path}, key {entry.place[0].decode(errors='replace')}"
+
+    def read(self, entry: Entry) -> Arrays:
+        key, place = entry.place
+        where = self._where(key.decode(errors="replace"))
+        with self._open() as transaction:
+            value = transaction.get(key)
+            if value is None:
+                raise DataError(f"{where} was removed while the database was read")
+            return numpy_arrays(entry._replace(place=place), io.BytesIO(value), where)
+
+    def _where(self, key: str) -> str:
+        return f"{self.path}, image {key},"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with (
+                self.lmdb.open(
+                    str(self.path), subdir=self.path.is_dir(), readonly=True, lock=False,
+                    readahead=False, create=False,
+                ) as database,
+                database.begin(buffers=True) as transaction,
+            ):  # fmt: skip
+                yield transaction
+        except self.lmdb.Error as error:
+            raise DataError(f"{self.path} cannot be read as LMDB: {error}") from error
