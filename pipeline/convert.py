@@ -233,7 +233,7 @@ def print_plan(cache: Path, conversion: Conversion) -> None:
         f"{counts}, {boxes[imported.boxes]}"
     )
     if imported.left_out:
-        say(f"{imported.left_out:,} images of SOURCE are not in the dataset and are left out")
+        say(f"{imported.left_out:,} images are left out: the dataset or its split has none of them")
     say(f"{len(images):,} images, {len(images) - rows:,} done; {rows:,} rows to {cache}, {space}")
 
 

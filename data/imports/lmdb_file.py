@@ -36,7 +36,7 @@ class LmdbReader:
                     name = key.decode(errors="replace")
                     entry = numpy_entry(name, io.BytesIO(value), self._where(name))
                     stem = name.removesuffix(".npz").removesuffix(".npy")
-                    yield entry._replace(key=stem, place=(bytes(key), entry.place))
+                    yield entry._replace(key=stem, place=(key, entry.place))
 
     def where(self, entry: Entry) -> str:
         return f"{self.path}, key {entry.place[0].decode(errors='replace')}"
@@ -61,8 +61,16 @@ class LmdbReader:
                     str(self.path), subdir=self.path.is_dir(), readonly=True, lock=False,
                     readahead=False, create=False,
                 ) as database,
-                database.begin(buffers=True) as transaction,
+                database.begin() as transaction,
             ):  # fmt: skip
+                self._check_length(database)
                 yield transaction
         except self.lmdb.Error as error:
             raise DataError(f"{self.path} cannot be read as LMDB: {error}") from error
+
+    def _check_length(self, database: Any) -> None:
+        """Raise DataError if the file is cut; reading the missing part would end the process."""
+        path = self.path / "data.mdb" if self.path.is_dir() else self.path
+        pages = database.info()["last_pgno"] + 1
+        if pages * database.stat()["psize"] > path.stat().st_size:
+            raise DataError(f"{path} is cut: its end is missing; copy or download it again")

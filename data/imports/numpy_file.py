@@ -6,6 +6,7 @@ The shape of an array is read without the array, so that listing a large source 
 from __future__ import annotations
 
 import contextlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from data.imports.interface import Arrays, Entry
 # bottom-up-attention.pytorch and openvqa.
 FEATURES = ("feat", "features", "x")
 BOXES = ("boxes", "bbox")
+# Errors that zipfile and numpy raise on a damaged file, in addition to BROKEN. numpy parses the
+# header of an array as Python source.
+BROKEN_NUMPY = (zipfile.BadZipFile, zlib.error, EOFError, SyntaxError, tokenize.TokenError)
 
 
 class NumpyFile:
@@ -89,7 +93,7 @@ def reading(where: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (*BROKEN, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (*BROKEN, *BROKEN_NUMPY) as error:
         if getattr(error, "errno", None):
             raise
         raise DataError(f"{where} cannot be read: {error or type(error).__name__}") from error

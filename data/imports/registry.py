@@ -8,11 +8,12 @@ from pathlib import Path
 import h5py
 
 from data import DataError
-from data.cache.reader import shard_paths
+from data.cache.reader import shard_paths, system_errors
 from data.imports.folder import FolderReader, keys
 from data.imports.hdf5 import Hdf5Reader
 from data.imports.interface import Reader
 from data.imports.lmdb_file import LmdbReader
+from data.imports.numpy_file import reading
 from data.imports.tsv import TsvReader
 
 FORMATS: dict[str, Callable[[Path], Reader]] = {
@@ -74,6 +75,6 @@ def detect(path: Path) -> str:
 
 
 def _refuse_cache(path: Path) -> None:
-    with h5py.File(path, "r", locking=False) as file:
+    with reading(str(path)), system_errors(path), h5py.File(path, "r", locking=False) as file:
         if {"format", "identity"} <= {*file.attrs}:
             raise DataError(f"{path} is already a cache; pass it as --features")
