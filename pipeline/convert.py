@@ -259,11 +259,11 @@ def write_rows(shard: Shard, conversion: Conversion, bar: Progress) -> None:
         np.empty(count, np.int16),
     )
     sizes = np.zeros((count, 2), np.int32)
-    for number, image in enumerate(shard.images):
-        reader, entry, size = imported.items[image.id]
+    for number, (image, arrays) in enumerate(imported.read(shard.images)):
+        _, entry, size = imported.items[image.id]
         if size is None and imported.boxes == "given" and conversion.unit == "pixel":
             size = read_size(image.path)
-        arrays, where = reader.read(entry), imported.where(image)
+        where = imported.where(image)
         features, boxes = row_of(entry, arrays, conversion.unit, size, where)
         regions = len(features)
         rows.features[number, :regions], rows.boxes[number, :regions] = features, boxes

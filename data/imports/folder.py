@@ -7,7 +7,7 @@ in a second folder under the same names (cocobu_box).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data import DataError
@@ -50,15 +50,16 @@ class FolderReader:
     def where(self, entry: Entry) -> str:
         return str(self._file(entry.key))
 
-    def read(self, entry: Entry) -> Arrays:
-        where = self._where(entry.key)
-        with open(self._file(entry.key), "rb") as file:
-            arrays = numpy_arrays(entry, file, where)
-        if self.boxes is None:
-            return arrays
-        path = self.box_files[entry.key]
-        boxes = read_only_array(path, BOXES, "the boxes", f"{path}, image {entry.key},")
-        return Arrays(arrays.features, boxes)
+    def read(self, entries: Iterable[Entry]) -> Iterator[Arrays]:
+        for entry in entries:
+            with open(self._file(entry.key), "rb") as file:
+                arrays = numpy_arrays(entry, file, self._where(entry.key))
+            if self.boxes is not None:
+                path = self.box_files[entry.key]
+                where = f"{path}, image {entry.key},"
+                boxes = read_only_array(path, BOXES, "the boxes", where)
+                arrays = Arrays(arrays.features, boxes)
+            yield arrays
 
     def _file(self, key: str) -> Path:
         return self.path / f"{key}{self.suffix}"

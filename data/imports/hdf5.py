@@ -11,7 +11,7 @@ NAME may contain slashes, as in `db/1.jpg`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import h5py
@@ -34,7 +34,7 @@ class Hdf5Reader:
         self.path = path
 
     def entries(self) -> Iterator[Entry]:
-        with reading(str(self.path)), system_errors(self.path), self._open() as file:
+        with self._open() as file, reading(str(self.path)), system_errors(self.path):
             names = set(file)
             if any(name.endswith(SUFFIX) for name in names):
                 yield from self._datasets(file, names)
@@ -44,20 +44,26 @@ class Hdf5Reader:
     def where(self, entry: Entry) -> str:
         return f"{self.path}, {entry.place[0]}"
 
-    def read(self, entry: Entry) -> Arrays:
-        features, boxes = entry.place
-        where = f"{self.where(entry)}, image {entry.key},"
-        with reading(where), system_errors(self.path), self._open() as file:
-            array = file[features][()]
-            if features.endswith("/descriptors"):
-                array = array.T
-            points = None if boxes is None else file[boxes][()]
-            if points is not None and boxes.endswith("/keypoints"):
-                points = np.concatenate([points, points], axis=1)
-            return Arrays(array, points)
+    def read(self, entries: Iterable[Entry]) -> Iterator[Arrays]:
+        with self._open() as file:
+            for entry in entries:
+                where = f"{self.where(entry)}, image {entry.key},"
+                with reading(where), system_errors(self.path):
+                    arrays = self._arrays(file, *entry.place)
+                yield arrays
+
+    def _arrays(self, file: h5py.File, features: str, boxes: str | None) -> Arrays:
+        array = file[features][()]
+        if features.endswith("/descriptors"):
+            array = array.T
+        points = None if boxes is None else file[boxes][()]
+        if boxes is not None and boxes.endswith("/keypoints"):
+            points = np.concatenate([points, points], axis=1)
+        return Arrays(array, points)
 
     def _open(self) -> h5py.File:
-        return h5py.File(self.path, "r", locking=False)
+        with reading(str(self.path)), system_errors(self.path):
+            return h5py.File(self.path, "r", locking=False)
 
     def _datasets(self, file: h5py.File, names: set[str]) -> Iterator[Entry]:
         for name in file:

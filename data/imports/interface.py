@@ -1,12 +1,12 @@
 """What the reader of a format of imported features has to do.
 
-A reader first lists the images of a source, without their features. Then it reads the features of
+A reader first lists the images of a source, without their features. Then it reads the features,
 one image at a time. Therefore a source of any size needs little memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -54,6 +54,6 @@ class Reader(Protocol):
         """Return the file and the place in it, for messages."""
         ...
 
-    def read(self, entry: Entry) -> Arrays:
-        """Read the arrays of one image."""
+    def read(self, entries: Iterable[Entry]) -> Iterator[Arrays]:
+        """Yield the arrays of images, in that order."""
         ...

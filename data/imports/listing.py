@@ -6,15 +6,16 @@ faults that can be seen without the features are errors here, before anything is
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from data import DataError
 from data.image_formats import HEIC, SUFFIXES
-from data.imports.interface import Entry, Reader
+from data.imports.interface import Arrays, Entry, Reader
 from data.imports.rows import layout_of
 from data.sources import Image, Source, check_id, image_id, loose, read_json
 
@@ -48,6 +49,12 @@ class Imported:
         """Return the file, the place in it and the id of an image, for messages."""
         item = self.items[image.id]
         return f"{item.reader.where(item.entry)}, image {image.id}"
+
+    def read(self, images: Iterable[Image]) -> Iterator[tuple[Image, Arrays]]:
+        """Yield images with their arrays. Each source is opened once for consecutive images."""
+        for reader, group in itertools.groupby(images, lambda image: self.items[image.id].reader):
+            part = list(group)
+            yield from zip(part, reader.read(self.items[i.id].entry for i in part), strict=True)
 
 
 def list_images(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,15 @@ class LmdbReader:
     def where(self, entry: Entry) -> str:
         return f"{self.path}, key {entry.place[0].decode(errors='replace')}"
 
-    def read(self, entry: Entry) -> Arrays:
-        key, place = entry.place
-        where = self._where(key.decode(errors="replace"))
+    def read(self, entries: Iterable[Entry]) -> Iterator[Arrays]:
         with self._open() as transaction:
-            value = transaction.get(key)
-            if value is None:
-                raise DataError(f"{where} was removed while the database was read")
-            return numpy_arrays(entry._replace(place=place), io.BytesIO(value), where)
+            for entry in entries:
+                key, place = entry.place
+                where = self._where(key.decode(errors="replace"))
+                value = transaction.get(key)
+                if value is None:
+                    raise DataError(f"{where} was removed while the database was read")
+                yield numpy_arrays(entry._replace(place=place), io.BytesIO(value), where)
 
     def _where(self, key: str) -> str:
         return f"{self.path}, image {key},"

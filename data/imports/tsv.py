@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,15 +47,16 @@ class TsvReader:
     def where(self, entry: Entry) -> str:
         return f"{self.path}, line {entry.place.number}"
 
-    def read(self, entry: Entry) -> Arrays:
-        where = f"{self.where(entry)}, image {entry.key}"
+    def read(self, entries: Iterable[Entry]) -> Iterator[Arrays]:
         with open(self.path, "rb") as file:
-            file.seek(entry.place.offset)
-            columns = _columns(file.readline(LONGEST_LINE), where)
-        features, boxes = (_array(columns[name], name, where) for name in ("features", "boxes"))
-        if features.size != np.prod(entry.shape):
-            raise DataError(f"{where}: the file changed while it was read")
-        return Arrays(features.reshape(entry.shape), boxes.reshape(-1, 4))
+            for entry in entries:
+                where = f"{self.where(entry)}, image {entry.key}"
+                file.seek(entry.place.offset)
+                columns = _columns(file.readline(LONGEST_LINE), where)
+                features, boxes = (_array(columns[n], n, where) for n in ("features", "boxes"))
+                if features.size != np.prod(entry.shape):
+                    raise DataError(f"{where}: the file changed while it was read")
+                yield Arrays(features.reshape(entry.shape), boxes.reshape(-1, 4))
 
     def _entry(self, line: bytes, place: _Line) -> Entry:
         where = f"{self.path}, line {place.number}"
