@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import PIL
 import torch
+from PIL import ExifTags, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL import Image as PillowImage
-from PIL import ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from data import DataError
@@ -329,6 +329,20 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.n
     smooth = {"antialias": True} if mode in ("bilinear", "bicubic") else {}
     resized = torch.nn.functional.interpolate(image, size, mode=mode, **smooth)[0]
     return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
+
+
+def read_size(path: os.PathLike) -> tuple[int, int]:
+    """Return the (height, width) of an upright photograph without decoding it.
+
+    Raises DataError if Pillow cannot read its header.
+    """
+    try:
+        with PillowImage.open(path) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (UnidentifiedImageError, PillowImage.DecompressionBombError, ValueError) as error:
+        raise DataError(f"the size of {path} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def try_image(photograph: Photograph, framing: Framing) -> tuple[Photo | None, str]:

@@ -16,6 +16,7 @@ from pipeline.ask import AskConfig
 from pipeline.caption import CaptionConfig
 from pipeline.classify import ClassifyConfig
 from pipeline.cli import flag_of, options_of
+from pipeline.convert import ConvertConfig
 from pipeline.evaluate.config import EvaluateConfig
 from pipeline.export import ExportConfig
 from pipeline.extract import ExtractConfig
@@ -26,6 +27,7 @@ from pipeline.training.config import PRESETS, TrainConfig
 FOLDER = Path(__file__).parent
 COMMANDS = {
     "extract": (ExtractConfig, "Stage one: photographs to a cache of region features."),
+    "convert": (ConvertConfig, "Features of other programs to a cache."),
     "train": (TrainConfig, "Stage two: train a decoder over a cache."),
     "evaluate": (EvaluateConfig, "Score a checkpoint over a cache, or a file of captions."),
     "caption": (CaptionConfig, "Caption photographs with a checkpoint."),

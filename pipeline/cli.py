@@ -133,6 +133,8 @@ class Settings:
                     raise UserError(f"{flag} {value} has no option {name!r}")
                 check_bounds(options[name], option_value)
             if (registry := item.metadata.get("registry")) is not None:
+                if value is None and item.default is None:  # nothing is chosen
+                    continue
                 if value not in registry:
                     raise UserError(f"{flag} is {value!r}, not one of {', '.join(registry)}")
                 self.options(item.name)  # raises UserError for invalid options

@@ -42,7 +42,8 @@ def options_script():
 
 
 @pytest.mark.parametrize(
-    "name", ["extract", "train", "evaluate", "caption", "ask", "classify", "sweep", "export"]
+    "name",
+    ["extract", "convert", "train", "evaluate", "caption", "ask", "classify", "sweep", "export"],
 )
 def test_the_page_of_a_command_lists_the_options_that_it_has(name):
     written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")

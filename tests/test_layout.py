@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"extract", "train", "evaluate", "caption", "ask", "classify", "sweep", "export", "demo"}
+STAGES = {
+    *("extract", "convert", "train", "evaluate", "caption", "ask", "classify", "sweep", "export"),
+    "demo",
+}
 SHARED = {
     "cli",
     "runtime",

@@ -58,6 +58,10 @@ HOW_TO_ADD = (
     "re-run pipeline.extract over the split with the missing images (without --limit), with the "
     "same --out"
 )
+HOW_TO_IMPORT = (
+    "convert the sources with the missing images too (pipeline.convert); if the dataset has other "
+    "ids than the source, convert with --dataset"
+)
 
 
 class Rows(NamedTuple):
@@ -484,7 +488,9 @@ class FeatureCache:
             if image.id not in self._where:
                 absent.append(image.id)
                 continue
-            if not same_photograph(self._names[image.id], image.name):
+            # An imported cache may have only the id of an image in place of its file name.
+            name = self._names[image.id]
+            if "." in name and not same_photograph(name, image.name):
                 raise DataError(
                     f"image {image.id} is {self._names[image.id]} in {self.path} and "
                     f"{image.name} in the captions; the cache was made from other photographs: "
@@ -495,7 +501,7 @@ class FeatureCache:
             first = ", ".join(map(str, absent[:5]))
             raise DataError(
                 f"{len(absent):,} images are not in {self.path} ({len(self):,} images), such as "
-                f"{first}; {HOW_TO_ADD}; dialogues can do without (--text-only)"
+                f"{first}; {self._how_to_add()}; dialogues can do without (--text-only)"
             )
         if absent:
             raise DataError(self._why_absent(absent[0]))
@@ -510,7 +516,10 @@ class FeatureCache:
         if image_id in self.unreadable:
             record = self.unreadable[image_id]
             return f"image {image_id} ({record.file_name}) could not be read: {record.reason}"
-        return f"image {image_id} is not in {self.path} ({len(self)} images); {HOW_TO_ADD}"
+        return f"image {image_id} is not in {self.path} ({len(self)} images); {self._how_to_add()}"
+
+    def _how_to_add(self) -> str:
+        return HOW_TO_IMPORT if self.identity.get("regions") == "imported" else HOW_TO_ADD
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

@@ -86,6 +86,7 @@ class Checkpoint:
         parts = [
             self.identity.get("backbone"),
             self.identity["regions"],
+            self.identity.get("imported"),
             "x".join(map(str, grid)) if isinstance(grid, list) else "",
             f"({self.identity['weights']})" if "weights" in self.identity else "",
         ]

@@ -34,6 +34,13 @@ def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:
     folder: a cache or a checkpoint. Raises UserError for an unknown kind of regions.
     """
     kind = identity.get("regions")
+    if kind == "imported":
+        raise UserError(
+            f"{folder} was trained on features of another program (imported: "
+            f"{identity.get('imported')}), which cannot be computed here. So it cannot see new "
+            "photographs. Evaluate it over the cache that it was trained on, or train on features "
+            "of pipeline.extract"
+        )
     if kind not in REGIONS:
         raise UserError(
             f"{folder} needs regions of kind {kind!r}, which this version cannot compute from "

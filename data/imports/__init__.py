@@ -1,0 +1,1 @@
+"""Region features that other programs extracted: one reader per file format."""
