@@ -58,6 +58,7 @@ from pipeline.runtime import Machine, open_machine
     "--images", type=int, help="images per step, with five captions each  [50; 10 in fp32]"
 )
 @click.option("--rounds", type=int, help="timed rounds  [7; 3 in fp32]")
+@click.option("--dropout", "dropouts", multiple=True, default=(0.0, 0.1), help="may be repeated")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--compile", "compiled", is_flag=True, help="compile ours with torch.compile")
 @click.option("--ours-alone", is_flag=True, help="without the twin and Hugging Face's model")
@@ -66,12 +67,13 @@ def main(
     real: Path,
     images: int | None,
     rounds: int | None,
+    dropouts: tuple[float, ...],
     device: str,
     compiled: bool,
     ours_alone: bool,
     out: Path | None,
 ) -> None:
-    """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
+    """Time training steps with each dropout everywhere."""
     machine = open_machine(device)
     is_bf16 = machine.precision == "bf16"
     images = images or (50 if is_bf16 else 10)
@@ -85,10 +87,10 @@ def main(
         "longest": tokens.shape[2] - 2,
         **why_fp32(machine),
     }
-    for dropout in (0.0, 0.1):
+    for dropout in dropouts:
         measured = measure(tokens, dropout, rounds, machine, compiled, ours_alone)
         figures |= {
-            f"{name}{' (dropout 0.1)' if dropout else ''}": value
+            f"{name}{f' (dropout {dropout:g})' if dropout else ''}": value
             for name, value in measured.items()
         }
     report(figures, out)
