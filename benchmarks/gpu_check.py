@@ -35,6 +35,7 @@ import torch
 
 from benchmarks.measure import header
 from data.files import atomic_write_text
+from pipeline.cli import UserError
 
 TOTAL_SECONDS = 510  # for all parts; starting also takes time
 TEST_SECONDS = 210  # for the tests alone, so that they leave time for the benchmarks
@@ -101,17 +102,14 @@ class Result:
 def main(out: Path, only: tuple[str, ...], device: str) -> None:
     """Run all tests and benchmarks of the GPU, and write one JSON file and one table."""
     if device == "cuda" and not torch.cuda.is_available():
-        click.echo(
-            "Error: torch finds no CUDA device, so there is nothing to check; install a GPU driver "
-            "and a build of torch with CUDA (nvidia-smi and torch.version.cuda say which)",
-            err=True,
+        raise UserError(
+            "torch finds no CUDA device, so there is nothing to check; install a GPU driver and a "
+            "build of torch with CUDA (nvidia-smi and torch.version.cuda show what is installed)"
         )
-        sys.exit(2)
     parts = [*test_parts(device), *benchmark_parts(device)]
     parts = [part for part in parts if not only or any(text in part.name for text in only)]
     if not parts:
-        click.echo(f"Error: --only: no part contains {' or '.join(map(repr, only))}", err=True)
-        sys.exit(2)
+        raise UserError(f"--only: no part contains {' or '.join(map(repr, only))}")
     out.mkdir(parents=True, exist_ok=True)
     results = run_parts(parts, describe(device), out, 1 if device == "cuda" else CPU_FACTOR)
     click.echo((out / "gpu-check.md").read_text())
