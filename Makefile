@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-slow test-oldest fuzz install
+.PHONY: demo lint test test-slow test-oldest fuzz gpu-check install
 
 demo: install
 	$(BIN)/python -m pipeline.demo
@@ -27,6 +27,11 @@ test-oldest:
 
 fuzz: install
 	ONCEOVER_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q -s tests/test_fuzz.py
+
+# the tests that need a GPU and the benchmarks on it, in under nine minutes: docs/guide.md
+gpu-check: install
+	-$(BIN)/python -m pip install -e ".[bench]"
+	$(BIN)/python -m benchmarks.gpu_check
 
 install: .venv/installed
 

@@ -17,8 +17,6 @@ themselves, compared with captions of exactly 20 words.
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +28,8 @@ import torch
 from benchmarks.measure import (
     header,
     in_turn,
-    peak_above,
+    memory_alone,
+    peak_of,
     precisions,
     ratio,
     report,
@@ -85,6 +84,7 @@ SIZES = {"bf16": Sizes(400, 200, 50, (50, 100, 200)), "fp32": Sizes(50, 25, 5, (
     "--features", type=click.Path(exists=True, path_type=Path), help="the cache of --checkpoint"
 )
 @click.option("--rounds", default=3, help="timed rounds")
+@click.option("--ours-alone", is_flag=True, help="without the twin and Hugging Face's model")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 @click.option("--only-memory", is_flag=True, hidden=True)
@@ -92,6 +92,7 @@ def main(
     checkpoint: Path | None,
     features: Path | None,
     rounds: int,
+    ours_alone: bool,
     device: str,
     out: Path | None,
     only_memory: bool,
@@ -106,27 +107,29 @@ def main(
     figures_of: dict[int, dict[str, float]] = {}  # by number of threads
     for threads in sorted({1, cores}) if machine.device.type == "cpu" else [cores]:
         torch.set_num_threads(threads)
-        measured = figures_of[threads] = measure(machine, rounds)
-        figures |= {f"{name} ({threads} threads)": value for name, value in measured.items()}
+        measured = figures_of[threads] = measure(machine, rounds, ours_alone)
+        where = f" ({threads} threads)" if machine.device.type == "cpu" else ""
+        figures |= {f"{name}{where}": value for name, value in measured.items()}
     for name in figures_of[cores]:
         if name.startswith(("ratio_", "of_limit")):
             figures[name] = max(measured[name] for measured in figures_of.values())
-    if sys.platform == "linux":
-        command = [sys.executable, "-m", "benchmarks.decode", "--only-memory", "--device", "cpu"]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        figures["memory beyond the weights, batch 64, GB"] = float(result.stdout.split()[-1])
+    figures["memory beyond the weights, batch 64, GB"] = memory_alone(
+        lambda: peak_memory(machine), machine, "benchmarks.decode", "--only-memory"
+    )
     if checkpoint:
         figures |= trained(checkpoint, features, machine, rounds)
     report(figures, out)
 
 
-def measure(machine: Machine, rounds: int) -> dict[str, float]:
+def measure(machine: Machine, rounds: int, ours_alone: bool = False) -> dict[str, float]:
     """Return the images per second of each at its best batch size, and the ratios."""
     device = machine.device
     sizes = SIZES[machine.precision]
     captioner, twin = our_captioner().to(device).eval(), our_captioner().to(device).eval()
     cast_linears_to_bf16(captioner, machine)
-    peers = {precision: hugging_face().to(device).eval() for precision in precisions(machine)}
+    peers = {}
+    if not ours_alone:
+        peers = {precision: hugging_face().to(device).eval() for precision in precisions(machine)}
     regions = random_regions(sizes.ours)
     encoded = torch.randn(sizes.theirs, 49, 512, device=device)
 
@@ -164,12 +167,17 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
     best = dict.fromkeys(makers, sizes.batches[0])
     for name, make in makers.items() if len(sizes.batches) > 1 else ():
         candidates = {batch: make(batch) for batch in sizes.batches}
-        candidates[sizes.batches[0]]()  # warm-up
+        for (
+            work
+        ) in candidates.values():  # warm-up; on a GPU it captures the graph of each batch size
+            work()
         trial_seconds = {batch: seconds_of(work, wait) for batch, work in candidates.items()}
         best[name] = min(trial_seconds, key=trial_seconds.__getitem__)
-    works = {name: makers[name](batch) for name, batch in best.items()} | {"twin": plain_twin}
+    works = {name: makers[name](batch) for name, batch in best.items()}
+    others = {f"hf_{precision}": sizes.theirs for precision in peers}
+    if not ours_alone:
+        works["twin"], others["twin"] = plain_twin, sizes.twin
     seconds = in_turn(works, rounds, wait)
-    others = {**{f"hf_{precision}": sizes.theirs for precision in peers}, "twin": sizes.twin}
     for name, count in others.items():
         seconds[name] = [duration * sizes.ours / count for duration in seconds[name]]
     figures = {
@@ -179,7 +187,10 @@ def measure(machine: Machine, rounds: int) -> dict[str, float]:
         for name, durations in seconds.items()
     }
     figures |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in others}
-    figures["ratio_hf_fp32_with_encoder"] = ratio(seconds["hf_fp32"], seconds["ours_with_encoder"])
+    if peers:
+        figures["ratio_hf_fp32_with_encoder"] = ratio(
+            seconds["hf_fp32"], seconds["ours_with_encoder"]
+        )
     rows = best["ours"] * BEAMS
     max_rate = limit(
         [(rows, 512, 2048), (rows, 2048, 512), (rows, 512, 512), (rows, 512, WORDS)], machine
@@ -217,11 +228,16 @@ def peak_memory(machine: Machine) -> float:
 
     The memory of the weights and of a first search over one image is not included.
     """
-    captioner = our_captioner().eval()
+    captioner = our_captioner().to(machine.device).eval()
     cast_linears_to_bf16(captioner, machine)
     search = searcher(captioner, machine, FORCED)
-    search(encode(captioner, random_regions(1), machine))
-    return peak_above(lambda: search(encode(captioner, random_regions(64), machine)))
+
+    def run(images: int) -> object:
+        regions = Regions(*(part.to(machine.device) for part in random_regions(images)))
+        return search(encode(captioner, regions, machine))
+
+    run(1)
+    return peak_of(lambda: run(64), machine)
 
 
 def trained(

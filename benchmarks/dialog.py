@@ -133,7 +133,7 @@ def make_ranking(name: str, machine: Machine, count: int) -> Callable[[], Tensor
                 return candidate_log_p(decoder, memory, prompts, options)
             rows = []
             for number in range(len(prompts)):
-                copies = OPTIONS if name == "twin_image" else 1
+                copies = OPTIONS if name == "twin" else 1
                 own = Regions(*(part[image[number : number + 1]] for part in regions))
                 memory = decoder.encode(
                     Regions(*(part.repeat_interleave(copies, 0) for part in own))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from benchmarks.measure import header
+from benchmarks.measure import header, seconds_of
 from benchmarks.photographs import make_photographs
 from data import images as decoding
 from data.cache.claims import Claims
@@ -69,10 +69,21 @@ from pipeline.terminal import progress
     default=("mobilenetv2_100", "resnet50"),
     help="may be repeated",
 )
+@click.option("--passes", default=1, help="times that the stage reads the photographs")
+@click.option("--seconds", default=4.0, help="duration of a measurement of the forward pass")
+@click.option("--large", default=64, help="photographs of 2560x1920; 0: none")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(
-    real: Path, work: Path, count: int, names: tuple[str, ...], device: str, out: Path | None
+    real: Path,
+    work: Path,
+    count: int,
+    names: tuple[str, ...],
+    passes: int,
+    seconds: float,
+    large: int,
+    device: str,
+    out: Path | None,
 ) -> None:
     """Measure decoding, the forward pass and the whole stage."""
     machine = open_machine(device)
@@ -83,24 +94,42 @@ def main(
     report_header = header() | {"machine": str(machine), "torch": torch.__version__}
     click.echo(json.dumps(report_header))
     figures = [
-        measure(name, kind, paths, work, machine) for name in names for kind, paths in sets.items()
+        measure(name, kind, paths, work, machine, passes, seconds)
+        for name in names
+        for kind, paths in sets.items()
     ]
-    large, description = make_photographs(work / "large-64", 64, real, 2560, 1920)
-    figures += [reduced_scale(name, description, large, real, machine) for name in names]
+    if large:
+        paths, description = make_photographs(work / f"large-{large}", large, real, 2560, 1920)
+        figures += [reduced_scale(name, description, paths, real, machine) for name in names]
     if out:
         out.write_text(json.dumps({**report_header, "figures": figures}, indent=2) + "\n")
 
 
-def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machine) -> dict:
-    """Return the rates in photographs per second: of each part, of the stage, and of the bound."""
+def measure(
+    name: str,
+    kind: str,
+    paths: list[Path],
+    work: Path,
+    machine: Machine,
+    passes: int = 1,
+    forward_seconds: float = 4.0,
+) -> dict:
+    """Return the rates in photographs per second: of each part, of the stage, and of the bound.
+
+    passes: times that decoding and the stage read the photographs.
+    forward_seconds: duration of the measurement of the forward pass at each batch size.
+    """
     backbone = place_backbone(open_backbone(name, "random", {}), machine)
     identity = backbone.identity()
-    images = [Image(number, path.name, path, "all", ()) for number, path in enumerate(paths)]
+    images = [
+        Image(number, f"{number}-{path.name}", path, "all", ())
+        for number, path in enumerate(paths * passes)
+    ]
     recipe = Recipe(backbone, machine, identity, {}, 32, decoding_workers(None))
     gpu = machine.device.type == "cuda"
     figures: dict = {"backbone": name, "photographs": kind, "decode": rate(recipe, images)}
     forward_rates = {
-        batch: forward_rate(recipe, batch)
+        batch: forward_rate(recipe, batch, forward_seconds)
         for batch in ((32, 64, 128, 256) if gpu else (8, 16, 32, 64))
     }
     recipe.batch = figures["batch"] = max(forward_rates, key=forward_rates.get) if gpu else 32
@@ -108,12 +137,16 @@ def measure(name: str, kind: str, paths: list[Path], work: Path, machine: Machin
     cache = work / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
-    start = time.perf_counter()
-    with Claims(cache) as claims, progress(len(images), "images", name) as bar:
-        extract_shards(plan_shards(images, cache), claims, recipe, bar)
-    seconds = time.perf_counter() - start
-    figures["stage"] = len(images) / seconds
+
+    def stage() -> None:
+        with Claims(cache) as claims, progress(len(images), "images", name) as bar:
+            extract_shards(plan_shards(images, cache), claims, recipe, bar)
+
     if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    figures["stage"] = len(images) / seconds_of(stage)
+    if gpu:
+        figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         figures["write"] = write_rate(recipe, cache)
         figures["ceiling"] = min(figures["decode"], figures["forward"], figures["write"])
     else:

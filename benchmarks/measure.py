@@ -21,10 +21,10 @@ from pipeline.runtime import Machine
 
 
 def real_option(help: str) -> Callable:
-    """Return the option --real: the folder of real photographs and captions."""
+    """Return the option --real: the folder of real photographs, which may be absent."""
     return click.option(
         "--real",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        type=click.Path(file_okay=False, path_type=Path),
         envvar="ONCEOVER_REAL",
         default="../shared/real",
         help=help,

@@ -24,6 +24,7 @@ import torch
 from benchmarks.measure import (
     header,
     in_turn,
+    peak_of,
     precisions,
     ratio,
     real_option,
@@ -57,18 +58,22 @@ from pipeline.runtime import Machine, open_machine
     "--images", type=int, help="images per step, with five captions each  [50; 10 in fp32]"
 )
 @click.option("--rounds", type=int, help="timed rounds  [7; 3 in fp32]")
+@click.option("--dropout", "dropouts", multiple=True, default=(0.0, 0.1), help="may be repeated")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--compile", "compiled", is_flag=True, help="compile ours with torch.compile")
+@click.option("--ours-alone", is_flag=True, help="without the twin and Hugging Face's model")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(
     real: Path,
     images: int | None,
     rounds: int | None,
+    dropouts: tuple[float, ...],
     device: str,
     compiled: bool,
+    ours_alone: bool,
     out: Path | None,
 ) -> None:
-    """Time training steps with dropout 0, then with dropout 0.1 everywhere."""
+    """Time training steps with each dropout everywhere."""
     machine = open_machine(device)
     is_bf16 = machine.precision == "bf16"
     images = images or (50 if is_bf16 else 10)
@@ -82,36 +87,45 @@ def main(
         "longest": tokens.shape[2] - 2,
         **why_fp32(machine),
     }
-    for dropout in (0.0, 0.1):
-        measured = measure(tokens, dropout, rounds, machine, compiled)
+    for dropout in dropouts:
+        measured = measure(tokens, dropout, rounds, machine, compiled, ours_alone)
         figures |= {
-            f"{name}{' (dropout 0.1)' if dropout else ''}": value
+            f"{name}{f' (dropout {dropout:g})' if dropout else ''}": value
             for name, value in measured.items()
         }
     report(figures, out)
 
 
 def measure(
-    tokens: torch.Tensor, dropout: float, rounds: int, machine: Machine, compiled: bool
+    tokens: torch.Tensor,
+    dropout: float,
+    rounds: int,
+    machine: Machine,
+    compiled: bool,
+    ours_alone: bool = False,
 ) -> dict[str, object]:
-    """Return the captions per second of each implementation, and the ratios."""
+    """Return the captions per second of each implementation, the ratios, and on a GPU the peak
+    memory of a step above weights, optimizer state and gradients.
+    """
     device = machine.device
     images, captions = tokens.shape[0], tokens[:, :, 0].numel()
     regions_on_cpu = random_regions(images)
     regions = Regions(*(part.to(device) for part in regions_on_cpu))
     encoded, on_device = torch.randn(images, 49, 512, device=device), tokens.to(device)
     captioner, twin = (our_captioner(dropout).to(device) for _ in range(2))
-    peers = {precision: hugging_face(dropout).to(device) for precision in precisions(machine)}
+    peers = {}
+    if not ours_alone:
+        peers = {precision: hugging_face(dropout).to(device) for precision in precisions(machine)}
     ours = torch.compile(captioner, dynamic=True) if compiled else captioner
 
     def our_loss() -> torch.Tensor:
         loss, words = caption_loss(ours, regions, tokens, PAD)
         return loss / words
 
-    works = {
-        "ours": training_step(captioner, our_loss, machine),
-        "twin": training_step(twin, lambda: plain_loss(twin, regions, on_device), machine),
-    }
+    works = {"ours": training_step(captioner, our_loss, machine)}
+    if not ours_alone:
+        twin_loss = functools.partial(plain_loss, twin, regions, on_device)
+        works["twin"] = training_step(twin, twin_loss, machine)
     for precision, peer in peers.items():
         their_loss = functools.partial(hugging_face_loss, peer, encoded, on_device)
         works[f"hf_{precision}"] = training_step(
@@ -135,6 +149,8 @@ def measure(
         if name != "ours"
     }
     rate = median_rate(1, seconds["ours"]) * operations
+    if device.type == "cuda":
+        figures["ours, peak GB"] = peak_of(works["ours"], machine)
     return figures | {
         "operations a step, GFLOP": operations / 1e9,
         "operations a second, GFLOP/s": rate / 1e9,

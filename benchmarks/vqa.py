@@ -83,6 +83,7 @@ CONTENDERS = ("ours", "twin", "hf")
 @click.option("--dropout", default=0.1, help="dropout of all implementations")
 @click.option("--questions", default=5000, help="questions to answer from a cache; 0: none")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
+@click.option("--ours-alone", is_flag=True, help="without the twin and Hugging Face's model")
 @click.option("--out", type=click.Path(path_type=Path), help="also write the figures here, as JSON")
 @click.option("--only-memory", hidden=True)
 def main(
@@ -91,6 +92,7 @@ def main(
     dropout: float,
     questions: int,
     device: str,
+    ours_alone: bool,
     out: Path | None,
     only_memory: str | None,
 ) -> None:
@@ -108,8 +110,9 @@ def main(
         **why_fp32(machine),
     }
     for count in regions:
-        measured = measure(machine, make_batch(IMAGES, count), rounds, dropout)
-        for name in CONTENDERS:
+        names = CONTENDERS[:1] if ours_alone else CONTENDERS
+        measured = measure(machine, make_batch(IMAGES, count), rounds, dropout, names)
+        for name in names:
             measured[f"{name}, peak GB"] = memory(name, machine, count, dropout, 0)
         figures |= {f"{name} (R = {count})": value for name, value in measured.items()}
     if questions:
@@ -122,9 +125,15 @@ def main(
     report(figures, out)
 
 
-def measure(machine: Machine, batch: Batch, rounds: int, dropout: float) -> dict[str, object]:
-    """Return the questions per second of each implementation, and the ratios."""
-    works = {name: make_step(name, machine, batch, dropout) for name in CONTENDERS}
+def measure(
+    machine: Machine,
+    batch: Batch,
+    rounds: int,
+    dropout: float,
+    names: tuple[str, ...] = CONTENDERS,
+) -> dict[str, object]:
+    """Return the questions per second of the implementations `names`, and the ratios."""
+    works = {name: make_step(name, machine, batch, dropout) for name in names}
     seconds = in_turn(works, rounds, waiter(machine.device))
     rows = batch.texts * LONGEST
     max_rate = limit([(rows, 512, 2048), (rows, 2048, 512), (4096, 4096, 4096)], machine)
@@ -134,7 +143,7 @@ def measure(machine: Machine, batch: Batch, rounds: int, dropout: float) -> dict
         f"{name}, s a step": statistics.median(durations) for name, durations in seconds.items()
     }
     figures["ours, questions/s"] = median_rate(batch.texts, seconds["ours"])
-    figures |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in ("twin", "hf")}
+    figures |= {f"ratio_{name}": ratio(seconds[name], seconds["ours"]) for name in names[1:]}
     return figures | {
         "operations a step, GFLOP": operations / 1e9,
         "operations a second, GFLOP/s": rate / 1e9,

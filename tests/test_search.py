@@ -14,7 +14,6 @@ from models import ModelError
 from models.generation import beam_search as searching
 from models.generation import sampling
 from models.generation.beam_search import beam_search
-from models.generation.cuda_graph import BeamSearch
 from models.generation.ensemble import Ensemble
 from models.generation.generate import generate, generate_from_regions
 from models.generation.options import Generation
@@ -459,15 +458,6 @@ def test_diverse_groups_choose_as_a_plain_loop_would():
 def test_what_cannot_be_asked_for_is_an_error_that_names_it(names, what):
     with pytest.raises(ModelError, match=what):
         generate_from_regions(tiny(), some_regions(1), **names)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_search_finds_what_the_plain_one_finds():
-    captioner, options = tiny().cuda(), Generation(num_beams=3, max_length=7)
-    search = BeamSearch(captioner, options)
-    for seed in range(4):
-        memory = captioner.encode(Regions(*(part.cuda() for part in some_regions(5, seed=seed))))
-        assert torch.equal(search(memory).tokens, beam_search(captioner, memory, options).tokens)
 
 
 # ----------------------------------------------------------------------------------------- sampling
