@@ -301,7 +301,7 @@ GRID = 'decoder = ["pooled", "lstm"]'
         ('split = "val"\n', "exclude-ids = 'x'\n[train2]\n", "unknown key 'train2'"),
         # names of runs
         ('name = "wide"', 'name = "lstm"', "two runs have the name 'lstm'"),
-        ('name = "wide"', 'name = "LSTM"', "'lstm' and 'LSTM', which differ only in case"),
+        ('name = "wide"', 'name = "LSTM"', "'lstm' and 'LSTM', which some systems take as equal"),
         ('name = "wide"', 'name = "a/b"', "cannot be the name of a run"),
         ('name = "wide"', "name = 'a\\b'", "cannot be the name of a run"),
         ('name = "wide"', 'name = ".."', "cannot be the name of a run"),
