@@ -92,8 +92,11 @@ def check_decoding(training: TrainConfig, scoring: EvaluateConfig) -> None:
         )
     for name in ("consensus", "bad_words", "force_words"):  # checked with the vocabulary of the run
         given.pop(name, None)
-    defaults: dict[str, Any] = {"beam": training.beam, "length_penalty": training.length_penalty}
+    options: dict[str, Any] = {
+        "beam": training.beam,
+        "length_penalty": training.length_penalty,
+    } | given
     if scoring.sample:
-        del defaults["beam"]
+        del options["beam"]
     with by_option():
-        Generation(**{NAMES.get(name, name): value for name, value in (defaults | given).items()})
+        Generation(**{NAMES.get(name, name): value for name, value in options.items()})

@@ -182,7 +182,9 @@ def check_names(file: Path, names: Sequence[str]) -> None:
         if folder in FILES_BESIDE_RUNS:
             raise UserError(f"{file}: {name!r} is a file of the comparison, and no name of a run")
         if folder in seen:
-            differ = "" if seen[folder] == name else f" and {name!r}, which differ only in case"
+            differ = (
+                "" if seen[folder] == name else f" and {name!r}, which some systems take as equal"
+            )
             raise UserError(
                 f"{file}: two runs have the name {seen[folder]!r}{differ}; write them as [[runs]] "
                 "with different names"
