@@ -84,9 +84,8 @@ def main(config: ExportConfig) -> None:
                 size = human_bytes(path.stat().st_size)
                 say(f"{path.name}: {size}, outputs differ from ours by at most {difference:.1e}")
                 bar.step(1)
-        record = describe(checkpoint, backbone, graphs)
-        text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-        (temporary / RECORD).write_text(text, encoding="utf-8")
+        record = json.dumps(describe(checkpoint, backbone, graphs), ensure_ascii=False, indent=1)
+        (temporary / RECORD).write_text(record + "\n", encoding="utf-8")
     say(f"exported: {out}; the differences are shares of the largest value of each output")
 
 
