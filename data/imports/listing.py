@@ -68,8 +68,8 @@ def list_images(
 
     unit: one of BOX_UNITS.
     sizes: (height, width) by image id, for sources without sizes.
-    source, wanted: the dataset that has the images, and those of them to import; None: the ids
-        follow from the keys.
+    source, wanted: a dataset with the images, and those of its images to import. Without a dataset
+        the ids follow from the keys.
 
     Raises DataError for a duplicate or missing id, and for unequal numbers of channels.
     """
@@ -97,8 +97,9 @@ def list_images(
                 "remove one of them"
             )
         layout = layout_of(entry.shape, where)
-        boxes = "given" if entry.has_boxes and unit != "none" else "cells"
-        boxes = boxes if boxes == "given" or layout.grid else "none"
+        boxes = "cells" if layout.grid else "none"
+        if entry.has_boxes and unit != "none":
+            boxes = "given"
         first = first or (layout.channels, boxes, where)
         _check_equal(first, layout.channels, boxes, where)
         items[image.id] = Item(reader, entry, entry.size or sizes.get(image.id))
