@@ -614,6 +614,21 @@ def test_a_fault_in_a_later_shard_leaves_the_whole_shards_and_goes_on_when_corre
     assert len(FeatureCache(tmp_path / "cache")) == 5
 
 
+def test_a_damaged_shard_is_found_and_converted_again(tmp_path):
+    (source,) = write_tsv(tmp_path)
+    works(convert.main, source, "--out", tmp_path / "cache")
+    (shard,) = shard_paths(tmp_path / "cache")
+    whole = shard.read_bytes()
+    place = whole.index(PHOTOS[1].features.astype(np.float16).tobytes())
+    shard.write_bytes(whole[:place] + b"damage" + whole[place + 6 :])
+    result = run(extract.main, "--verify", tmp_path / "cache")
+    assert result.exit_code == 1 and f"image {IDS[1]}" in result.output
+    assert "remove them, and run the same pipeline.convert again" in result.output
+    shard.unlink()
+    works(convert.main, source, "--out", tmp_path / "cache")
+    works(extract.main, "--verify", tmp_path / "cache")
+
+
 def convert_slowly(arguments: list[str]) -> None:
     """pipeline.convert with shards of 4 images that each take a while."""
     shards.SHARD_IMAGES = 4
