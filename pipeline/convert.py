@@ -88,7 +88,7 @@ class ConvertConfig(SourceOptions):
     @property
     def feature_name(self) -> str:
         """What the features are: --name, else the name of the first SOURCE without suffix."""
-        return self.name or self.sources[0].resolve().name.partition(".")[0]
+        return self.name or self.sources[0].resolve().name.partition(".")[0] or "features"
 
 
 @dataclass(frozen=True)

@@ -520,6 +520,33 @@ def test_an_hdf5_image_without_boxes_among_images_with_boxes_is_an_error(tmp_pat
     assert "image 42 has 42_boxes, but no 42_features" in refused(convert.main, source, *sizes)
 
 
+def test_an_hdf5_group_without_features_is_an_error_and_not_left_out(tmp_path):
+    (source,) = write_groups(tmp_path)
+    for member in ("boxes", None):
+        with h5py.File(source, "a") as file:
+            group = file.require_group("db/43")
+            group.clear()
+            if member:
+                group[member] = PHOTOS[0].boxes
+        told = refused(convert.main, source, "--out", tmp_path / "cache")
+        assert f"{source}: the group of image db/43 has none of features" in told
+    with h5py.File(source, "a") as file:
+        del file["db"]
+        file["42/image_size"][:] = 0
+    assert "42/features, image 42: the size of the image is 0 x 0" in refused(convert.main, source)
+
+
+def test_an_image_may_have_no_regions_but_not_all_images(tmp_path):
+    (tmp_path / "feats").mkdir()
+    np.savez(tmp_path / "feats" / "1", feat=np.zeros((0, C), np.float32))
+    told = refused(convert.main, tmp_path / "feats", "--out", tmp_path / "cache")
+    assert "1.npz, image 1 and all other images have no regions" in told
+    np.savez(tmp_path / "feats" / "2", feat=PHOTOS[0].features)
+    works(convert.main, tmp_path / "feats", "--out", tmp_path / "cache")
+    features, _, count = FeatureCache(tmp_path / "cache")[1]
+    assert count == 0 and not features.any()
+
+
 def test_a_source_of_no_known_format_is_one_error(tmp_path):
     (tmp_path / "a.txt").write_text("features")
     for source, expected in (
@@ -585,6 +612,21 @@ def test_a_fault_in_a_later_shard_leaves_the_whole_shards_and_goes_on_when_corre
     write_tsv(tmp_path, [Photo(id_) for id_ in range(5)])
     assert "2 done; 3 rows" in works(convert.main, *at)
     assert len(FeatureCache(tmp_path / "cache")) == 5
+
+
+def test_a_damaged_shard_is_found_and_converted_again(tmp_path):
+    (source,) = write_tsv(tmp_path)
+    works(convert.main, source, "--out", tmp_path / "cache")
+    (shard,) = shard_paths(tmp_path / "cache")
+    whole = shard.read_bytes()
+    place = whole.index(PHOTOS[1].features.astype(np.float16).tobytes())
+    shard.write_bytes(whole[:place] + b"damage" + whole[place + 6 :])
+    result = run(extract.main, "--verify", tmp_path / "cache")
+    assert result.exit_code == 1 and f"image {IDS[1]}" in result.output
+    assert "remove them, and run the same pipeline.convert again" in result.output
+    shard.unlink()
+    works(convert.main, source, "--out", tmp_path / "cache")
+    works(extract.main, "--verify", tmp_path / "cache")
 
 
 def convert_slowly(arguments: list[str]) -> None:
@@ -669,7 +711,7 @@ def test_a_source_of_100_mb_needs_no_more_memory_than_one_of_20_mb(name, tmp_pat
         peaks.append(peak_memory(source, tmp_path / f"cache{images}", folder))
         assert len(FeatureCache(tmp_path / f"cache{images}")) == images
     print(f"{name}: peaks of {[f'{peak / 1e6:.1f} MB' for peak in peaks]}")
-    assert peaks[1] < 40e6 and peaks[1] - peaks[0] < 8e6, peaks
+    assert peaks[1] < 40e6 and peaks[1] - peaks[0] < 16e6, peaks
 
 
 def write_large(name: str, folder: Path, images: int) -> Path:

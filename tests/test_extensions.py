@@ -339,7 +339,7 @@ def test_a_decoder_over_an_imported_cache_trains_evaluates_and_captions_no_photo
         [rows],
         np.ones((count, 2)),
         [],
-        {"regions": "imported", "from": "elsewhere"},
+        {"regions": "elsewhere", "from": "afar"},
         {},
     )
     write_index(tmp_path / "cache")
@@ -363,9 +363,9 @@ def test_a_decoder_over_an_imported_cache_trains_evaluates_and_captions_no_photo
         "--features",
         tmp_path / "cache",
     )
-    assert load_checkpoint(tmp_path / "run").describe() == "imported"
+    assert load_checkpoint(tmp_path / "run").describe() == "elsewhere"
     message = refused(caption.main, images[0].path, "--checkpoint", tmp_path / "run")
-    assert "regions of kind 'imported'" in message and "Evaluate it over the cache" in message
+    assert "regions of kind 'elsewhere'" in message and "Evaluate it over the cache" in message
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -70,7 +70,11 @@ class FolderReader:
 
 def keys(folder: Path, suffix: str) -> Iterator[str]:
     """Yield the relative paths of the files with a suffix, without the suffix, in order."""
-    for place, folders, names in os.walk(folder):
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop):
         folders.sort()
         relative = Path(place).relative_to(folder)
         for name in sorted(names):

@@ -76,16 +76,20 @@ class Hdf5Reader:
                 yield Entry(key, (name, boxes), self._shape(file, name), boxes is not None)
 
     def _groups(self, group: h5py.Group, key: str) -> Iterator[Entry]:
+        """Yield the groups with features, at any depth. Raises DataError for a group with none."""
         features = next((name for name in FEATURES if name in group), None)
         if key and features is not None and isinstance(group[features], h5py.Dataset):
             yield self._group(group, key, features)
             return
-        for name in group:
-            # damaged or external links are left to the error of an empty source
-            if group.get(name, getclass=True, getlink=True) is h5py.HardLink:
-                member = group[name]
-                if isinstance(member, h5py.Group):
-                    yield from self._groups(member, f"{key}/{name}" if key else name)
+        members = (name for name in group if isinstance(group[name], h5py.Group))
+        empty = True
+        for name in members:
+            empty = False
+            yield from self._groups(group[name], f"{key}/{name}" if key else name)
+        if empty and key:
+            raise DataError(
+                f"{self.path}: the group of image {key} has none of {', '.join(FEATURES)}"
+            )
 
     def _group(self, group: h5py.Group, key: str, features: str) -> Entry:
         shape = self._shape(group, features)
@@ -103,6 +107,6 @@ class Hdf5Reader:
 
     def _shape(self, group: h5py.Group, name: str) -> tuple[int, ...]:
         data = group[name]
-        if not isinstance(data, h5py.Dataset):
-            raise DataError(f"{self.path}: {data.name} is not a dataset")
+        if not isinstance(data, h5py.Dataset) or data.shape is None:
+            raise DataError(f"{self.path}: {data.name} is not an array")
         return data.shape

@@ -68,14 +68,19 @@ def list_images(
 
     unit: one of BOX_UNITS.
     sizes: (height, width) by image id, for sources without sizes.
-    source, wanted: the dataset that has the images, and those of them to import; None: the ids
-        follow from the keys.
+    source, wanted: a dataset with the images, and those of its images to import. Without a dataset
+        the ids follow from the keys.
 
     Raises DataError for a duplicate or missing id, and for unequal numbers of channels.
     """
     listed = [(reader, entry) for reader in readers for entry in reader.entries()]
     if not listed:
-        raise DataError(f"{', '.join(str(reader.path) for reader in readers)}: no image found")
+        raise DataError(
+            f"{', '.join(str(reader.path) for reader in readers)}: no image found; "
+            "docs/guide.md has the names that each format needs"
+        )
+    for reader, entry in listed:
+        _check_entry(reader, entry)
     chosen = _match(listed, source, wanted) if source else map(_image_of_key, listed)
     images: list[Image] = []
     items: dict[int, Item] = {}
@@ -92,8 +97,9 @@ def list_images(
                 "remove one of them"
             )
         layout = layout_of(entry.shape, where)
-        boxes = "given" if entry.has_boxes and unit != "none" else "cells"
-        boxes = boxes if boxes == "given" or layout.grid else "none"
+        boxes = "cells" if layout.grid else "none"
+        if entry.has_boxes and unit != "none":
+            boxes = "given"
         first = first or (layout.channels, boxes, where)
         _check_equal(first, layout.channels, boxes, where)
         items[image.id] = Item(reader, entry, entry.size or sizes.get(image.id))
@@ -102,7 +108,25 @@ def list_images(
     if missing := [image for image in wanted if image.id not in items]:
         raise DataError(_missing_message(missing, wanted, readers))
     assert first is not None  # _match raises an error if no image is left
+    if not regions:
+        raise DataError(f"{first[2]} and all other images have no regions")
     return Imported(tuple(images), items, regions, first[0], first[1], len(listed) - len(images))
+
+
+def _check_entry(reader: Reader, entry: Entry) -> None:
+    """Raise DataError if the key or the size of an entry is invalid."""
+    if not entry.key.strip():
+        raise DataError(f"{reader.where(entry)} has no image id")
+    try:
+        entry.key.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{entry.key!r} in {reader.path} is not UTF-8; rename it") from error
+    if entry.size is not None and min(entry.size) < 1:
+        height, width = entry.size
+        raise DataError(
+            f"{reader.where(entry)}, image {entry.key}: the size of the image is {width} x "
+            f"{height} pixels"
+        )
 
 
 def _check_equal(first: tuple[int, str, str], channels: int, boxes: str, where: str) -> None:
@@ -139,9 +163,8 @@ def id_of_key(key: str) -> int:
     last, photograph = _without_suffix(key.rpartition("/")[2])
     if coco := COCO_NAME.fullmatch(last):
         return int(coco[1])
-    if last.isascii() and last.isdigit() and not photograph:
-        return check_id(int(last) if len(last) < 20 else last, f"image {key}")
-    return image_id(key)
+    is_number = last.isascii() and last.isdigit() and len(last) < 19
+    return int(last) if is_number and not photograph else image_id(key)
 
 
 def _without_suffix(name: str) -> tuple[str, bool]:
@@ -153,12 +176,6 @@ def _without_suffix(name: str) -> tuple[str, bool]:
 
 def _image_of_key(listed: tuple[Reader, Entry]) -> Image:
     reader, entry = listed
-    if not entry.key.strip():
-        raise DataError(f"{reader.where(entry)} has no image id")
-    try:
-        entry.key.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{reader.where(entry)}: its name is not UTF-8; rename it") from error
     return Image(id_of_key(entry.key), entry.key, reader.path, "all", ())
 
 

@@ -74,7 +74,7 @@ def row_of(
 
 def _as_float16(features: np.ndarray, where: str) -> np.ndarray:
     _check_real(features, "features", where)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         rounded = features.astype(np.float16)
     if np.isfinite(rounded).all():
         return rounded

@@ -66,8 +66,6 @@ class TsvReader:
         height, width, regions = (
             _number(columns[name], name, where) for name in ("image_h", "image_w", "num_boxes")
         )
-        if min(height, width) < 1:
-            raise DataError(f"{where}: the size of the image is {width} x {height} pixels")
         lengths = {name: _decoded_length(columns[name]) for name in ("features", "boxes")}
         if lengths["boxes"] != 16 * regions:
             raise DataError(

@@ -71,10 +71,11 @@ def verify_cache(path: Path) -> None:
     for line in itertools.chain.from_iterable(problems.values()):
         click.echo(line)
     if problems:
-        say(
-            f"{path}: {len(problems)} damaged files; run the same pipeline.extract again with "
-            "--repair"
-        )
+        advice = "run the same pipeline.extract again with --repair"
+        identity = most_common_identity(shard_paths(path)) or {}
+        if identity.get("regions") == "imported":
+            advice = "remove them, and run the same pipeline.convert again"
+        say(f"{path}: {len(problems)} damaged files; {advice}")
         sys.exit(1)
     say(f"{path}: {len(FeatureCache(path)):,} rows, all checksums are correct")
 
