@@ -19,7 +19,7 @@ from data.cache.writer import Shard, plan_retry, plan_shards, write_index
 from data.image_formats import HEIC, SUFFIXES
 from data.images import DECODE_PATH
 from data.sources import Image, Listing, Source
-from models.backbones.grid import BF16
+from models.backbones.network import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.extraction.backbone import (
     MAX_PIXELS_HELP,
@@ -68,7 +68,9 @@ class ExtractConfig(SourceOptions):
     pack: Path | None = setting(
         None, "only pack the cache in --out into one HDF5 file with this name"
     )
-    batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
+    batch: int | None = setting(
+        None, "images per forward pass  [grid: 32, detector: 8]", at_least=1, group="machine"
+    )
     workers: int | None = setting(
         None,
         "decoding threads (with a GPU: processes)  [one per core]",
@@ -218,7 +220,7 @@ def choose_recipe(config: ExtractConfig, machine: Machine, missing_ids: set[int]
         machine,
         backbone.identity(),
         provenance,
-        config.batch,
+        config.batch or backbone.batch,
         decoding_workers(config.workers),
         config.strict,
         frozenset(missing_ids),

@@ -11,8 +11,10 @@ that a reader maps them into memory without an HDF5 handle.
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
-    ..._VIEW                    features, boxes, counts and crc32 of each view in the provenance:
-                                flip, crop1, color1, ...
+    scores    [N,R]   float32   score of each region, 0 to 1  } only if the identity has `classes`
+    labels    [N,R]   int16     class of each region          }
+    ..._VIEW                    features, boxes, counts, crc32, scores and labels of each view in
+                                the provenance: flip, crop1, color1, ...
     attrs     format; identity, provenance, plan and unreadable (JSON); crc32 (of everything except
               `features`)
 
@@ -54,6 +56,7 @@ BROKEN = (
 HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file format, III.E)
 HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
+TABLE_TYPES = {"scores": np.float32, "labels": np.int16}  # with classes: [N,R] per view
 HOW_TO_ADD = (
     "re-run pipeline.extract over the split with the missing images (without --limit), with the "
     "same --out"
@@ -71,6 +74,17 @@ class Rows(NamedTuple):
     features: np.ndarray
     boxes: np.ndarray
     counts: np.ndarray
+
+
+class Detections(NamedTuple):
+    """What the regions of n images show, by a detector. Entries after `counts` are 0.
+
+    scores: [n,R] float32, 0 to 1.
+    labels: [n,R] int16, indices of the identity's `classes`; 0 is the background.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
 
 
 class NewerFormat(DataError):
@@ -101,10 +115,18 @@ def view_suffixes(views: Iterable[str]) -> tuple[str, ...]:
     return "", *(f"_{view}" for view in views)
 
 
-def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+def tables_of(identity: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the datasets with one value per region."""
+    return tuple(TABLE_TYPES) if "classes" in identity else ()
+
+
+def datasets_of(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of all datasets with one row per image."""
-    return *PER_IMAGE, *(
-        name + suffix for suffix in view_suffixes(views_of(provenance))[1:] for name in PER_VIEW
+    suffixes, tables = view_suffixes(views_of(provenance)), tables_of(identity)
+    return (
+        *PER_IMAGE,
+        *(name + suffix for suffix in suffixes[1:] for name in PER_VIEW),
+        *(name + suffix for suffix in suffixes for name in tables),
     )
 
 
@@ -313,6 +335,7 @@ class FeatureCache:
         self._files: list[Path] = []
         # features, boxes and counts by view (0: the original), then by file
         self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+        self._tables: list[dict[str, np.ndarray]] = []  # scores and labels, by file
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}
@@ -359,7 +382,9 @@ class FeatureCache:
                     f"{path} has no features{suffix}, which the other files of the cache have; "
                     "remove it and extract again"
                 )
-        _check_layout(path, file, len(ids), self.shape, self.views)
+        _check_layout(path, file, len(ids), self.shape, self.views, tables_of(self.identity))
+        if tables_of(self.identity):
+            self._tables.append({name: _map(file[name], path) for name in TABLE_TYPES})
         for maps, suffix in zip(self._maps, view_suffixes(self.views), strict=True):
             features = _map(file[f"features{suffix}"], path)
             boxes = _map(file[f"boxes{suffix}"], path)
@@ -438,6 +463,22 @@ class FeatureCache:
             arrays, row = sources[i]
             rows.boxes[i], rows.counts[i] = arrays[1][row], arrays[2][row]
         return rows
+
+    def detections(self, image_ids: Sequence[int]) -> Detections:
+        """Return scores and labels of the regions of `image_ids`, of the originals.
+
+        Raises DataError if the cache has no classes, and for an id that is not in the cache.
+        """
+        if not tables_of(self.identity):
+            raise DataError(f"{self.path} has no scores and labels, because no detector made it")
+        for image_id in image_ids:
+            self.require(image_id)
+        places = [self._where[image_id] for image_id in image_ids]
+        scores, labels = (
+            np.array([self._tables[file][name][row] for file, row in places], dtype)
+            for name, dtype in TABLE_TYPES.items()
+        )
+        return Detections(scores, labels)
 
     @property
     def feature_bytes(self) -> int:
@@ -528,7 +569,12 @@ def _shape_of(file: h5py.File) -> tuple[int, int]:
 
 
 def _check_layout(
-    path: Path, file: h5py.File, rows: int, shape: tuple[int, int], views: Iterable[str]
+    path: Path,
+    file: h5py.File,
+    rows: int,
+    shape: tuple[int, int],
+    views: Iterable[str],
+    tables: Sequence[str],
 ) -> None:
     """Check the types and shapes of a file's datasets. Raises DataError or ValueError."""
     regions, channels = shape
@@ -540,6 +586,8 @@ def _check_layout(
         expected[f"boxes{suffix}"] = "f4", (rows, regions, 4)
         expected[f"counts{suffix}"] = "i2", (rows,)
         expected[f"crc32{suffix}"] = "u4", (rows,)
+        for name in tables:
+            expected[f"{name}{suffix}"] = np.dtype(TABLE_TYPES[name]).str, (rows, regions)
     for name, (kind, size) in expected.items():
         if (file[name].dtype, file[name].shape) != (np.dtype(kind), size):
             raise ValueError(

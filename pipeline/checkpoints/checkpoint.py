@@ -84,6 +84,7 @@ class Checkpoint:
         """Describe the features in a few words, for messages."""
         grid = self.identity.get("grid")
         parts = [
+            self.identity.get("detector"),
             self.identity.get("backbone"),
             self.identity["regions"],
             "x".join(map(str, grid)) if isinstance(grid, list) else "",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.images import Framing
+from data.images import Framing, Pixels
 from models.backbones.interface import Backbone
 from models.regions import Regions
 from pipeline.checkpoints.tensors import save_tensors
@@ -43,11 +43,18 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
 
 
 def extract_regions(
-    backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None
+    backbone: Backbone, pixels: Pixels, machine: Machine, view_boxes: Tensor | None = None
 ) -> Regions:
-    """Compute the regions of photographs.
+    """Compute the regions of photographs; arguments as in `extract_with_tables`."""
+    return extract_with_tables(backbone, pixels, machine, view_boxes)[0]
 
-    pixels: [B,3,H,W] uint8.
+
+def extract_with_tables(
+    backbone: Backbone, pixels: Pixels, machine: Machine, view_boxes: Tensor | None = None
+) -> tuple[Regions, tuple[Tensor, ...]]:
+    """Compute the regions of photographs, and the values [B,R] of the backbone's `tables`.
+
+    pixels: [B,3,H,W] uint8, or B images [3,H,W] of different sizes.
     view_boxes: [B,4] on the CPU, the part of each photograph that the pixels show, x0 y0 x1 y1 in
         0..1; None: the whole photograph.
 
@@ -58,10 +65,14 @@ def extract_regions(
     ):
         view_boxes = None  # the pixels show whole photographs, so no cell has to be clipped
     with torch.inference_mode(), machine.autocast():
-        images = pixels.to(machine.device, non_blocking=True).contiguous(
-            memory_format=torch.channels_last
-        )
+        images: Pixels
+        if isinstance(pixels, Tensor):
+            images = pixels.to(machine.device, non_blocking=True).contiguous(
+                memory_format=torch.channels_last
+            )
+        else:
+            images = [image.to(machine.device, non_blocking=True) for image in pixels]
         if view_boxes is not None:
             view_boxes = view_boxes.to(machine.device, non_blocking=True)
-        regions = backbone(images, view_boxes)
-    return regions._replace(features=regions.features.half())
+        regions, tables = backbone.with_tables(images, view_boxes)
+    return regions._replace(features=regions.features.half()), tables

@@ -22,6 +22,7 @@ from torch import Tensor
 from data.images import RESIZES
 from models import ModelError
 from models.backbones.grid import GridBackbone
+from models.backbones.network import NetworkBackbone
 from models.backbones.registry import create_backbone, shapes_of_network
 from pipeline.checkpoints.hub import go_offline_if_hub_is_unreachable
 from pipeline.checkpoints.tensors import load_tensors, read_shapes
@@ -130,7 +131,7 @@ def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
     return open_backbone(name, weights, options.arguments, seed, size, grid, options.resize)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     """Read a state dict from a file of safetensors or torch.save.
 
     Files of torch.save cannot run code, because only tensors are loaded. Of a checkpoint with more
@@ -139,7 +140,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(
-            f"--weights {path}: no such file; pass a file, 'pretrained' (from the hub), 'package' "
+            f"{flag} {path}: no such file; pass a file, 'pretrained' (from the hub), 'package' "
             "or 'random'"
         )
     try:
@@ -149,23 +150,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
             raise UserError(
-                f"--weights {path} is neither safetensors nor a state dict of torch.save"
+                f"{flag} {path} is neither safetensors nor a state dict of torch.save"
             ) from error
         raise UserError(
-            f"--weights {path} is not a plain state dict: it holds Python objects beside tensors, "
+            f"{flag} {path} is not a plain state dict: it holds Python objects beside tensors, "
             "which are not loaded because they can run code. Save only the weights: "
             "torch.save(model.state_dict(), FILE), or safetensors"
         ) from error
     except Exception as error:  # torch.load raises many types of exceptions for damaged files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"--weights {path} is neither safetensors nor a state dict of torch.save: "
-            f"{lines[0][:200]}"
+            f"{flag} {path} is neither safetensors nor a state dict of torch.save: {lines[0][:200]}"
         ) from error
     candidates = dict(state_dicts(checkpoint))
     if not candidates:
         raise UserError(
-            f"--weights {path} has no state dict (tensors by name); save model.state_dict()"
+            f"{flag} {path} has no state dict (tensors by name); save model.state_dict()"
         )
     if len(candidates) == 1:
         return next(iter(candidates.values()))
@@ -174,7 +174,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if name in candidates:
             say(f"{path.name} {several}; {name} is used")
             return candidates[name]
-    raise UserError(f"--weights {path} {several}; save one of them in its own file")
+    raise UserError(f"{flag} {path} {several}; save one of them in its own file")
 
 
 def state_dicts(
@@ -239,29 +239,43 @@ def open_backbone(
         backbone.load(package_weights(backbone), "--weights package")
     elif weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        state_dict = read_weights(path)
-        tensors, prefix = backbone.without_prefix(state_dict)
-        others = [
-            key
-            for key in state_dict
-            if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
-        ]
-        if others:
-            say(
-                f"{path.name}: keys without the prefix {prefix!r} are left out: "
-                f"{', '.join(others[:3])} ({len(others)} in total)"
-            )
-        if prefix:
-            say(f"{path.name}: the prefix {prefix!r} was removed from its keys")
-        try:
-            left_out = backbone.load(tensors, f"--weights {path}")
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; pass the --backbone (and --backbone-arg) of these weights"
-            ) from error
-        if left_out:
-            say(f"{path.name}: the classifier is left out: {', '.join(left_out)}")
+        load_weights(
+            backbone, read_weights(path), path, "--weights", "--backbone (and --backbone-arg)"
+        )
     return backbone
+
+
+def load_weights(
+    backbone: NetworkBackbone,
+    state_dict: Mapping[str, Tensor],
+    path: Path,
+    flag: str,
+    model_flags: str,
+) -> None:
+    """Load the weights of a file, without the prefix of their keys. Messages say what is left out.
+
+    flag: the option of the file. model_flags: the options of the model, for messages.
+    Raises ModelError if the weights do not fit.
+    """
+    tensors, prefix = backbone.without_prefix(state_dict)
+    others = [
+        key
+        for key in state_dict
+        if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
+    ]
+    if others:
+        say(
+            f"{path.name}: keys without the prefix {prefix!r} are left out: "
+            f"{', '.join(others[:3])} ({len(others)} in total)"
+        )
+    if prefix:
+        say(f"{path.name}: the prefix {prefix!r} was removed from its keys")
+    try:
+        left_out = backbone.load(tensors, f"{flag} {path}")
+    except ModelError as error:
+        raise ModelError(f"{error}; pass the {model_flags} of these weights") from error
+    if left_out:
+        say(f"{path.name}: the classifier is left out: {', '.join(left_out)}")
 
 
 @contextlib.contextmanager

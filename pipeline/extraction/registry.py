@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from models.backbones.interface import Backbone
 from pipeline.cli import UserError
+from pipeline.extraction.detector import DetectorOptions, open_detector, restore_detector
 from pipeline.extraction.grid import GridOptions, open_grid, restore_backbone
 
 
@@ -25,7 +26,10 @@ class RegionsKind(NamedTuple):
     Options: type | None = None
 
 
-REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbone, GridOptions)}
+REGIONS: dict[str, RegionsKind] = {
+    "grid": RegionsKind(open_grid, restore_backbone, GridOptions),
+    "detector": RegionsKind(open_detector, restore_detector, DetectorOptions),
+}
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:

@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.cache.claims import Claims
-from data.cache.reader import Rows, Unreadable, iterate, views_of
+from data.cache.reader import TABLE_TYPES, Rows, Unreadable, iterate, views_of
 from data.cache.writer import Shard, stamp, write_shard
-from data.images import Framing, Photo, Photographs, stack, try_image
+from data.images import Framing, Photo, Photographs, Pixels, stack, try_image
 from data.sources import Image
 from models.backbones.interface import Backbone
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import extract_regions, framing_of
+from pipeline.extraction.backbone import extract_with_tables, framing_of
 from pipeline.extraction.views import view_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
@@ -55,13 +55,13 @@ class Work(NamedTuple):
 class Decoded(NamedTuple):
     """A decoded batch of photographs, of which n are readable.
 
-    pixels: [n,3,H,W] uint8.
+    pixels: [n,3,H,W] uint8, or n images [3,H,W] of different sizes.
     view_boxes: [n,4], the part of each photograph that the pixels show, x0 y0 x1 y1 in 0..1.
     originals: n sizes (height, width) of the files.
     reasons: for each photograph of the batch, why it is unreadable; "" if it is readable.
     """
 
-    pixels: Tensor
+    pixels: Pixels
     view_boxes: Tensor
     originals: list[tuple[int, int]]
     reasons: list[str]
@@ -102,18 +102,19 @@ class Recipe:
 class ShardRows:
     """The rows of a shard during its extraction.
 
-    rows: one `Rows` for the unchanged photographs, then one per view. The first `len(readable)`
-    entries of each are filled.
+    rows: for the unchanged photographs, then for each view: features, boxes, counts and the tables
+    of the backbone. The first `len(readable)` entries of each array are filled.
     """
 
     def __init__(self, shard: Shard, recipe: Recipe) -> None:
         images, cells, channels = len(shard.images), *recipe.shape
         self.shard = shard
         self.rows = [
-            Rows(
+            (
                 np.empty((images, cells, channels), np.float16),
                 np.empty((images, cells, 4), np.float32),
                 np.empty(images, np.int16),
+                *(np.empty((images, cells), TABLE_TYPES[name]) for name in recipe.backbone.tables),
             )
             for _ in ("", *recipe.views)
         ]
@@ -126,7 +127,8 @@ class ShardRows:
     ) -> None:
         """Add a batch. Raises UserError for an unreadable photograph if `strict`.
 
-        arrays: features, boxes and counts of the readable photographs, then those of each view.
+        arrays: features, boxes, counts and tables of the readable photographs, then those of each
+            view.
         """
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
@@ -144,7 +146,13 @@ class ShardRows:
 
     def write(self, recipe: Recipe) -> None:
         """Write the shard to its file."""
-        rows = [Rows(*(part[: len(self.readable)] for part in view)) for view in self.rows]
+        count = len(self.readable)
+        rows = [Rows(*(part[:count] for part in view[:3])) for view in self.rows]
+        names = recipe.backbone.tables
+        tables = [
+            {name: part[:count] for name, part in zip(names, view[3:], strict=True)}
+            for view in self.rows
+        ]
         write_shard(
             self.shard,
             self.readable,
@@ -153,6 +161,7 @@ class ShardRows:
             self.unreadable,
             recipe.identity,
             recipe.provenance,
+            tables,
         )
 
 
@@ -259,6 +268,7 @@ class _ByPath(Photographs):
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
     readable = [photo for photo, _ in photos if photo is not None]
+    pixels: Pixels
     if readable:
         pixels, view_boxes = stack(readable)
     else:
@@ -274,8 +284,8 @@ def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> De
 def _extract_batches(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Yield each batch with its rows: features [n,R,C] float16, boxes [n,R,4] and counts [n], for
-    the n readable photographs and then for each view of them.
+    """Yield each batch with its rows: features [n,R,C] float16, boxes [n,R,4], counts [n] and
+    tables [n,R], for the n readable photographs and then for each view of them.
     """
     gpu = recipe.machine.device.type == "cuda"
     pending: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
@@ -286,11 +296,13 @@ def _extract_batches(
         ]
         for view in ("", *recipe.views):
             pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, readable_ids)
-            tensors += (
-                extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes)
-                if len(pixels)
-                else _empty_regions(*recipe.shape)
-            )
+            if len(pixels):
+                regions, tables = extract_with_tables(
+                    recipe.backbone, pixels, recipe.machine, view_boxes
+                )
+                tensors += [*regions, *tables]
+            else:
+                tensors += _empty_regions(*recipe.shape, len(recipe.backbone.tables))
         copy_done = None
         if gpu:
             pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
@@ -307,12 +319,13 @@ def _extract_batches(
         yield _to_numpy(*pending.popleft())
 
 
-def _empty_regions(regions: int, channels: int) -> list[Tensor]:
-    """Features, boxes and counts of 0 images."""
+def _empty_regions(regions: int, channels: int, tables: int) -> list[Tensor]:
+    """Features, boxes, counts and tables of 0 images."""
     return [
         torch.empty(0, regions, channels, dtype=torch.float16),
         torch.empty(0, regions, 4),
         torch.empty(0),
+        *(torch.empty(0, regions) for _ in range(tables)),
     ]
 
 
