@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 
+from data.boxes import read_boxes
 from data.cache.claims import Claims, sweep
 from data.cache.reader import FeatureCache, cache_header, differences, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
@@ -26,6 +27,8 @@ from pipeline.extraction.backbone import (
     keep_backbone,
     place_backbone,
 )
+from pipeline.extraction.detector import use_given_boxes
+from pipeline.extraction.drawing import show_regions
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
 from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
@@ -65,6 +68,11 @@ class ExtractConfig(SourceOptions):
         "only check every row of this cache, and list damaged rows; the exit code is then 1",
     )
     inspect: Path | None = setting(None, "only show the contents of this cache")
+    show: Path | None = setting(
+        None,
+        "with --inspect: draw the regions on photographs of --dataset and --root, into this new "
+        "folder; 20 photographs, or --limit",
+    )
     pack: Path | None = setting(
         None, "only pack the cache in --out into one HDF5 file with this name"
     )
@@ -86,6 +94,11 @@ class ExtractConfig(SourceOptions):
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
     seed: int = setting(0, "random seed for --weights random", group="machine")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.show and not self.inspect:
+            raise UserError("--show draws the regions of a cache; pass --inspect CACHE too")
 
     @property
     def retry_all(self) -> bool:
@@ -110,7 +123,7 @@ def main(config: ExtractConfig) -> None:
     source = open_photographs(config)
     images = source.select(config.split)[: config.limit]
     missing_ids = missing_photographs(source, images, config.allow_missing)
-    recipe = choose_recipe(config, machine, missing_ids)
+    recipe = choose_recipe(config, machine, images, missing_ids)
     if config.repair:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
@@ -170,6 +183,9 @@ def maintain(config: ExtractConfig, cache: Path) -> None:
         verify_cache(config.verify)
     if config.inspect:
         inspect_cache(config.inspect)
+    if config.show:
+        assert config.inspect is not None  # checked by the configuration
+        show_regions(config.inspect, config.open_source(), config.show, config.limit)
     if config.pack:
         pack_cache(cache, config.pack)
 
@@ -210,10 +226,17 @@ def similar_hint(similar: Sequence[str]) -> str:
     return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
-def choose_recipe(config: ExtractConfig, machine: Machine, missing_ids: set[int]) -> Recipe:
+def choose_recipe(
+    config: ExtractConfig, machine: Machine, images: Sequence[Image], missing_ids: set[int]
+) -> Recipe:
     """Open the backbone and collect everything that determines the rows of the cache."""
     views = parse_views(config.views)
-    backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
+    options = config.options("regions")
+    backbone = REGIONS[config.regions].open(options, config.dataset, config.seed)
+    if file := getattr(options, "boxes", None):
+        if views:
+            raise UserError("--boxes are boxes of whole photographs; leave out --views")
+        backbone = use_given_boxes(backbone, read_boxes(file, images))
     provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
     return Recipe(
         place_backbone(backbone, machine),

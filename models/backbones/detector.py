@@ -6,7 +6,7 @@ proposal, before the two predictors. Its box is the detector's final box.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -140,7 +140,10 @@ class Detector(NetworkBackbone):
         return self.with_tables(pixels, view_boxes)[0]
 
     def with_tables(
-        self, pixels: Pixels, view_boxes: Tensor | None = None
+        self,
+        pixels: Pixels,
+        view_boxes: Tensor | None = None,
+        image_ids: Sequence[int] | None = None,
     ) -> tuple[Regions, tuple[Tensor, ...]]:
         """Return the regions, and scores [B,R] float32 and labels [B,R] int64 of the regions."""
         images = [self._transform(image) for image in pixels]
@@ -155,7 +158,9 @@ class Detector(NetworkBackbone):
         counts = [0] * count
         for (_, height, width), numbers in groups.items():
             scale = torch.tensor([width, height] * 2, device=device)
-            found = self._detect(torch.stack([images[number] for number in numbers]))
+            group = torch.stack([images[number] for number in numbers])
+            ids = None if image_ids is None else [image_ids[number] for number in numbers]
+            found = self._detect(group, ids)
             for number, detections in zip(numbers, found, strict=True):
                 n = counts[number] = len(detections.boxes)
                 features[number, :n] = detections.vectors
@@ -171,12 +176,16 @@ class Detector(NetworkBackbone):
         transform = self.rcnn.transform
         return transform.resize(transform.normalize(image.float() / 255))[0]
 
-    def _detect(self, images: Tensor) -> list[Detections]:
+    def _feature_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Padded images [B,3,H,W] of the transform, and their feature maps by level."""
+        padded = self.rcnn.transform.batch_images(list(images), self.rcnn.transform.size_divisible)
+        return padded, {name: map.float() for name, map in self.rcnn.backbone(padded).items()}
+
+    def _detect(self, images: Tensor, image_ids: Sequence[int] | None) -> list[Detections]:
         """The detections of images [B,3,H,W] of the transform."""
         size = (images.shape[2], images.shape[3])
-        padded = self.rcnn.transform.batch_images(list(images), self.rcnn.transform.size_divisible)
+        padded, feature_maps = self._feature_maps(images)
         inputs = ImageList(padded, [size] * len(images))
-        feature_maps = {name: map.float() for name, map in self.rcnn.backbone(padded).items()}
         proposals, _ = self.rcnn.rpn(inputs, feature_maps)
         vectors = self._vectors(feature_maps, proposals, size)
         heads = self.rcnn.roi_heads
@@ -252,6 +261,53 @@ class Detector(NetworkBackbone):
             return boxes.clamp(0, 1)
         start, end = view_boxes[number, :2].repeat(2), view_boxes[number, 2:].repeat(2)
         return (start + boxes * (end - start)).clamp(0, 1)
+
+
+class BoxedDetector(Detector):
+    """A detector that computes the features of given boxes, in place of its own detections.
+
+    boxes: by image id, boxes [n,4] in 0..1 of the photograph, their scores [n] and labels [n]. An
+        image with n = 0 is one region: the whole image, with label 0 and score 0.
+    digest: digest of the boxes.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        boxes: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+        classes: Sequence[str],
+        digest: str,
+    ) -> None:
+        super().__init__(detector.architecture, detector.rcnn, detector.classes)
+        self.given, self.classes, self.boxes_digest = boxes, tuple(classes), digest
+        self.largest = max(1, *(len(each[0]) for each in boxes.values()))
+        self.from_hub = detector.from_hub
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.largest, self.channels
+
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        for name in asdict(self.selection):
+            del identity[name]
+        return identity | {"boxes": self.boxes_digest, "max_regions": self.largest}
+
+    def _detect(self, images: Tensor, image_ids: Sequence[int] | None) -> list[Detections]:
+        assert image_ids is not None
+        size = (images.shape[2], images.shape[3])
+        _, feature_maps = self._feature_maps(images)
+        scale = torch.tensor([size[1], size[0]] * 2, device=images.device)
+        detections = []
+        for number, image_id in enumerate(image_ids):
+            maps = {name: map[number : number + 1] for name, map in feature_maps.items()}
+            boxes, scores, labels = (part.to(images.device) for part in self.given[image_id])
+            if not len(boxes):
+                detections.append(self._whole_image(maps, size))
+                continue
+            vectors = self._vectors(maps, [boxes * scale], size)
+            detections.append(Detections(vectors, boxes * scale, scores, labels))
+        return detections
 
 
 def class_names(count: int) -> list[str]:

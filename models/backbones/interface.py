@@ -58,9 +58,16 @@ class Backbone(nn.Module, ABC):
         """
 
     def with_tables(
-        self, pixels: Pixels, view_boxes: Tensor | None = None
+        self,
+        pixels: Pixels,
+        view_boxes: Tensor | None = None,
+        image_ids: Sequence[int] | None = None,
     ) -> tuple[Regions, tuple[Tensor, ...]]:
-        """Compute the regions, and the values [B,R] of `tables`. Arguments as in `forward`."""
+        """Compute the regions, and the values [B,R] of `tables`.
+
+        image_ids: the B ids of the images, for a backbone with given boxes. Other arguments as in
+            `forward`.
+        """
         return self(pixels, view_boxes), ()
 
     def weights(self) -> Mapping[str, Tensor]:

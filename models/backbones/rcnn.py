@@ -30,6 +30,7 @@ SIZES = 800, 1333  # torchvision's sizes of the shorter and of the longer side
 PREDICTOR = "roi_heads.box_predictor.cls_score.weight"  # [classes, channels]
 PYRAMID = "backbone.fpn.inner_blocks.0.0.weight"  # [width, channels of the first feature map,1,1]
 ANCHOR_STRIDES = 8  # the side of the anchors of a feature map, in strides of the map
+PROPOSALS = 300  # per image, over timm models (Ren et al. 2015)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def _build_over_timm(architecture: Architecture, pretrained: bool) -> Generalize
         image_mean=body.mean,
         image_std=body.std,
         rpn_anchor_generator=AnchorGenerator(tuple(sides), ((0.5, 1.0, 2.0),) * len(sides)),
+        rpn_post_nms_top_n_test=PROPOSALS,
         box_roi_pool=pool,
         box_head=TwoMLPHead(architecture.width * 7**2, architecture.channels),
         box_predictor=FastRCNNPredictor(architecture.channels, architecture.classes),

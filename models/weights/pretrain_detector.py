@@ -155,10 +155,10 @@ def write_weights(network: nn.Module, path: Path, about: dict) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--steps", default=900, help="Batches to train on.")
+@click.option("--steps", default=800, help="Batches to train on.")
 @click.option("--minutes", default=60.0, help="Stop after this time of the processor.")
-@click.option("--batch", default=16, help="Scenes a step.")
-@click.option("--rate", default=1.5e-3, help="Largest learning rate.")
+@click.option("--batch", default=8, help="Scenes a step.")
+@click.option("--rate", default=1.2e-3, help="Largest learning rate.")
 @click.option("--seed", default=0, help="Of the scenes and of the first weights.")
 @click.option("--held-out", default=300, help="Scenes to measure on.")
 @click.option(

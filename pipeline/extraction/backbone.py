@@ -5,6 +5,7 @@ Extraction and captioning both call `extract_regions`, so they compute the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,13 +51,18 @@ def extract_regions(
 
 
 def extract_with_tables(
-    backbone: Backbone, pixels: Pixels, machine: Machine, view_boxes: Tensor | None = None
+    backbone: Backbone,
+    pixels: Pixels,
+    machine: Machine,
+    view_boxes: Tensor | None = None,
+    image_ids: Sequence[int] | None = None,
 ) -> tuple[Regions, tuple[Tensor, ...]]:
     """Compute the regions of photographs, and the values [B,R] of the backbone's `tables`.
 
     pixels: [B,3,H,W] uint8, or B images [3,H,W] of different sizes.
     view_boxes: [B,4] on the CPU, the part of each photograph that the pixels show, x0 y0 x1 y1 in
         0..1; None: the whole photograph.
+    image_ids: as in Backbone.with_tables.
 
     Returns regions on the machine's device with features [B,R,C] float16, as a cache stores them.
     """
@@ -74,5 +80,5 @@ def extract_with_tables(
             images = [image.to(machine.device, non_blocking=True) for image in pixels]
         if view_boxes is not None:
             view_boxes = view_boxes.to(machine.device, non_blocking=True)
-        regions, tables = backbone.with_tables(images, view_boxes)
+        regions, tables = backbone.with_tables(images, view_boxes, image_ids)
     return regions._replace(features=regions.features.half()), tables

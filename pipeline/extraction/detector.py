@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from data.boxes import GivenBoxes
 from models import ModelError
-from models.backbones.detector import Detector, Selection, new_detector
+from models.backbones.detector import BoxedDetector, Detector, Selection, new_detector
 from models.backbones.rcnn import (
     Architecture,
     build_rcnn,
@@ -78,6 +79,13 @@ class DetectorOptions:
             "help": "maximum number of regions of an image",
             "at_least": 1,
             "at_most": MAX_COUNT,
+        },
+    )
+    boxes: Path | None = field(
+        default=None,
+        metadata={
+            "help": "extract the features of the boxes in this file (COCO's annotation format), in "
+            "place of detections"
         },
     )
 
@@ -157,6 +165,15 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
     model_flag = "--detector, or the --detector-backbone,"
     load_weights(detector, state_dict, path, "--detector-weights", model_flag)
     return detector
+
+
+def use_given_boxes(detector: Detector, boxes: GivenBoxes) -> BoxedDetector:
+    """Return a detector that computes the features of given boxes."""
+    tensors = {
+        image_id: tuple(map(torch.from_numpy, (each.boxes, each.scores, each.labels)))
+        for image_id, each in boxes.by_id.items()
+    }
+    return BoxedDetector(detector, tensors, boxes.classes, boxes.digest)  # type: ignore[arg-type]
 
 
 def _with_flags(message: str) -> str:
@@ -255,6 +272,11 @@ def restore_detector(folder: Path, identity: Mapping[str, Any]) -> Detector:
 
     Raises UserError if the weights do not have the digest in `identity`.
     """
+    if "boxes" in identity:
+        raise UserError(
+            f"{folder} needs the features of given boxes (--boxes), which a photograph alone does "
+            "not have. Evaluate it over the cache that it was trained on"
+        )
     check_identity(f"{folder}/config.json", identity)
     file = folder / "backbone.safetensors"
     from_hub, classes = not file.exists(), identity["classes"]

@@ -298,7 +298,7 @@ def _extract_batches(
             pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, readable_ids)
             if len(pixels):
                 regions, tables = extract_with_tables(
-                    recipe.backbone, pixels, recipe.machine, view_boxes
+                    recipe.backbone, pixels, recipe.machine, view_boxes, readable_ids
                 )
                 tensors += [*regions, *tables]
             else:
