@@ -39,17 +39,14 @@ class ImageBoxes(NamedTuple):
 class GivenBoxes(NamedTuple):
     """The boxes of a dataset's photographs.
 
-    by_id: by image id. classes: names of the labels; 0 is "background". digest: of the content.
+    by_id: by image id. classes: names of the labels; 0 is "background". digest: of the file.
+    largest: the largest number of boxes of an image in the file, at least 1.
     """
 
     by_id: Mapping[int, ImageBoxes]
     classes: tuple[str, ...]
     digest: str
-
-    @property
-    def largest(self) -> int:
-        """The largest number of boxes of an image, at least 1."""
-        return max(1, *(len(each.boxes) for each in self.by_id.values()))
+    largest: int
 
 
 def read_boxes(file: Path, images: Sequence[Image]) -> GivenBoxes:
@@ -80,9 +77,10 @@ def read_boxes(file: Path, images: Sequence[Image]) -> GivenBoxes:
     for number, entry in enumerate(content["images"]):
         where = f"{file}: images[{number}]"
         name = check_name(entry.get("file_name"), where)
-        size = entry.get("height"), entry.get("width")
-        if not all(type(side) is int and side > 0 for side in size):
-            raise DataError(f"{where}: width and height are {size[::-1]}, not lengths in pixels")
+        size = (
+            _pixels(entry.get("height"), "height", where),
+            _pixels(entry.get("width"), "width", where),
+        )
         image = check_id(entry.get("id"), where)
         if image in by_id:
             raise DataError(f"{where}: id {image} occurs twice")
@@ -90,19 +88,23 @@ def read_boxes(file: Path, images: Sequence[Image]) -> GivenBoxes:
     if annotations:
         raise DataError(f"{file}: annotations of image {next(iter(annotations))}, not in images")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return GivenBoxes(_of_images(file, images, by_id), classes, digest)
+    largest = max([1, *(len(boxes.boxes) for _, boxes in by_id.values())])
+    return GivenBoxes(_of_images(file, images, by_id), classes, digest, largest)
 
 
 def _image_boxes(
-    file: Path, entries: Sequence[dict], labels: Mapping[Any, int], size: Any
+    file: Path, entries: Sequence[dict], labels: Mapping[Any, int], size: tuple[int, int]
 ) -> ImageBoxes:
     height, width = size
     boxes, scores, numbers = [], [], []
     for entry in entries:
         box, score = entry.get("bbox"), entry.get("score", 1.0)
         where = f"{file}: annotation of image {entry['image_id']}"
-        is_box = isinstance(box, list) and len(box) == 4
-        if not is_box or not all(_is_number(value) for value in (*box, score)):
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or not all(_is_number(value) for value in (*box, score))
+        ):
             raise DataError(f"{where}: bbox is {box} and score {score}; bbox must be 4 numbers")
         x, y, w, h = box
         if w <= 0 or h <= 0 or x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
@@ -126,6 +128,12 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _pixels(value: Any, name: str, where: str) -> int:
+    if type(value) is not int or value <= 0:
+        raise DataError(f"{where}: {name} is {value}, not a length in pixels")
+    return value
+
+
 def _of_images(
     file: Path, images: Sequence[Image], by_id: Mapping[int, tuple[str, ImageBoxes]]
 ) -> dict[int, ImageBoxes]:
@@ -134,10 +142,10 @@ def _of_images(
         by_name[name.rpartition("/")[2]].append(boxes)
     result, missing = {}, []
     for image in images:
-        name, boxes = by_id.get(image.id, ("", None))
+        with_id = by_id.get(image.id)
         same_name = by_name.get(image.name.rpartition("/")[2], [])
-        if boxes is not None and same_photograph(name, image.name):
-            result[image.id] = boxes
+        if with_id is not None and same_photograph(with_id[0], image.name):
+            result[image.id] = with_id[1]
         elif len(same_name) == 1:
             result[image.id] = same_name[0]
         else:

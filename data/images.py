@@ -67,6 +67,7 @@ class Framing:
         nothing. Then `size` only limits the reduced scale at which a large JPEG is decoded.
     max_pixels: a photograph of more pixels is unreadable; None: Pillow's limit. Decoding takes up
         to 9 bytes per pixel.
+    more: further inputs from the same photograph, for several kinds of regions side by side.
     """
 
     size: tuple[int, int]
@@ -74,6 +75,7 @@ class Framing:
     resize: str = "stretch"
     fill: tuple[int, int, int] = (0, 0, 0)
     max_pixels: int | None = None
+    more: tuple[Framing, ...] = ()
 
 
 class Photo(NamedTuple):
@@ -83,11 +85,13 @@ class Photo(NamedTuple):
     original: (height, width) of the upright original.
     frame: the part of the original that the pixels show: x0 y0 x1 y1, relative to its width and
         height; outside 0..1 where the input is filled.
+    more: the further inputs of `Framing.more`.
     """
 
     pixels: np.ndarray
     original: tuple[int, int]
     frame: tuple[float, float, float, float]
+    more: tuple[Photo, ...] = ()
 
 
 Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
@@ -224,7 +228,7 @@ def _upright(
     limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise PillowImage.DecompressionBombError(f"{width * height} pixels")
-    needed = GAP * max(framing.size)
+    needed = GAP * max(side for each in (framing, *framing.more) for side in each.size)
     if not keep and min(width, height) >= 2 * needed:
         opened.draft(None, (needed, needed))  # has an effect on JPEGs only
     transparent, decoded = _transparent(opened), opened.size
@@ -297,6 +301,11 @@ def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image
 
 
 def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
+    more = tuple(_frame_one(photo, original, each) for each in framing.more)
+    return _frame_one(photo, original, framing)._replace(more=more)
+
+
+def _frame_one(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
     (height, width), pixels = framing.size, np.asarray(photo)
     h, w = pixels.shape[:2]
     if framing.resize == ORIGINAL:
@@ -369,3 +378,9 @@ def stack(photos: Sequence[Photo]) -> tuple[Pixels, torch.Tensor]:
         return [torch.from_numpy(np.ascontiguousarray(photo.pixels)) for photo in photos], frames
     pixels = np.stack([photo.pixels.transpose(1, 2, 0) for photo in photos])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), frames
+
+
+def stack_inputs(photos: Sequence[Photo]) -> list[tuple[Pixels, torch.Tensor]]:
+    """Stack each input of photographs: the first one, then those of `Photo.more`."""
+    inputs = zip(*((photo, *photo.more) for photo in photos), strict=True)
+    return [stack(list(each)) for each in inputs]

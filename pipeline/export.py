@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.cache.no_features import NoFeatures
 from data.files import atomic_write_text
+from data.images import ORIGINAL
 from data.vocabulary import BOS
 from models.backbones.interface import Backbone
 from models.export import Begin, Encoder, Photographs, Step
@@ -85,6 +86,13 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"{out} contains a checkpoint; pass another --out")
     with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
     backbone = restore(folder, checkpoint.identity) if with_backbone else None
+    if checkpoint.captioner.config.more_channels:
+        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
+    if backbone is not None and backbone.framing().get("resize") == ORIGINAL:
+        raise UserError(
+            f"{folder} uses regions of a detector, which are not exported: their number differs "
+            "between images. Pass --no-backbone to export the decoder alone"
+        )
     graphs = make_graphs(checkpoint, backbone)
     out.mkdir(parents=True, exist_ok=True)
     with progress(len(graphs), "graphs", "export") as bar:

@@ -15,7 +15,7 @@ import torchvision
 
 from data.boxes import read_boxes
 from data.cache.claims import Claims, sweep
-from data.cache.reader import FeatureCache, cache_header, differences, shard_paths
+from data.cache.reader import FeatureCache, cache_header, differences, kinds_of, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
 from data.image_formats import HEIC, SUFFIXES
 from data.images import DECODE_PATH
@@ -27,10 +27,9 @@ from pipeline.extraction.backbone import (
     keep_backbone,
     place_backbone,
 )
-from pipeline.extraction.detector import use_given_boxes
 from pipeline.extraction.drawing import show_regions
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
-from pipeline.extraction.registry import REGIONS
+from pipeline.extraction.registry import REGIONS, with_given_boxes
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.extraction.views import parse_views
 from pipeline.runtime import Machine, check_free_space, open_machine
@@ -236,7 +235,7 @@ def choose_recipe(
     if file := getattr(options, "boxes", None):
         if views:
             raise UserError("--boxes are boxes of whole photographs; leave out --views")
-        backbone = use_given_boxes(backbone, read_boxes(file, images))
+        backbone = with_given_boxes(backbone, read_boxes(file, images))
     provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
     return Recipe(
         place_backbone(backbone, machine),
@@ -308,18 +307,20 @@ def print_plan(
         UserError: the free disk space is too small for the new rows.
     """
     rows = pending_images([*shards, *retry_shards])
-    regions, channels = recipe.shape
-    views = 1 + len(recipe.views)
+    shapes = [part.shape for part in recipe.backbone.parts]
     # float16 features, four float32 box coordinates, and about 400 bytes of tables for each image
-    bytes_per_image = views * regions * (channels * 2 + 16) + 400
+    bytes_per_view = sum(regions * (channels * 2 + 16) for regions, channels in shapes)
+    bytes_per_image = (1 + len(recipe.views)) * bytes_per_view + 400
+    sizes = " + ".join(f"{regions} regions x {channels}" for regions, channels in shapes)
     space = check_free_space(cache, rows * bytes_per_image)
     done = len(images) - pending_images(shards)
-    name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
+    name = recipe.backbone.name
+    weights = ", ".join(kind.get("weights", kind["regions"]) for kind in kinds_of(recipe.identity))
     view_names = ""
     if recipe.views:
         view_names = f" and the same size again for each view ({', '.join(recipe.views)})"
     say(
-        f"{name} ({weights}), {regions} regions x {channels}{view_names}, on {recipe.machine}, "
+        f"{name} ({weights}), {sizes}{view_names}, on {recipe.machine}, "
         f"{recipe.workers} decoding workers"
     )
     say(

@@ -15,6 +15,7 @@ that a reader maps them into memory without an HDF5 handle.
     labels    [N,R]   int16     class of each region          }
     ..._VIEW                    features, boxes, counts, crc32, scores and labels of each view in
                                 the provenance: flip, crop1, color1, ...
+    ..._KIND, ..._KIND_VIEW     the same of the second kind of regions in the identity: detector
     attrs     format; identity, provenance, plan and unreadable (JSON); crc32 (of everything except
               `features`)
 
@@ -68,7 +69,7 @@ class Rows(NamedTuple):
 
     features: [n,R,C] float16.
     boxes: [n,R,4] float32, x0 y0 x1 y1 in 0..1.
-    counts: [n] int16, number of regions.
+    counts: [n] int16, number of regions; [n,2] for two kinds side by side, as in models.regions.
     """
 
     features: np.ndarray
@@ -110,9 +111,31 @@ def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(provenance.get("views", ()))
 
 
-def view_suffixes(views: Iterable[str]) -> tuple[str, ...]:
-    """Return the suffixes of the datasets in PER_VIEW: "" for the original, then one per view."""
-    return "", *(f"_{view}" for view in views)
+class Part(NamedTuple):
+    """The datasets of one kind of regions, of the originals or of a view.
+
+    suffix: of the names of its datasets. tables: names of the datasets with a value per region.
+    """
+
+    suffix: str
+    tables: tuple[str, ...]
+
+
+def kinds_of(identity: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the identity of each kind of regions in a cache; usually there is one."""
+    return identity.get("kinds", [identity])
+
+
+def parts_of(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[Part]:
+    """Return the parts of each row: the kinds of the originals, then those of each view."""
+    return [
+        Part(
+            (f"_{kind['regions']}" if number else "") + (f"_{view}" if view else ""),
+            tables_of(kind),
+        )
+        for view in ("", *views_of(provenance))
+        for number, kind in enumerate(kinds_of(identity))
+    ]
 
 
 def tables_of(identity: Mapping[str, Any]) -> tuple[str, ...]:
@@ -122,12 +145,9 @@ def tables_of(identity: Mapping[str, Any]) -> tuple[str, ...]:
 
 def datasets_of(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of all datasets with one row per image."""
-    suffixes, tables = view_suffixes(views_of(provenance)), tables_of(identity)
-    return (
-        *PER_IMAGE,
-        *(name + suffix for suffix in suffixes[1:] for name in PER_VIEW),
-        *(name + suffix for suffix in suffixes for name in tables),
-    )
+    parts = parts_of(identity, provenance)
+    of_parts = (name + part.suffix for part in parts for name in (*PER_VIEW, *part.tables))
+    return tuple(dict.fromkeys((*PER_IMAGE, *of_parts)))
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -315,7 +335,8 @@ class FeatureCache:
     provenance: recorded facts that may differ.
     ids: [N] int64, in the order of the cache.
     unreadable: {image id: Unreadable}.
-    shape: (R, C).
+    shape: (R, C). With two kinds of regions side by side: all regions, and the largest C.
+    kinds: (kind, R, C) of each kind of regions; usually there is one.
     views: the names of the views.
 
     Raises DataError if the path is not a cache.
@@ -333,7 +354,7 @@ class FeatureCache:
                 f"{self.path}"
             )
         self._files: list[Path] = []
-        # features, boxes and counts by view (0: the original), then by file
+        # features, boxes and counts by part (of `parts_of`), then by file
         self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
         self._tables: list[dict[str, np.ndarray]] = []  # scores and labels, by file
         self._where: dict[int, tuple[int, int]] = {}
@@ -347,8 +368,16 @@ class FeatureCache:
                     self.identity = read_object(file, "identity")
                     self.provenance = read_object(file, "provenance")
                     self.views = views_of(self.provenance)
-                    self._maps = [[] for _ in view_suffixes(self.views)]
-                    self.shape = _shape_of(file)
+                    self._parts = parts_of(self.identity, self.provenance)
+                    self._maps = [[] for _ in self._parts]
+                    self.kinds = [
+                        (str(kind.get("regions")), *_shape_of(file, part.suffix))
+                        for kind, part in zip(kinds_of(self.identity), self._parts, strict=False)
+                    ]
+                    self.shape = (
+                        sum(regions for _, regions, _ in self.kinds),
+                        max(channels for _, _, channels in self.kinds),
+                    )
                 elif file.attrs["identity"] != identity:
                     changes = "; ".join(differences(self.identity, read_object(file, "identity")))
                     raise DataError(
@@ -376,21 +405,23 @@ class FeatureCache:
             return
         file_index = len(self._files)
         self._files.append(path)
-        for suffix in view_suffixes(self.views):
+        for suffix, _ in self._parts:
             if f"features{suffix}" not in file:
                 raise DataError(
                     f"{path} has no features{suffix}, which the other files of the cache have; "
                     "remove it and extract again"
                 )
-        _check_layout(path, file, len(ids), self.shape, self.views, tables_of(self.identity))
-        if tables_of(self.identity):
-            self._tables.append({name: _map(file[name], path) for name in TABLE_TYPES})
-        for maps, suffix in zip(self._maps, view_suffixes(self.views), strict=True):
+        shapes = [kind[1:] for kind in self.kinds] * (1 + len(self.views))
+        _check_layout(path, file, len(ids), list(zip(self._parts, shapes, strict=True)))
+        for suffix, tables in self._parts[: len(self.kinds)]:
+            if tables:
+                self._tables.append({name: _map(file[name + suffix], path) for name in tables})
+        for maps, (suffix, _), shape in zip(self._maps, self._parts, shapes, strict=True):
             features = _map(file[f"features{suffix}"], path)
             boxes = _map(file[f"boxes{suffix}"], path)
             counts = file[f"counts{suffix}"][:]
-            if counts.min() < 0 or counts.max() > self.shape[0]:
-                raise ValueError(f"counts{suffix} are not all in 0 to {self.shape[0]}")
+            if counts.min() < 0 or counts.max() > shape[0]:
+                raise ValueError(f"counts{suffix} are not all in 0 to {shape[0]}")
             maps.append((features, boxes, counts))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (file_index, row)
@@ -447,6 +478,9 @@ class FeatureCache:
             file_rows = [self._where[image_id] for image_id in image_ids]
         except KeyError as error:
             raise DataError(self._why_absent(error.args[0])) from None
+        if len(self.kinds) > 1:
+            self._copy_kinds(rows, file_rows, tables_only, views)
+            return rows
         maps = self._maps
         sources = [
             (maps[view][file], row)
@@ -464,12 +498,43 @@ class FeatureCache:
             rows.boxes[i], rows.counts[i] = arrays[1][row], arrays[2][row]
         return rows
 
+    def _copy_kinds(
+        self,
+        rows: Rows,
+        file_rows: Sequence[tuple[int, int]],
+        tables_only: bool,
+        views: Sequence[int] | None,
+    ) -> None:
+        """Copy the regions of several kinds one after the other, without gaps."""
+        rows.boxes[:] = 0
+        if not tables_only:
+            rows.features[:] = 0
+        kinds = len(self.kinds)
+        for index, (file, row) in enumerate(file_rows):
+            start, view = 0, views[index] if views else 0
+            for kind in range(kinds):
+                features, boxes, counts = self._maps[view * kinds + kind][file]
+                end = start + int(counts[row])
+                if not tables_only:
+                    rows.features[index, start:end, : features.shape[2]] = features[
+                        row, : end - start
+                    ]
+                rows.boxes[index, start:end] = boxes[row, : end - start]
+                rows.counts[index, kind] = end - start
+                start = end
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of a detector's regions; None without a detector."""
+        named = [kind["classes"] for kind in kinds_of(self.identity) if "classes" in kind]
+        return named[0] if named else None
+
     def detections(self, image_ids: Sequence[int]) -> Detections:
         """Return scores and labels of the regions of `image_ids`, of the originals.
 
         Raises DataError if the cache has no classes, and for an id that is not in the cache.
         """
-        if not tables_of(self.identity):
+        if self.classes is None:
             raise DataError(f"{self.path} has no scores and labels, because no detector made it")
         for image_id in image_ids:
             self.require(image_id)
@@ -505,10 +570,11 @@ class FeatureCache:
     def empty_rows(self, count: int) -> Rows:
         """Return uninitialized arrays for `count` rows."""
         regions, channels = self.shape
+        kinds = len(self.kinds)
         return Rows(
             np.empty((count, regions, channels), np.float16),
             np.empty((count, regions, 4), np.float32),
-            np.empty(count, np.int16),
+            np.empty(count if kinds == 1 else (count, kinds), np.int16),
         )
 
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
@@ -560,9 +626,9 @@ class FeatureCache:
         FeatureCache.__init__(self, state["path"])
 
 
-def _shape_of(file: h5py.File) -> tuple[int, int]:
+def _shape_of(file: h5py.File, suffix: str) -> tuple[int, int]:
     """Return (R, C) of a shard's features. Raises ValueError if they are not [N,R,C]."""
-    shape = file["features"].shape
+    shape = file[f"features{suffix}"].shape
     if len(shape) != 3 or not shape[2] >= 1:
         raise ValueError(f"features are {shape}, not [images, regions, channels]")
     return shape[1], shape[2]
@@ -572,16 +638,14 @@ def _check_layout(
     path: Path,
     file: h5py.File,
     rows: int,
-    shape: tuple[int, int],
-    views: Iterable[str],
-    tables: Sequence[str],
+    parts: Sequence[tuple[Part, tuple[int, int]]],
 ) -> None:
     """Check the types and shapes of a file's datasets. Raises DataError or ValueError."""
-    regions, channels = shape
+    regions, channels = parts[0][1]
     if file["features"].shape != (rows, regions, channels):
         raise DataError(f"{path}: its rows are not {regions} regions x {channels} as in its cache")
     expected = {"image_ids": ("i8", (rows,)), "sizes": ("i4", (rows, 2))}
-    for suffix in view_suffixes(views):
+    for (suffix, tables), (regions, channels) in parts:
         expected[f"features{suffix}"] = "f2", (rows, regions, channels)
         expected[f"boxes{suffix}"] = "f4", (rows, regions, 4)
         expected[f"counts{suffix}"] = "i2", (rows,)

@@ -35,13 +35,11 @@ from data.cache.reader import (
     has_same_cells,
     iterate,
     open_shard,
+    parts_of,
     read_object,
     reading_shard,
     shard_paths,
     system_errors,
-    tables_of,
-    view_suffixes,
-    views_of,
 )
 from data.files import atomic_write, atomic_write_text
 from data.sources import Image
@@ -196,14 +194,16 @@ def write_shard(
     """Write a shard atomically, in the format of `data.cache.reader`.
 
     readable: the images with rows.
-    rows: the rows of `readable`: of the originals, then of each view in the provenance.
+    rows: the rows of `readable`, one entry per part of `parts_of`: of the originals, then of each
+        view in the provenance.
     sizes: (height, width) of the originals, [N,2].
     tables: scores and labels [N,R] of each of `rows`; required if the identity has `classes`.
 
     Raises DataError if features are not finite in float16, and OSError if the disk is full.
     """
     arrays: dict[str, np.ndarray] = {}
-    for suffix, part in zip(view_suffixes(views_of(provenance)), rows, strict=True):
+    parts = parts_of(identity, provenance)
+    for (suffix, _), part in zip(parts, rows, strict=True):
         features = part.features.astype(np.float16, copy=False)
         for photo, row in zip(readable, features, strict=True):
             if not np.isfinite(row).all():
@@ -217,8 +217,8 @@ def write_shard(
         boxes = part.boxes.astype(np.float32, copy=False)
         per_view: tuple[np.ndarray, ...] = features, boxes, part.counts.astype(np.int16), crc32
         arrays |= {f"{name}{suffix}": array for name, array in zip(PER_VIEW, per_view, strict=True)}
-    for suffix, values in zip(view_suffixes(views_of(provenance)), tables, strict=bool(tables)):
-        for name in tables_of(identity):
+    for (suffix, names), values in zip(parts, tables or [{}] * len(parts), strict=True):
+        for name in names:
             arrays[f"{name}{suffix}"] = values[name].astype(TABLE_TYPES[name], copy=False)
     try:
         with atomic_write(shard.path, True) as temporary, _new_file(temporary) as file:
@@ -411,7 +411,8 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
                 )
             if identity is not None and shard_identity != identity:
                 problems.append(f"{path}: it belongs to another cache")
-            for row, suffix in itertools.product(range(rows), view_suffixes(views_of(provenance))):
+            parts = parts_of(shard_identity, provenance)
+            for row, (suffix, _) in itertools.product(range(rows), parts):
                 features = np.ascontiguousarray(file[f"features{suffix}"][row])
                 if zlib.crc32(features.data) != file[f"crc32{suffix}"][row]:
                     name = file["names"].asstr()[row]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import boxes as box_ops
@@ -268,19 +268,22 @@ class BoxedDetector(Detector):
 
     boxes: by image id, boxes [n,4] in 0..1 of the photograph, their scores [n] and labels [n]. An
         image with n = 0 is one region: the whole image, with label 0 and score 0.
-    digest: digest of the boxes.
+    sizes: by image id, (height, width) of the photograph that the boxes belong to.
+    digest: digest of the boxes. largest: the largest n.
     """
 
     def __init__(
         self,
         detector: Detector,
         boxes: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+        sizes: Mapping[int, tuple[int, int]],
         classes: Sequence[str],
         digest: str,
+        largest: int,
     ) -> None:
         super().__init__(detector.architecture, detector.rcnn, detector.classes)
-        self.given, self.classes, self.boxes_digest = boxes, tuple(classes), digest
-        self.largest = max(1, *(len(each[0]) for each in boxes.values()))
+        self.given, self.sizes, self.classes = boxes, sizes, tuple(classes)
+        self.boxes_digest, self.largest = digest, largest
         self.from_hub = detector.from_hub
 
     @property
@@ -292,6 +295,22 @@ class BoxedDetector(Detector):
         for name in asdict(self.selection):
             del identity[name]
         return identity | {"boxes": self.boxes_digest, "max_regions": self.largest}
+
+    def with_tables(
+        self,
+        pixels: Pixels,
+        view_boxes: Tensor | None = None,
+        image_ids: Sequence[int] | None = None,
+    ) -> tuple[Regions, tuple[Tensor, ...]]:
+        for image, image_id in zip(pixels, image_ids or (), strict=False):
+            height, width = self.sizes[image_id]
+            if abs(image.shape[1] * width - image.shape[2] * height) > 2 * (height + width):
+                raise ModelError(
+                    f"image {image_id} is {image.shape[2]} pixels wide and {image.shape[1]} high, "
+                    f"and its boxes are of a photograph of {width}x{height}; the boxes must be "
+                    "of the upright photograph"
+                )
+        return super().with_tables(pixels, view_boxes, image_ids)
 
     def _detect(self, images: Tensor, image_ids: Sequence[int] | None) -> list[Detections]:
         assert image_ids is not None
@@ -316,9 +335,13 @@ def class_names(count: int) -> list[str]:
 
 
 def new_detector(
-    architecture: Architecture, network: nn.Module, classes: Sequence[str] | None, **selection: Any
+    architecture: Architecture,
+    network: GeneralizedRCNN,
+    classes: Sequence[str] | None,
+    **selection: Any,
 ) -> Detector:
     """Create a Detector; classes: None if their names are unknown. selection: see Selection."""
-    count = network.roi_heads.box_predictor.cls_score.out_features  # type: ignore[union-attr]
+    heads: Any = network.roi_heads
+    count = heads.box_predictor.cls_score.out_features
     names = class_names(count) if classes is None else classes
-    return Detector(architecture, network, names, Selection(**selection))  # type: ignore[arg-type]
+    return Detector(architecture, network, names, Selection(**selection))

@@ -29,6 +29,11 @@ class Backbone(nn.Module, ABC):
     batch = 32
 
     @property
+    def parts(self) -> tuple[Backbone, ...]:
+        """The backbones of the kinds of regions that stand side by side; usually one."""
+        return (self,)
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(R, C): the maximum number of regions per image, and the number of channels."""
@@ -44,7 +49,8 @@ class Backbone(nn.Module, ABC):
     def framing(self) -> dict[str, Any]:
         """The preprocessing of photographs: size (H, W), interpolation, resize and fill (RGB).
 
-        These are the fields of data.images.Framing.
+        These are the fields of data.images.Framing. With several `parts`, the entry `more` has
+        those of the other parts.
         """
 
     @abstractmethod

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.images import Framing, Pixels
+from data.images import Framing, Photo, Pixels, stack_inputs
 from models.backbones.interface import Backbone
-from models.regions import Regions
+from models.regions import Regions, side_by_side
 from pipeline.checkpoints.tensors import save_tensors
 from pipeline.runtime import Machine
 
@@ -25,7 +25,9 @@ MAX_PIXELS_HELP = (
 
 def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
     """Return how photographs are resized and cropped to this backbone's input."""
-    return Framing(**backbone.framing(), max_pixels=max_pixels)
+    fields = backbone.framing()
+    more = tuple(Framing(**each) for each in fields.pop("more", ()))
+    return Framing(**fields, max_pixels=max_pixels, more=more)
 
 
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
@@ -48,6 +50,17 @@ def extract_regions(
 ) -> Regions:
     """Compute the regions of photographs; arguments as in `extract_with_tables`."""
     return extract_with_tables(backbone, pixels, machine, view_boxes)[0]
+
+
+def regions_of_photos(backbone: Backbone, photos: Sequence[Photo], machine: Machine) -> Regions:
+    """Compute the regions of photographs with the inputs of `framing_of`."""
+    inputs = stack_inputs(photos)
+    return side_by_side(
+        [
+            extract_regions(part, pixels, machine, view_boxes)
+            for part, (pixels, view_boxes) in zip(backbone.parts, inputs, strict=True)
+        ]
+    )
 
 
 def extract_with_tables(

@@ -22,9 +22,9 @@ from models.backbones.rcnn import (
     published_weights,
     sizes_in,
 )
-from pipeline.checkpoints.tensors import load_tensors, read_shapes
+from pipeline.checkpoints.tensors import load_tensors, with_prefix
 from pipeline.cli import UserError
-from pipeline.extraction.grid import load_weights, parse_size, read_weights
+from pipeline.extraction.grid import load_weights, parse_size, read_weights, stored_shapes
 
 MAX_SIDE = 4096  # maximum length of a side of the input, in pixels
 MAX_COUNT = 32767  # largest int16: of regions and of classes
@@ -151,7 +151,7 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
     path = scenes_weights() if weights == "scenes" else Path(weights)
     state_dict = read_weights(path, "--detector-weights")
     header = read_header(path)
-    sizes = sizes_in({key: value.shape for key, value in state_dict.items()})
+    sizes: dict[str, Any] = sizes_in({key: value.shape for key, value in state_dict.items()})
     if name:
         sizes.pop("channels", None)  # a property of torchvision's detector
         sizes.pop("width", None)
@@ -173,7 +173,15 @@ def use_given_boxes(detector: Detector, boxes: GivenBoxes) -> BoxedDetector:
         image_id: tuple(map(torch.from_numpy, (each.boxes, each.scores, each.labels)))
         for image_id, each in boxes.by_id.items()
     }
-    return BoxedDetector(detector, tensors, boxes.classes, boxes.digest)  # type: ignore[arg-type]
+    sizes = {image_id: each.size for image_id, each in boxes.by_id.items()}
+    return BoxedDetector(
+        detector,
+        tensors,  # type: ignore[arg-type]
+        sizes,
+        boxes.classes,
+        boxes.digest,
+        boxes.largest,
+    )
 
 
 def _with_flags(message: str) -> str:
@@ -267,8 +275,10 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         raise UserError(f"{origin}: features: {', '.join(invalid)} are not valid")
 
 
-def restore_detector(folder: Path, identity: Mapping[str, Any]) -> Detector:
+def restore_detector(folder: Path, identity: Mapping[str, Any], prefix: str = "") -> Detector:
     """Rebuild the detector of a cache or checkpoint from backbone.safetensors, else from the hub.
+
+    prefix: as in `restore_backbone`.
 
     Raises UserError if the weights do not have the digest in `identity`.
     """
@@ -279,7 +289,8 @@ def restore_detector(folder: Path, identity: Mapping[str, Any]) -> Detector:
         )
     check_identity(f"{folder}/config.json", identity)
     file = folder / "backbone.safetensors"
-    from_hub, classes = not file.exists(), identity["classes"]
+    shapes, classes = stored_shapes(folder, prefix), identity["classes"]
+    from_hub = not shapes
     architecture = Architecture(
         identity["detector"],
         identity["backbone"],
@@ -289,7 +300,6 @@ def restore_detector(folder: Path, identity: Mapping[str, Any]) -> Detector:
     )
     if not from_hub:
         # checked before the network is built, which could be too large for the memory
-        shapes = read_shapes(file)
         if not architecture.detector:
             architecture = replace(architecture, width=sizes_in(shapes).get("width", 1))
         with torch.device("meta"):
@@ -300,7 +310,7 @@ def restore_detector(folder: Path, identity: Mapping[str, Any]) -> Detector:
     selection = {name: identity[name] for name in ("min_score", "min_regions", "max_regions")}
     detector = new_detector(architecture, network, classes, **selection)
     if not from_hub:
-        detector.load(load_tensors(file)[0], str(file))
+        detector.load(with_prefix(load_tensors(file)[0], prefix), str(file))
     if detector.digest() != identity["weights"]:
         origin = "the hub" if from_hub else file
         raise UserError(

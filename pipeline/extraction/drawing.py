@@ -37,9 +37,8 @@ def show_regions(path: Path, source: Source, folder: Path, limit: int | None) ->
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(limit or SHOWN, len(ids))).astype(int))
     written = 0
     for image_id in [ids[index] for index in chosen]:
-        photo, reason = try_image(
-            source.by_id[image_id].path, Framing((4096, 4096), resize=ORIGINAL)
-        )
+        framing = Framing((4096, 4096), resize=ORIGINAL)
+        photo, reason = try_image(source.by_id[image_id].path, framing)
         if photo is None:
             say(f"{cache.name_of(image_id)} is not drawn: {reason}")
             continue
@@ -55,10 +54,12 @@ def show_regions(path: Path, source: Source, folder: Path, limit: int | None) ->
 def draw_boxes(picture: Image.Image, cache: FeatureCache, image_id: int) -> None:
     """Draw the boxes of an image's regions, in place; the best detection is drawn last."""
     pen = ImageDraw.Draw(picture)
-    _, boxes, count = cache[image_id]
-    pixels = boxes[: int(count)] * (picture.size * 2)
-    texts = region_texts(cache, image_id, int(count))
-    for number in reversed(range(int(count))):
+    _, boxes, counts = cache[image_id]
+    *_, count = np.atleast_1d(counts).tolist()  # of two kinds, the second one is drawn
+    start = int(np.sum(counts)) - count
+    pixels = boxes[start : start + count] * (picture.size * 2)
+    texts = region_texts(cache, image_id, count)
+    for number in reversed(range(count)):
         x0, y0, x1, y1 = pixels[number].tolist()
         colour = COLOURS[number % len(COLOURS)]
         line = max(1, round(min(picture.size) / 200))
@@ -71,7 +72,7 @@ def draw_boxes(picture: Image.Image, cache: FeatureCache, image_id: int) -> None
 
 def region_texts(cache: FeatureCache, image_id: int, count: int) -> list[str]:
     """Class name and score of each region; "" in a cache without classes."""
-    classes = cache.identity.get("classes")
+    classes = cache.classes
     if classes is None:
         return [""] * count
     scores, labels = (part[0, :count].tolist() for part in cache.detections([image_id]))

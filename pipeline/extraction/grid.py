@@ -25,7 +25,7 @@ from models.backbones.grid import GridBackbone
 from models.backbones.network import NetworkBackbone
 from models.backbones.registry import create_backbone, shapes_of_network
 from pipeline.checkpoints.hub import go_offline_if_hub_is_unreachable
-from pipeline.checkpoints.tensors import load_tensors, read_shapes
+from pipeline.checkpoints.tensors import load_tensors, read_shapes, with_prefix
 from pipeline.cli import UserError
 from pipeline.extraction.weights_package import package_weights
 from pipeline.terminal import say
@@ -348,20 +348,29 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         raise UserError(f"{origin}: features: {', '.join(invalid)} are not valid")
 
 
-def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
+def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights with `prefix` in backbone.safetensors; empty if the hub has them."""
+    file = folder / "backbone.safetensors"
+    return with_prefix(read_shapes(file), prefix) if file.exists() else {}
+
+
+def restore_backbone(folder: Path, identity: Mapping[str, Any], prefix: str = "") -> GridBackbone:
     """Rebuild the backbone of a cache or checkpoint from backbone.safetensors, else from the hub.
+
+    prefix: of its keys in the file, if the file has the weights of several backbones.
 
     Raises UserError if the weights do not have the digest in `identity`.
     """
     check_identity(f"{folder}/config.json", identity)
     name, arguments = identity["backbone"], identity["arguments"]
     file = folder / "backbone.safetensors"
-    from_hub = not file.exists()
+    shapes = stored_shapes(folder, prefix)
+    from_hub = not shapes
     if from_hub:
         go_offline_if_hub_is_unreachable()
     else:
         # checked before the network is built, which could be too large for the memory
-        expected, shapes = shapes_of_network(name, arguments), read_shapes(file)
+        expected = shapes_of_network(name, arguments)
         if expected and any(
             shapes.get(key) != shape
             for key, shape in expected.items()
@@ -371,7 +380,7 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
     backbone = create_backbone(name, arguments, from_hub, 0, size, grid, identity["resize"])
     if not from_hub:
-        backbone.load(load_tensors(file)[0], str(file))
+        backbone.load(with_prefix(load_tensors(file)[0], prefix), str(file))
     if backbone.digest() != identity["weights"]:
         origin = "the hub" if from_hub else file
         raise UserError(
