@@ -86,13 +86,7 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"{out} contains a checkpoint; pass another --out")
     with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
     backbone = restore(folder, checkpoint.identity) if with_backbone else None
-    if checkpoint.captioner.config.more_channels:
-        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
-    if backbone is not None and backbone.framing().get("resize") == ORIGINAL:
-        raise UserError(
-            f"{folder} uses regions of a detector, which are not exported: their number differs "
-            "between images. Pass --no-backbone to export the decoder alone"
-        )
+    check_exportable(folder, checkpoint, backbone)
     graphs = make_graphs(checkpoint, backbone)
     out.mkdir(parents=True, exist_ok=True)
     with progress(len(graphs), "graphs", "export") as bar:
@@ -104,6 +98,17 @@ def main(config: ExportConfig) -> None:
     record = describe(checkpoint, backbone, graphs)
     atomic_write_text(out / "model.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     say(f"exported: {out}")
+
+
+def check_exportable(folder: Path, checkpoint: Checkpoint, backbone: Backbone | None) -> None:
+    """Raise UserError if the regions of a checkpoint cannot be exported."""
+    if checkpoint.captioner.config.more_channels:
+        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
+    if backbone is not None and backbone.framing().get("resize") == ORIGINAL:
+        raise UserError(
+            f"{folder} uses regions of a detector, which are not exported: their number differs "
+            "between images. Pass --no-backbone to export the decoder alone"
+        )
 
 
 def require_onnx() -> None:

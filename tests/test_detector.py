@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
 
+from data.datasets.sample import draw_with_boxes, encode_jpeg, make_scene, scene_rng
 from models import ModelError
 from models.backbones.detector import Detector, Selection, class_names
 from models.backbones.rcnn import Architecture, build_rcnn, sizes_in
+from pipeline.extraction.detector import DetectorOptions, open_detector, scenes_weights
 
 SMALL = Architecture("", "test_resnet", 5, (96, 160), width=8, channels=16)
 
@@ -185,3 +191,43 @@ def test_a_state_dict_has_the_sizes_of_its_detector():
     state = build_rcnn(SMALL).state_dict()
     shapes = {f"model.{key}": value.shape for key, value in state.items()}
     assert sizes_in(shapes) == {"classes": 5, "channels": 16, "width": 8}
+
+
+# -------------------------------------------------------------------------- the sample's detector
+
+
+def held_out_scenes(count: int) -> list[tuple[Tensor, Tensor, list[str]]]:
+    """Pixels, true boxes in 0..1 and class names of scenes that no training and no sample has."""
+    rows = []
+    for number in range(200_000, 200_000 + count):
+        rng = scene_rng(0, number)
+        scene = make_scene(rng)
+        picture, boxes = draw_with_boxes(scene, rng)
+        pixels = np.array(Image.open(io.BytesIO(encode_jpeg(picture))))
+        scale = torch.tensor([scene.width, scene.height] * 2)
+        names = [" ".join(thing.words) for thing in scene.things]
+        rows.append((torch.tensor(pixels).permute(2, 0, 1), torch.tensor(boxes) / scale, names))
+    return rows
+
+
+def test_the_samples_detector_finds_the_things_of_held_out_scenes():
+    """IoU of the best detection of each true box with the same label, and precision at IoU 0.5."""
+    options = DetectorOptions(min_regions=0)
+    detector = open_detector(options, "sample", 0)
+    assert Path(scenes_weights()).stat().st_size <= 3_000_000
+    scenes = held_out_scenes(48)
+    regions, (scores, labels) = detector.with_tables([pixels for pixels, _, _ in scenes])
+    ious, correct = [], []
+    for number, (_, boxes, names) in enumerate(scenes):
+        detected = scores[number] > options.min_score
+        found = [detector.classes[label] for label in labels[number][detected].tolist()]
+        same = torch.tensor([[name == other for other in names] for name in found])
+        iou = torchvision.ops.box_iou(regions.boxes[number][detected].double(), boxes)
+        iou = iou * same.reshape(iou.shape)
+        ious += iou.amax(0).tolist() if len(found) else [0.0] * len(names)
+        taken: set[int] = set()
+        for row in iou:  # the best score first; a box is found once
+            best = int(row.argmax())
+            correct.append(bool(row[best] >= 0.5) and best not in taken)
+            taken |= {best} if correct[-1] else set()
+    assert np.mean(ious) > 0.7 and np.mean(correct) > 0.8

@@ -24,6 +24,7 @@ from pipeline import caption, evaluate, export, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import load_captioner
 from tests.test_commands import LOOK, photos, refused, run, works
+from tests.test_shards import kill
 from tests.test_train import interrupt_at, told
 
 GRID = [*LOOK, "--grid", "2x2"]
@@ -228,6 +229,14 @@ def test_regions_side_by_side_are_those_of_each_kind_without_gaps(worlds):
     for row, (first, second) in enumerate(joined.counts.tolist()):
         assert not joined.features[row, :first, 96:].any()
         assert not joined.features[row, first + second :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_random_moments_leave_the_same_cache(worlds, kind, tmp_path):
+    photographs = (worlds("grid") / "sample").resolve()
+    options = ["--kills", 4, "--shard-images", 6, "--regions", kind]
+    assert "killed 4 times" in kill(photographs, tmp_path, *options)
 
 
 def test_a_mirrored_view_has_mirrored_boxes(worlds):
