@@ -85,13 +85,26 @@ class Photo(NamedTuple):
     original: (height, width) of the upright original.
     frame: the part of the original that the pixels show: x0 y0 x1 y1, relative to its width and
         height; outside 0..1 where the input is filled.
-    more: the further inputs of `Framing.more`.
     """
 
     pixels: np.ndarray
     original: tuple[int, int]
     frame: tuple[float, float, float, float]
-    more: tuple[Photo, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Photo, ...]:
+        """All inputs from this photograph: the first one, then those of `Framing.more`."""
+        return (self,)
+
+
+class SeveralInputs(Photo):
+    """A photograph with the inputs of several kinds of regions. The fields are the first input."""
+
+    more: tuple[Photo, ...]
+
+    @property
+    def inputs(self) -> tuple[Photo, ...]:
+        return (self, *self.more)
 
 
 Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
@@ -301,8 +314,12 @@ def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image
 
 
 def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
-    more = tuple(_frame_one(photo, original, each) for each in framing.more)
-    return _frame_one(photo, original, framing)._replace(more=more)
+    first = _frame_one(photo, original, framing)
+    if not framing.more:
+        return first
+    several = SeveralInputs(*first)
+    several.more = tuple(_frame_one(photo, original, each) for each in framing.more)
+    return several
 
 
 def _frame_one(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
@@ -381,6 +398,6 @@ def stack(photos: Sequence[Photo]) -> tuple[Pixels, torch.Tensor]:
 
 
 def stack_inputs(photos: Sequence[Photo]) -> list[tuple[Pixels, torch.Tensor]]:
-    """Stack each input of photographs: the first one, then those of `Photo.more`."""
-    inputs = zip(*((photo, *photo.more) for photo in photos), strict=True)
+    """Stack each of `Photo.inputs` of photographs, as `stack` does."""
+    inputs = zip(*(photo.inputs for photo in photos), strict=True)
     return [stack(list(each)) for each in inputs]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.datasets.sample import draw_with_boxes, encode_jpeg, make_scene, scene_rng
 from models import ModelError
+from models.backbones import rcnn
 from models.backbones.detector import Detector, Selection, class_names
 from models.backbones.rcnn import Architecture, build_rcnn, sizes_in
+from pipeline.cli import UserError
 from pipeline.extraction.detector import DetectorOptions, open_detector, scenes_weights
 
 SMALL = Architecture("", "test_resnet", 5, (96, 160), width=8, channels=16)
@@ -231,3 +237,81 @@ def test_the_samples_detector_finds_the_things_of_held_out_scenes():
             correct.append(bool(row[best] >= 0.5) and best not in taken)
             taken |= {best} if correct[-1] else set()
     assert np.mean(ious) > 0.7 and np.mean(correct) > 0.8
+
+
+# -------------------------------------------------------------------------------------- the options
+
+
+def weight_file(path: Path, detector: Detector, header: dict | None = None) -> Path:
+    state = {key: value.contiguous() for key, value in detector.network.state_dict().items()}
+    save_file(state, path, {key: json.dumps(value) for key, value in (header or {}).items()})
+    return path
+
+
+def test_a_weight_file_gives_classes_widths_and_names(tmp_path):
+    detector = detector_of(SMALL)
+    names = ["background", "cat", "dog", "cow", "hen"]
+    path = weight_file(tmp_path / "w.safetensors", detector, {"classes": names, "size": [96, 160]})
+    options = DetectorOptions(detector_backbone="test_resnet", detector_weights=str(path))
+    opened = open_detector(options, "coco", 0)
+    assert opened.classes == tuple(names) and opened.size == (96, 160)
+    assert opened.digest() == detector.digest() and opened.channels == 16
+    images = pictures((60, 90))
+    assert torch.equal(opened(images).features, detector(images).features)
+    torch.save({"model": detector.network.state_dict()}, tmp_path / "w.pth")
+    options = replace(options, detector_weights=str(tmp_path / "w.pth"), detector_size="96x160")
+    assert open_detector(options, "coco", 0).classes[1] == "class 1"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"classes": [1, 2, 3, 4, 5]}, "must be a list of names"),
+        ({"size": [0, 5]}, "a list of two lengths"),
+    ],
+)
+def test_a_header_with_a_mistake_is_refused(tmp_path, header, message):
+    path = weight_file(tmp_path / "w.safetensors", detector_of(SMALL), header)
+    options = DetectorOptions(detector_backbone="test_resnet", detector_weights=str(path))
+    with pytest.raises(UserError, match=message):
+        open_detector(options, "coco", 0)
+
+
+@pytest.mark.slow
+def test_torchvisions_own_file_has_its_class_names_and_its_epsilon(tmp_path, monkeypatch):
+    """A file with the name and the hash of the published weights is recognized."""
+    name = "fasterrcnn_resnet50_fpn"
+    network = build_rcnn(Architecture(name, size=(64, 64)))
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    published = rcnn.published_weights(name)
+    assert (published.file, published.sha256, published.classes[1], published.norm_eps) == (
+        "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", "258fb6c6", "person", 0.0,
+    )  # fmt: skip
+    named = published._replace(file="w.pth", sha256=digest)
+    monkeypatch.setattr("pipeline.extraction.detector.published_weights", lambda _: named)
+    options = DetectorOptions(name, detector_weights=str(tmp_path / "w.pth"))
+    detector = open_detector(options, "coco", 0)
+    assert detector.classes[1] == "person" and detector.identity()["norm_eps"] == 0.0
+    assert detector.rcnn.backbone.body.bn1.eps == 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.extraction.detector.published_weights", lambda _: published)
+        assert open_detector(options, "coco", 0).classes[1] == "class 1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_regions": 40}, "--min-regions is 40 and --max-regions is 36"),
+        ({"detector": "x", "detector_backbone": "y"}, "either --detector or --detector-backbone"),
+        ({"detector_size": "800x600"}, "must not be longer"),
+        ({"detector_size": "big"}, "--detector-size 'big'"),
+        ({"detector": "ssd300_vgg16"}, "no box head.*Pass one of these as --detector"),
+        ({"detector": "fasterrcnn"}, "no detector 'fasterrcnn'"),
+        ({"detector_weights": "no.pth"}, "--detector-weights no.pth: no such file"),
+        ({"detector_backbone": "test_resnet"}, "use --detector-weights FILE, or"),
+    ],
+)
+def test_options_with_a_mistake_are_refused_by_name(options, message):
+    with pytest.raises((UserError, ModelError), match=message):
+        open_detector(DetectorOptions(**options), "coco", 0)

@@ -126,6 +126,7 @@ class Detector(NetworkBackbone):
             "size": list(self.size),
             "mean": list(transform.image_mean),
             "std": list(transform.image_std),
+            "norm_eps": self.architecture.norm_eps,
             "nms": heads.nms_thresh,
             "regions": "detector",
             **asdict(self.selection),

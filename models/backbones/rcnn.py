@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torchvision
@@ -20,6 +20,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models import ModelError
 from models.backbones.messages import closest, hub_error
@@ -27,6 +28,8 @@ from models.backbones.timm import check_timm_name
 
 COCO_CLASSES = 91  # of torchvision's published detectors, including the background
 SIZES = 800, 1333  # torchvision's sizes of the shorter and of the longer side
+# torchvision sets the epsilon of the normalisation to 0 with the published weights of these
+EPS_0 = "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"
 PREDICTOR = "roi_heads.box_predictor.cls_score.weight"  # [classes, channels]
 PYRAMID = "backbone.fpn.inner_blocks.0.0.weight"  # [width, channels of the first feature map,1,1]
 ANCHOR_STRIDES = 8  # the side of the anchors of a feature map, in strides of the map
@@ -42,6 +45,8 @@ class Architecture:
     classes: number of classes, including the background.
     size: maximum length of the shorter and of the longer side of the input, in pixels; None: the
         detector's own.
+    norm_eps: epsilon of the batch normalisation; None: that of the library. torchvision's first
+        published detectors were trained with 0.
     width, channels: of Faster R-CNN over `backbone`, the channels of the feature pyramid and of the
         box head's vectors.
     """
@@ -50,6 +55,7 @@ class Architecture:
     backbone: str = ""
     classes: int = COCO_CLASSES
     size: tuple[int, int] | None = None
+    norm_eps: float | None = None
     width: int = 256
     channels: int = 1024
 
@@ -85,16 +91,41 @@ def build_rcnn(architecture: Architecture, pretrained: bool = False) -> Generali
         for part in ("roi_pool", "head", "predictor"):
             setattr(network.roi_heads, f"{branch}_{part}", None)
     network.roi_heads.score_thresh = 0.0
+    for module in network.modules():
+        is_norm = isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)
+        if is_norm and architecture.norm_eps is not None:
+            module.eps = architecture.norm_eps
     return network
 
 
-def published_weights(detector: str) -> Any:
-    """Return torchvision's description of the published weights of a detector."""
-    return torchvision.models.get_model_weights(detector).DEFAULT
+class PublishedWeights(NamedTuple):
+    """torchvision's published weights of a detector.
+
+    classes: names of the classes. norm_eps: as in Architecture. file: name of the file. sha256: the
+    first digits of the file's SHA-256, which are part of its name.
+    """
+
+    classes: Sequence[str]
+    norm_eps: float | None
+    file: str
+    sha256: str
 
 
-def _build_torchvision(architecture: Architecture, pretrained: bool) -> GeneralizedRCNN:
-    name = architecture.detector
+def published_weights(detector: str) -> PublishedWeights:
+    """Return torchvision's published weights of a detector, without downloading them.
+
+    Raises ModelError for an unknown name, and for a detector without a box head.
+    """
+    _check_detector(detector)
+    weights = torchvision.models.get_model_weights(detector).DEFAULT
+    file = weights.url.rpartition("/")[2]
+    sha256 = file.rpartition("-")[2].partition(".")[0]
+    norm_eps = 0.0 if detector in EPS_0 else None
+    return PublishedWeights(weights.meta["categories"], norm_eps, file, sha256)
+
+
+def _check_detector(name: str) -> None:
+    """Raise ModelError unless torchvision has a two-stage detector of this name."""
     known = torchvision.models.list_models(module=torchvision.models.detection)
     two_stage = [model for model in known if "rcnn" in model]
     if name not in known:
@@ -107,6 +138,11 @@ def _build_torchvision(architecture: Architecture, pretrained: bool) -> Generali
             f"{name} is a one-stage detector: it has no box head, so its detections have no "
             f"feature vectors. Choose one of {', '.join(two_stage)}"
         )
+
+
+def _build_torchvision(architecture: Architecture, pretrained: bool) -> GeneralizedRCNN:
+    name = architecture.detector
+    _check_detector(name)
     arguments: dict[str, Any] = {}
     if architecture.size is not None:
         arguments = {"min_size": architecture.size[0], "max_size": architecture.size[1]}

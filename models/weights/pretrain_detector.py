@@ -160,23 +160,40 @@ def write_weights(network: nn.Module, path: Path, about: dict) -> None:
 @click.option("--batch", default=8, help="Scenes a step.")
 @click.option("--rate", default=1.2e-3, help="Largest learning rate.")
 @click.option("--seed", default=0, help="Of the scenes and of the first weights.")
+@click.option("--first", default=TRAINING, help="Number of the first scene.")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Go on from the weights of this file; pass another --first.",
+)
 @click.option("--held-out", default=300, help="Scenes to measure on.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=OUT, help="The weights file."
 )
 def main(
-    steps: int, minutes: float, batch: int, rate: float, seed: int, held_out: int, out: Path
+    steps: int,
+    minutes: float,
+    batch: int,
+    rate: float,
+    seed: int,
+    first: int,
+    init: Path | None,
+    held_out: int,
+    out: Path,
 ) -> None:
     """Train the drawn sample's detector, and measure it on held-out scenes."""
     torch.manual_seed(seed)
     network = new_detector()
+    if init:
+        network.load_state_dict(load_file(init))
     count = sum(value.numel() for value in network.state_dict().values())
     click.echo(f"{steps * batch:,} scenes, {count:,} weights -> {out}")
-    taken = train(network, batches(seed, TRAINING, steps * batch, batch), minutes, rate)
+    taken = train(network, batches(seed, first, steps * batch, batch), minutes, rate)
     table = evaluate(network, batches(seed, HELD_OUT, held_out, batch))
     click.echo("  ".join(f"{name} {value:.4f}" for name, value in table.items()))
     about = {"made_by": "models/weights/pretrain_detector.py", "backbone": BACKBONE, "seed": seed}
-    about |= {"batch": batch, "steps": taken, "rate": rate, "held_out": table}
+    about |= {"batch": batch, "steps": taken, "rate": rate, "first": first, "held_out": table}
+    about |= {"init": str(init) if init else None}
     about |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     write_weights(network, out, about | {"timm": timm.__version__})
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

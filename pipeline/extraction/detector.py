@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from models import ModelError
 from models.backbones.detector import BoxedDetector, Detector, Selection, new_detector
 from models.backbones.rcnn import (
     Architecture,
+    PublishedWeights,
     build_rcnn,
     published_weights,
     sizes_in,
@@ -123,6 +125,13 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
     The default for the embedded sample is Onceover's own detector over test_resnet.
     Raises ModelError or UserError if it cannot be created, or if the weights do not fit.
     """
+    try:
+        return _open(options, dataset, seed)
+    except ModelError as error:
+        raise ModelError(_with_flags(str(error))) from error
+
+
+def _open(options: DetectorOptions, dataset: str, seed: int) -> Detector:
     if dataset == "sample" and not options.detector and not options.detector_backbone:
         options = replace(
             options,
@@ -138,17 +147,22 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
     weights = options.detector_weights or "pretrained"
     if weights in ("pretrained", "random"):
         pretrained = weights == "pretrained"
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                network = build_rcnn(architecture, pretrained)
-        except ModelError as error:
-            raise ModelError(_with_flags(str(error))) from error
-        classes = published_weights(name).meta["categories"] if pretrained else None
+        published = published_weights(name) if name and pretrained else None
+        if published:
+            architecture = replace(architecture, norm_eps=published.norm_eps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build_rcnn(architecture, pretrained)
+        classes = published.classes if published else None
         detector = new_detector(architecture, network, classes, **options.selection)
         detector.from_hub = pretrained
         return detector
     path = scenes_weights() if weights == "scenes" else Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"--detector-weights {path}: no such file; pass a file, 'pretrained', 'random' or "
+            "'scenes'"
+        )
     state_dict = read_weights(path, "--detector-weights")
     header = read_header(path)
     sizes: dict[str, Any] = sizes_in({key: value.shape for key, value in state_dict.items()})
@@ -157,10 +171,10 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
         sizes.pop("width", None)
     architecture = replace(architecture, size=architecture.size or header.size, **sizes)
     names = header.classes if len(header.classes or ()) == architecture.classes else None
-    try:
-        network = build_rcnn(architecture)
-    except ModelError as error:
-        raise ModelError(_with_flags(str(error))) from error
+    if published := published_file(name, path):
+        architecture = replace(architecture, norm_eps=published.norm_eps)
+        names = published.classes
+    network = build_rcnn(architecture)
     detector = new_detector(architecture, network, names, **options.selection)
     model_flag = "--detector, or the --detector-backbone,"
     load_weights(detector, state_dict, path, "--detector-weights", model_flag)
@@ -182,6 +196,15 @@ def use_given_boxes(detector: Detector, boxes: GivenBoxes) -> BoxedDetector:
         boxes.digest,
         boxes.largest,
     )
+
+
+def published_file(detector: str, path: Path) -> PublishedWeights | None:
+    """Return torchvision's published weights of a detector if a file has them, by name and hash."""
+    published = published_weights(detector) if detector else None
+    if published is None or path.name != published.file:
+        return None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return published if digest.startswith(published.sha256) else None
 
 
 def _with_flags(message: str) -> str:
@@ -265,6 +288,7 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         "backbone": is_name(identity.get("backbone")),
         "weights": isinstance(identity.get("weights"), str),
         "size": identity.get("size") is not None and _is_sides(identity["size"]),
+        "norm_eps": identity.get("norm_eps") in (None, 0.0),
         "min_score": is_number(identity.get("min_score")),
         "min_regions": is_count(identity.get("min_regions"), 0),
         "max_regions": is_count(identity.get("max_regions"), 1),
@@ -296,6 +320,7 @@ def restore_detector(folder: Path, identity: Mapping[str, Any], prefix: str = ""
         identity["backbone"],
         len(classes),
         (identity["size"][0], identity["size"][1]),
+        identity["norm_eps"],
         channels=identity["channels"],
     )
     if not from_hub:
