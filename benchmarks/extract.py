@@ -1,12 +1,12 @@
 """The extraction stage, compared with its upper bound and with a plain loop.
 
-    python -m benchmarks.extract [--json FILE]
+    python -m benchmarks.extract [--regions detector] [--json FILE]
 
 The stage reads JPEGs from disk and writes complete, fsynced shards. Its upper bound ("ceiling") on
 a CPU is 1 / (1/d + 1/f): d is the rate of decoding and resizing on all cores, f is the rate of the
 backbone at its best batch size on all cores, each alone. On a GPU the upper bound is the minimum of
 the rates of decoding, forward pass and writing, each alone. The plain loop uses Pillow, fp32,
-contiguous memory, and one photograph at a time.
+contiguous memory, and one photograph at a time. For detectors see benchmarks/detector.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
+from benchmarks.detector import measure_detector
 from benchmarks.measure import header, seconds_of
 from benchmarks.photographs import make_photographs
 from data import images as decoding
@@ -32,6 +33,7 @@ from data.cache.claims import Claims
 from data.cache.writer import plan_shards
 from data.sources import Image
 from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
+from pipeline.extraction.detector import DetectorOptions
 from pipeline.extraction.grid import open_backbone
 from pipeline.extraction.stream import (
     Recipe,
@@ -72,6 +74,9 @@ from pipeline.terminal import progress
 @click.option("--passes", default=1, help="times that the stage reads the photographs")
 @click.option("--seconds", default=4.0, help="duration of a measurement of the forward pass")
 @click.option("--large", default=64, help="photographs of 2560x1920; 0: none")
+@click.option("--regions", type=click.Choice(["grid", "detector"]), default="grid")
+@click.option("--detector", default="fasterrcnn_resnet50_fpn_v2", help="with --regions detector")
+@click.option("--detector-size", default="800x1333", help="with --regions detector")
 @click.option("--device", default="auto", help="auto, cpu or cuda")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="also write the figures here")
 def main(
@@ -82,6 +87,9 @@ def main(
     passes: int,
     seconds: float,
     large: int,
+    regions: str,
+    detector: str,
+    detector_size: str,
     device: str,
     out: Path | None,
 ) -> None:
@@ -93,14 +101,20 @@ def main(
         sets[f"{len(small)} JPEGs of 224x224, as found"] = small
     report_header = header() | {"machine": str(machine), "torch": torch.__version__}
     click.echo(json.dumps(report_header))
-    figures = [
-        measure(name, kind, paths, work, machine, passes, seconds)
-        for name in names
-        for kind, paths in sets.items()
-    ]
-    if large:
-        paths, description = make_photographs(work / f"large-{large}", large, real, 2560, 1920)
-        figures += [reduced_scale(name, description, paths, real, machine) for name in names]
+    if regions == "detector":
+        options = DetectorOptions(
+            detector=detector, detector_weights="random", detector_size=detector_size
+        )
+        figures = [measure_detector(options, description, photographs, work, machine)]
+    else:
+        figures = [
+            measure(name, kind, paths, work, machine, passes, seconds)
+            for name in names
+            for kind, paths in sets.items()
+        ]
+        if large:
+            paths, description = make_photographs(work / f"large-{large}", large, real, 2560, 1920)
+            figures += [reduced_scale(name, description, paths, real, machine) for name in names]
     if out:
         out.write_text(json.dumps({**report_header, "figures": figures}, indent=2) + "\n")
 

@@ -27,7 +27,8 @@ class Batch:
 
     features: [B,R,C] float16.
     boxes: [B,R,4] float32, as in `data.cache.reader`.
-    counts: [B] int64, the number of regions of each image.
+    counts: [B] int64, the number of regions of each image; [B,2] with two kinds of regions, as in
+        models.regions.
     tokens: [B,K,T] int64. A text consists of its prompt, <bos>, its target and <eos> (no <eos> if
         the target was cut at the length limit), and is padded with <pad>. An image with fewer than
         K texts has texts of <pad> only. Only tokens after <bos> count in the loss.

@@ -31,6 +31,7 @@ from data.image_formats import HEIC_BRANDS, SUFFIXES
 
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
+ORIGINAL = "original"  # no resize; the backbone resizes
 GAP = 2  # a JPEG decoded at a reduced scale has at least this many times the required size
 # torch's names of the interpolations; lanczos is done by Pillow
 FILTERS = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic"}
@@ -62,9 +63,11 @@ class Framing:
     interpolation: nearest, bilinear, bicubic or lanczos.
     resize: "stretch" resizes the whole photograph without keeping its aspect ratio; "crop" takes
         the largest central part with the aspect ratio of `size`; "letterbox" keeps the whole
-        photograph and its aspect ratio, and fills the rest with `fill` (RGB).
+        photograph and its aspect ratio, and fills the rest with `fill` (RGB); "original" changes
+        nothing. Then `size` only limits the reduced scale at which a large JPEG is decoded.
     max_pixels: a photograph of more pixels is unreadable; None: Pillow's limit. Decoding takes up
         to 9 bytes per pixel.
+    more: further inputs from the same photograph, for several kinds of regions side by side.
     """
 
     size: tuple[int, int]
@@ -72,6 +75,7 @@ class Framing:
     resize: str = "stretch"
     fill: tuple[int, int, int] = (0, 0, 0)
     max_pixels: int | None = None
+    more: tuple[Framing, ...] = ()
 
 
 class Photo(NamedTuple):
@@ -86,6 +90,21 @@ class Photo(NamedTuple):
     pixels: np.ndarray
     original: tuple[int, int]
     frame: tuple[float, float, float, float]
+
+    @property
+    def inputs(self) -> tuple[Photo, ...]:
+        """All inputs from this photograph: the first one, then those of `Framing.more`."""
+        return (self,)
+
+
+class SeveralInputs(Photo):
+    """A photograph with the inputs of several kinds of regions. The fields are the first input."""
+
+    more: tuple[Photo, ...]
+
+    @property
+    def inputs(self) -> tuple[Photo, ...]:
+        return (self, *self.more)
 
 
 Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
@@ -222,7 +241,7 @@ def _upright(
     limit = framing.max_pixels or PillowImage.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise PillowImage.DecompressionBombError(f"{width * height} pixels")
-    needed = GAP * max(framing.size)
+    needed = GAP * max(side for each in (framing, *framing.more) for side in each.size)
     if not keep and min(width, height) >= 2 * needed:
         opened.draft(None, (needed, needed))  # has an effect on JPEGs only
     transparent, decoded = _transparent(opened), opened.size
@@ -295,8 +314,19 @@ def _eight_bits(photo: PillowImage.Image, kind: str | None) -> PillowImage.Image
 
 
 def _frame(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
+    first = _frame_one(photo, original, framing)
+    if not framing.more:
+        return first
+    several = SeveralInputs(*first)
+    several.more = tuple(_frame_one(photo, original, each) for each in framing.more)
+    return several
+
+
+def _frame_one(photo: PillowImage.Image, original: tuple[int, int], framing: Framing) -> Photo:
     (height, width), pixels = framing.size, np.asarray(photo)
     h, w = pixels.shape[:2]
+    if framing.resize == ORIGINAL:
+        return Photo(pixels.transpose(2, 0, 1), original, (0.0, 0.0, 1.0, 1.0))
     if framing.resize == "stretch":
         stretched = _resize(pixels, framing.size, framing)
         return Photo(stretched.transpose(2, 0, 1), original, (0.0, 0.0, 1.0, 1.0))
@@ -366,9 +396,22 @@ class Photographs(Dataset):
         return try_image(self.photographs[index], self.framing)
 
 
-def stack(photos: Sequence[Photo]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack photographs: pixels uint8 [B,3,H,W], channels last, and frames [B,4] float32."""
+Pixels = torch.Tensor | list[torch.Tensor]
+
+
+def stack(photos: Sequence[Photo]) -> tuple[Pixels, torch.Tensor]:
+    """Stack photographs: pixels uint8 [B,3,H,W], channels last, and frames [B,4] float32.
+
+    The pixels of photographs of different sizes are a list of B tensors [3,H,W].
+    """
+    frames = torch.tensor([photo.frame for photo in photos])
+    if len({photo.pixels.shape for photo in photos}) > 1:
+        return [torch.from_numpy(np.ascontiguousarray(photo.pixels)) for photo in photos], frames
     pixels = np.stack([photo.pixels.transpose(1, 2, 0) for photo in photos])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(
-        [photo.frame for photo in photos]
-    )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), frames
+
+
+def stack_inputs(photos: Sequence[Photo]) -> list[tuple[Pixels, torch.Tensor]]:
+    """Stack each of `Photo.inputs` of photographs, as `stack` does."""
+    inputs = zip(*(photo.inputs for photo in photos), strict=True)
+    return [stack(list(each)) for each in inputs]

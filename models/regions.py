@@ -6,6 +6,7 @@ Letters in shapes: B images, R regions per image, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,43 @@ class Regions(NamedTuple):
 
     features: [B,R,C]. Rows after `counts` are padding with zeros.
     boxes: [B,R,4], x0 y0 x1 y1 in 0..1, relative to the whole upright photograph.
-    counts: [B] int64, number of regions of each image.
+    counts: [B] int64, number of regions of each image. With two kinds of regions side by side:
+        [B,2], the number of each kind. The regions of the first kind come first, and the features
+        of the kind with fewer channels end in zeros.
     """
 
     features: Tensor
     boxes: Tensor
     counts: Tensor
+
+    @property
+    def totals(self) -> Tensor:
+        """Number of regions of each image, of all kinds: [B] int64."""
+        return self.counts if self.counts.ndim == 1 else self.counts.sum(1)
+
+
+def side_by_side(kinds: Sequence[Regions]) -> Regions:
+    """Join the regions of two kinds of the same images, as `Regions` describes."""
+    if len(kinds) == 1:
+        return kinds[0]
+    first, second = kinds
+    channels = max(first.features.shape[2], second.features.shape[2])
+    features = torch.cat(
+        [
+            torch.nn.functional.pad(each.features, (0, channels - each.features.shape[2]))
+            for each in kinds
+        ],
+        dim=1,
+    )
+    boxes = torch.cat([first.boxes, second.boxes], dim=1)
+    slots = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
+    size = first.features.shape[1]
+    is_region = torch.where(
+        slots < size, slots < first.counts[:, None], slots - size < second.counts[:, None]
+    )
+    order = (slots + features.shape[1] * ~is_region).argsort(dim=1)[..., None]  # padding last
+    features, boxes = (part.gather(1, order.expand_as(part)) for part in (features, boxes))
+    return Regions(features, boxes, torch.stack([first.counts, second.counts], dim=1))
 
 
 def grid_boxes(height: int, width: int) -> Tensor:

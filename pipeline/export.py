@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.cache.no_features import NoFeatures
 from data.files import replace_files
+from data.images import ORIGINAL
 from models.backbones.interface import Backbone
 from models.export import Encoder, Graph, Photographs, Sizes, Step, make_graphs
 from pipeline.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -73,8 +74,9 @@ def main(config: ExportConfig) -> None:
     out = config.out or default_out(config)
     check_out(out, folder)
     checkpoint = load_checkpoint(folder)
-    with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
-    backbone = restore(folder, checkpoint.identity) if with_backbone else None
+    if checkpoint.captioner.config.more_channels:
+        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
+    backbone = open_backbone(folder, checkpoint) if config.backbone else None
     graphs = make_graphs(checkpoint.captioner, backbone)
     with replace_files(out, FILES, last=RECORD) as temporary:
         with progress(len(graphs), "graphs", "export") as bar:
@@ -121,6 +123,22 @@ def is_export(out: Path) -> bool:
     except ValueError:
         return False
     return isinstance(record, dict) and {"format", "inputs"} <= {*record}
+
+
+def open_backbone(folder: Path, checkpoint: Checkpoint) -> Backbone | None:
+    """Open the backbone of a checkpoint; None without image features.
+
+    Raises UserError if its regions cannot be exported.
+    """
+    if checkpoint.identity == NoFeatures.identity:
+        return None
+    backbone = restore(folder, checkpoint.identity)
+    if backbone.framing().get("resize") == ORIGINAL:
+        raise UserError(
+            f"{folder} uses regions of a detector, which are not exported: their number differs "
+            "between images. Pass --no-backbone to export the decoder alone"
+        )
+    return backbone
 
 
 def require_onnx() -> None:

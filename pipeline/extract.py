@@ -13,21 +13,23 @@ import timm
 import torch
 import torchvision
 
+from data.boxes import read_boxes
 from data.cache.claims import Claims, sweep
-from data.cache.reader import FeatureCache, cache_header, differences, shard_paths
+from data.cache.reader import FeatureCache, cache_header, differences, kinds_of, shard_paths
 from data.cache.writer import Shard, plan_retry, plan_shards, write_index
 from data.image_formats import HEIC, SUFFIXES
 from data.images import DECODE_PATH
 from data.sources import Image, Listing, Source
-from models.backbones.grid import BF16
+from models.backbones.network import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
 from pipeline.extraction.backbone import (
     MAX_PIXELS_HELP,
     keep_backbone,
     place_backbone,
 )
+from pipeline.extraction.drawing import show_regions
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
-from pipeline.extraction.registry import REGIONS
+from pipeline.extraction.registry import REGIONS, with_given_boxes
 from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
 from pipeline.extraction.views import parse_views
 from pipeline.runtime import Machine, check_free_space, open_machine
@@ -65,10 +67,17 @@ class ExtractConfig(SourceOptions):
         "only check every row of this cache, and list damaged rows; the exit code is then 1",
     )
     inspect: Path | None = setting(None, "only show the contents of this cache")
+    show: Path | None = setting(
+        None,
+        "with --inspect: draw the regions on photographs of --dataset and --root, into this new "
+        "folder; 20 photographs, or --limit",
+    )
     pack: Path | None = setting(
         None, "only pack the cache in --out into one HDF5 file with this name"
     )
-    batch: int = setting(32, "images per forward pass", at_least=1, group="machine")
+    batch: int | None = setting(
+        None, "images per forward pass  [grid: 32, detector: 8]", at_least=1, group="machine"
+    )
     workers: int | None = setting(
         None,
         "decoding threads (with a GPU: processes)  [one per core]",
@@ -84,6 +93,11 @@ class ExtractConfig(SourceOptions):
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
     )
     seed: int = setting(0, "random seed for --weights random", group="machine")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.show and not self.inspect:
+            raise UserError("--show draws the regions of a cache; pass --inspect CACHE too")
 
     @property
     def retry_all(self) -> bool:
@@ -108,7 +122,7 @@ def main(config: ExtractConfig) -> None:
     source = open_photographs(config)
     images = source.select(config.split)[: config.limit]
     missing_ids = missing_photographs(source, images, config.allow_missing)
-    recipe = choose_recipe(config, machine, missing_ids)
+    recipe = choose_recipe(config, machine, images, missing_ids)
     if config.repair:
         repair_cache(cache, machine)
     refuse_other_identity(cache, recipe)
@@ -168,6 +182,9 @@ def maintain(config: ExtractConfig, cache: Path) -> None:
         verify_cache(config.verify)
     if config.inspect:
         inspect_cache(config.inspect)
+    if config.show:
+        assert config.inspect is not None  # checked by the configuration
+        show_regions(config.inspect, config.open_source(), config.show, config.limit)
     if config.pack:
         pack_cache(cache, config.pack)
 
@@ -208,17 +225,24 @@ def similar_hint(similar: Sequence[str]) -> str:
     return f" (there is {', '.join(photographs[:3])})" if photographs else ""
 
 
-def choose_recipe(config: ExtractConfig, machine: Machine, missing_ids: set[int]) -> Recipe:
+def choose_recipe(
+    config: ExtractConfig, machine: Machine, images: Sequence[Image], missing_ids: set[int]
+) -> Recipe:
     """Open the backbone and collect everything that determines the rows of the cache."""
     views = parse_views(config.views)
-    backbone = REGIONS[config.regions].open(config.options("regions"), config.dataset, config.seed)
+    options = config.options("regions")
+    backbone = REGIONS[config.regions].open(options, config.dataset, config.seed)
+    if file := getattr(options, "boxes", None):
+        if views:
+            raise UserError("--boxes are boxes of whole photographs; leave out --views")
+        backbone = with_given_boxes(backbone, read_boxes(file, images))
     provenance = describe_versions(machine) | ({"views": list(views)} if views else {})
     return Recipe(
         place_backbone(backbone, machine),
         machine,
         backbone.identity(),
         provenance,
-        config.batch,
+        config.batch or backbone.batch,
         decoding_workers(config.workers),
         config.strict,
         frozenset(missing_ids),
@@ -283,18 +307,20 @@ def print_plan(
         UserError: the free disk space is too small for the new rows.
     """
     rows = pending_images([*shards, *retry_shards])
-    regions, channels = recipe.shape
-    views = 1 + len(recipe.views)
+    shapes = [part.shape for part in recipe.backbone.parts]
     # float16 features, four float32 box coordinates, and about 400 bytes of tables for each image
-    bytes_per_image = views * regions * (channels * 2 + 16) + 400
+    bytes_per_view = sum(regions * (channels * 2 + 16) for regions, channels in shapes)
+    bytes_per_image = (1 + len(recipe.views)) * bytes_per_view + 400
+    sizes = " + ".join(f"{regions} regions x {channels}" for regions, channels in shapes)
     space = check_free_space(cache, rows * bytes_per_image)
     done = len(images) - pending_images(shards)
-    name, weights = recipe.backbone.name, recipe.identity.get("weights", recipe.identity["regions"])
+    name = recipe.backbone.name
+    weights = ", ".join(kind.get("weights", kind["regions"]) for kind in kinds_of(recipe.identity))
     view_names = ""
     if recipe.views:
         view_names = f" and the same size again for each view ({', '.join(recipe.views)})"
     say(
-        f"{name} ({weights}), {regions} regions x {channels}{view_names}, on {recipe.machine}, "
+        f"{name} ({weights}), {sizes}{view_names}, on {recipe.machine}, "
         f"{recipe.workers} decoding workers"
     )
     say(

@@ -2,7 +2,7 @@
 one.
 
     python -m tests.kill_extraction PHOTOGRAPHS WORK [--kills 50] [--seed 0] [--limit N] [--backbone
-    B --weights W]
+    B --weights W] [--regions KIND]
 
 After every kill each shard that is there must be whole; once a run comes through, the cache must
 equal the uninterrupted one's row for row, bit for bit. Then a new folder is begun, until all kills
@@ -38,6 +38,7 @@ from pipeline import extract
 @click.option("--shard-images", default=100)
 @click.option("--backbone", default="test_resnet")
 @click.option("--weights", default="scenes")
+@click.option("--regions", default="grid")
 def main(
     photographs: Path,
     work: Path,
@@ -47,20 +48,14 @@ def main(
     shard_images: int,
     backbone: str,
     weights: str,
+    regions: str,
 ) -> None:
     shards.SHARD_IMAGES = shard_images
-    options = [
-        "--dataset",
-        "folder",
-        "--root",
-        photographs,
-        "--backbone",
-        backbone,
-        "--weights",
-        weights,
-        "--limit",
-        limit,
-    ]
+    options = ["--dataset", "folder", "--root", photographs, "--limit", limit, "--regions", regions]
+    if "grid" in regions:
+        options += ["--backbone", backbone, "--weights", weights]
+    if "detector" in regions:
+        options += ["--detector-backbone", "test_resnet", "--detector-weights", "scenes"]
     start = time.monotonic()
     wait(begin(options, work / "whole"))
     seconds = time.monotonic() - start

@@ -17,6 +17,7 @@ class NoFeatures:
 
     path = Path("none")
     shape = (0, 1)
+    kinds = (("none", 0, 1),)
     views: tuple[str, ...] = ()
     identity: dict[str, Any] = {"regions": "none"}  # noqa: RUF012
     provenance: dict[str, Any] = {}  # noqa: RUF012

@@ -11,8 +11,11 @@ that a reader maps them into memory without an HDF5 handle.
     names     [N]     UTF-8     path relative to the root of the photographs
     sizes     [N,2]   int32     height, width of the original
     crc32     [N]     uint32    of the row's bytes in `features`
-    ..._VIEW                    features, boxes, counts and crc32 of each view in the provenance:
-                                flip, crop1, color1, ...
+    scores    [N,R]   float32   score of each region, 0 to 1  } only if the identity has `classes`
+    labels    [N,R]   int16     class of each region          }
+    ..._VIEW                    features, boxes, counts, crc32, scores and labels of each view in
+                                the provenance: flip, crop1, color1, ...
+    ..._KIND, ..._KIND_VIEW     the same of the second kind of regions in the identity: detector
     attrs     format; identity, provenance, plan and unreadable (JSON); crc32 (of everything except
               `features`)
 
@@ -54,6 +57,7 @@ BROKEN = (
 HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file format, III.E)
 HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
+TABLE_TYPES = {"scores": np.float32, "labels": np.int16}  # with classes: [N,R] per view
 HOW_TO_ADD = (
     "re-run pipeline.extract over the split with the missing images (without --limit), with the "
     "same --out"
@@ -69,12 +73,23 @@ class Rows(NamedTuple):
 
     features: [n,R,C] float16.
     boxes: [n,R,4] float32, x0 y0 x1 y1 in 0..1.
-    counts: [n] int16, number of regions.
+    counts: [n] int16, number of regions; [n,2] for two kinds side by side, as in models.regions.
     """
 
     features: np.ndarray
     boxes: np.ndarray
     counts: np.ndarray
+
+
+class Detections(NamedTuple):
+    """What the regions of n images show, by a detector. Entries after `counts` are 0.
+
+    scores: [n,R] float32, 0 to 1.
+    labels: [n,R] int16, indices of the identity's `classes`; 0 is the background.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
 
 
 class NewerFormat(DataError):
@@ -100,16 +115,43 @@ def views_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(provenance.get("views", ()))
 
 
-def view_suffixes(views: Iterable[str]) -> tuple[str, ...]:
-    """Return the suffixes of the datasets in PER_VIEW: "" for the original, then one per view."""
-    return "", *(f"_{view}" for view in views)
+class Part(NamedTuple):
+    """The datasets of one kind of regions, of the originals or of a view.
+
+    suffix: of the names of its datasets. tables: names of the datasets with a value per region.
+    """
+
+    suffix: str
+    tables: tuple[str, ...]
 
 
-def datasets_of(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+def kinds_of(identity: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the identity of each kind of regions in a cache; usually there is one."""
+    return identity.get("kinds", [identity])
+
+
+def parts_of(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[Part]:
+    """Return the parts of each row: the kinds of the originals, then those of each view."""
+    return [
+        Part(
+            (f"_{kind['regions']}" if number else "") + (f"_{view}" if view else ""),
+            tables_of(kind),
+        )
+        for view in ("", *views_of(provenance))
+        for number, kind in enumerate(kinds_of(identity))
+    ]
+
+
+def tables_of(identity: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the datasets with one value per region."""
+    return tuple(TABLE_TYPES) if "classes" in identity else ()
+
+
+def datasets_of(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of all datasets with one row per image."""
-    return *PER_IMAGE, *(
-        name + suffix for suffix in view_suffixes(views_of(provenance))[1:] for name in PER_VIEW
-    )
+    parts = parts_of(identity, provenance)
+    of_parts = (name + part.suffix for part in parts for name in (*PER_VIEW, *part.tables))
+    return tuple(dict.fromkeys((*PER_IMAGE, *of_parts)))
 
 
 def shard_paths(cache: Path) -> list[Path]:
@@ -297,7 +339,8 @@ class FeatureCache:
     provenance: recorded facts that may differ.
     ids: [N] int64, in the order of the cache.
     unreadable: {image id: Unreadable}.
-    shape: (R, C).
+    shape: (R, C). With two kinds of regions side by side: all regions, and the largest C.
+    kinds: (kind, R, C) of each kind of regions; usually there is one.
     views: the names of the views.
 
     Raises DataError if the path is not a cache.
@@ -315,8 +358,9 @@ class FeatureCache:
                 f"{self.path}"
             )
         self._files: list[Path] = []
-        # features, boxes and counts by view (0: the original), then by file
+        # features, boxes and counts by part (of `parts_of`), then by file
         self._maps: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
+        self._tables: list[dict[str, np.ndarray]] = []  # scores and labels, by file
         self._where: dict[int, tuple[int, int]] = {}
         self._names: dict[int, str] = {}
         self.unreadable: dict[int, Unreadable] = {}
@@ -328,8 +372,16 @@ class FeatureCache:
                     self.identity = read_object(file, "identity")
                     self.provenance = read_object(file, "provenance")
                     self.views = views_of(self.provenance)
-                    self._maps = [[] for _ in view_suffixes(self.views)]
-                    self.shape = _shape_of(file)
+                    self._parts = parts_of(self.identity, self.provenance)
+                    self._maps = [[] for _ in self._parts]
+                    self.kinds = [
+                        (str(kind.get("regions")), *_shape_of(file, part.suffix))
+                        for kind, part in zip(kinds_of(self.identity), self._parts, strict=False)
+                    ]
+                    self.shape = (
+                        sum(regions for _, regions, _ in self.kinds),
+                        max(channels for _, _, channels in self.kinds),
+                    )
                 elif file.attrs["identity"] != identity:
                     changes = "; ".join(differences(self.identity, read_object(file, "identity")))
                     raise DataError(
@@ -357,19 +409,23 @@ class FeatureCache:
             return
         file_index = len(self._files)
         self._files.append(path)
-        for suffix in view_suffixes(self.views):
+        for suffix, _ in self._parts:
             if f"features{suffix}" not in file:
                 raise DataError(
                     f"{path} has no features{suffix}, which the other files of the cache have; "
                     "remove it and extract again"
                 )
-        _check_layout(path, file, len(ids), self.shape, self.views)
-        for maps, suffix in zip(self._maps, view_suffixes(self.views), strict=True):
+        shapes = [kind[1:] for kind in self.kinds] * (1 + len(self.views))
+        _check_layout(path, file, len(ids), list(zip(self._parts, shapes, strict=True)))
+        for suffix, tables in self._parts[: len(self.kinds)]:
+            if tables:
+                self._tables.append({name: _map(file[name + suffix], path) for name in tables})
+        for maps, (suffix, _), shape in zip(self._maps, self._parts, shapes, strict=True):
             features = _map(file[f"features{suffix}"], path)
             boxes = _map(file[f"boxes{suffix}"], path)
             counts = file[f"counts{suffix}"][:]
-            if counts.min() < 0 or counts.max() > self.shape[0]:
-                raise ValueError(f"counts{suffix} are not all in 0 to {self.shape[0]}")
+            if counts.min() < 0 or counts.max() > shape[0]:
+                raise ValueError(f"counts{suffix} are not all in 0 to {shape[0]}")
             maps.append((features, boxes, counts))
         for row, (image_id, name) in enumerate(zip(ids, file["names"].asstr()[:], strict=True)):
             self._where[image_id] = (file_index, row)
@@ -426,6 +482,9 @@ class FeatureCache:
             file_rows = [self._where[image_id] for image_id in image_ids]
         except KeyError as error:
             raise DataError(self._why_absent(error.args[0])) from None
+        if len(self.kinds) > 1:
+            self._copy_kinds(rows, file_rows, tables_only, views)
+            return rows
         maps = self._maps
         sources = [
             (maps[view][file], row)
@@ -442,6 +501,53 @@ class FeatureCache:
             arrays, row = sources[i]
             rows.boxes[i], rows.counts[i] = arrays[1][row], arrays[2][row]
         return rows
+
+    def _copy_kinds(
+        self,
+        rows: Rows,
+        file_rows: Sequence[tuple[int, int]],
+        tables_only: bool,
+        views: Sequence[int] | None,
+    ) -> None:
+        """Copy the regions of several kinds one after the other, without gaps."""
+        rows.boxes[:] = 0
+        if not tables_only:
+            rows.features[:] = 0
+        kinds = len(self.kinds)
+        for index, (file, row) in enumerate(file_rows):
+            start, view = 0, views[index] if views else 0
+            for kind in range(kinds):
+                features, boxes, counts = self._maps[view * kinds + kind][file]
+                end = start + int(counts[row])
+                if not tables_only:
+                    rows.features[index, start:end, : features.shape[2]] = features[
+                        row, : end - start
+                    ]
+                rows.boxes[index, start:end] = boxes[row, : end - start]
+                rows.counts[index, kind] = end - start
+                start = end
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of a detector's regions; None without a detector."""
+        named = [kind["classes"] for kind in kinds_of(self.identity) if "classes" in kind]
+        return named[0] if named else None
+
+    def detections(self, image_ids: Sequence[int]) -> Detections:
+        """Return scores and labels of the regions of `image_ids`, of the originals.
+
+        Raises DataError if the cache has no classes, and for an id that is not in the cache.
+        """
+        if self.classes is None:
+            raise DataError(f"{self.path} has no scores and labels, because no detector made it")
+        for image_id in image_ids:
+            self.require(image_id)
+        places = [self._where[image_id] for image_id in image_ids]
+        scores, labels = (
+            np.array([self._tables[file][name][row] for file, row in places], dtype)
+            for name, dtype in TABLE_TYPES.items()
+        )
+        return Detections(scores, labels)
 
     @property
     def feature_bytes(self) -> int:
@@ -468,10 +574,11 @@ class FeatureCache:
     def empty_rows(self, count: int) -> Rows:
         """Return uninitialized arrays for `count` rows."""
         regions, channels = self.shape
+        kinds = len(self.kinds)
         return Rows(
             np.empty((count, regions, channels), np.float16),
             np.empty((count, regions, 4), np.float32),
-            np.empty(count, np.int16),
+            np.empty(count if kinds == 1 else (count, kinds), np.int16),
         )
 
     def select(self, images: Iterable[Image]) -> tuple[list[Image], int]:
@@ -528,27 +635,32 @@ class FeatureCache:
         FeatureCache.__init__(self, state["path"])
 
 
-def _shape_of(file: h5py.File) -> tuple[int, int]:
+def _shape_of(file: h5py.File, suffix: str) -> tuple[int, int]:
     """Return (R, C) of a shard's features. Raises ValueError if they are not [N,R,C]."""
-    shape = file["features"].shape
+    shape = file[f"features{suffix}"].shape
     if len(shape) != 3 or not shape[2] >= 1:
         raise ValueError(f"features are {shape}, not [images, regions, channels]")
     return shape[1], shape[2]
 
 
 def _check_layout(
-    path: Path, file: h5py.File, rows: int, shape: tuple[int, int], views: Iterable[str]
+    path: Path,
+    file: h5py.File,
+    rows: int,
+    parts: Sequence[tuple[Part, tuple[int, int]]],
 ) -> None:
     """Check the types and shapes of a file's datasets. Raises DataError or ValueError."""
-    regions, channels = shape
+    regions, channels = parts[0][1]
     if file["features"].shape != (rows, regions, channels):
         raise DataError(f"{path}: its rows are not {regions} regions x {channels} as in its cache")
     expected = {"image_ids": ("i8", (rows,)), "sizes": ("i4", (rows, 2))}
-    for suffix in view_suffixes(views):
+    for (suffix, tables), (regions, channels) in parts:
         expected[f"features{suffix}"] = "f2", (rows, regions, channels)
         expected[f"boxes{suffix}"] = "f4", (rows, regions, 4)
         expected[f"counts{suffix}"] = "i2", (rows,)
         expected[f"crc32{suffix}"] = "u4", (rows,)
+        for name in tables:
+            expected[f"{name}{suffix}"] = np.dtype(TABLE_TYPES[name]).str, (rows, regions)
     for name, (kind, size) in expected.items():
         if (file[name].dtype, file[name].shape) != (np.dtype(kind), size):
             raise ValueError(

@@ -26,6 +26,7 @@ from data.cache.reader import (
     BROKEN,
     FORMAT,
     PER_VIEW,
+    TABLE_TYPES,
     FeatureCache,
     NewerFormat,
     Rows,
@@ -34,12 +35,11 @@ from data.cache.reader import (
     has_same_cells,
     iterate,
     open_shard,
+    parts_of,
     read_object,
     reading_shard,
     shard_paths,
     system_errors,
-    view_suffixes,
-    views_of,
 )
 from data.files import atomic_write, atomic_write_text
 from data.sources import Image
@@ -189,17 +189,21 @@ def write_shard(
     unreadable: Sequence[Unreadable],
     identity: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    tables: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> None:
     """Write a shard atomically, in the format of `data.cache.reader`.
 
     readable: the images with rows.
-    rows: the rows of `readable`: of the originals, then of each view in the provenance.
+    rows: the rows of `readable`, one entry per part of `parts_of`: of the originals, then of each
+        view in the provenance.
     sizes: (height, width) of the originals, [N,2].
+    tables: scores and labels [N,R] of each of `rows`; required if the identity has `classes`.
 
     Raises DataError if features are not finite in float16, and OSError if the disk is full.
     """
     arrays: dict[str, np.ndarray] = {}
-    for suffix, part in zip(view_suffixes(views_of(provenance)), rows, strict=True):
+    parts = parts_of(identity, provenance)
+    for (suffix, _), part in zip(parts, rows, strict=True):
         features = part.features.astype(np.float16, copy=False)
         for photo, row in zip(readable, features, strict=True):
             if not np.isfinite(row).all():
@@ -213,6 +217,9 @@ def write_shard(
         boxes = part.boxes.astype(np.float32, copy=False)
         per_view: tuple[np.ndarray, ...] = features, boxes, part.counts.astype(np.int16), crc32
         arrays |= {f"{name}{suffix}": array for name, array in zip(PER_VIEW, per_view, strict=True)}
+    for (suffix, names), values in zip(parts, tables or [{}] * len(parts), strict=True):
+        for name in names:
+            arrays[f"{name}{suffix}"] = values[name].astype(TABLE_TYPES[name], copy=False)
     try:
         with atomic_write(shard.path, True) as temporary, _new_file(temporary) as file:
             file.attrs["format"] = FORMAT
@@ -250,7 +257,8 @@ def _new_file(path: Path, **options: Any) -> Iterator[h5py.File]:
 def _tables_crc32(file: h5py.File) -> int:
     """Return the CRC-32 of everything in a shard except the features: tables and attributes."""
     crc = 0
-    for name in (*TABLES, *(name for name in file if name.startswith(("boxes_", "counts_")))):
+    others = (name for name in file if name.startswith(("boxes_", "counts_", *TABLE_TYPES)))
+    for name in (*TABLES, *others):
         values = file[name][:]
         data = (
             "\0".join(value.decode() for value in values).encode()
@@ -277,7 +285,7 @@ def write_index(cache: Path) -> list[Unreadable]:
         shards = [(path, stack.enter_context(open_shard(path))) for path in shard_paths(cache)]
         for key in ("format", "identity", "provenance"):
             index.attrs[key] = shards[0][1].attrs[key]
-        for name in datasets_of(feature_cache.provenance):
+        for name in datasets_of(feature_cache.identity, feature_cache.provenance):
             if not len(feature_cache):
                 continue
             shape, dtype = shards[0][1][name].shape[1:], shards[0][1][name].dtype
@@ -333,7 +341,7 @@ def pack(cache: FeatureCache, target: Path, done=lambda rows: None) -> None:
         for path in cache.paths:
             with open_shard(path) as file:
                 for begin, end in _runs(cache, path, file):
-                    for name in datasets_of(cache.provenance):
+                    for name in datasets_of(cache.identity, cache.provenance):
                         if name not in packed:
                             packed.create_dataset(
                                 name, (total, *file[name].shape[1:]), file[name].dtype
@@ -385,11 +393,12 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
                 return [f"{path} only points to shards; verify the cache's folder"]
             rows = len(file["image_ids"])
             provenance = json.loads(file.attrs["provenance"])
-            incomplete = [name for name in datasets_of(provenance) if len(file[name]) != rows]
+            shard_identity = json.loads(file.attrs["identity"])
+            names = datasets_of(shard_identity, provenance)
+            incomplete = [name for name in names if len(file[name]) != rows]
             if incomplete:
                 return [f"{path}: {', '.join(incomplete)} do not have {rows} rows"]
             problems = []
-            shard_identity = json.loads(file.attrs["identity"])
             regions = file["features"].shape[1]
             if has_same_cells(shard_identity) and rows:
                 boxes, counts = file["boxes"][:], file["counts"][:]
@@ -402,7 +411,8 @@ def _problems(path: Path, identity: Mapping[str, Any] | None) -> list[str]:
                 )
             if identity is not None and shard_identity != identity:
                 problems.append(f"{path}: it belongs to another cache")
-            for row, suffix in itertools.product(range(rows), view_suffixes(views_of(provenance))):
+            parts = parts_of(shard_identity, provenance)
+            for row, (suffix, _) in itertools.product(range(rows), parts):
                 features = np.ascontiguousarray(file[f"features{suffix}"][row])
                 if zlib.crc32(features.data) != file[f"crc32{suffix}"][row]:
                     name = file["names"].asstr()[row]

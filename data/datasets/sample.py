@@ -181,24 +181,35 @@ def _apart(a: Thing, b: Thing) -> bool:
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Return the RGB picture: a gradient, antialiased things in shades of their colours, noise."""
+    return draw_with_boxes(scene, rng)[0]
+
+
+def draw_with_boxes(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """Return the picture of `draw_scene`, and the boxes of its things: x0 y0 x1 y1, [n,4]."""
     # one colour per corner, close to grey
     tones = rng.uniform(130, 240, (2, 2, 1)) + rng.uniform(-14, 14, (2, 2, 3))
     picture = Image.fromarray(tones.astype(np.uint8)).resize(
         (scene.width, scene.height), Image.Resampling.BICUBIC
     )
+    boxes = []
     for thing in scene.things:
         shade = np.clip(
             np.array(COLOURS[thing.colour]) + rng.integers(-SHADE, SHADE + 1, 3), 0, 255
         )
-        _draw_thing(picture, thing, tuple(shade.tolist()), np.deg2rad(rng.uniform(-TILT, TILT)))
+        tilt = np.deg2rad(rng.uniform(-TILT, TILT))
+        boxes.append(_draw_thing(picture, thing, tuple(shade.tolist()), tilt))
     grain = rng.integers(-4, 5, (scene.height, scene.width, 1), dtype=np.int16)
-    return Image.fromarray(np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8))
+    pixels = np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels), np.array(boxes).reshape(-1, 4)
 
 
 def _draw_thing(
     picture: Image.Image, thing: Thing, shade: tuple[int, int, int], tilt: float, scale: int = 4
-) -> None:
-    """Draw a thing with smooth edges: on a mask of `scale` times the resolution, then reduced."""
+) -> np.ndarray:
+    """Draw a thing with smooth edges: on a mask of `scale` times the resolution, then reduced.
+
+    Returns its box, x0 y0 x1 y1.
+    """
     left, upper = int(thing.x - REACH * thing.radius) - 1, int(thing.y - REACH * thing.radius) - 1
     side = int(2 * REACH * thing.radius) + 4
     turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
@@ -208,6 +219,7 @@ def _draw_thing(
     mask = Image.new("L", (side * scale, side * scale))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
     picture.paste(shade, (left, upper), mask.reduce(scale))
+    return np.concatenate([corners.min(0), corners.max(0)]) / scale + (left, upper) * 2
 
 
 def encode_jpeg(picture: Image.Image) -> bytes:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 
 
+def closest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
+    """Ask whether the closest known names were meant, as the end of an error message."""
+    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
+    names = " or ".join(prefix + match for match in matches)
+    return f"; did you mean {names}?" if names else ""
+
+
 def suggest(name: str, known: list[str], cutoff: float = 0.6, prefix: str = "") -> str:
     """Suggest the known names that are closest to `name`, as the end of an error message."""
-    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff)
-    if matches:
-        return f"; did you mean {' or '.join(prefix + match for match in matches)}?"
+    if question := closest(name, known, cutoff, prefix):
+        return question
     library = prefix.rstrip("/") + ".models" if prefix else "timm"
     return f"; {library}.list_models() lists all names"
 

@@ -24,7 +24,7 @@ def build_network(
             f"{name!r} is not a model of timm itself; give the name of its architecture, and "
             "weights from a file"
         )
-    _check_timm_name(name)
+    check_timm_name(name)
     try:
         network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except TypeError as error:
@@ -39,7 +39,7 @@ def build_network(
     return network, config, (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
-def _check_timm_name(name: str) -> None:
+def check_timm_name(name: str) -> None:
     """Raise ModelError if timm lacks the model, or its tag (the part after the first dot)."""
     model, dot, tag = name.partition(".")
     if not timm.is_model(name):

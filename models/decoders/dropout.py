@@ -46,17 +46,24 @@ class Dropout(nn.Module):
 def drop_regions(regions: Regions, p: float) -> Regions:
     """Remove a random share `p` of the regions of each image. The others keep their boxes.
 
-    At least one region per image remains, unless it has none. Their order is random.
+    At least one region per image remains, unless it has none. Their order is random; of two kinds,
+    the first kind comes first.
     """
     if p == 0:
         return regions
-    features, boxes, counts = regions
+    features, boxes, counts = regions._replace(counts=regions.totals)
     new_counts = (counts * (1 - p)).round().clamp(min=1).long().minimum(counts)
     largest_count = max(1, round(features.shape[1] * (1 - p)))
     sort_keys = torch.rand(features.shape[:2], device=features.device)
     is_padding = torch.arange(features.shape[1], device=features.device) >= counts[:, None]
     sort_keys.masked_fill_(is_padding, 2)  # padding comes last
     order = sort_keys.argsort(dim=1)[:, :largest_count]
+    if regions.counts.ndim == 2:
+        is_kept = torch.arange(largest_count, device=order.device) < new_counts[:, None]
+        order = order.masked_fill(~is_kept, features.shape[1]).sort(dim=1).values
+        first = (order < regions.counts[:, :1]).sum(1)
+        new_counts = torch.stack([first, new_counts - first], dim=1)
+        order = order.clamp(max=features.shape[1] - 1)
     features, boxes = (
         part.gather(1, order[:, :, None].expand(-1, -1, part.shape[2]))
         for part in (features, boxes)

@@ -126,6 +126,10 @@ class DecoderConfig:
     classes: int = dataclasses.field(
         default=0, kw_only=True, metadata={"at_least": 0, "at_most": MAX_SIZE}
     )
+    # the number of channels of the second kind of regions; 0: there is one kind
+    more_channels: int = dataclasses.field(
+        default=0, kw_only=True, metadata={"at_least": 0, "at_most": MAX_SIZE}
+    )
 
     def __post_init__(self) -> None:
         bounds = {"words": (1, MAX_SIZE), "channels": (1, MAX_SIZE)}
@@ -141,7 +145,7 @@ class DecoderConfig:
 
     def __str__(self) -> str:
         """The sizes that this decoder adds, for the log of a training run."""
-        common_names = {"words", "channels", "max_length", "max_prompt", "classes"}
+        common_names = {item.name for item in dataclasses.fields(DecoderConfig)}
         names = [item.name for item in dataclasses.fields(self) if item.name not in common_names]
         sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in names)
         return sizes or "no sizes of its own"

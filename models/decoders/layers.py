@@ -65,19 +65,48 @@ def fourier_features(boxes: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-class RegionInput(nn.Module):
-    """The first layer over regions: features and boxes, mapped to the model width."""
+class SecondKind(nn.Module):
+    """The projection of a second kind of regions, and a learned embedding of the kind."""
 
-    def __init__(self, channels: int, width: int, dropout: float) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.feature = nn.Linear(channels, width)
+        self.kind = nn.Embedding(2, width)
+
+    def forward(self, first: Tensor, regions: Regions) -> Tensor:
+        """Replace the rows of the second kind in `first` [B,R,D], and add the embeddings.
+
+        first: the projected features, as if all regions were of the first kind.
+        """
+        features, _, counts = regions
+        is_second = torch.arange(first.shape[1], device=first.device) >= counts[:, :1]
+        second = self.feature(self.norm(features[..., : self.norm.normalized_shape[0]].float()))
+        x = torch.where(is_second[..., None], second.to(first.dtype), first)
+        return x + self.kind(is_second.long())
+
+
+class RegionInput(nn.Module):
+    """The first layer over regions: features and boxes, mapped to the model width.
+
+    more_channels: channels of the second kind of regions; 0: there is one kind.
+    """
+
+    def __init__(self, channels: int, width: int, dropout: float, more_channels: int = 0) -> None:
+        super().__init__()
+        self.channels = channels
         self.norm = nn.LayerNorm(channels)
         self.feature = nn.Linear(channels, width)
         self.box = nn.Linear(BOX_FEATURES, width)
         self.dropout = Dropout(dropout)
+        if more_channels:
+            self.second = SecondKind(more_channels, width)
 
     def forward(self, regions: Regions) -> Tensor:
         """Map the features [B,R,C] and boxes [B,R,4] to [B,R,D]."""
-        features = self.feature(self.norm(regions.features.float()))
+        features = self.feature(self.norm(regions.features[..., : self.channels].float()))
+        if hasattr(self, "second"):
+            features = self.second(features, regions)
         return self.dropout(features + self.box(fourier_features(regions.boxes)))
 
 
@@ -96,7 +125,7 @@ class RegionMask(NamedTuple):
 
 def region_mask(regions: Regions) -> RegionMask:
     """Compute the mask of the padding after `regions.counts`."""
-    features, _, counts = regions
+    features, counts = regions.features, regions.totals
     visible = torch.arange(features.shape[1], device=features.device) < counts[:, None]
     # Only a CPU checks the counts: on a GPU the host would have to wait, and a graph has no host.
     on_cpu = features.device.type == "cpu" and not torch.compiler.is_exporting()

@@ -166,7 +166,7 @@ class Lstm(Decoder):
         super().__init__()
         self.config = config
         width = config.width
-        self.region = RegionInput(config.channels, width, config.dropout)
+        self.region = RegionInput(config.channels, width, config.dropout, config.more_channels)
         self.word = nn.Embedding(config.words, width)
         # the gates of the first layer, by what they are computed from
         self.mean_gates = nn.Linear(width, 4 * width)
@@ -191,8 +191,8 @@ class Lstm(Decoder):
         values, (mask, _) = self.region(regions).relu(), region_mask(regions)
         if mask is not None:
             is_region = torch.arange(values.shape[1], device=values.device)
-            values = values * (is_region < regions.counts[:, None])[:, :, None]
-        mean = values.sum(1) / regions.counts.clamp(min=1)[:, None]
+            values = values * (is_region < regions.totals[:, None])[:, :, None]
+        mean = values.sum(1) / regions.totals.clamp(min=1)[:, None]
         mask = None if mask is None else mask[:, 0]
         return LstmMemory(values, self.key(values), self.mean_gates(mean), mask)
 

@@ -61,7 +61,7 @@ class Pooled(StackDecoder):
         super().__init__()
         self.config = config
         width = config.width
-        self.region = RegionInput(config.channels, width, config.dropout)
+        self.region = RegionInput(config.channels, width, config.dropout, config.more_channels)
         self.weight = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
         self.pooled_norm = nn.LayerNorm(width)
         self.build_stack(config)

@@ -45,7 +45,9 @@ class Prefix(StackDecoder):
     def __init__(self, config: PrefixConfig) -> None:
         super().__init__()
         self.config = config
-        self.region = RegionInput(config.channels, config.width, config.dropout)
+        self.region = RegionInput(
+            config.channels, config.width, config.dropout, config.more_channels
+        )
         self.build_stack(config)
 
     def encode(self, regions: Regions) -> TransformerMemory:

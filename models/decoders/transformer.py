@@ -32,6 +32,7 @@ from models.decoders.layers import (
     BOX_FEATURES,
     BOX_FREQUENCIES,
     FeedForward,
+    SecondKind,
     SelfAttentionLayer,
     StackConfig,
     StackOptions,
@@ -239,6 +240,8 @@ class Transformer(Decoder):
         self.region_norm = nn.LayerNorm(config.channels)
         self.region = nn.Linear(config.channels, width)
         self.box = nn.Linear(BOX_FEATURES, width)
+        if config.more_channels:
+            self.second = SecondKind(config.more_channels, width)
         self.encoder = nn.ModuleList(
             SelfAttentionLayer(width, config.heads, config.feedforward, config.dropout)
             for _ in range(config.encoder_layers)
@@ -271,7 +274,10 @@ class Transformer(Decoder):
         features, boxes, _ = regions
         mask, is_empty = region_mask(regions)
         box_features = fourier_features(boxes)
-        x = self.dropout(self.region(self.region_norm(features.float())) + self.box(box_features))
+        x = self.region(self.region_norm(features[..., : self.config.channels].float()))
+        if hasattr(self, "second"):
+            x = self.second(x, regions)
+        x = self.dropout(x + self.box(box_features))
         relations = box_relations(boxes) if self.config.relative_geometry else None
         outputs = []
         for number, layer in enumerate(self.encoder):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data.cache.no_features import NoFeatures
-from data.cache.reader import FeatureCache, differences, packed_backbone
+from data.cache.reader import FeatureCache, differences, kinds_of, packed_backbone
 from data.files import atomic_write, atomic_write_text
 from data.segmentation import prompt_tokens, segmented
 from data.subwords import Subwords
@@ -82,15 +82,7 @@ class Checkpoint:
 
     def describe(self) -> str:
         """Describe the features in a few words, for messages."""
-        grid = self.identity.get("grid")
-        parts = [
-            self.identity.get("backbone"),
-            self.identity["regions"],
-            self.identity.get("imported"),
-            "x".join(map(str, grid)) if isinstance(grid, list) else "",
-            f"({self.identity['weights']})" if "weights" in self.identity else "",
-        ]
-        return " ".join(str(part) for part in parts if part)
+        return " + ".join(map(_describe_kind, kinds_of(self.identity)))
 
     def new_task(self) -> Task:
         """Create the task of the checkpoint. Raises UserError if this version does not have it."""
@@ -106,6 +98,19 @@ class Checkpoint:
         token_lists = (prompt_tokens(prompt, self.vocabulary.segment) for prompt in prompts)
         lengths = (len(self.vocabulary.encode(words)) for words in token_lists)
         return sum(length > self.captioner.config.max_prompt for length in lengths)
+
+
+def _describe_kind(identity: Mapping[str, Any]) -> str:
+    grid = identity.get("grid")
+    parts = [
+        identity.get("detector"),
+        identity.get("backbone"),
+        identity["regions"],
+        identity.get("imported"),
+        "x".join(map(str, grid)) if isinstance(grid, list) else "",
+        f"({identity['weights']})" if "weights" in identity else "",
+    ]
+    return " ".join(str(part) for part in parts if part)
 
 
 def save_description(folder: Path, checkpoint: Checkpoint) -> None:
@@ -161,7 +166,11 @@ def load_record(folder: Path) -> dict[str, Any]:
             "type"
         )
     _check_decoding(path, config["decoding"])
-    if not isinstance(config["features"].get("regions"), str):
+    kinds = config["features"].get("kinds", [config["features"]])
+    if not isinstance(kinds, list) or not all(
+        isinstance(kind, dict) and isinstance(kind.get("regions"), str)
+        for kind in (config["features"], *kinds)
+    ):
         raise UserError(f"{path}: features: regions must be the name of a kind of regions")
     return config
 

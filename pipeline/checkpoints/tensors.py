@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); copy it again, or make it again") from error
+
+
+Value = TypeVar("Value")
+
+
+def with_prefix(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """Return the values whose keys begin with `prefix`, without the prefix."""
+    return {
+        key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)
+    }
 
 
 def require_utf8(path: Path) -> None:

@@ -26,7 +26,7 @@ from data.batches import last_tokens, zeros_elsewhere
 from data.cache.no_features import NoFeatures
 from data.cache.reader import FeatureCache, iterate
 from data.examples import Example
-from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe, stack
+from data.images import Photograph, Photographs, UnreadableImage, as_photographs, describe
 from data.segmentation import prompt_tokens, segmented
 from data.vocabulary import PAD, UNK, Vocabulary
 from models import ModelError
@@ -42,7 +42,7 @@ from pipeline.cli import UserError, is_out_of_memory
 from pipeline.decoding.chat import Chat
 from pipeline.decoding.consensus import Frequencies, expected_cider
 from pipeline.decoding.options import NAMES
-from pipeline.extraction.backbone import extract_regions, framing_of, place_backbone
+from pipeline.extraction.backbone import framing_of, place_backbone, regions_of_photos
 from pipeline.extraction.registry import restore
 from pipeline.runtime import Machine, open_machine
 from pipeline.terminal import say
@@ -507,8 +507,7 @@ class PhotoCaptioner(
         readable = [photo for photo, _ in decoded if photo is not None]
         if not readable:
             return None, reasons
-        pixels, view_boxes = stack(readable)
-        return extract_regions(self.backbone, pixels, self.machine, view_boxes), reasons
+        return regions_of_photos(self.backbone, readable, self.machine), reasons
 
     def answers(
         self, photo: Photograph, questions: Sequence[str], count: int = 5, **options: Any

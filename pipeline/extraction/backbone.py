@@ -5,14 +5,15 @@ Extraction and captioning both call `extract_regions`, so they compute the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.images import Framing
+from data.images import Framing, Photo, Pixels, stack_inputs
 from models.backbones.interface import Backbone
-from models.regions import Regions
+from models.regions import Regions, side_by_side
 from pipeline.checkpoints.tensors import save_tensors
 from pipeline.runtime import Machine
 
@@ -24,7 +25,9 @@ MAX_PIXELS_HELP = (
 
 def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
     """Return how photographs are resized and cropped to this backbone's input."""
-    return Framing(**backbone.framing(), max_pixels=max_pixels)
+    fields = backbone.framing()
+    more = tuple(Framing(**each) for each in fields.pop("more", ()))
+    return Framing(**fields, max_pixels=max_pixels, more=more)
 
 
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
@@ -43,13 +46,36 @@ def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:
 
 
 def extract_regions(
-    backbone: Backbone, pixels: Tensor, machine: Machine, view_boxes: Tensor | None = None
+    backbone: Backbone, pixels: Pixels, machine: Machine, view_boxes: Tensor | None = None
 ) -> Regions:
-    """Compute the regions of photographs.
+    """Compute the regions of photographs; arguments as in `extract_with_tables`."""
+    return extract_with_tables(backbone, pixels, machine, view_boxes)[0]
 
-    pixels: [B,3,H,W] uint8.
+
+def regions_of_photos(backbone: Backbone, photos: Sequence[Photo], machine: Machine) -> Regions:
+    """Compute the regions of photographs with the inputs of `framing_of`."""
+    inputs = stack_inputs(photos)
+    return side_by_side(
+        [
+            extract_regions(part, pixels, machine, view_boxes)
+            for part, (pixels, view_boxes) in zip(backbone.parts, inputs, strict=True)
+        ]
+    )
+
+
+def extract_with_tables(
+    backbone: Backbone,
+    pixels: Pixels,
+    machine: Machine,
+    view_boxes: Tensor | None = None,
+    image_ids: Sequence[int] | None = None,
+) -> tuple[Regions, tuple[Tensor, ...]]:
+    """Compute the regions of photographs, and the values [B,R] of the backbone's `tables`.
+
+    pixels: [B,3,H,W] uint8, or B images [3,H,W] of different sizes.
     view_boxes: [B,4] on the CPU, the part of each photograph that the pixels show, x0 y0 x1 y1 in
         0..1; None: the whole photograph.
+    image_ids: as in Backbone.with_tables.
 
     Returns regions on the machine's device with features [B,R,C] float16, as a cache stores them.
     """
@@ -58,10 +84,14 @@ def extract_regions(
     ):
         view_boxes = None  # the pixels show whole photographs, so no cell has to be clipped
     with torch.inference_mode(), machine.autocast():
-        images = pixels.to(machine.device, non_blocking=True).contiguous(
-            memory_format=torch.channels_last
-        )
+        images: Pixels
+        if isinstance(pixels, Tensor):
+            images = pixels.to(machine.device, non_blocking=True).contiguous(
+                memory_format=torch.channels_last
+            )
+        else:
+            images = [image.to(machine.device, non_blocking=True) for image in pixels]
         if view_boxes is not None:
             view_boxes = view_boxes.to(machine.device, non_blocking=True)
-        regions = backbone(images, view_boxes)
-    return regions._replace(features=regions.features.half())
+        regions, tables = backbone.with_tables(images, view_boxes, image_ids)
+    return regions._replace(features=regions.features.half()), tables

@@ -22,9 +22,10 @@ from torch import Tensor
 from data.images import RESIZES
 from models import ModelError
 from models.backbones.grid import GridBackbone
+from models.backbones.network import NetworkBackbone
 from models.backbones.registry import create_backbone, shapes_of_network
 from pipeline.checkpoints.hub import go_offline_if_hub_is_unreachable
-from pipeline.checkpoints.tensors import load_tensors, read_shapes
+from pipeline.checkpoints.tensors import load_tensors, read_shapes, with_prefix
 from pipeline.cli import UserError
 from pipeline.extraction.weights_package import package_weights
 from pipeline.terminal import say
@@ -130,7 +131,7 @@ def open_grid(options: GridOptions, dataset: str, seed: int) -> GridBackbone:
     return open_backbone(name, weights, options.arguments, seed, size, grid, options.resize)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     """Read a state dict from a file of safetensors or torch.save.
 
     Files of torch.save cannot run code, because only tensors are loaded. Of a checkpoint with more
@@ -139,7 +140,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(
-            f"--weights {path}: no such file; pass a file, 'pretrained' (from the hub), 'package' "
+            f"{flag} {path}: no such file; pass a file, 'pretrained' (from the hub), 'package' "
             "or 'random'"
         )
     try:
@@ -149,23 +150,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
             raise UserError(
-                f"--weights {path} is neither safetensors nor a state dict of torch.save"
+                f"{flag} {path} is neither safetensors nor a state dict of torch.save"
             ) from error
         raise UserError(
-            f"--weights {path} is not a plain state dict: it holds Python objects beside tensors, "
+            f"{flag} {path} is not a plain state dict: it holds Python objects beside tensors, "
             "which are not loaded because they can run code. Save only the weights: "
             "torch.save(model.state_dict(), FILE), or safetensors"
         ) from error
     except Exception as error:  # torch.load raises many types of exceptions for damaged files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"--weights {path} is neither safetensors nor a state dict of torch.save: "
-            f"{lines[0][:200]}"
+            f"{flag} {path} is neither safetensors nor a state dict of torch.save: {lines[0][:200]}"
         ) from error
     candidates = dict(state_dicts(checkpoint))
     if not candidates:
         raise UserError(
-            f"--weights {path} has no state dict (tensors by name); save model.state_dict()"
+            f"{flag} {path} has no state dict (tensors by name); save model.state_dict()"
         )
     if len(candidates) == 1:
         return next(iter(candidates.values()))
@@ -174,7 +174,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if name in candidates:
             say(f"{path.name} {several}; {name} is used")
             return candidates[name]
-    raise UserError(f"--weights {path} {several}; save one of them in its own file")
+    raise UserError(f"{flag} {path} {several}; save one of them in its own file")
 
 
 def state_dicts(
@@ -239,29 +239,43 @@ def open_backbone(
         backbone.load(package_weights(backbone), "--weights package")
     elif weights not in ("pretrained", "random"):
         path = scenes_weights() if weights == "scenes" else Path(weights)
-        state_dict = read_weights(path)
-        tensors, prefix = backbone.without_prefix(state_dict)
-        others = [
-            key
-            for key in state_dict
-            if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
-        ]
-        if others:
-            say(
-                f"{path.name}: keys without the prefix {prefix!r} are left out: "
-                f"{', '.join(others[:3])} ({len(others)} in total)"
-            )
-        if prefix:
-            say(f"{path.name}: the prefix {prefix!r} was removed from its keys")
-        try:
-            left_out = backbone.load(tensors, f"--weights {path}")
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; pass the --backbone (and --backbone-arg) of these weights"
-            ) from error
-        if left_out:
-            say(f"{path.name}: the classifier is left out: {', '.join(left_out)}")
+        load_weights(
+            backbone, read_weights(path), path, "--weights", "--backbone (and --backbone-arg)"
+        )
     return backbone
+
+
+def load_weights(
+    backbone: NetworkBackbone,
+    state_dict: Mapping[str, Tensor],
+    path: Path,
+    flag: str,
+    model_flags: str,
+) -> None:
+    """Load the weights of a file, without the prefix of their keys. Messages say what is left out.
+
+    flag: the option of the file. model_flags: the options of the model, for messages.
+    Raises ModelError if the weights do not fit.
+    """
+    tensors, prefix = backbone.without_prefix(state_dict)
+    others = [
+        key
+        for key in state_dict
+        if not key.startswith(prefix) and key != "n_averaged" and key not in tensors
+    ]
+    if others:
+        say(
+            f"{path.name}: keys without the prefix {prefix!r} are left out: "
+            f"{', '.join(others[:3])} ({len(others)} in total)"
+        )
+    if prefix:
+        say(f"{path.name}: the prefix {prefix!r} was removed from its keys")
+    try:
+        left_out = backbone.load(tensors, f"{flag} {path}")
+    except ModelError as error:
+        raise ModelError(f"{error}; pass the {model_flags} of these weights") from error
+    if left_out:
+        say(f"{path.name}: the classifier is left out: {', '.join(left_out)}")
 
 
 @contextlib.contextmanager
@@ -334,20 +348,29 @@ def check_identity(origin: str, identity: Mapping[str, Any]) -> None:
         raise UserError(f"{origin}: features: {', '.join(invalid)} are not valid")
 
 
-def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
+def stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights with `prefix` in backbone.safetensors; empty if the hub has them."""
+    file = folder / "backbone.safetensors"
+    return with_prefix(read_shapes(file), prefix) if file.exists() else {}
+
+
+def restore_backbone(folder: Path, identity: Mapping[str, Any], prefix: str = "") -> GridBackbone:
     """Rebuild the backbone of a cache or checkpoint from backbone.safetensors, else from the hub.
+
+    prefix: of its keys in the file, if the file has the weights of several backbones.
 
     Raises UserError if the weights do not have the digest in `identity`.
     """
     check_identity(f"{folder}/config.json", identity)
     name, arguments = identity["backbone"], identity["arguments"]
     file = folder / "backbone.safetensors"
-    from_hub = not file.exists()
+    shapes = stored_shapes(folder, prefix)
+    from_hub = not shapes
     if from_hub:
         go_offline_if_hub_is_unreachable()
     else:
         # checked before the network is built, which could be too large for the memory
-        expected, shapes = shapes_of_network(name, arguments), read_shapes(file)
+        expected = shapes_of_network(name, arguments)
         if expected and any(
             shapes.get(key) != shape
             for key, shape in expected.items()
@@ -357,7 +380,7 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any]) -> GridBackbone:
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
     backbone = create_backbone(name, arguments, from_hub, 0, size, grid, identity["resize"])
     if not from_hub:
-        backbone.load(load_tensors(file)[0], str(file))
+        backbone.load(with_prefix(load_tensors(file)[0], prefix), str(file))
     if backbone.digest() != identity["weights"]:
         origin = "the hub" if from_hub else file
         raise UserError(

@@ -113,9 +113,9 @@ def inspect_cache(path: Path) -> None:
     """Print the identity, provenance, size, statistics and some rows of a cache."""
     cache = FeatureCache(path)
     size = sum(file.stat().st_size for file in cache.paths)
-    regions, channels = cache.shape
+    sizes = " + ".join(f"{regions} regions x {channels}" for _, regions, channels in cache.kinds)
     click.echo(
-        f"{path}: {len(cache):,} rows of {regions} regions x {channels} float16, "
+        f"{path}: {len(cache):,} rows of {sizes} float16, "
         f"{human_bytes(size)} in {len(cache.paths)} files; {len(cache.unreadable)} unreadable"
     )
     for title, record in (("identity", cache.identity), ("provenance", cache.provenance)):
@@ -127,7 +127,8 @@ def inspect_cache(path: Path) -> None:
     positions = np.linspace(0, len(cache) - 1, min(STATISTICS_ROWS, len(cache))).astype(int)
     image_ids = cache.ids[np.unique(positions)]
     rows = cache.rows(image_ids.tolist())
-    values = rows.features[np.arange(regions) < rows.counts[:, None]].astype(np.float32)
+    totals = rows.counts if rows.counts.ndim == 1 else rows.counts.sum(1)
+    values = rows.features[np.arange(cache.shape[0]) < totals[:, None]].astype(np.float32)
     click.echo(
         f"statistics of {len(image_ids):,} rows: mean {values.mean():.4f}, standard deviation "
         f"{values.std():.4f}, zeros {(values == 0).mean():.1%}, maximum {values.max():.2f}"
@@ -136,7 +137,7 @@ def inspect_cache(path: Path) -> None:
         image_id = int(image_ids[row])
         start = " ".join(f"{value:.3f}" for value in rows.features[row, 0, :5])
         click.echo(
-            f"image {image_id}  {cache.name_of(image_id)}  {rows.counts[row]} regions  {start} ..."
+            f"image {image_id}  {cache.name_of(image_id)}  {totals[row]} regions  {start} ..."
         )
 
 

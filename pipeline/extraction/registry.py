@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.boxes import GivenBoxes
+from models.backbones.detector import Detector
 from models.backbones.interface import Backbone
+from models.backbones.side_by_side import SideBySide
 from pipeline.cli import UserError
+from pipeline.extraction.detector import (
+    DetectorOptions,
+    open_detector,
+    restore_detector,
+    use_given_boxes,
+)
 from pipeline.extraction.grid import GridOptions, open_grid, restore_backbone
+
+
+@dataclass(frozen=True)
+class GridDetectorOptions(DetectorOptions, GridOptions):
+    """Options of --regions grid+detector."""
+
+    def __post_init__(self) -> None:
+        GridOptions.__post_init__(self)
+        DetectorOptions.__post_init__(self)
+
+
+def open_both(options: GridDetectorOptions, dataset: str, seed: int) -> SideBySide:
+    """Open the backbone of the grid and the detector, for regions side by side."""
+    parts = open_grid(options, dataset, seed), open_detector(options, dataset, seed)
+    return SideBySide(("grid", "detector"), parts)
+
+
+def restore_both(folder: Path, identity: Mapping[str, Any]) -> SideBySide:
+    """Rebuild the two backbones of regions side by side, as `restore_backbone` does."""
+    kinds = identity.get("kinds")
+    if not isinstance(kinds, list) or [k.get("regions") for k in kinds] != ["grid", "detector"]:
+        raise UserError(f"{folder}/config.json: features: kinds are not valid")
+    grid, detector = kinds
+    parts = (
+        restore_backbone(folder, grid, "grid."),
+        restore_detector(folder, detector, "detector."),
+    )
+    return SideBySide(("grid", "detector"), parts)
+
+
+def with_given_boxes(backbone: Backbone, boxes: GivenBoxes) -> Backbone:
+    """Replace the detections of a detector by given boxes, alone or beside a grid."""
+    if isinstance(backbone, SideBySide):
+        grid, detector = backbone.parts
+        return SideBySide(backbone.kinds, (grid, with_given_boxes(detector, boxes)))
+    assert isinstance(backbone, Detector)
+    return use_given_boxes(backbone, boxes)
 
 
 class RegionsKind(NamedTuple):
@@ -25,7 +72,11 @@ class RegionsKind(NamedTuple):
     Options: type | None = None
 
 
-REGIONS: dict[str, RegionsKind] = {"grid": RegionsKind(open_grid, restore_backbone, GridOptions)}
+REGIONS: dict[str, RegionsKind] = {
+    "grid": RegionsKind(open_grid, restore_backbone, GridOptions),
+    "detector": RegionsKind(open_detector, restore_detector, DetectorOptions),
+    "grid+detector": RegionsKind(open_both, restore_both, GridDetectorOptions),
+}
 
 
 def restore(folder: Path, identity: Mapping[str, Any]) -> Backbone:

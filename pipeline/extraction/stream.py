@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.cache.claims import Claims
-from data.cache.reader import Rows, Unreadable, iterate, views_of
+from data.cache.reader import TABLE_TYPES, Rows, Unreadable, iterate, views_of
 from data.cache.writer import Shard, stamp, write_shard
-from data.images import Framing, Photo, Photographs, stack, try_image
+from data.images import Framing, Photo, Photographs, Pixels, stack_inputs, try_image
 from data.sources import Image
 from models.backbones.interface import Backbone
 from pipeline.cli import UserError
-from pipeline.extraction.backbone import extract_regions, framing_of
+from pipeline.extraction.backbone import extract_with_tables, framing_of
 from pipeline.extraction.views import view_of
 from pipeline.runtime import Machine
 from pipeline.terminal import Progress
@@ -55,16 +55,18 @@ class Work(NamedTuple):
 class Decoded(NamedTuple):
     """A decoded batch of photographs, of which n are readable.
 
-    pixels: [n,3,H,W] uint8.
+    pixels: [n,3,H,W] uint8, or n images [3,H,W] of different sizes.
     view_boxes: [n,4], the part of each photograph that the pixels show, x0 y0 x1 y1 in 0..1.
     originals: n sizes (height, width) of the files.
     reasons: for each photograph of the batch, why it is unreadable; "" if it is readable.
+    more: pixels and view_boxes of further kinds of regions.
     """
 
-    pixels: Tensor
+    pixels: Pixels
     view_boxes: Tensor
     originals: list[tuple[int, int]]
     reasons: list[str]
+    more: Sequence[tuple[Pixels, Tensor]] = ()
 
 
 @dataclass
@@ -94,29 +96,21 @@ class Recipe:
         return views_of(self.provenance)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Maximum number of regions per image and number of channels, (R, C)."""
-        return self.backbone.shape
+    def parts(self) -> list[tuple[str, Backbone]]:
+        """The view and the backbone of each part of a row, in the order of the shards."""
+        return [(view, part) for view in ("", *self.views) for part in self.backbone.parts]
 
 
 class ShardRows:
     """The rows of a shard during its extraction.
 
-    rows: one `Rows` for the unchanged photographs, then one per view. The first `len(readable)`
-    entries of each are filled.
+    rows: for each of `Recipe.parts`: features, boxes, counts and the tables of the backbone. The
+    first `len(readable)` entries of each array are filled.
     """
 
     def __init__(self, shard: Shard, recipe: Recipe) -> None:
-        images, cells, channels = len(shard.images), *recipe.shape
         self.shard = shard
-        self.rows = [
-            Rows(
-                np.empty((images, cells, channels), np.float16),
-                np.empty((images, cells, 4), np.float32),
-                np.empty(images, np.int16),
-            )
-            for _ in ("", *recipe.views)
-        ]
+        self.rows = [_empty_rows(len(shard.images), part) for _, part in recipe.parts]
         self.readable: list[Image] = []
         self.sizes: list[tuple[int, int]] = []  # (height, width) of the files
         self.unreadable: list[Unreadable] = []
@@ -126,7 +120,8 @@ class ShardRows:
     ) -> None:
         """Add a batch. Raises UserError for an unreadable photograph if `strict`.
 
-        arrays: features, boxes and counts of the readable photographs, then those of each view.
+        arrays: features, boxes, counts and tables of the readable photographs, then those of each
+            view.
         """
         for image, reason in zip(images, batch.reasons, strict=True):
             if reason and strict:
@@ -144,7 +139,12 @@ class ShardRows:
 
     def write(self, recipe: Recipe) -> None:
         """Write the shard to its file."""
-        rows = [Rows(*(part[: len(self.readable)] for part in view)) for view in self.rows]
+        count = len(self.readable)
+        rows = [Rows(*(part[:count] for part in view[:3])) for view in self.rows]
+        tables = [
+            {name: array[:count] for name, array in zip(part.tables, row[3:], strict=True)}
+            for (_, part), row in zip(recipe.parts, self.rows, strict=True)
+        ]
         write_shard(
             self.shard,
             self.readable,
@@ -153,7 +153,18 @@ class ShardRows:
             self.unreadable,
             recipe.identity,
             recipe.provenance,
+            tables,
         )
+
+
+def _empty_rows(images: int, backbone: Backbone) -> tuple[np.ndarray, ...]:
+    regions, channels = backbone.shape
+    return (
+        np.empty((images, regions, channels), np.float16),
+        np.empty((images, regions, 4), np.float32),
+        np.empty(images, np.int16),
+        *(np.empty((images, regions), TABLE_TYPES[name]) for name in backbone.tables),
+    )
 
 
 def extract_shards(
@@ -259,13 +270,13 @@ class _ByPath(Photographs):
 
 def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
     readable = [photo for photo, _ in photos if photo is not None]
-    if readable:
-        pixels, view_boxes = stack(readable)
-    else:
-        pixels = torch.empty(0, 3, *framing.size, dtype=torch.uint8)
-        view_boxes = torch.empty(0, 4)
+    none: tuple[Pixels, Tensor] = (
+        torch.empty(0, 3, *framing.size, dtype=torch.uint8),
+        torch.empty(0, 4),
+    )
+    (pixels, view_boxes), *more = stack_inputs(readable) if readable else [none]
     originals = [photo.original for photo in readable]
-    return Decoded(pixels, view_boxes, originals, [reason for _, reason in photos])
+    return Decoded(pixels, view_boxes, originals, [reason for _, reason in photos], more)
 
 
 # ----------------------------------------------------------------------------------------- backbone
@@ -274,23 +285,16 @@ def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> De
 def _extract_batches(
     decoded: Iterable[tuple[Work, Decoded]], recipe: Recipe
 ) -> Iterator[tuple[Work, Decoded, tuple[np.ndarray, ...]]]:
-    """Yield each batch with its rows: features [n,R,C] float16, boxes [n,R,4] and counts [n], for
-    the n readable photographs and then for each view of them.
+    """Yield each batch with its rows: features [n,R,C] float16, boxes [n,R,4], counts [n] and
+    tables [n,R], for the n readable photographs, of each of `Recipe.parts`.
     """
     gpu = recipe.machine.device.type == "cuda"
     pending: deque[tuple[Work, Decoded, list[Tensor], Any]] = deque()
     for work, batch in decoded:
-        tensors: list[Tensor] = []
         readable_ids = [
             image.id for image, reason in zip(work.images, batch.reasons, strict=True) if not reason
         ]
-        for view in ("", *recipe.views):
-            pixels, view_boxes = view_of(view, batch.pixels, batch.view_boxes, readable_ids)
-            tensors += (
-                extract_regions(recipe.backbone, pixels, recipe.machine, view_boxes)
-                if len(pixels)
-                else _empty_regions(*recipe.shape)
-            )
+        tensors = _extract_batch(batch, readable_ids, recipe)
         copy_done = None
         if gpu:
             pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
@@ -307,13 +311,19 @@ def _extract_batches(
         yield _to_numpy(*pending.popleft())
 
 
-def _empty_regions(regions: int, channels: int) -> list[Tensor]:
-    """Features, boxes and counts of 0 images."""
-    return [
-        torch.empty(0, regions, channels, dtype=torch.float16),
-        torch.empty(0, regions, 4),
-        torch.empty(0),
-    ]
+def _extract_batch(batch: Decoded, readable_ids: Sequence[int], recipe: Recipe) -> list[Tensor]:
+    """The rows of a batch: features, boxes, counts and tables, of each of `Recipe.parts`."""
+    if not readable_ids:
+        return [torch.from_numpy(a) for _, part in recipe.parts for a in _empty_rows(0, part)]
+    tensors: list[Tensor] = []
+    inputs = [(batch.pixels, batch.view_boxes), *batch.more] * (1 + len(recipe.views))
+    for (view, backbone), (pixels, view_boxes) in zip(recipe.parts, inputs, strict=True):
+        view_pixels, view_boxes = view_of(view, pixels, view_boxes, readable_ids)
+        regions, tables = extract_with_tables(
+            backbone, view_pixels, recipe.machine, view_boxes, readable_ids
+        )
+        tensors += [*regions, *tables]
+    return tensors
 
 
 def _to_numpy(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from data.images import Pixels
 from pipeline.cli import UserError
 
 MAX_VIEWS = 64
@@ -42,12 +43,12 @@ def parse_views(text: str) -> tuple[str, ...]:
 
 
 def view_of(
-    view: str, pixels: Tensor, view_boxes: Tensor, image_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+    view: str, pixels: Pixels, view_boxes: Tensor, image_ids: Sequence[int]
+) -> tuple[Pixels, Tensor]:
     """Create a view of photographs.
 
     view: a name from `parse_views`, or "" for the unchanged photographs.
-    pixels: [B,3,H,W] uint8.
+    pixels: [B,3,H,W] uint8, or B images [3,H,W] of different sizes.
     view_boxes: [B,4], the part of each photograph that the pixels show, x0 y0 x1 y1 in 0..1.
 
     Returns the pixels and the view_boxes of the view.
@@ -56,16 +57,24 @@ def view_of(
         return pixels, view_boxes
     if view == "flip":
         left, top, right, bottom = view_boxes.unbind(1)
-        return pixels.flip(3), torch.stack([1 - right, top, 1 - left, bottom], dim=1)
+        mirrored = torch.stack([1 - right, top, 1 - left, bottom], dim=1)
+        if isinstance(pixels, Tensor):
+            return pixels.flip(3), mirrored
+        return [image.flip(2) for image in pixels], mirrored
     view_seed = zlib.crc32(view.encode())
     rngs = [np.random.default_rng((view_seed, abs(image_id))) for image_id in image_ids]
     if view.startswith("color"):
         recolored = [_recolored(*pair) for pair in zip(pixels, rngs, strict=True)]
-        return torch.stack(recolored), view_boxes
+        return _like(pixels, recolored), view_boxes
     boxes = torch.tensor(np.stack([_random_box(rng) for rng in rngs]), dtype=torch.float32)
-    cropped = torch.stack([_cropped(*pair) for pair in zip(pixels, boxes, strict=True)])
+    cropped = _like(pixels, [_cropped(*pair) for pair in zip(pixels, boxes, strict=True)])
     start, size = view_boxes[:, :2], view_boxes[:, 2:] - view_boxes[:, :2]
     return cropped, torch.cat([start + boxes[:, :2] * size, start + boxes[:, 2:] * size], dim=1)
+
+
+def _like(pixels: Pixels, images: list[Tensor]) -> Pixels:
+    """Images as one tensor if `pixels` is one."""
+    return torch.stack(images) if isinstance(pixels, Tensor) else images
 
 
 def _random_box(rng: np.random.Generator) -> np.ndarray:

@@ -290,11 +290,12 @@ def open_run(
         config.decoder,
         DECODERS[config.decoder].Config(
             len(vocabulary),
-            cache.shape[1],
+            cache.kinds[0][2],
             **config.decoder_options,
             max_length=config.max_length,
             max_prompt=max_prompt,
             classes=len(task.answers),
+            more_channels=cache.kinds[1][2] if len(cache.kinds) > 1 else 0,
         ),
     )
     if init and init.checkpoint:
