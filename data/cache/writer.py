@@ -42,6 +42,7 @@ from data.cache.reader import (
     views_of,
 )
 from data.files import atomic_write, atomic_write_text
+from data.remote import Blob
 from data.sources import Image
 
 SHARD_IMAGES = 1000
@@ -165,8 +166,10 @@ def plan_retry(
     return [Shard(_shard_path(cache, first), plan, tuple(retried))]
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path | Blob) -> tuple[int, int]:
     """Return size and modification time (ns) of a file, to detect changes; (-1, -1) if missing."""
+    if isinstance(path, Blob):
+        return path.stamp()
     try:
         status = path.stat()
     except OSError:
