@@ -29,8 +29,8 @@ from pipeline.extraction.backbone import (
     place_backbone,
 )
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
-from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.ray_engine import RayEngine
+from pipeline.extraction.registry import REGIONS
 from pipeline.extraction.stream import (
     PENDING_WRITES,
     Recipe,

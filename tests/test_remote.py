@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import subprocess
+import sys
+import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from data.datasets.registry import open_source
 from data.remote import Blob, FetchError, as_path, copy_folder
 from data.sources import Listing
 from pipeline import extract, train
+from tests.s3_server import BUCKET, s3_server
 from tests.test_commands import LOOK, refused, works
 from tests.test_images import halves
 
@@ -74,9 +79,15 @@ def same_shards(local: Path, copy: Path) -> None:
     assert [path.name for path in shard_paths(copy)] == names and len(names) == 3
     for name in names:
         assert (local / name).read_bytes() == (copy / name).read_bytes(), name
+    same_rows(local, copy)
+    assert list(FeatureCache(copy).unreadable) == [4]
+
+
+def same_rows(local: Path, copy: Path) -> None:
     one, two = FeatureCache(local), FeatureCache(copy)
+    assert one.ids.tolist() == two.ids.tolist()
+    assert list(one.unreadable) == list(two.unreadable)
     assert np.array_equal(one.rows(one.ids).features, two.rows(one.ids).features)
-    assert list(one.unreadable) == list(two.unreadable) == [4]
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -300,6 +311,68 @@ def test_two_different_extractions_into_one_remote_cache_are_one_plain_error(
     assert [name for name in memory.find("/cache") if "plan" in name] == [
         "/cache/plan-00000-1-other.npy"
     ]
+
+
+BEGIN = """
+import sys
+from data.cache import writer
+from data.cache.outputs import RemoteOutput
+from pipeline import extract
+writer.SHARD_IMAGES = 10
+release = RemoteOutput.release
+def announced(self, path):
+    print("upload", path.name, flush=True)
+    release(self, path)
+    sys.stdin.readline()  # the test kills the process here
+RemoteOutput.release = announced
+extract.main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_into_s3_continues_to_the_same_cache(
+    coco, local, tmp_path, monkeypatch
+):
+    with s3_server(monkeypatch):
+        out = f"s3://{BUCKET}/caches/one"
+        process = subprocess.Popen(
+            [sys.executable, "-c", BEGIN, *map(str, options(coco, out))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "upload shard-00000.h5\n"
+        output = open_output(as_path(out))
+        until = time.monotonic() + 60
+        while "shard-00000.h5" not in output.sizes() and time.monotonic() < until:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        assert [name for name in output.sizes() if name.endswith(".h5")] == ["shard-00000.h5"]
+        assert "10 done; 15 rows" in works(extract.main, *options(coco, out))
+        copy_folder(out, tmp_path / "copy")
+    same_shards(local, tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_photographs_and_tars_are_read_from_s3(coco, local, tmp_path, monkeypatch):
+    pytest.importorskip("webdataset", reason="the package webdataset is absent")
+    with s3_server(monkeypatch):
+        fs = fsspec.filesystem("s3")
+        upload(fs, coco, f"{BUCKET}/coco/")
+        works(extract.main, *options(f"s3://{BUCKET}/coco", tmp_path / "cache"))
+        same_rows(local, tmp_path / "cache")
+        for number in range(2):
+            with tarfile.open(tmp_path / f"{number:03d}.tar", "w") as tar:
+                tar.add(coco / "ab"[number], arcname=".")
+            fs.put_file(str(tmp_path / f"{number:03d}.tar"), f"{BUCKET}/tars/{number:03d}.tar")
+        roots = [f"s3://{BUCKET}/tars/{{000..001}}.tar", f"s3://{BUCKET}/tars", tmp_path]
+        for number, root in enumerate(roots):
+            more = ["--dataset", "webdataset", "--root", root, *LOOK]
+            works(extract.main, *more, "--out", tmp_path / f"tars-{number}")
+    for number in (0, 1):
+        same_rows(tmp_path / "tars-2", tmp_path / f"tars-{number}")
+    assert len(FeatureCache(tmp_path / "tars-2")) == 24
 
 
 def test_a_store_without_whole_uploads_gets_a_temporary_name_first(coco, local, tmp_path):

@@ -1,9 +1,9 @@
 """`--engine ray`: shards are tasks of the actors of a Ray cluster.
 
-An actor opens the backbone once, and extracts whole shards as a single process does. Ray restarts an
-actor whose process or machine ends, and repeats its task. The command that plans the shards needs
-no GPU. It passes the photographs of a shard as paths or remote addresses, so every machine of the
-cluster must be able to read them, and --out must be remote or a folder that all machines share.
+An actor opens the backbone once, and extracts whole shards as a single process does. Ray restarts
+an actor whose process or machine ends, and repeats its task. The command that plans the shards
+needs no GPU. It passes the photographs of a shard as paths or remote addresses, so every machine of
+the cluster must be able to read them, and --out must be remote or a folder that all machines share.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class RayEngine:
     def _extract(self, shards: Sequence[Shard], cache: Path, bar: Progress) -> list[Shard]:
         """Give each free actor a shard until all are done. Returns the shards it did not write."""
         waiting, skipped = list(reversed(shards)), []
-        free, running = list(self.actors), {}
+        free = list(self.actors)
+        running: dict[Any, Any] = {}  # the actor of each task
         while waiting or running:
             while waiting and free:
                 actor = free.pop()
