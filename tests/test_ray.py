@@ -54,17 +54,29 @@ def options(root: Path, out: object, *more: object) -> list[object]:
     ]
 
 
+def start_cluster() -> None:
+    """Start a cluster of two CPUs. On a busy machine, a start may take longer than Ray waits."""
+    for attempt in range(4):
+        try:
+            ray.init(
+                num_cpus=2,
+                num_gpus=0,
+                object_store_memory=80 << 20,
+                include_dashboard=False,
+                logging_level="error",
+                log_to_driver=False,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == 3:
+                raise
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[None]:
-    ray.init(
-        num_cpus=2,
-        num_gpus=0,
-        object_store_memory=80 << 20,
-        include_dashboard=False,
-        logging_level="error",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-    )
+    start_cluster()
     try:
         yield
     finally:

@@ -152,13 +152,22 @@ class RayEngine:
         return skipped
 
     def _get(self, references: Any) -> Any:
-        """Return the results of tasks. A user's mistake in a task is raised as in one process."""
+        """Return the results of tasks. A user's mistake in a task is raised as in one process.
+
+        Raises UserError if an actor cannot start.
+        """
         try:
             return self.ray.get(references)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError | DataError | OSError):
                 raise error.cause from error
             raise
+        except self.ray.exceptions.RayActorError as error:
+            lines = str(error).strip().splitlines()
+            raise UserError(
+                f"an actor of the Ray cluster could not start: {lines[-1].strip()[:300]}; the logs "
+                "of Ray on that machine have the details"
+            ) from error
 
 
 def import_ray() -> Any:
