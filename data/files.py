@@ -87,7 +87,8 @@ def check_outputs(outputs: Iterable[tuple[str, Path]], inputs: Iterable[Path]) -
     # file that does not exist has no other name.
     exists = any(path.exists() for _, path in outputs)
     place = os.path.realpath if exists else os.path.abspath
-    places = {place(path) for path in inputs}
+    # photographs in a tar or in a remote store have no path on this machine
+    places = {place(path) for path in inputs if isinstance(path, os.PathLike)}
     options: dict[Path, str] = {}
     for option, path in outputs:
         resolved = path.resolve()
@@ -109,3 +110,14 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def user_cache() -> Path | None:
+    """$XDG_CACHE_HOME/onceover, or ~/.cache/onceover; None for a user without a home folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():  # the XDG standard says that relative paths are ignored
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return folder / "onceover"

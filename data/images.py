@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from data import DataError
 from data.image_formats import HEIC_BRANDS, SUFFIXES
+from data.remote import Blob, FetchError
 
 DECODE_PATH = f"pillow {PIL.__version__.split('.')[0]}, torch resize"
 RESIZES = ("stretch", "crop", "letterbox")
@@ -107,7 +108,7 @@ class SeveralInputs(Photo):
         return (self, *self.more)
 
 
-Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray
+Photograph = os.PathLike | str | bytes | PillowImage.Image | np.ndarray | Blob
 ACCEPTED = (
     "a path, a PIL image, the bytes of an image file, a uint8 array [H,W], [H,W,3] or "
     "[H,W,4], or a list of these"
@@ -147,6 +148,8 @@ def as_photographs(value: object) -> tuple[list[Photograph], bool]:
 
 def describe(photograph: Photograph, number: int) -> str:
     """Return the path of a photograph, or its position in the list and its type."""
+    if isinstance(photograph, Blob):
+        return str(photograph)
     if isinstance(photograph, os.PathLike | str):
         return os.fspath(photograph)
     kinds = {bytes: "bytes", np.ndarray: "array"}
@@ -156,11 +159,14 @@ def describe(photograph: Photograph, number: int) -> str:
 def read_image(photograph: Photograph, framing: Framing) -> Photo:
     """Decode a photograph, rotate it upright (EXIF) and resize it.
 
-    photograph: a path, the bytes of a file, a PIL image or a uint8 array [H,W], [H,W,3] or [H,W,4].
+    photograph: a path, a `Blob`, the bytes of a file, a PIL image or a uint8 array: [H,W], [H,W,3]
+        or [H,W,4].
 
-    Raises UnreadableImage if it cannot be decoded.
+    Raises UnreadableImage if it cannot be decoded, and FetchError if a remote file cannot be read.
     """
     try:
+        if isinstance(photograph, Blob):
+            photograph = photograph.read_bytes()
         if isinstance(photograph, np.ndarray):
             photograph = PillowImage.fromarray(photograph)
         if isinstance(photograph, PillowImage.Image):
@@ -168,7 +174,7 @@ def read_image(photograph: Photograph, framing: Framing) -> Photo:
         if isinstance(photograph, bytes):
             return _frame(*_decode(io.BytesIO(photograph), framing), framing)
         return _read_file(photograph, framing)
-    except UnreadableImage:
+    except (UnreadableImage, FetchError):
         raise
     except PillowImage.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
+from data.remote import folder_names, is_remote
 
 SPLITS = {  # the split names of Karpathy's files and of Hugging Face's imagefolder
     **dict.fromkeys(("train", "training", "restval"), "train"),
@@ -43,7 +44,7 @@ class Image:
 
     id: int  # int64: the cocoid or imgid of the file, else image_id(name)
     name: str  # POSIX path relative to the source's root
-    path: Path  # root / name
+    path: Path  # root / name; under a remote root and in a tar a `Blob` (`photograph_path`)
     split: str  # "train", "val", "test", or "all" if a COCO file names no splits
     captions: tuple[str, ...]  # as written in the file; may be empty
 
@@ -236,6 +237,8 @@ class Listing:
         return self._names[folder]
 
     def _list(self, folder: str) -> set[str]:
+        if is_remote(self.root):
+            return folder_names(self.root / folder if folder else self.root)
         try:
             with os.scandir(self.root / folder) as entries:
                 return {
@@ -325,7 +328,7 @@ def read_text(file: Path, encoding: str | None = None) -> str:
     """
     if encoding not in (None, "utf-8"):
         return _read_encoded(file, encoding)
-    with open(file, "rb") as opened:
+    with file.open("rb") as opened:
         start = opened.read(2)
     hint = "" if encoding is None else ", or pass --encoding NAME, such as gb18030"
     # a byte order mark of UTF-16, or a character of two bytes

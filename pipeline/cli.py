@@ -40,6 +40,7 @@ from typing import Any
 import click
 
 from data import DataError
+from data.remote import as_path, is_remote
 from models import ModelError
 
 try:
@@ -81,6 +82,7 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     may_change_on_resume: bool = False,
+    remote: bool = False,
 ) -> Any:
     """Return a dataclass field that is also a command-line option.
 
@@ -93,6 +95,7 @@ def setting(
         group: heading of the option in --help.
         at_least, above, at_most, below: bounds of a number.
         may_change_on_resume: whether a resumed run accepts another value.
+        remote: whether a path may be remote, such as s3://bucket/folder.
     """
     metadata = {
         "help": help,
@@ -105,6 +108,7 @@ def setting(
         "at_most": at_most,
         "below": below,
         "may_change_on_resume": may_change_on_resume,
+        "remote": remote,
     }
     return field(default=default, metadata=metadata)
 
@@ -173,7 +177,7 @@ def from_record(options_class: type, record: Mapping[str, Any]) -> Any:
             value = record[item.name]
             elements = value if multiple else [value]
             if value_type is Path:
-                elements = [Path(element) for element in elements if element is not None]
+                elements = [as_path(element) for element in elements if element is not None]
             values[item.name] = tuple(elements) if multiple else next(iter(elements), None)
     return options_class(**values)
 
@@ -182,7 +186,7 @@ def _as_json(value: Any) -> Any:
     """Return a setting as a JSON value: a path as text, a tuple as a list."""
     if isinstance(value, tuple | list):
         return [_as_json(element) for element in value]
-    return str(value) if isinstance(value, Path) else value
+    return value if isinstance(value, bool | int | float | str | dict | None) else str(value)
 
 
 def flag_of(name: str) -> str:
@@ -466,7 +470,7 @@ def _option(item: Field, annotation: Any) -> click.Parameter:
     value_type, multiple = _value_type(annotation)
     metadata = item.metadata
     if metadata.get("name"):  # a positional argument
-        param_type: Any = click.Path(path_type=Path) if value_type is Path else None
+        param_type: Any = _Path(False) if value_type is Path else None
         return click.Argument([item.name], nargs=-1, type=param_type, metavar=metadata["name"])
     flag = flag_of(item.name)
     if value_type is bool:
@@ -479,7 +483,8 @@ def _option(item: Field, annotation: Any) -> click.Parameter:
         elif metadata.get("choices"):
             param_type = _Choice(metadata["choices"])
         else:
-            param_types = {Path: click.Path(path_type=Path), int: _Int(), float: _Float()}
+            path_type = _Path(metadata.get("remote", False))
+            param_types = {Path: path_type, int: _Int(), float: _Float()}
             param_type = param_types.get(value_type, value_type)
         option = click.Option(
             [flag], type=param_type, default=item.default, multiple=multiple, help=metadata["help"]
@@ -496,6 +501,27 @@ def _extension_option(item: Field, annotation: Any) -> click.Parameter:
     if item.default not in (None, ()):
         option.help = f"{option.help}  [{item.default}]"
     return option
+
+
+class _Path(click.Path):
+    """A local path, or also a remote one (`data.remote.as_path`)."""
+
+    def __init__(self, remote: bool) -> None:
+        super().__init__(path_type=Path)
+        self.remote = remote
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_remote(value):
+            return super().convert(value, param, ctx)
+        if self.remote:
+            return as_path(value)
+        folder = str(value).rstrip("/").rpartition("/")[2]
+        self.fail(
+            f"{value} is remote, and this option takes a local path. Copy it first: "
+            f"python -m data.remote {value} {folder}",
+            param,
+            ctx,
+        )
 
 
 class _Int(click.types.IntParamType):

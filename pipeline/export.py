@@ -74,9 +74,7 @@ def main(config: ExportConfig) -> None:
     out = config.out or default_out(config)
     check_out(out, folder)
     checkpoint = load_checkpoint(folder)
-    if checkpoint.captioner.config.more_channels:
-        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
-    backbone = open_backbone(folder, checkpoint) if config.backbone else None
+    backbone = open_backbone(folder, checkpoint, config.backbone)
     graphs = make_graphs(checkpoint.captioner, backbone)
     with replace_files(out, FILES, last=RECORD) as temporary:
         with progress(len(graphs), "graphs", "export") as bar:
@@ -125,12 +123,14 @@ def is_export(out: Path) -> bool:
     return isinstance(record, dict) and {"format", "inputs"} <= {*record}
 
 
-def open_backbone(folder: Path, checkpoint: Checkpoint) -> Backbone | None:
-    """Open the backbone of a checkpoint; None without image features.
+def open_backbone(folder: Path, checkpoint: Checkpoint, wanted: bool) -> Backbone | None:
+    """Open the backbone of a checkpoint; None without image features, or if it is not wanted.
 
-    Raises UserError if its regions cannot be exported.
+    Raises UserError if the regions of the checkpoint cannot be exported.
     """
-    if checkpoint.identity == NoFeatures.identity:
+    if checkpoint.captioner.config.more_channels:
+        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
+    if checkpoint.identity == NoFeatures.identity or not wanted:
         return None
     backbone = restore(folder, checkpoint.identity)
     if backbone.framing().get("resize") == ORIGINAL:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 import torchvision
 
 from data.boxes import read_boxes
-from data.cache.claims import Claims, sweep
-from data.cache.reader import FeatureCache, cache_header, differences, kinds_of, shard_paths
-from data.cache.writer import Shard, plan_retry, plan_shards, write_index
+from data.cache.outputs import Output, open_output
+from data.cache.reader import differences, kinds_of
+from data.cache.writer import Shard, plan_retry, plan_shards, processed_ids
 from data.image_formats import HEIC, SUFFIXES
 from data.images import DECODE_PATH
+from data.remote import is_remote
 from data.sources import Image, Listing, Source
 from models.backbones.network import BF16
 from pipeline.cli import DEVICES, PRECISIONS, UserError, command, setting
@@ -29,8 +31,14 @@ from pipeline.extraction.backbone import (
 )
 from pipeline.extraction.drawing import show_regions
 from pipeline.extraction.maintenance import inspect_cache, pack_cache, repair_cache, verify_cache
+from pipeline.extraction.ray_engine import RayEngine
 from pipeline.extraction.registry import REGIONS, with_given_boxes
-from pipeline.extraction.stream import Recipe, decoding_workers, extract_shards
+from pipeline.extraction.stream import (
+    PENDING_WRITES,
+    Recipe,
+    decoding_workers,
+    extract_shards,
+)
 from pipeline.extraction.views import parse_views
 from pipeline.runtime import Machine, check_free_space, open_machine
 from pipeline.sources import SAMPLE_ROOT, SourceOptions
@@ -46,7 +54,11 @@ class ExtractConfig(SourceOptions):
     )
     regions: str = setting("grid", "kind of regions", registry=REGIONS, group="model")
     out: Path | None = setting(
-        None, "cache folder to create or to continue  [cache/DATASET]", group="output"
+        None,
+        "cache folder to create or to continue; may be remote, such as gs://bucket/cache  "
+        "[cache/DATASET]",
+        group="output",
+        remote=True,
     )
     views: str = setting(
         "none",
@@ -88,6 +100,13 @@ class ExtractConfig(SourceOptions):
         None, "extract only the first N photographs", at_least=1, group="data"
     )
     max_pixels: int | None = setting(None, MAX_PIXELS_HELP, at_least=1, group="data")
+    engine: str = setting(
+        "processes",
+        "what runs the extraction. processes: this process, and those of torchrun; ray: one actor "
+        "per GPU of a Ray cluster, or --workers actors on CPUs",
+        choices=("processes", "ray"),
+        group="machine",
+    )
     device: str = setting("auto", "device of the backbone", choices=DEVICES, group="machine")
     precision: str = setting(
         "auto", "precision of matrix products", choices=PRECISIONS, group="machine"
@@ -116,7 +135,7 @@ def main(config: ExtractConfig) -> None:
     features with a small backbone that is part of the package.
     """
     cache = config.out or Path("cache") / config.dataset
-    if config.verify or config.inspect or config.pack:
+    if config.verify or config.inspect or config.pack or (config.repair and is_remote(cache)):
         return maintain(config, cache)
     machine = open_machine(config.device, config.seed, config.precision)
     source = open_photographs(config)
@@ -125,59 +144,105 @@ def main(config: ExtractConfig) -> None:
     recipe = choose_recipe(config, machine, images, missing_ids)
     if config.repair:
         repair_cache(cache, machine)
-    refuse_other_identity(cache, recipe)
-    shards = plan_shards(images, cache)
-    retry_shards = plan_retry(images, cache, config.retry_all, shards) if machine.rank == 0 else []
-    print_plan(cache, source, images, shards, retry_shards, recipe)
-    create_folder(cache, recipe)
-    bar = extract_all(images, cache, shards, retry_shards, recipe)
-    finish(cache, images, bar)
+    output, ray_engine = open_output(cache), None
+    if config.engine == "ray":
+        ray_engine = start_ray(config, recipe, images, missing_ids)
+    refuse_other_identity(output, recipe)
+    shards, retry_shards = plan_all(images, output, config.retry_all, machine)
+    print_plan(output, source, images, shards, retry_shards, recipe)
+    create_folder(output, images, [*shards, *retry_shards], recipe)
+    run = ray_engine.extract if ray_engine else extract_all
+    bar = run(images, output, shards, retry_shards, recipe)
+    finish(output, images, bar)
+
+
+def start_ray(
+    config: ExtractConfig, recipe: Recipe, images: Sequence[Image], missing_ids: set[int]
+) -> RayEngine:
+    """Start the actors of --engine ray. The recipe gets the provenance of their machines.
+
+    Raises UserError for torchrun, because Ray starts the processes itself.
+    """
+    if recipe.machine.world > 1:
+        raise UserError("--engine ray starts its own processes; run the command without torchrun")
+
+    if not getattr(config.options("regions"), "boxes", None):
+        images = ()  # only given boxes need them, and the actors get a copy
+
+    def open_recipe(machine: Machine, workers: int) -> Recipe:
+        return choose_recipe(replace(config, workers=workers), machine, images, missing_ids)
+
+    engine = RayEngine(open_recipe, config.device, config.seed, config.precision, config.workers)
+    recipe.provenance = engine.check_identity(recipe.identity)
+    return engine
+
+
+def plan_all(
+    images: Sequence[Image], output: Output, retry_all: bool, machine: Machine
+) -> tuple[list[Shard], list[Shard]]:
+    """Plan the shards of the images, and on rank 0 those of photographs that are tried again.
+
+    The unreadable photographs of a remote cache are read and tried again only with `retry_all`.
+    """
+    existing = output.existing(images, unreadable=retry_all)
+    shards = plan_shards(images, output.folder, existing)
+    if machine.rank:
+        return shards, []
+    return shards, plan_retry(images, output.folder, retry_all, shards, existing)
 
 
 def extract_all(
     images: Sequence[Image],
-    cache: Path,
+    output: Output,
     shards: Sequence[Shard],
     retry_shards: Sequence[Shard],
     recipe: Recipe,
 ) -> Progress:
     """Extract the shards of this process, then the shards that no other process has claimed.
 
+    In a remote cache there are no claims, so this process extracts only its own shards.
+
     Returns the progress bar, which has the number of extracted images and the time.
     """
     machine = recipe.machine
     own_shards = shards[machine.rank :: machine.world]
-    other_shards = [shard for shard in shards if shard not in own_shards]
+    own_paths = {shard.path for shard in own_shards}
+    other_shards = [shard for shard in shards if shard.path not in own_paths]
+    if not output.takes_over:
+        other_shards = []
     # only an estimate, because the processes share the shards by claims
     total = math.ceil(pending_images([*shards, *retry_shards]) / machine.world)
-    with Claims(cache) as claims, progress(total, "images", "extract") as bar:
+    with output.claims() as claims, progress(total, "images", "extract") as bar:
         written = extract_shards([*own_shards, *other_shards, *retry_shards], claims, recipe, bar)
         # A process with another plan may have written a shard under a file name of this plan.
         # Plan the remaining images again until none are left.
-        while written and remaining_images(images, cache):
-            written = extract_shards(plan_shards(images, cache), claims, recipe, bar)
+        while output.takes_over and written and remaining_images(images, output):
+            again = plan_shards(images, output.folder, output.existing(images))
+            written = extract_shards(again, claims, recipe, bar)
     return bar
 
 
 def pending_images(shards: Sequence[Shard]) -> int:
     """Return the number of images in shards that are not written yet."""
-    return sum(len(shard.images) for shard in shards if not shard.path.exists())
+    return sum(len(shard.images) for shard in shards if not shard.written)
 
 
-def remaining_images(images: Sequence[Image], cache: Path) -> list[Image]:
-    """Return the images that have neither a row nor an entry in unreadable.jsonl."""
-    if not shard_paths(cache):
-        return list(images)
-    features = FeatureCache(cache)
-    return [
-        image
-        for image in images
-        if image.id not in features and image.id not in features.unreadable
-    ]
+def remaining_images(images: Sequence[Image], output: Output) -> list[Image]:
+    """Return the images that have no row and are not listed as unreadable."""
+    processed = processed_ids(output.existing(images))
+    return [image for image in images if image.id not in processed]
 
 
 def maintain(config: ExtractConfig, cache: Path) -> None:
-    """Run --verify, --inspect or --pack on an existing cache. No photographs are read."""
+    """Run --verify, --inspect or --pack on an existing cache. No photographs are read.
+
+    Raises UserError for a remote cache.
+    """
+    if is_remote(cache) and (config.pack or config.repair):
+        raise UserError(
+            f"--pack and --repair need a local cache; copy it first: python -m data.remote {cache} "
+            f"{cache.name or 'cache'}"
+        )
     if config.verify:
         verify_cache(config.verify)
     if config.inspect:
@@ -250,11 +315,14 @@ def choose_recipe(
     )
 
 
-def create_folder(cache: Path, recipe: Recipe) -> None:
+def create_folder(
+    output: Output, images: Sequence[Image], shards: Sequence[Shard], recipe: Recipe
+) -> None:
     """Create the cache folder. Save the backbone's weights there, unless they are from a hub."""
-    cache.mkdir(parents=True, exist_ok=True)
+    keep = None
     if not recipe.backbone.from_hub and recipe.machine.rank == 0:
-        keep_backbone(recipe.backbone, cache)
+        keep = functools.partial(keep_backbone, recipe.backbone)
+    output.prepare(images, shards, recipe.identity, recipe.provenance, keep)
 
 
 def describe_versions(machine: Machine) -> dict[str, Any]:
@@ -273,11 +341,9 @@ def describe_versions(machine: Machine) -> dict[str, Any]:
     }
 
 
-def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
+def refuse_other_identity(output: Output, recipe: Recipe) -> None:
     """Raise UserError if an existing cache has another identity, precision or decode path."""
-    if cache.exists() and not cache.is_dir():
-        raise UserError(f"--out {cache} is a file; pass the path of a folder for the cache")
-    header = cache_header(cache)
+    header, cache = output.header(), output.cache
     if header is None:
         return
     cache_identity, cache_provenance = header
@@ -294,7 +360,7 @@ def refuse_other_identity(cache: Path, recipe: Recipe) -> None:
 
 
 def print_plan(
-    cache: Path,
+    output: Output,
     source: Source,
     images: Sequence[Image],
     shards: Sequence[Shard],
@@ -312,7 +378,15 @@ def print_plan(
     bytes_per_view = sum(regions * (channels * 2 + 16) for regions, channels in shapes)
     bytes_per_image = (1 + len(recipe.views)) * bytes_per_view + 400
     sizes = " + ".join(f"{regions} regions x {channels}" for regions, channels in shapes)
-    space = check_free_space(cache, rows * bytes_per_image)
+    needed = rows * bytes_per_image
+    space = human_bytes(needed)
+    if output.folder == output.cache:
+        space = check_free_space(output.cache, needed)
+    elif rows:  # a remote cache: a few shards at a time are on this disk
+        waiting = (PENDING_WRITES + 2) * max(
+            len(shard.images) for shard in [*shards, *retry_shards]
+        )
+        check_free_space(output.folder, min(needed, waiting * bytes_per_image))
     done = len(images) - pending_images(shards)
     name = recipe.backbone.name
     weights = ", ".join(kind.get("weights", kind["regions"]) for kind in kinds_of(recipe.identity))
@@ -325,28 +399,28 @@ def print_plan(
     )
     say(
         f"{source.dataset} {source.root}: {len(images):,} images, {done:,} done; {rows:,} rows "
-        f"to {cache}, {space}"
+        f"to {output.cache}, {space}"
     )
     if retry_shards:
         retries = sum(len(shard.images) for shard in retry_shards)
         say(f"{retries:,} photographs that could not be read are tried again")
 
 
-def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
+def finish(output: Output, images: Sequence[Image], bar: Progress) -> None:
     """Write the index features.h5 if all images are done. Print a summary and the next command.
 
-    If other processes still extract images, the last of them writes the index.
+    If other processes still extract images, the last of them writes the index. A remote cache has
+    no features.h5.
     """
-    if remaining := remaining_images(images, cache):
+    cache = output.cache
+    if remaining := remaining_images(images, output):
         say(
             f"this process has finished its part of {cache}. Other processes still extract "
             f"{len(remaining):,} images; the last process to finish writes the index. If a process "
             "was killed, run the command again to extract its shard"
         )
         return
-    unreadable = write_index(cache)
-    sweep(cache)
-    size = sum(path.stat().st_size for path in cache.glob("shard-*.h5"))
+    unreadable, size = output.finish()
     speed = "all images were already extracted"
     if bar.done:
         speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
@@ -356,6 +430,10 @@ def finish(cache: Path, images: Sequence[Image], bar: Progress) -> None:
         say(f"{len(unreadable)} {have} no row; {cache / 'unreadable.jsonl'} has the reasons:")
         for record in unreadable[:5]:
             say(f"  {record.file_name}: {record.reason}")
+    if is_remote(cache):
+        name = cache.name or "cache"
+        say(f"next: python -m data.remote {cache} {name}  (copies the cache to this machine)")
+        cache = Path(name)
     say(f"next: python -m pipeline.train --features {cache} ...")
 
 

@@ -26,9 +26,11 @@ class SourceOptions(Settings):
     dataset: str = setting("sample", "dataset format", registry=DATASETS, group="data")
     root: Path | None = setting(
         None,
-        "root folder of the dataset  [sample: datasets/sample, drawn if absent]",
+        "root folder of the dataset; with --dataset webdataset also a tar or a pattern of tars; "
+        "may be remote, such as s3://bucket/coco  [sample: datasets/sample, drawn if absent]",
         group="data",
         may_change_on_resume=True,
+        remote=True,
     )
     annotations: tuple[Path, ...] = setting(
         (),
@@ -36,12 +38,14 @@ class SourceOptions(Settings):
         "be repeated with --dataset vqa",
         group="data",
         may_change_on_resume=True,
+        remote=True,
     )
     images: tuple[Path, ...] = setting(
         (),
         "folder of the photographs, with --dataset coco and vqa",
         group="data",
         may_change_on_resume=True,
+        remote=True,
     )
 
     ids: Path | None = setting(

@@ -461,6 +461,45 @@ def test_a_moved_cache_needs_nothing_of_its_old_place_and_gives_the_same_caption
     assert captions[0] == captions[1] and any(line["caption"] for line in captions[0])
 
 
+TORCHRUN_SCRIPT = """
+import os, signal, sys
+from data.cache import writer
+from pipeline import extract
+from pipeline.extraction.stream import ShardRows
+writer.SHARD_IMAGES = 5
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    ShardRows.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # it holds a claim here
+extract.main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_of_torchrun_of_which_one_is_killed_make_the_cache_of_one(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data.cache.writer.SHARD_IMAGES", 5)
+    options = [*at(world), *SMALL, "--device", "cpu", "--precision", "fp32"]
+    works(extract.main, *options, "--out", tmp_path / "one")
+    (tmp_path / "script.py").write_text(TORCHRUN_SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "3", "--max-restarts", "1", str(tmp_path / "script.py")]
+    done = subprocess.run(
+        [*torchrun, *map(str, options), "--out", str(tmp_path / "three")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "exitcode: -9" in done.stderr, done.stderr
+    one, three = FeatureCache(tmp_path / "one"), FeatureCache(tmp_path / "three")
+    assert len(one.paths) == len(three.paths) == 12 and one.ids.tolist() == three.ids.tolist()
+    for path in one.paths:
+        assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes()
+    names = [
+        sorted(p.name for p in cache.path.iterdir() if p.suffix != ".tmp") for cache in (one, three)
+    ]
+    assert names[0] == names[1]
+
+
 # -------------------------------------------------------------------------------------------- views
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data import DataError, characters, segmentation, tokens
+from data.files import user_cache
 from pipeline.scoring import ngrams as references
 from pipeline.scoring.metrics import score
 from pipeline.scoring.ngrams import (
@@ -19,7 +20,6 @@ from pipeline.scoring.ngrams import (
     cached_path,
     load_cached,
     save_cached,
-    user_cache,
 )
 
 REFERENCES = {4: ["a dog runs", "the dog"], 9: ["a red cat", "one cat sits on 1 1/2 mats"]}

@@ -698,7 +698,7 @@ def _map(data: h5py.Dataset, path: Path) -> np.ndarray:
         ) from error
 
 
-def iterate(sequence: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def iterate(sequence: Sequence[Any], size: int) -> Iterator[Any]:
     """Yield consecutive slices of length `size`; the last one may be shorter."""
     for start in range(0, len(sequence), size):
         yield sequence[start : start + size]

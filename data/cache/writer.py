@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,26 +42,36 @@ from data.cache.reader import (
     system_errors,
 )
 from data.files import atomic_write, atomic_write_text
+from data.remote import Blob
 from data.sources import Image
 
 SHARD_IMAGES = 1000
+SHARD_NAME = "shard-{:05d}.h5"
 TABLES = ("boxes", "counts", "image_ids", "names", "sizes")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A planned file of a cache and its images. `plan` is recorded in the file."""
+    """A planned file of a cache and its images. `plan` is recorded in the file.
+
+    written: whether the file existed when the plan was made.
+    """
 
     path: Path
     plan: Mapping[str, Any]
     images: tuple[Image, ...]
+    written: bool = field(default=False, compare=False)
 
 
 # ----------------------------------------------------------------------------------------- planning
 
 
-def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
-    """Divide images into the shards of a cache, including finished ones (`shard.path.exists()`).
+def plan_shards(
+    images: Sequence[Image], cache: Path, existing: Sequence[Existing] | None = None
+) -> list[Shard]:
+    """Divide images into the shards of a cache, including finished ones (`shard.written`).
+
+    existing: the shards of the cache; None: read them from the folder.
 
     The plan depends only on the images and the existing shards, so that every process computes the
     same plan at any time. The digest of its images identifies a plan. Images that shards of other
@@ -69,56 +79,73 @@ def plan_shards(images: Sequence[Image], cache: Path) -> list[Shard]:
     although the file of its planned shard exists: another plan used the file name, or the image's
     own shard was removed. Such images get additional shards, numbered after all others.
     """
-    digest, total = _digest(images), _shard_count(images)
-    existing = _read_existing(cache)
+    digest, total = plan_digest(images), _shard_count(images)
+    existing = read_existing(cache) if existing is None else existing
+    names = {shard.name for shard in existing}
     after_all = max((shard.first + shard.shards for shard in existing), default=0)
     first = next((shard.first for shard in existing if shard.digest == digest), after_all)
     rows_of_others = {i for shard in existing if shard.digest != digest for i in shard.rows}
-    processed = {i for shard in existing for i in (*shard.rows, *shard.unreadable)}
+    processed = processed_ids(existing)
     shards, orphans = [], []
     for number, members in enumerate(iterate(images, SHARD_IMAGES)):
         path = _shard_path(cache, first + number)
-        if path.exists():
+        written = path.name in names
+        if written:
             orphans += [image for image in members if image.id not in processed]
         remaining = tuple(image for image in members if image.id not in rows_of_others)
         if remaining:
             plan = {"digest": digest, "first": first, "shards": total}
-            shards.append(Shard(path, plan, remaining))
+            shards.append(Shard(path, plan, remaining, written))
     if not orphans:
         return shards
     if len(orphans) < len(images):
-        return shards + plan_shards(orphans, cache)
+        return shards + plan_shards(orphans, cache, existing)
     # No existing file belongs to this plan: all images get new shards.
-    plan = {"digest": _digest(orphans), "first": after_all, "shards": _shard_count(orphans)}
+    plan = {"digest": plan_digest(orphans), "first": after_all, "shards": _shard_count(orphans)}
     groups = iterate(orphans, SHARD_IMAGES)
     return [Shard(_shard_path(cache, after_all + n), plan, tuple(g)) for n, g in enumerate(groups)]
 
 
-class _Existing(NamedTuple):
-    """An existing shard: its plan, and the ids of its images with and without a row."""
+class Existing(NamedTuple):
+    """An existing shard: its file name and plan, the ids of its rows, and its other photographs.
 
+    name: "" for a plan without any file yet.
+    """
+
+    name: str
     digest: str
     first: int
     shards: int
     rows: list[int]
-    unreadable: list[int]
+    unreadable: list[Unreadable]
 
 
-def _read_existing(cache: Path) -> list[_Existing]:
+def processed_ids(existing: Sequence[Existing]) -> set[int]:
+    """Return the ids of the images that have a row or are unreadable."""
+    rows = {image_id for shard in existing for image_id in shard.rows}
+    return rows | {record.image_id for shard in existing for record in shard.unreadable}
+
+
+def read_existing(cache: Path) -> list[Existing]:
+    """Return the shards of a local cache, in order."""
     existing = []
     for path in shard_paths(cache):
         with reading_shard(path) as file:
             plan = _read_plan(file)
-            unreadable = [record[0] for record in json.loads(file.attrs["unreadable"])]
+            unreadable = [Unreadable(*record) for record in json.loads(file.attrs["unreadable"])]
             rows = file["image_ids"][:].tolist()
-            existing.append(
-                _Existing(plan["digest"], plan["first"], plan["shards"], rows, unreadable)
-            )
+            numbers = plan["digest"], plan["first"], plan["shards"]
+            existing.append(Existing(path.name, *numbers, rows, unreadable))
     return existing
 
 
 def _shard_path(cache: Path, number: int) -> Path:
-    return cache / f"shard-{number:05d}.h5"
+    return cache / SHARD_NAME.format(number)
+
+
+def shard_images() -> int:
+    """Return the number of images of a full shard."""
+    return SHARD_IMAGES
 
 
 def _shard_count(images: Sequence[Image]) -> int:
@@ -134,18 +161,23 @@ def _read_plan(file: h5py.File) -> dict[str, Any]:
 
 
 def plan_retry(
-    images: Sequence[Image], cache: Path, every: bool, planned: Sequence[Shard] = ()
+    images: Sequence[Image],
+    cache: Path,
+    every: bool,
+    planned: Sequence[Shard] = (),
+    existing: Sequence[Existing] | None = None,
 ) -> list[Shard]:
     """Plan an additional shard for unreadable photographs that have changed on disk.
 
     every: include all unreadable photographs, changed or not.
     planned: photographs in unfinished shards of this plan are excluded.
+    existing: the shards of the cache; None: read them from the folder.
     """
-    paths = shard_paths(cache)
-    if not paths:
-        return []
-    unreadable = FeatureCache(cache).unreadable
-    pending = {image.id for shard in planned if not shard.path.exists() for image in shard.images}
+    existing = read_existing(cache) if existing is None else existing
+    unreadable = {record.image_id: record for shard in existing for record in shard.unreadable}
+    for image_id in unreadable.keys() & {id_ for shard in existing for id_ in shard.rows}:
+        del unreadable[image_id]  # a later shard has its row
+    pending = {image.id for shard in planned if not shard.written for image in shard.images}
     retried = [
         image
         for image in images
@@ -155,18 +187,20 @@ def plan_retry(
     ]
     if not retried:
         return []
-    numbers = []
-    for path in paths:
-        with reading_shard(path) as file:
-            plan = _read_plan(file)
-            numbers.append(plan["first"] + plan["shards"])
-    first = max(numbers)
+    plans = [shard.plan for shard in planned]
+    first = max(
+        *(shard.first + shard.shards for shard in existing),
+        *(plan["first"] + plan["shards"] for plan in plans),
+        0,
+    )
     plan = {"digest": f"retry {first}", "first": first, "shards": 1}
     return [Shard(_shard_path(cache, first), plan, tuple(retried))]
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path | Blob) -> tuple[int, int]:
     """Return size and modification time (ns) of a file, to detect changes; (-1, -1) if missing."""
+    if isinstance(path, Blob):
+        return path.stamp()
     try:
         status = path.stat()
     except OSError:
@@ -174,7 +208,8 @@ def stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(images: Sequence[Image]) -> str:
+def plan_digest(images: Sequence[Image]) -> str:
+    """Return the digest of the ids of the images, in order; it identifies a plan."""
     return hashlib.sha256(json.dumps([image.id for image in images]).encode()).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from pycocotools.coco import COCO
 
 from data import DataError
 from data.image_formats import SUFFIXES
+from data.remote import photograph_path
 from data.sources import (
     Image,
     Listing,
@@ -84,9 +85,10 @@ def read_official(
             f"unpack COCO's annotations_trainval{year}.zip into {folder.parent}"
         )
     all_images = [
-        Image(id_, f"{split}{year}/{name}", base / f"{split}{year}" / name, split, captions)
+        Image(id_, path, photograph_path(base, path), split, captions)
         for split, file in files.items()
         for id_, name, _, captions in _entries(file)
+        for path in [f"{split}{year}/{name}"]
     ]
     return _source(dataset, base, all_images, folder)
 
@@ -111,7 +113,8 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
             unsplit.append(id_)
         else:
             split = check_split(split, f"image {id_} in {annotations}")
-        all_images.append(Image(id_, name, base / name, split or "all", captions))
+        path = photograph_path(base, name)
+        all_images.append(Image(id_, name, path, split or "all", captions))
     if unsplit and len(unsplit) < len(all_images):
         raise DataError(
             f"image {unsplit[0]} in {annotations} has no split, but other images have one; set "
@@ -125,7 +128,9 @@ def _source(dataset: str, base: Path, images: list[Image], annotations: Path) ->
     names = on_disk([[image.name] for image in images], Listing(base))
     missing = tuple(image for image, name in zip(images, names, strict=True) if name is None)
     on_disk_images = tuple(
-        image if name in (None, image.name) else replace(image, name=name, path=base / name)
+        image
+        if name is None or name == image.name
+        else replace(image, name=name, path=photograph_path(base, name))
         for image, name in zip(images, names, strict=True)
     )
     return Source(dataset, base, on_disk_images, missing, annotations)

@@ -44,6 +44,7 @@ from data import DataError
 from data.datasets.mvsa import LabelledText
 from data.datasets.vqa import Question, QuestionSource
 from data.image_formats import HEIC, SUFFIXES
+from data.remote import files_below, is_remote, photograph_path
 from data.sources import (
     SPLITS,
     Image,
@@ -177,7 +178,7 @@ def read(
     splits = {
         name: split
         for name in files.photographs
-        if (split := _folder_split(posixpath.dirname(name), base))
+        if (split := folder_split(posixpath.dirname(name), base))
     }
 
     caption_files, rows, notes = _metadata(base, files.others, encoding)
@@ -224,13 +225,19 @@ def read(
             "split's folder, add its split to the metadata, or delete it"
         )
     photographs = tuple(
-        Image(image_id(name), name, base / name, splits.get(name, "train"), tuple(captions[name]))
+        Image(
+            image_id(name),
+            name,
+            photograph_path(base, name),
+            splits.get(name, "train"),
+            tuple(captions[name]),
+        )
         for name in sorted(captions)
     )
     missing = tuple(
         image
         for image in photographs
-        if not files.photographs.get(image.name) and not image.path.is_file()
+        if not files.photographs.get(image.name) and (is_remote(base) or not image.path.is_file())
     )
     annotations = caption_files[0] if len(caption_files) == 1 else None
     all_notes = tuple(filter(None, [ignored, *notes]))
@@ -274,7 +281,7 @@ def _add_rows(
             questions.append(Question(id_, image_id(name), row.question, row.answers, best))
         if row.label is not None:
             texts.append(LabelledText(len(texts) + 1, image_id(name), row.text, row.label))
-        for split in (row.split, _folder_split(posixpath.dirname(name), base)):
+        for split in (row.split, folder_split(posixpath.dirname(name), base)):
             if split and splits.setdefault(name, split) != split:
                 raise DataError(
                     f"{row.where}: {name} is in split {split} and in {splits[name]}; keep one "
@@ -284,7 +291,7 @@ def _add_rows(
 
 
 @functools.lru_cache(1 << 16)
-def _folder_split(folder: str, base: Path) -> str | None:
+def folder_split(folder: str, base: Path) -> str | None:
     """Return the split that a folder's path names, as in Hugging Face's imagefolder.
 
     Raises DataError if the path names two splits.
@@ -335,6 +342,8 @@ def list_files(root: Path) -> Files:
 
     Each folder is visited once, and real paths come before links, so that cyclic links end.
     """
+    if is_remote(root):
+        return _remote_files(root)
     photographs: dict[str, bool] = {}
     others, visited, folders = [], set(), [""]
     links: list[str] = []
@@ -359,6 +368,13 @@ def list_files(root: Path) -> Files:
                 else:
                     others.append(name)
     return Files(photographs, sorted(others))
+
+
+def _remote_files(root: Path) -> Files:
+    names = [name for name in files_below(root) if not re.search(r"(^|/)\.", name)]
+    is_photograph = {name: _suffix(name) in SUFFIXES for name in names}
+    photographs = {check_name(name, str(root)): True for name in names if is_photograph[name]}
+    return Files(photographs, sorted(name for name in names if not is_photograph[name]))
 
 
 # ----------------------------------------------------------------------------------------- metadata

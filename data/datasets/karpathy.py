@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from data import DataError
+from data.remote import photograph_path
 from data.sources import (
     Image,
     Listing,
@@ -61,7 +62,8 @@ def read(dataset: str, root: Path | None, annotations: Path | None, images: Path
         name = name_on_disk or names[0]
         id_ = check_id(entry.get("cocoid", entry.get("imgid")), where)
         split = check_split(entry.get("split"), where)
-        image = Image(id_, name, base / name, split, tuple(_captions(entry, where)))
+        path = photograph_path(base, name)
+        image = Image(id_, name, path, split, tuple(_captions(entry, where)))
         all_images.append(image)
         if name_on_disk is None:
             missing.append(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -9,7 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import DataError
-from data.datasets import coco, folder, karpathy, mvsa, scene_questions, visdial, vqa
+from data.datasets import (
+    coco,
+    folder,
+    karpathy,
+    mvsa,
+    scene_questions,
+    visdial,
+    vqa,
+    webdataset,
+)
+from data.remote import as_path, is_remote, store_errors
 from data.sources import Source, paused_collector
 
 
@@ -19,19 +30,24 @@ class Dataset(NamedTuple):
     read: read(dataset, root, annotations, images, **options) -> Source.
     Options: the dataclass of the dataset's own options; None if it has none.
     several: `annotations` and `images` are lists of paths; else each is one path or None.
+    remote: the paths may be remote (`data.remote`).
+    root_is_pattern: the root may also be a file or a pattern of files.
     """
 
     read: Callable[..., Source]
     Options: type | None = None
     several: bool = False
+    remote: bool = False
+    root_is_pattern: bool = False
 
 
 DATASETS: dict[str, Dataset] = {
-    "coco2014": Dataset(coco.read_official),
-    "coco2017": Dataset(coco.read_official),
-    "coco": Dataset(coco.read),
-    "karpathy": Dataset(karpathy.read),
-    "folder": Dataset(folder.read, folder.Options),
+    "coco2014": Dataset(coco.read_official, remote=True),
+    "coco2017": Dataset(coco.read_official, remote=True),
+    "coco": Dataset(coco.read, remote=True),
+    "karpathy": Dataset(karpathy.read, remote=True),
+    "folder": Dataset(folder.read, folder.Options, remote=True),
+    "webdataset": Dataset(webdataset.read, remote=True, root_is_pattern=True),
     "sample": Dataset(scene_questions.read),
     "vqa": Dataset(vqa.read, vqa.Options, several=True),
     "mvsa": Dataset(mvsa.read, mvsa.Options),
@@ -49,7 +65,7 @@ def open_source(
     """Open a dataset.
 
     dataset: a key of DATASETS.
-    root: the folder of the photographs and captions.
+    root: the folder of the photographs and captions; may be remote for some datasets.
     annotations: the caption file (for coco2014 and coco2017: the folder of the two caption files);
         None: find it under the root. `coco` requires it.
     images: the folder of the photographs; None: the root.
@@ -72,16 +88,18 @@ def open_source(
         raise DataError(
             f"{dataset} needs a root: pass the folder of the photographs and captions to --root"
         )
+    root = None if root is None else as_path(root)
+    _check_remote(dataset, [root, *files, *folders])
     try:
-        for place, flag in ((root, "--root"), *((folder, "--images") for folder in folders)):
-            if place is not None and not Path(place).is_dir():
+        folder_root = None if DATASETS[dataset].root_is_pattern else root
+        for place, flag in ((folder_root, "--root"), *((each, "--images") for each in folders)):
+            if place is not None and not _exists(place, "is_dir"):
                 raise DataError(f"{place} is not a folder; {flag} must be a folder of {dataset}")
         for file in files:
-            if not file.exists():
+            if not _exists(file, "exists"):
                 raise DataError(
                     f"{file} does not exist; --annotations must be the annotations of {dataset}"
                 )
-        root = None if root is None else Path(root)
         places: list[Any] = [files, folders]
         if not DATASETS[dataset].several:
             for paths, flag in ((files, "--annotations"), (folders, "--images")):
@@ -96,6 +114,22 @@ def open_source(
         ) from error
 
 
+def _check_remote(dataset: str, places: Sequence[Path | None]) -> None:
+    """Raise DataError for a remote path that the reader of the dataset cannot read."""
+    place = next((place for place in places if place is not None and is_remote(place)), None)
+    if place is not None and not DATASETS[dataset].remote:
+        readers = ", ".join(name for name, reader in DATASETS.items() if reader.remote)
+        raise DataError(
+            f"{place}: --dataset {dataset} reads local files only; copy it to this machine first "
+            f"(datasets that read remote files: {readers})"
+        )
+
+
+def _exists(place: Path, method: str) -> bool:
+    with store_errors(place) if is_remote(place) else contextlib.nullcontext():
+        return getattr(place, method)()
+
+
 def _option_names(dataset: str) -> set[str]:
     options = DATASETS[dataset].Options
     return {item.name for item in fields(options)} if options else set()
@@ -104,4 +138,6 @@ def _option_names(dataset: str) -> set[str]:
 def as_list(paths: Path | Sequence[Path] | None) -> list[Path]:
     if paths is None:
         return []
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if isinstance(paths, Sequence) and not isinstance(paths, str):
+        return [as_path(path) for path in paths]
+    return [as_path(paths)]

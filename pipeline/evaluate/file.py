@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data import DataError
+from data.files import user_cache
 from data.results import choose, read_ids, read_references, read_results
 from data.segmentation import UNSPACED_RUN, without_blanks
 from data.sources import Image
@@ -19,7 +20,7 @@ from pipeline.evaluate.config import (
     read_against,
     train_tokens,
 )
-from pipeline.scoring.ngrams import References, cached_path, load_cached, save_cached, user_cache
+from pipeline.scoring.ngrams import References, cached_path, load_cached, save_cached
 from pipeline.terminal import say
 
 

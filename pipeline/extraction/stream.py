@@ -31,6 +31,7 @@ from data.cache.claims import Claims
 from data.cache.reader import TABLE_TYPES, Rows, Unreadable, iterate, views_of
 from data.cache.writer import Shard, stamp, write_shard
 from data.images import Framing, Photo, Photographs, Pixels, stack_inputs, try_image
+from data.remote import Blob, FetchError
 from data.sources import Image
 from models.backbones.interface import Backbone
 from pipeline.cli import UserError
@@ -65,7 +66,7 @@ class Decoded(NamedTuple):
     pixels: Pixels
     view_boxes: Tensor
     originals: list[tuple[int, int]]
-    reasons: list[str]
+    reasons: list[Any]
     more: Sequence[tuple[Pixels, Tensor]] = ()
 
 
@@ -237,10 +238,10 @@ def _read_in_processes(
 ) -> Iterator[tuple[Work, Decoded]]:
     requested: deque[Work] = deque()  # batches that the workers read
 
-    def paths() -> Iterator[list[str]]:
+    def paths() -> Iterator[list[str | Blob]]:
         for item in work:
             requested.append(item)
-            yield ["" if image.id in recipe.missing else str(image.path) for image in item.images]
+            yield ["" if image.id in recipe.missing else _sent(image) for image in item.images]
 
     loader = DataLoader(
         _ByPath(framing),
@@ -251,7 +252,18 @@ def _read_in_processes(
         prefetch_factor=4 if recipe.workers else None,
     )
     for decoded in loader:
-        yield requested.popleft(), Decoded(*decoded)
+        batch = Decoded(*decoded)
+        # A DataLoader would raise the error of a worker with its traceback in the message.
+        for reason in batch.reasons:
+            if isinstance(reason, FetchError):
+                raise reason
+        yield requested.popleft(), batch
+
+
+def _sent(image: Image) -> str | Blob:
+    """What is sent to a worker: a local path as text, which is faster to send than a Path."""
+    path: Any = image.path
+    return path if isinstance(path, Blob) else str(path)
 
 
 class _ByPath(Photographs):
@@ -264,11 +276,16 @@ class _ByPath(Photographs):
         super().__init__([], framing)
 
     # the batch_sampler yields paths, not indices
-    def __getitem__(self, path: str) -> tuple[Photo | None, str]:  # type: ignore[override]
-        return try_image(Path(path), self.framing) if path else (None, "missing")
+    def __getitem__(self, path: str | Blob) -> tuple[Photo | None, Any]:  # type: ignore[override]
+        if not path:
+            return None, "missing"
+        try:
+            return try_image(path, self.framing)
+        except FetchError as error:
+            return None, error
 
 
-def _collate(photos: Sequence[tuple[Photo | None, str]], framing: Framing) -> Decoded:
+def _collate(photos: Sequence[tuple[Photo | None, Any]], framing: Framing) -> Decoded:
     readable = [photo for photo, _ in photos if photo is not None]
     none: tuple[Pixels, Tensor] = (
         torch.empty(0, 3, *framing.size, dtype=torch.uint8),

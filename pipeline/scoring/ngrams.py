@@ -441,17 +441,6 @@ def split(flat: np.ndarray, counts: np.ndarray) -> Iterator[list[int]]:
     )
 
 
-def user_cache() -> Path | None:
-    """$XDG_CACHE_HOME/onceover, or ~/.cache/onceover; None for a user without a home folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():  # the XDG standard says that relative paths are ignored
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return folder / "onceover"
-
-
 def cached_path(folder: Path, *parts: bytes) -> Path:
     """The path of cached n-gram tables in a cache folder.
 
