@@ -86,7 +86,6 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"{out} contains a checkpoint; pass another --out")
     with_backbone = config.backbone and checkpoint.identity != NoFeatures.identity
     backbone = restore(folder, checkpoint.identity) if with_backbone else None
-    check_exportable(folder, checkpoint, backbone)
     graphs = make_graphs(checkpoint, backbone)
     out.mkdir(parents=True, exist_ok=True)
     with progress(len(graphs), "graphs", "export") as bar:
@@ -95,19 +94,19 @@ def main(config: ExportConfig) -> None:
             error = write_graph(graph, path, config)
             say(f"{path}: {human_bytes(path.stat().st_size)}, differs by at most {error:.0e}")
             bar.step(1)
-    record = describe(checkpoint, backbone, graphs)
-    atomic_write_text(out / "model.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(describe(checkpoint, backbone, graphs), ensure_ascii=False, indent=1)
+    atomic_write_text(out / "model.json", text + "\n")
     say(f"exported: {out}")
 
 
-def check_exportable(folder: Path, checkpoint: Checkpoint, backbone: Backbone | None) -> None:
+def check_exportable(checkpoint: Checkpoint, backbone: Backbone | None) -> None:
     """Raise UserError if the regions of a checkpoint cannot be exported."""
     if checkpoint.captioner.config.more_channels:
-        raise UserError(f"{folder} uses two kinds of regions, which are not exported")
+        raise UserError(f"{checkpoint.folder} uses two kinds of regions, which are not exported")
     if backbone is not None and backbone.framing().get("resize") == ORIGINAL:
         raise UserError(
-            f"{folder} uses regions of a detector, which are not exported: their number differs "
-            "between images. Pass --no-backbone to export the decoder alone"
+            f"{checkpoint.folder} uses regions of a detector, which are not exported: their number "
+            "differs between images. Pass --no-backbone to export the decoder alone"
         )
 
 
@@ -123,7 +122,11 @@ def require_onnx() -> None:
 
 @torch.no_grad()
 def make_graphs(checkpoint: Checkpoint, backbone: Backbone | None) -> dict[str, Graph]:
-    """Make the graphs of a checkpoint by name, with example inputs."""
+    """Make the graphs of a checkpoint by name, with example inputs.
+
+    Raises UserError if its regions cannot be exported.
+    """
+    check_exportable(checkpoint, backbone)
     decoder = checkpoint.captioner.float().eval()
     config, generator = decoder.config, torch.Generator().manual_seed(0)
     regions = Regions(
