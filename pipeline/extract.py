@@ -144,9 +144,8 @@ def main(config: ExtractConfig) -> None:
     recipe = choose_recipe(config, machine, images, missing_ids)
     if config.repair:
         repair_cache(cache, machine)
-    output, ray_engine = open_output(cache), None
-    if config.engine == "ray":
-        ray_engine = start_ray(config, recipe, images, missing_ids)
+    output = open_output(cache)
+    ray_engine = start_ray(config, recipe, images, missing_ids)
     refuse_other_identity(output, recipe)
     shards, retry_shards = plan_all(images, output, config.retry_all, machine)
     print_plan(output, source, images, shards, retry_shards, recipe)
@@ -158,11 +157,13 @@ def main(config: ExtractConfig) -> None:
 
 def start_ray(
     config: ExtractConfig, recipe: Recipe, images: Sequence[Image], missing_ids: set[int]
-) -> RayEngine:
-    """Start the actors of --engine ray. The recipe gets the provenance of their machines.
+) -> RayEngine | None:
+    """Start the actors of --engine ray; None for another engine. The recipe gets the provenance of their machines.
 
     Raises UserError for torchrun, because Ray starts the processes itself.
     """
+    if config.engine != "ray":
+        return None
     if recipe.machine.world > 1:
         raise UserError("--engine ray starts its own processes; run the command without torchrun")
 

@@ -32,12 +32,19 @@ def detector_of(architecture: Architecture, seed: int = 0, **selection) -> Detec
     """A detector with random weights, whose scores differ as those of a trained one do."""
     torch.manual_seed(seed)
     network = build_rcnn(architecture)
-    with torch.no_grad():
-        predictor = network.roi_heads.box_predictor
-        predictor.cls_score.weight.mul_(30)
-        predictor.bbox_pred.weight.mul_(5)
+    predictor = network.roi_heads.box_predictor
     names = class_names(predictor.cls_score.out_features)
-    return Detector(architecture, network, names, Selection(**selection))
+    detector = Detector(architecture, network, names, Selection(**selection))
+    seen = []
+    hook = predictor.cls_score.register_forward_hook(lambda m, i, out: seen.append(out))
+    with torch.no_grad():
+        detector(pictures((96, 160), seed=9))
+        hook.remove()
+        scale = 2 / seen[0].std(0)
+        predictor.cls_score.weight.mul_(scale[:, None])
+        predictor.cls_score.bias.copy_((predictor.cls_score.bias - seen[0].mean(0)) * scale)
+        predictor.bbox_pred.weight.mul_(5)
+    return detector
 
 
 def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Tensor]:

@@ -193,7 +193,7 @@ def main(
     click.echo("  ".join(f"{name} {value:.4f}" for name, value in table.items()))
     about = {"made_by": "models/weights/pretrain_detector.py", "backbone": BACKBONE, "seed": seed}
     about |= {"batch": batch, "steps": taken, "rate": rate, "first": first, "held_out": table}
-    about |= {"init": str(init) if init else None}
+    about |= {"init": init.name if init else None}
     about |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     write_weights(network, out, about | {"timm": timm.__version__})
     click.echo(f"{out}: {out.stat().st_size:,} bytes")
