@@ -158,7 +158,9 @@ def main(config: ExtractConfig) -> None:
 def start_ray(
     config: ExtractConfig, recipe: Recipe, images: Sequence[Image], missing_ids: set[int]
 ) -> RayEngine | None:
-    """Start the actors of --engine ray; None for another engine. The recipe gets the provenance of their machines.
+    """Start the actors of --engine ray; None for another engine.
+
+    The recipe gets the provenance of the machines of the actors.
 
     Raises UserError for torchrun, because Ray starts the processes itself.
     """

@@ -197,3 +197,8 @@ def test_without_the_package_the_error_has_the_install_line(shards, monkeypatch)
         extract.main, "--dataset", "webdataset", "--root", shards / "{000..002}.tar", *LOOK
     )
     assert "pip install -e '.[webdataset]'" in message
+
+
+def test_a_root_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match="gone: No such file or directory; check --root"):
+        open_source("webdataset", tmp_path / "gone")
