@@ -462,13 +462,21 @@ def test_a_moved_cache_needs_nothing_of_its_old_place_and_gives_the_same_caption
 
 
 TORCHRUN_SCRIPT = """
-import os, signal, sys
+import os, pathlib, signal, sys, time
 from data.cache import writer
 from pipeline import extract
 from pipeline.extraction.stream import ShardRows
 writer.SHARD_IMAGES = 5
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    ShardRows.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # it holds a claim here
+killed, write = pathlib.Path(__file__).with_name("killed"), ShardRows.write
+def die(*_):  # it holds a claim here
+    killed.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+def wait(*arguments):  # the others hold claims too, and leave shards to the one that is killed
+    while not killed.exists():
+        time.sleep(0.02)
+    write(*arguments)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    ShardRows.write = die if os.environ["RANK"] == "1" else wait
 extract.main.main(sys.argv[1:])
 """
 
