@@ -50,32 +50,45 @@ def as_path(path: Path | str) -> Path:
         return Path(path)
     if not isinstance(path, str):
         return path
-    try:
+    with _packages(path):
         from upath import UPath
-    except ModuleNotFoundError as error:
-        raise DataError(f"{path} is a remote path, which needs a package: {INSTALL}") from error
-    try:
+
         remote = UPath(path)
         remote.fs  # noqa: B018 - imports the package of the protocol
-    except (ImportError, ValueError) as error:  # fsspec names the package, such as s3fs
-        raise DataError(f"{path} cannot be opened: {error}") from error
     return cast(Path, remote)
 
 
 def file_system(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a remote path, and the path in that file system."""
-    as_path(url)  # raises DataError if a package is missing
-    from fsspec.core import url_to_fs
+    with _packages(url):  # no UPath, because each photograph is opened here
+        from fsspec.core import url_to_fs
 
-    return url_to_fs(url)
+        return url_to_fs(url)
+
+
+@contextlib.contextmanager
+def _packages(path: str) -> Iterator[None]:
+    """Context manager: raise DataError if a package for a remote path is not installed."""
+    try:
+        import upath  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataError(f"{path} is a remote path, which needs a package: {INSTALL}") from error
+    try:
+        yield
+    except (ImportError, ValueError) as error:  # fsspec names the package, such as s3fs
+        raise DataError(f"{path} cannot be opened: {error}") from error
 
 
 @contextlib.contextmanager
 def store_errors(place: object) -> Iterator[None]:
     """Context manager: convert the errors of a store's client to DataError with the path.
 
-    The clients raise errors of their own types, for example for absent credentials.
+    The clients raise errors of their own types, for example for absent credentials. Errors of a
+    local path are not changed.
     """
+    if not is_remote(place):
+        yield
+        return
     try:
         yield
     except DataError:

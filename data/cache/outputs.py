@@ -32,15 +32,22 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from data import DataError
+from data.cache import writer
 from data.cache.claims import Claims, sweep
-from data.cache.reader import Unreadable, cache_header, iterate, reading_shard, shard_paths
+from data.cache.reader import (
+    Unreadable,
+    cache_header,
+    iterate,
+    reading_shard,
+    shard_paths,
+    unreadable_in,
+)
 from data.cache.writer import (
     SHARD_NAME,
     Existing,
     Shard,
     plan_digest,
     read_existing,
-    shard_images,
     write_index,
 )
 from data.files import json_lines
@@ -273,7 +280,7 @@ class RemoteOutput:
     def release(self, path: Path) -> None:
         """Upload a finished shard, and remove it from this machine."""
         with reading_shard(path) as file:
-            unreadable = [Unreadable(*record) for record in json.loads(file.attrs["unreadable"])]
+            unreadable = unreadable_in(file)
         if unreadable:
             lines = json_lines(record._asdict() for record in unreadable)
             self._write(f"{path.stem}{UNREADABLE_SUFFIX}", lines.encode())
@@ -336,5 +343,7 @@ def _shard_names(plan: _Plan) -> list[str]:
 
 def _members(plan: _Plan, ids: list[int]) -> Iterator[tuple[str, list[int]]]:
     """Yield the name of each shard of a plan and its image ids."""
-    size = len(ids) if plan.shards == 1 else shard_images()  # one shard of retries may be larger
+    size = (
+        len(ids) if plan.shards == 1 else writer.SHARD_IMAGES
+    )  # one shard of retries may be larger
     yield from zip(_shard_names(plan), iterate(ids, size), strict=True)

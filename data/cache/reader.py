@@ -263,6 +263,11 @@ def _attribute(file: h5py.File, name: str) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
+def unreadable_in(file: h5py.File) -> list[Unreadable]:
+    """Return the photographs of an open shard that have no row."""
+    return [Unreadable(*record) for record in json.loads(file.attrs["unreadable"])]
+
+
 @contextlib.contextmanager
 def reading_shard(path: Path) -> Iterator[h5py.File]:
     """Open a shard for reading. Errors on damaged content are raised as DataError."""
@@ -389,8 +394,7 @@ class FeatureCache:
                         "remove it"
                     )
                 self._add(path, file)
-                for record in json.loads(file.attrs["unreadable"]):
-                    self.unreadable[record[0]] = Unreadable(*record)
+                self.unreadable |= {record.image_id: record for record in unreadable_in(file)}
         # All whole photographs have the same cells, so they are not read row by row. Crops differ.
         self._crops = {
             view for view, name in enumerate(self.views, start=1) if name.startswith("crop")

@@ -40,6 +40,7 @@ from data.cache.reader import (
     reading_shard,
     shard_paths,
     system_errors,
+    unreadable_in,
 )
 from data.files import atomic_write, atomic_write_text
 from data.remote import Blob
@@ -132,7 +133,7 @@ def read_existing(cache: Path) -> list[Existing]:
     for path in shard_paths(cache):
         with reading_shard(path) as file:
             plan = _read_plan(file)
-            unreadable = [Unreadable(*record) for record in json.loads(file.attrs["unreadable"])]
+            unreadable = unreadable_in(file)
             rows = file["image_ids"][:].tolist()
             numbers = plan["digest"], plan["first"], plan["shards"]
             existing.append(Existing(path.name, *numbers, rows, unreadable))
@@ -141,11 +142,6 @@ def read_existing(cache: Path) -> list[Existing]:
 
 def _shard_path(cache: Path, number: int) -> Path:
     return cache / SHARD_NAME.format(number)
-
-
-def shard_images() -> int:
-    """Return the number of images of a full shard."""
-    return SHARD_IMAGES
 
 
 def _shard_count(images: Sequence[Image]) -> int:

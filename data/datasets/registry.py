@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -126,7 +125,7 @@ def _check_remote(dataset: str, places: Sequence[Path | None]) -> None:
 
 
 def _exists(place: Path, method: str) -> bool:
-    with store_errors(place) if is_remote(place) else contextlib.nullcontext():
+    with store_errors(place):
         return getattr(place, method)()
 
 

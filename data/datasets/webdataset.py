@@ -113,7 +113,7 @@ def tars_of(root: Path) -> list[str]:
     pattern = str(root)
     if "{" in pattern or "::" in pattern:
         return _package().shardlists.expand_urls(pattern)
-    with store_errors(root) if is_remote(root) else contextlib.nullcontext():
+    with store_errors(root):
         if not root.is_dir():
             return [pattern]
         tars = sorted(str(path) for path in root.glob("*.tar"))
@@ -223,10 +223,7 @@ def index_tar(place: str) -> TarIndex:
 
 def _members(place: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """Yield the files of a tar, and the content of those with a suffix of TEXT_SUFFIXES."""
-    with (
-        store_errors(place) if is_remote(place) else contextlib.nullcontext(),
-        _open(place) as file,
-    ):
+    with store_errors(place), _open(place) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
