@@ -23,7 +23,8 @@ from models.backbones import rcnn
 from models.backbones.detector import Detector, Selection, class_names
 from models.backbones.rcnn import Architecture, build_rcnn, sizes_in
 from pipeline.cli import UserError
-from pipeline.extraction.detector import DetectorOptions, open_detector, scenes_weights
+from pipeline.extraction.detector import SCENES_WEIGHTS, DetectorOptions, open_detector
+from pipeline.extraction.grid import scenes_weights
 
 SMALL = Architecture("", "test_resnet", 5, (96, 160), width=8, channels=16)
 
@@ -230,7 +231,7 @@ def test_the_samples_detector_finds_the_things_of_held_out_scenes():
     """
     options = DetectorOptions(min_regions=0)
     detector = open_detector(options, "sample", 0)
-    assert Path(scenes_weights()).stat().st_size <= 3_000_000
+    assert scenes_weights(SCENES_WEIGHTS).stat().st_size <= 3_000_000
     scenes = held_out_scenes(48)
     regions, (scores, labels) = detector.with_tables([pixels for pixels, _, _ in scenes])
     ious, correct = [], []

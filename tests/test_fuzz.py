@@ -481,10 +481,10 @@ def weights_files(draw: Draw, case: Path) -> list[Command]:
     """--weights: .safetensors and .pth, hostile pickles among them; `escaped` appears where one has
     its way.
     """
-    from pipeline.extraction.grid import scenes_weights
+    from pipeline.extraction.grid import SCENES_WEIGHTS, scenes_weights
 
-    path, tensors = case / "in" / "weights.safetensors", load_file(scenes_weights())
-    shutil.copyfile(scenes_weights(), path)
+    path, tensors = case / "in" / "weights.safetensors", load_file(scenes_weights(SCENES_WEIGHTS))
+    shutil.copyfile(scenes_weights(SCENES_WEIGHTS), path)
     if draw(st.booleans()):
         spoil_safetensors(draw, path)
     else:

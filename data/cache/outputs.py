@@ -343,7 +343,6 @@ def _shard_names(plan: _Plan) -> list[str]:
 
 def _members(plan: _Plan, ids: list[int]) -> Iterator[tuple[str, list[int]]]:
     """Yield the name of each shard of a plan and its image ids."""
-    size = (
-        len(ids) if plan.shards == 1 else writer.SHARD_IMAGES
-    )  # one shard of retries may be larger
+    # one shard of retries may be larger
+    size = len(ids) if plan.shards == 1 else writer.SHARD_IMAGES
     yield from zip(_shard_names(plan), iterate(ids, size), strict=True)

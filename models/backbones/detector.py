@@ -95,18 +95,22 @@ class Detector(NetworkBackbone):
                 f"{len(self.classes)} names of classes"
             )
         self.requires_grad_(False).eval()
-        # The arithmetic of boxes needs fp32 also where convolutions run in bf16.
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set the precision of the layers of the network that need fp32 where others run in bf16.
+
+        Raises ModelError if the network gives no feature maps.
+        """
+        # for the arithmetic of boxes
         self.rcnn.rpn.head.register_forward_hook(
             lambda module, inputs, outputs: tuple([map.float() for map in maps] for maps in outputs)
         )
-        with first_convolutions_in_fp32(network), torch.no_grad():
-            self._measure()
-
-    def _measure(self) -> None:
-        try:
-            self.rcnn.backbone(torch.zeros(1, 3, 128, 128))
-        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            raise ModelError(f"{self.name} gives no feature maps: {error}") from error
+        with first_convolutions_in_fp32(self.rcnn), torch.no_grad():
+            try:
+                self.rcnn.backbone(torch.zeros(1, 3, 128, 128))
+            except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+                raise ModelError(f"{self.name} gives no feature maps: {error}") from error
 
     @property
     def size(self) -> tuple[int, int]:
@@ -286,6 +290,9 @@ class BoxedDetector(Detector):
         self.given, self.sizes, self.classes = boxes, sizes, tuple(classes)
         self.boxes_digest, self.largest = digest, largest
         self.from_hub = detector.from_hub
+
+    def _prepare(self) -> None:
+        """Do nothing: the network is prepared already, because it is that of a `Detector`."""
 
     @property
     def shape(self) -> tuple[int, int]:

