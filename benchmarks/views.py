@@ -17,13 +17,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import click
 
+from benchmarks.commands import command
 from benchmarks.measure import header, real_option
 from data.cache import reader
-from pipeline import evaluate, train
+from pipeline import train
 
 SETS = {
     2: ("flip",),
@@ -55,7 +55,7 @@ def main(real: Path, features: Path, work: Path, more: tuple[str, ...]) -> None:
     for count, views in SETS.items():
         run = work / f"views_{count}"
         if not (run / "finished").exists():
-            run_alone(train_on, views, [*source, *RECIPE, *more, "--out", str(run)])
+            train_alone(views, [*source, *RECIPE, *more, "--out", str(run)])
             (run / "finished").touch()
     rows = []
     for count in SETS:
@@ -63,7 +63,7 @@ def main(real: Path, features: Path, work: Path, more: tuple[str, ...]) -> None:
         scoring = [*source, "--checkpoint", str(run), "--split", "val"]
         if count != 2:
             scoring += ["--against", str(against)]
-        run_alone(evaluate_on, scoring)
+        command("evaluate", *scoring)
         rows.append(row(count, run))
     click.echo(json.dumps(header()))
     click.echo("| views | CIDEr on dev after each epoch | best | CIDEr on val | minus 2 views |")
@@ -78,21 +78,14 @@ def train_on(views: tuple[str, ...], options: list[str]) -> None:
     train.main(options, standalone_mode=False)
 
 
-def evaluate_on(options: list[str]) -> None:
-    evaluate.main(options, standalone_mode=False)
-
-
-def run_alone(work: Any, *arguments: Any) -> None:
-    """Call a function in a process of its own.
-
-    Raises:
-        click.ClickException: the process failed.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+def train_alone(views: tuple[str, ...], options: list[str]) -> None:
+    """Run `train_on` in a process of its own. Raises ClickException if it fails."""
+    arguments = (views, options)
+    process = multiprocessing.get_context("spawn").Process(target=train_on, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
-        raise click.ClickException(f"{work.__name__} failed; its message is above")
+        raise click.ClickException("the training failed; its message is above")
 
 
 def row(count: int, run: Path) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from data.cache.claims import Claims, sweep
-from data.cache.reader import FeatureCache, Rows, cache_header, differences, shard_paths
-from data.cache.writer import Shard, plan_shards, write_index, write_shard
+from data.cache.claims import Claims
+from data.cache.outputs import LocalOutput
+from data.cache.reader import FeatureCache, Rows, differences
+from data.cache.writer import Shard, plan_shards, write_shard
 from data.datasets.registry import DATASETS
 from data.images import read_size
 from data.imports.listing import Imported, list_images, read_sizes
@@ -120,28 +121,23 @@ def main(config: ConvertConfig) -> None:
     image (M2 Transformer, hloc). The same command continues a conversion that was stopped.
     """
     cache = config.out or Path("cache") / config.feature_name
-    check_output(config, cache)
-    source = config.open_source() if config.dataset else None
-    conversion = prepare(config, source, cache)
-    images = conversion.imported.images
-    print_plan(cache, conversion)
-    cache.mkdir(parents=True, exist_ok=True)
-    with Claims(cache) as claims, progress(pending(images, cache), "images", "convert") as bar:
-        while shards := unwritten(images, cache):
-            if not convert_shards(shards, claims, conversion, bar):
-                break
-    finish(cache, images, bar)
-
-
-def check_output(config: ConvertConfig, cache: Path) -> None:
-    """Raise UserError if the cache would be a file or the source itself."""
-    if cache.exists() and not cache.is_dir():
-        raise UserError(f"--out {cache} is a file; pass the path of a folder for the cache")
+    output = LocalOutput(cache)
+    output.header()  # raises DataError if the cache would be a file
     if cache.resolve() in [path.resolve() for path in config.sources]:
         raise UserError(f"--out {cache} is the source; pass another folder")
+    source = config.open_source() if config.dataset else None
+    conversion = prepare(config, source, output)
+    images = conversion.imported.images
+    shards = unwritten(images, cache)
+    print_plan(cache, conversion, pending(shards))
+    cache.mkdir(parents=True, exist_ok=True)
+    with output.claims() as claims, progress(pending(shards), "images", "convert") as bar:
+        while shards and convert_shards(shards, claims, conversion, bar):
+            shards = unwritten(images, cache)
+    finish(output, pending(shards), bar)
 
 
-def prepare(config: ConvertConfig, source: Source | None, cache: Path) -> Conversion:
+def prepare(config: ConvertConfig, source: Source | None, output: LocalOutput) -> Conversion:
     """List the images of the source, and check everything that can be checked without features."""
     readers = [open_reader(path, config.format, config.boxes) for path in config.sources]
     wanted = source.select(config.split) if source else []
@@ -160,7 +156,7 @@ def prepare(config: ConvertConfig, source: Source | None, cache: Path) -> Conver
         "format": ", ".join(sorted(formats)),
         "sources": [path.name for path in config.sources],
     }
-    regions = regions_of_rows(cache, imported, identity, provenance)
+    regions = regions_of_rows(output, imported, identity, provenance)
     return Conversion(imported, regions, config.box_unit, identity, provenance)
 
 
@@ -182,13 +178,16 @@ def check_sizes(imported: Imported, source: Source | None) -> None:
 
 
 def regions_of_rows(
-    cache: Path, imported: Imported, identity: Mapping[str, Any], provenance: Mapping[str, Any]
+    output: LocalOutput,
+    imported: Imported,
+    identity: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> int:
     """Return the number of regions of a row: that of an existing cache, else the largest needed.
 
     Raises UserError if an existing cache has another identity, or too few regions.
     """
-    header = cache_header(cache)
+    header, cache = output.header(), output.cache
     if header is None:
         return imported.regions
     if changes := differences(identity, header[0]):
@@ -209,18 +208,20 @@ def regions_of_rows(
 
 def unwritten(images: tuple[Image, ...], cache: Path) -> list[Shard]:
     """Return the planned shards that do not exist yet."""
-    return [shard for shard in plan_shards(images, cache) if not shard.path.exists()]
+    return [shard for shard in plan_shards(images, cache) if not shard.written]
 
 
-def pending(images: tuple[Image, ...], cache: Path) -> int:
-    """Return the number of images in planned shards that do not exist yet."""
-    return sum(len(shard.images) for shard in unwritten(images, cache))
+def pending(shards: list[Shard]) -> int:
+    """Return the number of images in shards."""
+    return sum(len(shard.images) for shard in shards)
 
 
-def print_plan(cache: Path, conversion: Conversion) -> None:
-    """Print what is converted, and the disk space. Raises UserError if the space is too small."""
+def print_plan(cache: Path, conversion: Conversion, rows: int) -> None:
+    """Print what is converted, and the disk space. Raises UserError if the space is too small.
+
+    rows: number of images in shards that do not exist yet.
+    """
     imported, images = conversion.imported, conversion.imported.images
-    rows = pending(images, cache)
     space = check_free_space(cache, rows * conversion.row_bytes)
     counts = f"up to {imported.regions} regions x {imported.channels}"
     boxes = {
@@ -273,17 +274,19 @@ def write_rows(shard: Shard, conversion: Conversion, bar: Progress) -> None:
     write_shard(shard, shard.images, [rows], sizes, [], conversion.identity, conversion.provenance)
 
 
-def finish(cache: Path, images: tuple[Image, ...], bar: Progress) -> None:
-    """Write the index features.h5 if all images are done. Print a summary and the next command."""
-    if remaining := pending(images, cache):
+def finish(output: LocalOutput, remaining: int, bar: Progress) -> None:
+    """Write the index features.h5 if all images are done. Print a summary and the next command.
+
+    remaining: number of images that other processes still convert.
+    """
+    cache = output.cache
+    if remaining:
         say(
             f"other processes still convert {remaining:,} images to {cache}. If a process was "
             "killed, run the command again"
         )
         return
-    write_index(cache)
-    sweep(cache)
-    size = sum(path.stat().st_size for path in shard_paths(cache))
+    _, size = output.finish()
     speed = "all images were already converted"
     if bar.done:
         speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
