@@ -8,9 +8,11 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +153,38 @@ def test_a_claim_is_touched_while_it_is_held(shard, monkeypatch):
         while claim_of(shard).stat().st_mtime == 1 and time.monotonic() < until:
             time.sleep(0.02)
         assert claim_of(shard).stat().st_mtime >= begun.stat().st_mtime
+
+
+def kill_in_claims(folder: Path, images: list, line: int) -> None:
+    """Take and release a shard; killed at the given line of data/cache/claims.py, by order."""
+    shard, passed = plan_shards(images, folder)[0], itertools.count()
+
+    def trace(frame, *_):
+        if frame.f_code.co_filename == claiming.__file__ and next(passed) == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    claims = Claims(folder)
+    sys.settrace(trace)
+    claims.take(shard)
+    claims.release(shard.path)
+
+
+def test_a_process_killed_at_any_line_of_a_claim_leaves_the_shard_to_the_next(tmp_path):
+    images, killed = some_images(3), []
+    for line in itertools.count():
+        folder = tmp_path / str(line)
+        folder.mkdir()
+        process = begin(kill_in_claims, folder, images, line, said=tmp_path / "said.txt")
+        process.join()
+        killed.append(process.exitcode == -signal.SIGKILL)
+        assert killed[-1] or process.exitcode == 0, (tmp_path / "said.txt").read_text()
+        with Claims(folder) as claims:
+            assert claims.take(plan_shards(images, folder)[0]), f"killed at event {line}"
+        assert all(path.suffix == ".tmp" for path in folder.iterdir())  # swept later
+        if not killed[-1]:
+            break
+    assert len(killed) > 30
 
 
 # --------------------------------------------------------------------------------------- full disks

@@ -49,8 +49,7 @@ class Claims:
             if shard.path.exists():
                 return False
             try:
-                with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w") as file:
-                    json.dump(self.own_record, file)
+                self._create(path)
             except FileExistsError:
                 if not self._abandoned(path):
                     return False
@@ -66,6 +65,26 @@ class Claims:
             return True
         return False
 
+    def _create(self, path: Path) -> None:
+        """Create a claim file with its content in one step. Raises FileExistsError if it exists.
+
+        A process that is killed between creating a file and writing it would leave an empty claim,
+        which says nothing of its owner: others would wait for LEASE_SECONDS. Where the file system
+        has no hard links, the two steps are what can be had.
+        """
+        content, temporary = json.dumps(self.own_record), _temporary(path)
+        try:
+            temporary.write_text(content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:
+                with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w") as file:
+                    file.write(content)
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def release(self, shard: Path) -> None:
         """Release the claim of a shard."""
         self.held.discard(shard)
@@ -75,7 +94,7 @@ class Claims:
 
     def _remove_abandoned(self, path: Path) -> None:
         """Remove an abandoned claim. If another process has just taken it over, restore it."""
-        owner, aside = _owner(path), path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        owner, aside = _owner(path), _temporary(path)
         try:
             path.rename(aside)
         except FileNotFoundError:  # another process removed it first
@@ -92,7 +111,7 @@ class Claims:
         owner = _owner(path)
         if owner.get("host") == self.own_record["host"]:
             return not _alive(owner["pid"], owner["start"])
-        clock = self.cache / f".clock.{uuid.uuid4().hex}"
+        clock = _temporary(self.cache / ".clock")
         try:
             clock.touch()
             return clock.stat().st_mtime - path.stat().st_mtime > LEASE_SECONDS
@@ -119,6 +138,11 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _claim_path(shard: Path) -> Path:
     return shard.with_name(f".{shard.stem}.claim")
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`; `sweep` removes such a file if its process was killed."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _host() -> str:
