@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.measure import header, report
 from benchmarks.sample_runs import sample_command, train_all
 
-EPOCHS = ("--epochs", "14")  # chosen on dev
+EPOCHS = ("--epochs", "8")  # chosen on dev
 
 
 @sample_command
