@@ -22,6 +22,7 @@ from pipeline.cli import UserError
 from pipeline.scoring.comparison import Row, compare_runs, markdown, write_comparison
 from pipeline.sweep.file import labels_of
 from pipeline.sweep.process import Launcher, own_gpu
+from pipeline.sweep.runs import arguments
 from tests.processes import begin
 from tests.test_commands import refused, run, works
 
@@ -346,6 +347,14 @@ def test_another_dataset_to_score_takes_no_options_of_the_one_to_train_on(bare):
 )
 def test_names_of_a_grid_tell_its_values_apart(name, values, labels):
     assert labels_of(name, values) == labels
+
+
+@pytest.mark.parametrize("value", ["--config", "-x", "--", "-1", "plain"])
+def test_no_value_of_a_file_is_taken_for_an_option(value):
+    given = arguments({"root": value, "images": [value, "folder"]})
+    config = train.main.configuration(["--dataset", "coco", *given, "--out", "run"])
+    assert str(config.root) == value
+    assert [str(path) for path in config.images] == [value, "folder"]
 
 
 def test_sizes_that_some_preset_allows_are_accepted(bare):

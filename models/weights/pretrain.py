@@ -252,7 +252,7 @@ def main(steps: int, minutes: float, batch: int, seed: int, held_out: int, out: 
     for name, value in table.items():
         click.echo(f"{name:8s}{value:8.2f}" + (" cells" if name == "offset" else " %"))
     about = {
-        "made_by": "python -m pipeline.pretrain",
+        "made_by": "models/weights/pretrain.py",
         "architecture": ARCHITECTURE,
         "seed": seed,
         "batch": batch,

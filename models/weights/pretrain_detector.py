@@ -95,17 +95,14 @@ def set_training(network: nn.Module) -> None:
             module.eval()
 
 
-def train(network: nn.Module, loader: DataLoader, minutes: float, rate: float) -> int:
-    """One pass over `loader`, shorter if `minutes` of CPU time run out; returns the steps taken."""
+def train(network: nn.Module, loader: DataLoader, rate: float) -> None:
+    """One pass over `loader`; the learning rate rises for 50 steps and falls to 0 by a cosine."""
     trained = [value for value in network.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.02)
     started, steps = time.process_time(), len(loader)
     for step, (images, targets) in enumerate(loader, start=1):
-        done = max(step / steps, (time.process_time() - started) / (60 * minutes))
-        if done > 1 and step < steps:
-            return step - 1
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(step / 50, 0.5 + 0.5 * np.cos(np.pi * min(done, 1.0)))
+            group["lr"] = rate * min(step / 50, 0.5 + 0.5 * np.cos(np.pi * step / steps))
         set_training(network)
         losses = network(list(images), list(targets))
         optimizer.zero_grad()
@@ -115,8 +112,7 @@ def train(network: nn.Module, loader: DataLoader, minutes: float, rate: float) -
         if step % 50 == 0 or step == steps:
             speed = step * len(images) / (time.process_time() - started)
             parts = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            click.echo(f"step {step:,}/{steps:,}  {parts}  {speed:.0f} scenes/s  {done:.0%} done")
-    return steps
+            click.echo(f"step {step:,}/{steps:,}  {parts}  {speed:.0f} scenes/s")
 
 
 @torch.inference_mode()
@@ -155,45 +151,25 @@ def write_weights(network: nn.Module, path: Path, about: dict) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--steps", default=800, help="Batches to train on.")
-@click.option("--minutes", default=60.0, help="Stop after this time of the processor.")
+@click.option("--steps", default=1100, help="Batches to train on.")
 @click.option("--batch", default=8, help="Scenes a step.")
 @click.option("--rate", default=1.2e-3, help="Largest learning rate.")
 @click.option("--seed", default=0, help="Of the scenes and of the first weights.")
-@click.option("--first", default=TRAINING, help="Number of the first scene.")
-@click.option(
-    "--init",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Go on from the weights of this file; pass another --first.",
-)
 @click.option("--held-out", default=300, help="Scenes to measure on.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=OUT, help="The weights file."
 )
-def main(
-    steps: int,
-    minutes: float,
-    batch: int,
-    rate: float,
-    seed: int,
-    first: int,
-    init: Path | None,
-    held_out: int,
-    out: Path,
-) -> None:
+def main(steps: int, batch: int, rate: float, seed: int, held_out: int, out: Path) -> None:
     """Train the drawn sample's detector, and measure it on held-out scenes."""
     torch.manual_seed(seed)
     network = new_detector()
-    if init:
-        network.load_state_dict(load_file(init))
     count = sum(value.numel() for value in network.state_dict().values())
     click.echo(f"{steps * batch:,} scenes, {count:,} weights -> {out}")
-    taken = train(network, batches(seed, first, steps * batch, batch), minutes, rate)
+    train(network, batches(seed, TRAINING, steps * batch, batch), rate)
     table = evaluate(network, batches(seed, HELD_OUT, held_out, batch))
     click.echo("  ".join(f"{name} {value:.4f}" for name, value in table.items()))
     about = {"made_by": "models/weights/pretrain_detector.py", "backbone": BACKBONE, "seed": seed}
-    about |= {"batch": batch, "steps": taken, "rate": rate, "first": first, "held_out": table}
-    about |= {"init": init.name if init else None}
+    about |= {"batch": batch, "steps": steps, "rate": rate, "held_out": table}
     about |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     write_weights(network, out, about | {"timm": timm.__version__})
     click.echo(f"{out}: {out.stat().st_size:,} bytes")

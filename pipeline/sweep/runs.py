@@ -60,8 +60,9 @@ def arguments(options: Options) -> list[str]:
         if isinstance(value, bool):
             given.append(flag_of(name) if value else f"--no-{flag_of(name)[2:]}")
             continue
-        for each in value if isinstance(value, list) else [value]:
-            given += [flag_of(name), str(each)]
+        for text in map(str, value if isinstance(value, list) else [value]):
+            # a value such as "--config" must not be read as an option
+            given += [f"{flag_of(name)}={text}"] if text[:1] == "-" else [flag_of(name), text]
     return given
 
 
