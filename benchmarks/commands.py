@@ -9,12 +9,16 @@ from pathlib import Path
 import click
 
 
-def command(stage: str, *arguments: object) -> None:
-    """Run a command of the pipeline. Raises ClickException with its output if it fails."""
+def command(stage: str, *arguments: object) -> str:
+    """Run a command of the pipeline. Returns what it printed.
+
+    Raises ClickException with its output if it fails.
+    """
     line = [sys.executable, "-m", f"pipeline.{stage}", *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
 
 
 def train(run: Path, *arguments: object) -> None:
