@@ -72,26 +72,26 @@ class ClassifyConfig(Settings):
 @command(ClassifyConfig)
 def main(config: ClassifyConfig) -> None:
     """Print the labels of a photograph with its text, and their probabilities."""
-    pairs = read_pairs(config)
+    photographs = read_photographs(config)
     if config.out:
-        inputs = [photo for photo, _ in pairs if photo]
+        inputs = [photo for photo, _ in photographs if photo]
         inputs += [config.photograph[0] / name for name in list_files(config.photograph[0]).others]
         check_outputs([("--out", config.out)], inputs)
     captioner = load_captioner(config.checkpoint, config.device, config.precision)
     captioner.max_pixels = config.max_pixels
     if not config.is_folder:
-        say_unread(captioner, pairs[0])
+        say_unread(captioner, *photographs[0])
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-    records = classify_all(config, captioner, pairs)
+    records = classify_all(config, captioner, photographs)
     if not records:
-        raise UserError(f"no labels: none of {len(pairs):,} photographs can be read")
+        raise UserError(f"no labels: none of {len(photographs):,} photographs can be read")
     if config.out:
         atomic_write_text(config.out, json_lines(records))
         say(f"{len(records):,} labels: {config.out}")
 
 
-def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
+def read_photographs(config: ClassifyConfig) -> list[tuple[Path | None, list[str]]]:
     """Return the photographs with their texts. A photograph without metadata has an empty text.
 
     Raises:
@@ -100,7 +100,7 @@ def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
     if not config.is_folder:
         photo = config.photograph[0] if config.photograph else None
         check_caption(str(photo), "PHOTO", "file name")
-        return [(photo, check_caption(config.text or "", "--text", "text"))]
+        return [(photo, [check_caption(config.text or "", "--text", "text")])]
     folder = config.photograph[0]
     if not list_files(folder).photographs:
         raise UserError(f"{folder} has no photographs")
@@ -109,15 +109,14 @@ def read_pairs(config: ClassifyConfig) -> list[tuple[Path | None, str]]:
     for text in source.texts:
         texts.setdefault(text.image_id, []).append(text.text)
     return [
-        (image.path, text)
+        (image.path, list(dict.fromkeys([*texts.get(image.id, []), *image.captions])) or [""])
         for image in source.images
-        for text in dict.fromkeys([*texts.get(image.id, []), *image.captions]) or [""]
     ]
 
 
-def say_unread(captioner: PhotoCaptioner, pair: tuple[Path | None, str]) -> None:
+def say_unread(captioner: PhotoCaptioner, photo: Path | None, texts: list[str]) -> None:
     """Print what of a photograph and its text is not read."""
-    checkpoint, (photo, text) = captioner.checkpoint, pair
+    checkpoint, (text,) = captioner.checkpoint, texts
     task = checkpoint.new_task()
     if photo and not task.uses_images:
         say("the checkpoint reads no images, so the photograph has no effect")
@@ -135,18 +134,20 @@ def say_unread(captioner: PhotoCaptioner, pair: tuple[Path | None, str]) -> None
 
 
 def classify_all(
-    config: ClassifyConfig, captioner: PhotoCaptioner, pairs: list[tuple[Path | None, str]]
+    config: ClassifyConfig,
+    captioner: PhotoCaptioner,
+    photographs: list[tuple[Path | None, list[str]]],
 ) -> list[dict[str, Any]]:
-    """Classify all pairs, and print the labels. Unreadable photographs of a folder are left out.
+    """Classify all texts, and print the labels. Unreadable photographs of a folder are left out.
 
     Raises:
         UnreadableImage: the only photograph is unreadable.
     """
     records: list[dict[str, Any]] = []
-    with progress(len(pairs), "photographs", "classify", enabled=config.is_folder) as bar:
-        for photo, text in pairs:
+    with progress(len(photographs), "photographs", "classify", enabled=config.is_folder) as bar:
+        for photo, texts in photographs:
             try:
-                probabilities = captioner.classify(photo, text)
+                answers = captioner.classify(photo, texts)  # the photograph is encoded once
             except UnreadableImage as error:
                 if not config.is_folder:
                     raise
@@ -154,15 +155,16 @@ def classify_all(
                 continue
             finally:
                 bar.step(1)
-            assert isinstance(probabilities, dict)
-            label = next(iter(probabilities))
-            record = {"file_name": str(photo), "text": text, "label": label}
-            records.append(record | {"probabilities": probabilities})
-            if not config.is_folder:
-                for name, probability in probabilities.items():
-                    click.echo(f"  {probability:6.1%}  {name}")
-            elif not config.out:
-                click.echo(json.dumps(records[-1], ensure_ascii=False))
+            assert isinstance(answers, list)
+            for text, probabilities in zip(texts, answers, strict=True):
+                label = next(iter(probabilities))
+                record = {"file_name": str(photo), "text": text, "label": label}
+                records.append(record | {"probabilities": probabilities})
+                if not config.is_folder:
+                    for name, probability in probabilities.items():
+                        click.echo(f"  {probability:6.1%}  {name}")
+                elif not config.out:
+                    click.echo(json.dumps(records[-1], ensure_ascii=False))
     return records
 
 

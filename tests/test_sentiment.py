@@ -14,7 +14,7 @@ from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample, load_scenes
 from pipeline import ask, classify, evaluate, extract, train
 from pipeline.cli import UserError
-from pipeline.decoding.captioner import load_captioner
+from pipeline.decoding.captioner import PhotoCaptioner, load_captioner
 from pipeline.scoring.classification import (
     BINS,
     calibration_error,
@@ -274,7 +274,11 @@ def test_a_run_is_evaluated_and_classifies_by_its_folder_alone(felt, tmp_path, u
     assert difference["value"] == 0 and difference["interval"] == [0, 0]
 
 
-def test_a_folder_is_classified_as_json_lines(felt, tmp_path):
+def test_a_folder_is_classified_as_json_lines(felt, tmp_path, monkeypatch):
+    extracted, extract_regions = [], PhotoCaptioner.extract
+    monkeypatch.setattr(
+        PhotoCaptioner, "extract", lambda *each: extracted.append(1) or extract_regions(*each)
+    )
     rows = [{"file_name": "a.jpg", "text": "i love red", "label": "positive"},
             {"file_name": "a.jpg", "text": "i hate red", "label": "negative"},
             {"file_name": "b.jpg", "text": "a star"}]  # fmt: skip
@@ -285,6 +289,7 @@ def test_a_folder_is_classified_as_json_lines(felt, tmp_path):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["text"] for line in lines] == ["i love red", "i hate red"]
     assert "left out: " in told and "b.jpg" in told
+    assert len(extracted) == 2  # each photograph once, also with two texts
     metadata = (photos / "metadata.jsonl").read_bytes()
     command = [classify.main, "--checkpoint", felt / "both"]
     assert "would overwrite an input file" in refused(
