@@ -476,7 +476,8 @@ def check_captioned(images: Iterable[Image], split: str) -> None:
         )
     raise DataError(
         f"{problem}; add captions (in a folder: a line of metadata.jsonl, or a .txt file with the "
-        "name of the photograph and --captions-from txt), or remove these images"
+        "name of the photograph and --captions-from txt; in a tar: such a .txt file), or pass the "
+        "ids of these images with --exclude-ids FILE"
     )
 
 

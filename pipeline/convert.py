@@ -134,7 +134,7 @@ def main(config: ConvertConfig) -> None:
     with output.claims() as claims, progress(pending(shards), "images", "convert") as bar:
         while shards and convert_shards(shards, claims, conversion, bar):
             shards = unwritten(images, cache)
-    finish(output, pending(shards), bar)
+    finish(output, pending(shards), bar, config)
 
 
 def prepare(config: ConvertConfig, source: Source | None, output: LocalOutput) -> Conversion:
@@ -274,7 +274,7 @@ def write_rows(shard: Shard, conversion: Conversion, bar: Progress) -> None:
     write_shard(shard, shard.images, [rows], sizes, [], conversion.identity, conversion.provenance)
 
 
-def finish(output: LocalOutput, remaining: int, bar: Progress) -> None:
+def finish(output: LocalOutput, remaining: int, bar: Progress, config: ConvertConfig) -> None:
     """Write the index features.h5 if all images are done. Print a summary and the next command.
 
     remaining: number of images that other processes still convert.
@@ -291,7 +291,7 @@ def finish(output: LocalOutput, remaining: int, bar: Progress) -> None:
     if bar.done:
         speed = f"{bar.done:,} images in {bar.seconds:.0f} s, {bar.rate:.0f} images/s"
     say(f"{cache}: complete, {human_bytes(size)}; {speed}")
-    say(f"next: python -m pipeline.train --features {cache} ...")
+    say(f"next: {config.train_command(cache)}")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,11 @@ def open_backbone(folder: Path, checkpoint: Checkpoint, wanted: bool) -> Backbon
         raise UserError(f"{folder} uses two kinds of regions, which are not exported")
     if checkpoint.identity == NoFeatures.identity or not wanted:
         return None
+    if checkpoint.identity.get("regions") == "imported":
+        raise UserError(
+            f"{folder} was trained on features of another program, so it has no backbone. Pass "
+            "--no-backbone to export the decoder alone"
+        )
     backbone = restore(folder, checkpoint.identity)
     if backbone.framing().get("resize") == ORIGINAL:
         raise UserError(

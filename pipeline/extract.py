@@ -152,7 +152,7 @@ def main(config: ExtractConfig) -> None:
     create_folder(output, images, [*shards, *retry_shards], recipe)
     run = ray_engine.extract if ray_engine else extract_all
     bar = run(images, output, shards, retry_shards, recipe)
-    finish(output, images, bar)
+    finish(output, images, bar, config)
 
 
 def start_ray(
@@ -409,7 +409,7 @@ def print_plan(
         say(f"{retries:,} photographs that could not be read are tried again")
 
 
-def finish(output: Output, images: Sequence[Image], bar: Progress) -> None:
+def finish(output: Output, images: Sequence[Image], bar: Progress, config: ExtractConfig) -> None:
     """Write the index features.h5 if all images are done. Print a summary and the next command.
 
     If other processes still extract images, the last of them writes the index. A remote cache has
@@ -437,7 +437,7 @@ def finish(output: Output, images: Sequence[Image], bar: Progress) -> None:
         name = cache.name or "cache"
         say(f"next: python -m data.remote {cache} {name}  (copies the cache to this machine)")
         cache = Path(name)
-    say(f"next: python -m pipeline.train --features {cache} ...")
+    say(f"next: {config.train_command(cache)}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _keep_freed_memory() -> str:
         ):
             if f"MALLOC_{name}_" not in os.environ:
                 changed = bool(libc.mallopt(option, value)) or changed
-    return ", freed memory kept" if changed else ""
+    return ", malloc keeps freed memory" if changed else ""
 
 
 def _limit_threads_to_quota(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> str:

@@ -19,6 +19,10 @@ from pipeline.terminal import say
 SAMPLE_ROOT = Path("datasets/sample")
 
 
+# tasks of the datasets that have no captions
+TASK_OF = {"mvsa": "sentiment", "visdial": "dialog", "vqa": "vqa"}
+
+
 @dataclass(frozen=True)
 class SourceOptions(Settings):
     """The options that choose a dataset and its feature cache."""
@@ -71,17 +75,27 @@ class SourceOptions(Settings):
                     words += [flag_of(name), str(each)]
         return shlex.join(words)
 
+    def train_command(self, features: Path) -> str:
+        """Return the command that trains over a cache of this dataset."""
+        options = self.dataset_options() if self.dataset else "--dataset ... --root ..."
+        if self.dataset in TASK_OF:
+            options = f"--task {TASK_OF[self.dataset]} {options}"
+        return f"python -m pipeline.train --features {shlex.quote(str(features))} {options}"
+
     def open_cache(self, features: Path | None) -> FeatureCache | NoFeatures:
         """Open the feature cache at `features`, by default cache/DATASET.
 
         With the path `none`, no image features are used. With --text-only, images without features
         have no regions, and all of them without --features.
         """
-        text_only = getattr(self.options("dataset"), "text_only", False)
+        text_only = getattr(self.options("dataset"), "text_only", None)
         if features == NoFeatures.path or (text_only and features is None):
             return NoFeatures()
         cache_class = PartialFeatures if text_only else FeatureCache
-        return cache_class(features or Path("cache") / self.dataset)
+        cache = cache_class(features or Path("cache") / self.dataset)
+        if text_only is False:
+            cache.alternative = "; or pass --text-only to use them without regions"
+        return cache
 
     def open_source(self) -> Source:
         """Open the dataset, print the notes of its reader, and choose the images of --ids.

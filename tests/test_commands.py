@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shlex
 import shutil
 import unicodedata
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from data import DataError
 from data.cache.reader import FeatureCache
 from data.datasets import folder
-from data.datasets.registry import open_source
+from data.datasets.registry import DATASETS, open_source
 from data.datasets.sample import ensure_sample
 from data.sources import image_id
 from models.regions import Regions
@@ -31,6 +32,8 @@ from pipeline import caption, evaluate, extract, train
 from pipeline.cli import UserError
 from pipeline.decoding.captioner import load_captioner
 from pipeline.evaluate import checkpoint as evaluate_checkpoint
+from pipeline.sources import TASK_OF, SourceOptions
+from pipeline.tasks.registry import TASKS
 from tests.processes import begin
 
 LOOK = ["--backbone", "test_resnet", "--weights", "scenes"]  # the sample's backbone
@@ -1367,3 +1370,13 @@ def test_captions_are_not_written_over_a_folder(world, out):
     assert "is a folder; name the file" in refused(
         caption.main, photos(world)[0], "--checkpoint", world / "run", "--out", out
     )
+
+
+def test_the_next_command_after_a_cache_is_an_option_list_that_train_accepts():
+    for dataset in DATASETS:
+        command = SourceOptions(dataset=dataset, root=Path("a b")).train_command(Path("my cache"))
+        words = shlex.split(command.removeprefix("python -m pipeline.train "))
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        assert options.pop("--task", "captioning") in TASKS
+        assert options == {"--features": "my cache", "--dataset": dataset, "--root": "a b"}
+    assert set(TASK_OF) <= set(DATASETS)

@@ -27,7 +27,7 @@ from data.cache.writer import verify_shard
 from data.datasets.sample import draw_sample
 from data.imports.listing import id_of_key
 from data.sources import image_id
-from pipeline import caption, convert, evaluate, extract, train
+from pipeline import caption, convert, evaluate, export, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from tests.processes import begin
 from tests.test_commands import QUICK, refused, run, works
@@ -763,6 +763,8 @@ def test_a_checkpoint_over_an_imported_cache_trains_resumes_and_evaluates(import
     photo = next((imported / "sample").rglob("*.jpg"))
     told = refused(caption.main, photo, "--checkpoint", tmp_path / "run")
     assert "imported: bottom-up" in told and "cannot see new photographs" in told
+    told = refused(export.main, "--checkpoint", tmp_path / "run")
+    assert "it has no backbone. Pass --no-backbone" in told
 
     works(convert.main, imported / "bottom-up.tsv", "--name", "other", "--out", tmp_path / "other")
     other = [*at[:-1], tmp_path / "other", "--checkpoint", tmp_path / "run"]
@@ -776,3 +778,4 @@ def test_an_image_that_was_not_converted_is_one_error_that_says_what_to_do(impor
     at = ["--dataset", "karpathy", "--root", imported / "sample", "--features", tmp_path / "cache"]
     told = refused(train.main, *at, "--out", tmp_path / "run", *QUICK)
     assert "convert the sources with the missing images too" in told and "--dataset" in told
+    assert "--text-only" not in told

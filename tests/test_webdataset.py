@@ -90,7 +90,9 @@ def test_the_rows_equal_those_of_the_same_photographs_in_a_folder(shards, tmp_pa
     assert np.array_equal(one.rows(one.ids).features, two.rows(one.ids).features)
     before = {path: path.stat().st_mtime_ns for path in one.paths}
     again = ["--dataset", "webdataset", "--root", shards / "{000..002}.tar", *options]
-    assert "already extracted" in works(extract.main, *again, "--out", tmp_path / "webdataset")
+    told = works(extract.main, *again, "--out", tmp_path / "webdataset")
+    assert "already extracted" in told
+    assert f"--dataset webdataset --root '{shards}/{{000..002}}.tar'" in told.split("next: ")[1]
     assert before == {path: path.stat().st_mtime_ns for path in one.paths}
 
 
@@ -119,9 +121,15 @@ def test_keys_have_folders_and_end_at_the_first_dot(tmp_path):
     (image,) = source.images
     assert (image.name, image.captions) == ("x.tar/in/a.b/c.jpg", ("one", "two"))
     assert source.notes == (
-        "1 files of the tars are ignored: .seg.png",
+        "1 files *.*.png of the tars are ignored: the key of a file ends at its first dot",
         "1 samples of the tars have no photograph and are ignored",
     )
+
+
+def test_the_notes_do_not_repeat_the_names_of_files(tmp_path):
+    files = {f"2024.05.{day:02d} beach.jpg": jpeg() for day in range(20)} | {"a.jpg": jpeg()}
+    (note,) = open_source("webdataset", write_tar(tmp_path / "x.tar", files)).notes
+    assert note.startswith("20 files *.*.jpg of the tars are ignored: the key")
 
 
 def test_splits_come_from_the_names_of_tars_and_folders(tmp_path):

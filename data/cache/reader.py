@@ -351,6 +351,8 @@ class FeatureCache:
     Raises DataError if the path is not a cache.
     """
 
+    alternative = ""  # what else the message about images without a row advises
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if self.path.name == "features.h5" and shard_paths(self.path.parent):
@@ -612,7 +614,7 @@ class FeatureCache:
             first = ", ".join(map(str, absent[:5]))
             raise DataError(
                 f"{len(absent):,} images are not in {self.path} ({len(self):,} images), such as "
-                f"{first}; {self._how_to_add()}; dialogues can do without (--text-only)"
+                f"{first}; {self._how_to_add()}{self.alternative}"
             )
         if absent:
             raise DataError(self._why_absent(absent[0]))

@@ -208,7 +208,7 @@ def index_tar(place: str) -> TarIndex:
         elif suffix in TEXT_SUFFIXES:
             texts.setdefault(key, {})[suffix] = content
         else:
-            ignored[f"files of the tars are ignored: .{suffix}"] += 1
+            ignored[_why_ignored(suffix)] += 1
     samples = []
     for key, members in photographs.items():
         if len(members) > 1:
@@ -219,6 +219,14 @@ def index_tar(place: str) -> TarIndex:
     if texts:
         ignored["samples of the tars have no photograph and are ignored"] = len(texts)
     return TarIndex(samples, dict(ignored))
+
+
+def _why_ignored(suffix: str) -> str:
+    """Return the note of a file. It has no part of the file name except the last suffix."""
+    _, dot, last = suffix.rpartition(".")
+    if not dot:
+        return f"files of the tars are ignored: .{suffix}"
+    return f"files *.*.{last} of the tars are ignored: the key of a file ends at its first dot"
 
 
 def _members(place: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:

@@ -137,7 +137,8 @@ def inspect_cache(path: Path) -> None:
         image_id = int(image_ids[row])
         start = " ".join(f"{value:.3f}" for value in rows.features[row, 0, :5])
         click.echo(
-            f"image {image_id}  {cache.name_of(image_id)}  {totals[row]} regions  {start} ..."
+            f"image {image_id}  {cache.name_of(image_id)}  {totals[row]} regions, "
+            f"features of the first: {start} ..."
         )
 
 

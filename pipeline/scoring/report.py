@@ -316,7 +316,7 @@ def _table(cards: Sequence[Card]) -> list[str]:
             f"{statistics['vocabulary']:,} different words",
             f"{statistics['distinct']:.1%} distinct",
             *([] if novel is None else [f"{novel:.1%} novel"]),
-            f"{unfinished:.2%} end in an article, preposition or conjunction (no adverb)",
+            f"{unfinished:.2%} end in an article, preposition or conjunction",
             *([f"{statistics['empty']} empty"] if statistics["empty"] else []),
         ]
         lines.append(f"{card.name}: {', '.join(parts)}")
