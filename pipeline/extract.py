@@ -252,7 +252,8 @@ def maintain(config: ExtractConfig, cache: Path) -> None:
         inspect_cache(config.inspect)
     if config.show:
         assert config.inspect is not None  # checked by the configuration
-        show_regions(config.inspect, config.open_source(), config.show, config.limit)
+        source = config.open_source()
+        show_regions(config.inspect, source, config.show, config.limit, config.max_pixels)
     if config.pack:
         pack_cache(cache, config.pack)
 

@@ -17,6 +17,7 @@ from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
 from pipeline import caption, extract, train
 from pipeline.extraction.detector import DetectorOptions, open_detector
+from pipeline.extraction.drawing import file_of
 from tests.test_commands import QUICK, refused, works
 
 DETECTOR = ["--regions", "detector", "--detector-backbone", "test_resnet",
@@ -122,6 +123,20 @@ def spoil(content: dict, how: str) -> None:
         image["width"] = "256"
     elif how == "occurs twice":
         content["images"].append(image)
+    elif how == r"the category id \[1\] is not":
+        content["categories"][0]["id"] = [1]
+    elif how == r"categories\[1\]: id 3 occurs twice":
+        content["categories"][1]["id"] = 3
+    elif how == r"categories\[1\]: name is null":
+        content["categories"][1]["name"] = None
+    elif how == r"category_id \[3\] is not in categories":
+        first["category_id"] = [3]
+    elif how == "score is 7.5; it must be 0 to 1":
+        first["score"] = 7.5
+    elif how == "has 32,768 boxes":
+        content["annotations"] += [first] * 32766
+    elif how == r"bbox is \[0, 10":
+        first["bbox"] = [0, 10**400, 1, 1]
     elif how == "the lists images, annotations, categories":
         del content["categories"]
 
@@ -136,6 +151,13 @@ def spoil(content: dict, how: str) -> None:
         "not in images",
         "not a length in pixels",
         "occurs twice",
+        r"the category id \[1\] is not",
+        r"categories\[1\]: id 3 occurs twice",
+        r"categories\[1\]: name is null",
+        r"category_id \[3\] is not in categories",
+        "score is 7.5; it must be 0 to 1",
+        "has 32,768 boxes",
+        r"bbox is \[0, 10",
         "the lists images, annotations, categories",
     ],
 )
@@ -176,3 +198,14 @@ def test_show_draws_boxes_where_they_are_and_replaces_no_file(drawn, tmp_path):
     assert "pass --inspect CACHE too" in refused(extract.main, "--show", tmp_path / "x")
     other = [*show[:3], tmp_path / "other", "--dataset", "folder", "--root", tmp_path / "shown"]
     assert "no photograph of" in refused(extract.main, *other)
+
+
+def test_each_shown_photograph_has_its_own_file(tmp_path):
+    """Slashes become underscores, and the name of a photograph may be as long as a path."""
+    names = ["a/b.jpg", "a_b.jpg", f"{'x' * 250}/c.jpg", f"{'x' * 250}/d.jpg", "é" * 101, "f.jpg"]
+    files: set[str] = set()
+    for image_id, name in enumerate(names, 2**62):
+        files.add(file_of(name, image_id, files))
+    assert len(files) == len(names) and {"a_b.jpg.jpg", "f.jpg.jpg"} <= files
+    for file in files:
+        (tmp_path / file).touch()
