@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -343,6 +344,23 @@ def test_a_dataset_gives_ids_by_file_name_and_sizes_from_the_photographs(tmp_pat
         assert cache.name_of(image_id(name)) == name
         count = len(photo.features)
         boxes = cache[image_id(name)].boxes[:count]
+        np.testing.assert_allclose(boxes, photo.fractions, atol=1e-6)
+
+
+def test_sizes_come_from_the_photographs_in_tars(tmp_path):
+    pytest.importorskip("webdataset", reason="the package webdataset is absent")
+    photograph_folder(tmp_path / "photos", ["red.jpg", "green.jpg", "blue.jpg"])
+    (tmp_path / "photos" / "metadata.jsonl").unlink()
+    (tmp_path / "feats").mkdir()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for photo, name in zip(PHOTOS, ("red", "green", "blue"), strict=True):
+            np.savez(tmp_path / "feats" / name, features=photo.features, boxes=photo.boxes)
+            tar.add(tmp_path / "photos" / f"{name}.jpg", f"{name}.jpg")
+    at = ["--dataset", "webdataset", "--root", tmp_path / "0.tar"]
+    works(convert.main, tmp_path / "feats", *at, "--out", tmp_path / "cache")
+    cache = FeatureCache(tmp_path / "cache")
+    for photo, name in zip(PHOTOS, ("red", "green", "blue"), strict=True):
+        boxes = cache[image_id(f"0.tar/{name}.jpg")].boxes[: len(photo.features)]
         np.testing.assert_allclose(boxes, photo.fractions, atol=1e-6)
 
 
