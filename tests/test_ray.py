@@ -7,13 +7,18 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data import DataError
 from data.cache.reader import shard_paths
 from data.remote import copy_folder
+from models import ModelError
 from pipeline import extract
+from pipeline.cli import UserError
 from pipeline.extraction import ray_engine
+from pipeline.extraction.ray_engine import RayEngine
 from tests.s3_server import BUCKET, s3_server
 from tests.test_commands import LOOK, refused, works
 from tests.test_images import halves
@@ -145,3 +150,18 @@ def test_ray_without_its_package_or_with_torchrun_is_a_plain_error(tmp_path, mon
         assert "without torchrun" in refused(extract.main, *more)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert "pip install -e '.[ray]'" in refused(extract.main, *more)
+
+
+@pytest.mark.parametrize("mistake", [UserError, DataError, ModelError, FileNotFoundError])
+def test_a_mistake_in_an_actor_is_raised_as_in_one_process(mistake):
+    class RayTaskError(Exception):
+        cause = mistake("what and where")
+
+    def get(_: object) -> None:
+        raise RayTaskError
+
+    engine = object.__new__(RayEngine)
+    names = SimpleNamespace(RayTaskError=RayTaskError, RayActorError=KeyError)
+    engine.ray = SimpleNamespace(get=get, exceptions=names)
+    with pytest.raises(mistake, match="what and where"):
+        engine._get([])

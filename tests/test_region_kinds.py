@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.cache.reader import FeatureCache
+from data.cache.reader import FeatureCache, differences
 from data.datasets.sample import draw_sample
 from models.regions import Regions, side_by_side
 from pipeline import caption, evaluate, export, extract, train
@@ -237,6 +237,26 @@ def test_kills_at_random_moments_leave_the_same_cache(worlds, kind, tmp_path):
     photographs = (worlds("grid") / "sample").resolve()
     options = ["--kills", 4, "--shard-images", 6, "--regions", kind]
     assert "killed 4 times" in kill(photographs, tmp_path, *options)
+
+
+def test_the_message_about_other_options_names_only_what_differs():
+    classes = [f"class {number}" for number in range(91)]
+    grid = {"regions": "grid", "size": [224, 224]}
+    detector = {"regions": "detector", "min_score": 0.2, "classes": classes}
+    ours = {"regions": "grid+detector", "kinds": [grid, detector]}
+    other = {"min_score": 0.3, "classes": [*classes[:90], "hat"]}
+    theirs = ours | {"kinds": [grid | {"size": [384, 384]}, detector | other]}
+    assert differences(ours, ours) == []
+    assert differences(ours, theirs) == [
+        "grid: size: [384, 384], not [224, 224]",
+        "detector: min_score: 0.3, not 0.2",
+        "detector: classes, entry 90: hat, not class 90",
+    ]
+    assert differences(detector, {**detector, "classes": classes[:81]}) == [
+        "classes: 81 entries, not 91"
+    ]
+    for damaged in ({}, {"kinds": None}, {"kinds": [grid]}, {"kinds": [grid, 5]}):
+        assert differences(ours, damaged)
 
 
 def test_a_mirrored_view_has_mirrored_boxes(worlds):

@@ -21,6 +21,7 @@ from data.cache.reader import differences
 from data.cache.writer import Shard
 from data.remote import is_remote
 from data.sources import Image
+from models import ModelError
 from pipeline.cli import UserError
 from pipeline.extraction.stream import Recipe, extract_shards
 from pipeline.runtime import Machine, open_machine
@@ -159,7 +160,7 @@ class RayEngine:
         try:
             return self.ray.get(references)
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError | DataError | OSError):
+            if isinstance(error.cause, UserError | DataError | ModelError | OSError):
                 raise error.cause from error
             raise
         except self.ray.exceptions.RayActorError as error:
