@@ -200,6 +200,17 @@ def test_show_draws_boxes_where_they_are_and_replaces_no_file(drawn, tmp_path):
     assert "no photograph of" in refused(extract.main, *other)
 
 
+def test_show_draws_on_no_other_photograph_with_the_same_id(drawn, tmp_path):
+    cache = tmp_path / "cache"
+    works(extract.main, *at(drawn), *DETECTOR, "--limit", 2, "--out", cache)
+    images = [{"id": image.id, "file_name": f"x{image.id}.jpg"} for image in images_of(drawn)[:2]]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": []}))
+    dataset = ["--dataset", "coco", "--annotations", tmp_path / "c.json", "--images", tmp_path]
+    show = ["--inspect", cache, "--show", tmp_path / "shown", *dataset]
+    assert "the cache was made from other photographs" in refused(extract.main, *show)
+    assert not (tmp_path / "shown").exists()
+
+
 def test_each_shown_photograph_has_its_own_file(tmp_path):
     """Slashes become underscores, and the name of a photograph may be as long as a path."""
     names = ["a/b.jpg", "a_b.jpg", f"{'x' * 250}/c.jpg", f"{'x' * 250}/d.jpg", "é" * 101, "f.jpg"]

@@ -565,6 +565,17 @@ def test_an_image_may_have_no_regions_but_not_all_images(tmp_path):
     assert count == 0 and not features.any()
 
 
+def test_rows_without_regions_are_shown(tmp_path):
+    """The statistics of --inspect use up to 500 rows, which may all have no regions."""
+    (tmp_path / "feats").mkdir()
+    for name, regions in (("1", 0), ("2", 1)):
+        np.save(tmp_path / "feats" / name, np.ones((regions, 4), np.float16))
+    works(convert.main, tmp_path / "feats", "--out", tmp_path / "cache")
+    with h5py.File(tmp_path / "cache" / "shard-00000.h5", "r+") as file:
+        file["counts"][:] = 0
+    assert "no regions" in works(extract.main, "--inspect", tmp_path / "cache")
+
+
 def test_a_source_of_no_known_format_is_one_error(tmp_path):
     (tmp_path / "a.txt").write_text("features")
     for source, expected in (

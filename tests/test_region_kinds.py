@@ -113,7 +113,19 @@ def check_maintenance(world: Path, kind: str, decoder: str, tmp_path: Path, patc
     """--verify finds damage in every dataset, --pack keeps all rows, --inspect shows them."""
     cache = world / "cache"
     assert f"{COUNT} rows, all checksums are correct" in works(extract.main, "--verify", cache)
-    assert f"{COUNT} rows of" in works(extract.main, "--inspect", cache)
+    inspected = works(extract.main, "--inspect", cache)
+    assert f"{COUNT} rows of" in inspected
+    reader = FeatureCache(cache)
+    rows = reader.rows(reader.ids.tolist())
+    start = np.zeros(COUNT, int)
+    for (name, _, channels), counts in zip(
+        reader.kinds, rows.counts.reshape(COUNT, -1).T, strict=True
+    ):
+        places = zip(rows.features, start, start + counts, strict=True)
+        values = np.concatenate([features[s:e, :channels] for features, s, e in places])
+        zeros = f"zeros {(values == 0).mean():.1%}"
+        assert f"{name}, statistics of {COUNT} rows: mean" in inspected and zeros in inspected
+        start += counts
     works(extract.main, "--out", cache, "--pack", tmp_path / "packed.h5")
     same_rows(FeatureCache(cache), FeatureCache(tmp_path / "packed.h5"))
     works(extract.main, "--verify", tmp_path / "packed.h5")
@@ -255,6 +267,7 @@ def test_the_message_about_other_options_names_only_what_differs():
     assert differences(detector, {**detector, "classes": classes[:81]}) == [
         "classes: 81 entries, not 91"
     ]
+    assert differences(detector, grid) == ["regions: grid, not detector"]
     for damaged in ({}, {"kinds": None}, {"kinds": [grid]}, {"kinds": [grid, 5]}):
         assert differences(ours, damaged)
 

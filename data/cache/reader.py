@@ -309,9 +309,11 @@ def differences(
     """Return the differences of two identities or provenances, as `field: actual, not expected`.
 
     Of two kinds of regions, and of long lists such as names of classes, only the entries that
-    differ are named.
+    differ are named. The other fields of different kinds of regions are not compared.
     """
     keys = list(fields) or list(dict.fromkeys([*expected, *actual]))
+    if not fields and expected.get("regions") != actual.get("regions"):
+        keys = ["regions"]
     lines: list[str] = []
     for key in keys:
         if expected.get(key) != actual.get(key):

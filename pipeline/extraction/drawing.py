@@ -25,7 +25,8 @@ def show_regions(
     """Write photographs with the boxes of their regions, class names and scores to `folder`.
 
     limit: number of photographs, evenly spaced in the cache; None: 20. max_pixels: as in Framing.
-    Raises UserError if the folder is not empty, or if `source` has no photograph of the cache.
+    Raises UserError if the folder is not empty, or if `source` has no photograph of the cache, and
+    DataError if it has another photograph under an id of the cache.
     """
     cache = FeatureCache(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -36,6 +37,7 @@ def show_regions(
             f"no photograph of {path} is in {source.dataset} {source.root}; pass the --dataset and "
             "--root of its extraction"
         )
+    cache.select(source.by_id[image_id] for image_id in ids)  # raises DataError for other names
     folder.mkdir(parents=True, exist_ok=True)
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(limit or SHOWN, len(ids))).astype(int))
     files: set[str] = set()
