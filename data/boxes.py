@@ -54,8 +54,8 @@ class GivenBoxes(NamedTuple):
 def read_boxes(file: Path, images: Sequence[Image]) -> GivenBoxes:
     """Read the boxes of `images`.
 
-    An image of the file belongs to the photograph with the same id and file name, else to the only
-    photograph with the same file name.
+    An image of the file belongs to the photograph with the same id and file name, else to that with
+    the same path, else to the only photograph with the same file name.
 
     Raises DataError if the file is not in the format, and if it lacks an image of `images`.
     """
@@ -166,12 +166,14 @@ def _of_images(
     file: Path, images: Sequence[Image], by_id: Mapping[int, tuple[str, ImageBoxes]]
 ) -> dict[int, ImageBoxes]:
     by_name: dict[str, list[ImageBoxes]] = defaultdict(list)
+    by_path: dict[str, list[ImageBoxes]] = defaultdict(list)
     for name, boxes in by_id.values():
+        by_path[name].append(boxes)
         by_name[name.rpartition("/")[2]].append(boxes)
     result, missing = {}, []
     for image in images:
         with_id = by_id.get(image.id)
-        same_name = by_name.get(image.name.rpartition("/")[2], [])
+        same_name = by_path.get(image.name) or by_name.get(image.name.rpartition("/")[2], [])
         if with_id is not None and same_photograph(with_id[0], image.name):
             result[image.id] = with_id[1]
         elif len(same_name) == 1:
@@ -180,7 +182,8 @@ def _of_images(
             missing.append(image.name)
     if missing:
         raise DataError(
-            f"{file} has no entry in images for {len(missing):,} of {len(images):,} photographs: "
-            f"{', '.join(missing[:5])}; add them (an image without annotations is one region)"
+            f"{file} has no entry in images, or several, for {len(missing):,} of {len(images):,} "
+            f"photographs: {', '.join(missing[:5])}; write one entry for each path (an image "
+            "without annotations is one region)"
         )
     return result
