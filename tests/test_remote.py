@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import subprocess
 import sys
@@ -234,6 +235,28 @@ def test_a_remote_cache_has_the_same_shards_as_a_local_one(coco, local, memory, 
     assert (tmp_path / "copy" / "backbone.safetensors").exists()
     with pytest.raises(DataError, match="already exists"):
         copy_folder("memory://cache", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[5]", b'{"identity": 1, "provenance": 2}'])
+def test_a_damaged_file_of_a_remote_cache_is_one_error_with_its_name(
+    coco, memory, small_shards, content
+):
+    works(extract.main, *options(coco, "memory://cache"))
+    (plan,) = (name for name in memory.find("/cache") if "plan-" in name)
+    (unreadable,) = (name for name in memory.find("/cache") if name.endswith("0.unreadable.jsonl"))
+    more = options(coco, "memory://cache", "--retry-unreadable", "--limit", 5)
+    for name in ("/cache/cache.json", plan, unreadable):
+        if name == unreadable and not content:
+            continue  # an empty list is valid
+        whole = memory.cat_file(name)
+        memory.pipe_file(name, content)
+        told = refused(extract.main, *more)
+        assert f"memory://cache/{name.removeprefix('/cache/')} is damaged" in told
+        memory.pipe_file(name, whole)
+    short = io.BytesIO()
+    np.save(short, np.arange(3))
+    memory.pipe_file(plan, short.getvalue())
+    assert "3 image ids for 3 shards" in refused(extract.main, *more)
 
 
 def test_a_copy_appears_whole_or_not_at_all(memory, tmp_path, monkeypatch, capsys):
