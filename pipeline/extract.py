@@ -324,7 +324,7 @@ def create_folder(
 ) -> None:
     """Create the cache folder. Save the backbone's weights there, unless they are from a hub."""
     keep = None
-    if not recipe.backbone.from_hub and recipe.machine.rank == 0:
+    if recipe.machine.rank == 0:
         keep = functools.partial(keep_backbone, recipe.backbone)
     output.prepare(images, shards, recipe.identity, recipe.provenance, keep)
 

@@ -23,6 +23,8 @@ from models.regions import Regions, side_by_side
 from pipeline import caption, evaluate, export, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import load_captioner
+from pipeline.extraction.backbone import keep_backbone
+from pipeline.extraction.registry import restore
 from tests.test_commands import LOOK, photos, refused, run, works
 from tests.test_shards import kill
 from tests.test_train import interrupt_at, told
@@ -249,6 +251,28 @@ def test_kills_at_random_moments_leave_the_same_cache(worlds, kind, tmp_path):
     photographs = (worlds("grid") / "sample").resolve()
     options = ["--kills", 4, "--shard-images", 6, "--regions", kind]
     assert "killed 4 times" in kill(photographs, tmp_path, *options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_has_the_weights_of_its_own_backbone(worlds, kind, tmp_path):
+    """Whatever an extraction with other options left that was stopped before its first shard."""
+    whole, cache = worlds(kind) / "cache", tmp_path / "cache"
+    cache.mkdir()
+    file = cache / "backbone.safetensors"
+    other = worlds("detector" if kind == "grid" else "grid") / "cache" / file.name
+    for left in (other.read_bytes(), other.read_bytes()[:1000], b""):
+        file.write_bytes(left)
+        options = [*extracted(worlds(kind), kind, cache), "--limit", 2]
+        works(extract.main, *options)
+        assert file.read_bytes() == (whole / file.name).read_bytes()
+        time = file.stat().st_mtime_ns
+        works(extract.main, *options)
+        assert file.stat().st_mtime_ns == time
+        (cache / "shard-00000.h5").unlink()
+    backbone = restore(whole, FeatureCache(whole).identity)
+    backbone.from_hub = True
+    keep_backbone(backbone, cache)
+    assert not file.exists()
 
 
 def test_the_message_about_other_options_names_only_what_differs():

@@ -88,7 +88,10 @@ class Output(Protocol):
         provenance: Mapping[str, Any],
         keep_backbone: Callable[[Path], None] | None,
     ) -> None:
-        """Create the cache. keep_backbone: writes backbone.safetensors into a local folder."""
+        """Create the cache.
+
+        keep_backbone: writes backbone.safetensors into a local folder, if a cache needs it.
+        """
 
     def claims(self) -> contextlib.AbstractContextManager:
         """Return a context with `take(shard)` and `release(path)`."""
@@ -266,7 +269,9 @@ class RemoteOutput:
             self._write("cache.json", json.dumps(record).encode())
         if keep_backbone and "backbone.safetensors" not in names:
             keep_backbone(self.folder)
-            self._upload(self.folder / "backbone.safetensors")
+            file = self.folder / "backbone.safetensors"
+            if file.exists():
+                self._upload(file)
         own = plan_digest(images)
         added = []
         for shard in shards:
