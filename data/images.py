@@ -367,13 +367,15 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], framing: Framing) -> np.n
     return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
 
 
-def read_size(path: os.PathLike) -> tuple[int, int]:
+def read_size(path: os.PathLike | Blob) -> tuple[int, int]:
     """Return the (height, width) of an upright photograph without decoding it.
 
-    Raises DataError if Pillow cannot read its header.
+    Raises DataError if Pillow cannot read its header, and FetchError if a remote file or a tar
+    cannot be read.
     """
+    file = io.BytesIO(path.read_bytes()) if isinstance(path, Blob) else path
     try:
-        with PillowImage.open(path) as opened:
+        with PillowImage.open(file) as opened:
             width, height = opened.size
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except (UnidentifiedImageError, PillowImage.DecompressionBombError, ValueError) as error:

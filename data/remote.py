@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import shutil
 import sys
 import time
 import urllib.parse
@@ -233,19 +234,39 @@ def photograph_path(base: Path, name: str) -> Path:
 def copy_folder(url: str, target: Path) -> None:
     """Copy a remote folder into the local folder `target`, which must not exist.
 
-    Raises DataError if it exists or the copy fails.
+    `target` appears when it is complete: a part of a cache would look like a whole one.
+
+    Raises DataError if it exists, if there is no file to copy, or if the copy fails.
     """
+    if not is_remote(url):
+        raise DataError(f"{url} is not a remote path, such as s3://bucket/folder")
     if target.exists():
         raise DataError(f"{target} already exists; pass a new folder")
     fs, path = file_system(url)
-    with store_errors(url):
-        fs.get(path.rstrip("/") + "/", f"{target}/", recursive=True)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a copy that was killed
+    try:
+        with store_errors(url):
+            fs.get(path.rstrip("/") + "/", f"{part}/", recursive=True)
+        if not part.is_dir() or not any(part.iterdir()):
+            raise DataError(f"{url} has no files; check the address")
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run `python -m data.remote`, and return its exit code."""
+    if len(arguments) != 2:
+        print("usage: python -m data.remote s3://bucket/folder FOLDER", file=sys.stderr)
+        return 2
+    try:
+        copy_folder(arguments[0], Path(arguments[1]))
+    except (DataError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        copy_folder(sys.argv[1], Path(sys.argv[2]))
-    except IndexError:
-        sys.exit("usage: python -m data.remote s3://bucket/folder FOLDER")
-    except DataError as error:
-        sys.exit(f"Error: {error}")
+    sys.exit(main(sys.argv[1:]))

@@ -252,7 +252,8 @@ def maintain(config: ExtractConfig, cache: Path) -> None:
         inspect_cache(config.inspect)
     if config.show:
         assert config.inspect is not None  # checked by the configuration
-        show_regions(config.inspect, config.open_source(), config.show, config.limit)
+        source = config.open_source()
+        show_regions(config.inspect, source, config.show, config.limit, config.max_pixels)
     if config.pack:
         pack_cache(cache, config.pack)
 
@@ -323,7 +324,7 @@ def create_folder(
 ) -> None:
     """Create the cache folder. Save the backbone's weights there, unless they are from a hub."""
     keep = None
-    if not recipe.backbone.from_hub and recipe.machine.rank == 0:
+    if recipe.machine.rank == 0:
         keep = functools.partial(keep_backbone, recipe.backbone)
     output.prepare(images, shards, recipe.identity, recipe.provenance, keep)
 

@@ -15,8 +15,11 @@ from data.boxes import read_boxes
 from data.cache.reader import FeatureCache
 from data.datasets.registry import open_source
 from data.datasets.sample import draw_sample
+from data.sources import Image as PhotoOf
+from data.sources import image_id
 from pipeline import caption, extract, train
 from pipeline.extraction.detector import DetectorOptions, open_detector
+from pipeline.extraction.drawing import file_of
 from tests.test_commands import QUICK, refused, works
 
 DETECTOR = ["--regions", "detector", "--detector-backbone", "test_resnet",
@@ -114,7 +117,7 @@ def spoil(content: dict, how: str) -> None:
         first["bbox"] = [200, 0, 100, 10]
     elif how == "bbox must be 4 numbers":
         first["bbox"] = [1, 2, None, 4]
-    elif how == "no entry in images for 1 of 20":
+    elif how == "no entry in images, or several, for 1 of 20":
         content["images"].pop()
     elif how == "not in images":
         first["image_id"] = 10**6
@@ -122,6 +125,20 @@ def spoil(content: dict, how: str) -> None:
         image["width"] = "256"
     elif how == "occurs twice":
         content["images"].append(image)
+    elif how == r"the category id \[1\] is not":
+        content["categories"][0]["id"] = [1]
+    elif how == r"categories\[1\]: id 3 occurs twice":
+        content["categories"][1]["id"] = 3
+    elif how == r"categories\[1\]: name is null":
+        content["categories"][1]["name"] = None
+    elif how == r"category_id \[3\] is not in categories":
+        first["category_id"] = [3]
+    elif how == "score is 7.5; it must be 0 to 1":
+        first["score"] = 7.5
+    elif how == "has 32,768 boxes":
+        content["annotations"] += [first] * 32766
+    elif how == r"bbox is \[0, 10":
+        first["bbox"] = [0, 10**400, 1, 1]
     elif how == "the lists images, annotations, categories":
         del content["categories"]
 
@@ -132,10 +149,17 @@ def spoil(content: dict, how: str) -> None:
         "not in categories",
         "not inside the photograph",
         "bbox must be 4 numbers",
-        "no entry in images for 1 of 20",
+        "no entry in images, or several, for 1 of 20",
         "not in images",
         "not a length in pixels",
         "occurs twice",
+        r"the category id \[1\] is not",
+        r"categories\[1\]: id 3 occurs twice",
+        r"categories\[1\]: name is null",
+        r"category_id \[3\] is not in categories",
+        "score is 7.5; it must be 0 to 1",
+        "has 32,768 boxes",
+        r"bbox is \[0, 10",
         "the lists images, annotations, categories",
     ],
 )
@@ -145,6 +169,24 @@ def test_a_boxes_file_with_a_mistake_is_refused_with_its_place(drawn, tmp_path, 
     (tmp_path / "b.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=how):
         read_boxes(tmp_path / "b.json", images_of(drawn))
+
+
+def test_photographs_with_one_file_name_in_several_folders_have_their_own_boxes(tmp_path):
+    names = ["cat/1.jpg", "dog/1.jpg", "1.jpg", "cow/2.jpg"]
+    entries = [
+        {"id": number, "file_name": name, "width": 100, "height": 50}
+        for number, name in enumerate(["dog/1.jpg", "1.jpg", "cat/1.jpg", "other/2.jpg"])
+    ]
+    boxes = [{"image_id": n, "bbox": [0, 0, 10 + n, 10], "category_id": 1} for n in range(4)]
+    content = {"images": entries, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    images = [PhotoOf(image_id(name), name, Path(name), "all", ()) for name in names]
+    by_id = read_boxes(tmp_path / "b.json", images).by_id
+    widths = [round(float(by_id[image.id].boxes[0, 2]) * 100) for image in images]
+    assert widths == [12, 10, 11, 13]
+    images.append(PhotoOf(7, "hen/1.jpg", Path("hen/1.jpg"), "all", ()))
+    with pytest.raises(DataError, match=r"or several, for 1 of 5 photographs: hen/1.jpg"):
+        read_boxes(tmp_path / "b.json", images)
 
 
 def test_boxes_of_a_rotated_photograph_and_views_of_given_boxes_are_refused(drawn, tmp_path):
@@ -176,3 +218,25 @@ def test_show_draws_boxes_where_they_are_and_replaces_no_file(drawn, tmp_path):
     assert "pass --inspect CACHE too" in refused(extract.main, "--show", tmp_path / "x")
     other = [*show[:3], tmp_path / "other", "--dataset", "folder", "--root", tmp_path / "shown"]
     assert "no photograph of" in refused(extract.main, *other)
+
+
+def test_show_draws_on_no_other_photograph_with_the_same_id(drawn, tmp_path):
+    cache = tmp_path / "cache"
+    works(extract.main, *at(drawn), *DETECTOR, "--limit", 2, "--out", cache)
+    images = [{"id": image.id, "file_name": f"x{image.id}.jpg"} for image in images_of(drawn)[:2]]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": []}))
+    dataset = ["--dataset", "coco", "--annotations", tmp_path / "c.json", "--images", tmp_path]
+    show = ["--inspect", cache, "--show", tmp_path / "shown", *dataset]
+    assert "the cache was made from other photographs" in refused(extract.main, *show)
+    assert not (tmp_path / "shown").exists()
+
+
+def test_each_shown_photograph_has_its_own_file(tmp_path):
+    """Slashes become underscores, and the name of a photograph may be as long as a path."""
+    names = ["a/b.jpg", "a_b.jpg", f"{'x' * 250}/c.jpg", f"{'x' * 250}/d.jpg", "é" * 101, "f.jpg"]
+    files: set[str] = set()
+    for number, name in enumerate(names, 2**62):
+        files.add(file_of(name, number, files))
+    assert len(files) == len(names) and {"a_b.jpg.jpg", "f.jpg.jpg"} <= files
+    for file in files:
+        (tmp_path / file).touch()

@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -346,6 +347,23 @@ def test_a_dataset_gives_ids_by_file_name_and_sizes_from_the_photographs(tmp_pat
         np.testing.assert_allclose(boxes, photo.fractions, atol=1e-6)
 
 
+def test_sizes_come_from_the_photographs_in_tars(tmp_path):
+    pytest.importorskip("webdataset", reason="the package webdataset is absent")
+    photograph_folder(tmp_path / "photos", ["red.jpg", "green.jpg", "blue.jpg"])
+    (tmp_path / "photos" / "metadata.jsonl").unlink()
+    (tmp_path / "feats").mkdir()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for photo, name in zip(PHOTOS, ("red", "green", "blue"), strict=True):
+            np.savez(tmp_path / "feats" / name, features=photo.features, boxes=photo.boxes)
+            tar.add(tmp_path / "photos" / f"{name}.jpg", f"{name}.jpg")
+    at = ["--dataset", "webdataset", "--root", tmp_path / "0.tar"]
+    works(convert.main, tmp_path / "feats", *at, "--out", tmp_path / "cache")
+    cache = FeatureCache(tmp_path / "cache")
+    for photo, name in zip(PHOTOS, ("red", "green", "blue"), strict=True):
+        boxes = cache[image_id(f"0.tar/{name}.jpg")].boxes[: len(photo.features)]
+        np.testing.assert_allclose(boxes, photo.fractions, atol=1e-6)
+
+
 def test_images_outside_the_dataset_are_counted_and_missing_ones_are_an_error(tmp_path):
     (source,) = write_tsv(tmp_path)
     entries = [
@@ -545,6 +563,17 @@ def test_an_image_may_have_no_regions_but_not_all_images(tmp_path):
     works(convert.main, tmp_path / "feats", "--out", tmp_path / "cache")
     features, _, count = FeatureCache(tmp_path / "cache")[1]
     assert count == 0 and not features.any()
+
+
+def test_rows_without_regions_are_shown(tmp_path):
+    """The statistics of --inspect use up to 500 rows, which may all have no regions."""
+    (tmp_path / "feats").mkdir()
+    for name, regions in (("1", 0), ("2", 1)):
+        np.save(tmp_path / "feats" / name, np.ones((regions, 4), np.float16))
+    works(convert.main, tmp_path / "feats", "--out", tmp_path / "cache")
+    with h5py.File(tmp_path / "cache" / "shard-00000.h5", "r+") as file:
+        file["counts"][:] = 0
+    assert "no regions" in works(extract.main, "--inspect", tmp_path / "cache")
 
 
 def test_a_source_of_no_known_format_is_one_error(tmp_path):

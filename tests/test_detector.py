@@ -163,6 +163,20 @@ def test_an_image_without_detections_is_one_region():
     torch.testing.assert_close(regions.features[0, :1], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 161), (1, 160), (2, 321), (1, 1)])
+def test_a_photograph_of_any_aspect_ratio_has_regions(size):
+    """torchvision's own transform fails where it rounds the shorter side down to 0 pixels."""
+    detector = detector_of(SMALL)
+    (image,) = pictures(size)
+    regions = detector([image])
+    assert regions.counts.item() >= 1 and regions.features.isfinite().all()
+    assert regions.boxes.min() >= 0 and regions.boxes.max() <= 1
+    transform = detector.rcnn.transform
+    if min(size) * 160 // max(size):
+        resized, _ = transform.resize(transform.normalize(image.float() / 255))
+        assert torch.equal(detector._transform(image), resized)
+
+
 def test_boxes_of_a_view_are_parts_of_the_photograph():
     detector = detector_of(SMALL, min_regions=2, max_regions=6)
     images = pictures((60, 90))
@@ -280,6 +294,7 @@ def test_a_weight_file_gives_classes_widths_and_names(tmp_path):
     [
         ({"classes": [1, 2, 3, 4, 5]}, "must be a list of names"),
         ({"size": [0, 5]}, "a list of two lengths"),
+        ({"classes": ["a", "b", "c", "d"]}, "4 names of classes, and its weights have 5 classes"),
     ],
 )
 def test_a_header_with_a_mistake_is_refused(tmp_path, header, message):
@@ -287,6 +302,14 @@ def test_a_header_with_a_mistake_is_refused(tmp_path, header, message):
     options = DetectorOptions(detector_backbone="test_resnet", detector_weights=str(path))
     with pytest.raises(UserError, match=message):
         open_detector(options, "coco", 0)
+
+
+def test_weights_without_a_class_besides_the_background_are_refused(tmp_path):
+    network = build_rcnn(replace(SMALL, classes=1))
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    weights = str(tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="no class besides the background"):
+        open_detector(DetectorOptions(None, "test_resnet", weights, "96x160"), "coco", 0)
 
 
 @pytest.mark.slow
@@ -316,6 +339,8 @@ def test_torchvisions_own_file_has_its_class_names_and_its_epsilon(tmp_path, mon
     [
         ({"min_regions": 40}, "--min-regions is 40 and --max-regions is 36"),
         ({"detector": "x", "detector_backbone": "y"}, "either --detector or --detector-backbone"),
+        ({"boxes": Path("b.json"), "min_score": 0.3}, "leave out --min-score"),
+        ({"boxes": Path("b.json"), "max_regions": 50}, "leave out --max-regions"),
         ({"detector_size": "800x600"}, "must not be longer"),
         ({"detector_size": "big"}, "--detector-size 'big'"),
         ({"detector": "ssd300_vgg16"}, "no box head.*Pass one of these as --detector"),

@@ -6,14 +6,22 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data import DataError
 from data.cache.reader import shard_paths
+from data.cache.writer import Shard
+from data.datasets.registry import open_source
 from data.remote import copy_folder
+from models import ModelError
 from pipeline import extract
+from pipeline.cli import UserError
 from pipeline.extraction import ray_engine
+from pipeline.extraction.ray_engine import RayEngine, ShardActor
 from tests.s3_server import BUCKET, s3_server
 from tests.test_commands import LOOK, refused, works
 from tests.test_images import halves
@@ -145,3 +153,36 @@ def test_ray_without_its_package_or_with_torchrun_is_a_plain_error(tmp_path, mon
         assert "without torchrun" in refused(extract.main, *more)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     assert "pip install -e '.[ray]'" in refused(extract.main, *more)
+
+
+def test_a_photograph_that_an_actors_machine_lacks_ends_the_run(photographs, tmp_path, monkeypatch):
+    """It is not listed as unreadable, because the command has found it."""
+    monkeypatch.chdir(tmp_path)
+    images = tuple(open_source("folder", photographs).images[:3])
+    shard = Shard(tmp_path / "cache" / "shard-00000.h5", {}, images)
+    recipe = SimpleNamespace(missing=frozenset({images[1].id}))
+    actor = ShardActor(lambda machine, workers: recipe, "cpu", 0, "fp32", 1, photographs)
+    assert Path.cwd() == photographs  # relative paths are those of the command
+    ShardActor(lambda machine, workers: recipe, "cpu", 0, "fp32", 1, tmp_path / "none")
+    elsewhere = [replace(image, path=tmp_path / image.name) for image in images]
+    absent = replace(shard, images=(images[0], *elsewhere[1:]))
+    with pytest.raises(UserError, match=r"0002.png is not on the machine .* \(1 of 3"):
+        actor.extract(absent, tmp_path / "cache")
+    monkeypatch.setattr(ray_engine, "extract_shards", lambda shards, *_: shards)
+    (tmp_path / "cache").mkdir()
+    assert actor.extract(replace(absent, images=images), tmp_path / "cache")[1]
+
+
+@pytest.mark.parametrize("mistake", [UserError, DataError, ModelError, FileNotFoundError])
+def test_a_mistake_in_an_actor_is_raised_as_in_one_process(mistake):
+    class RayTaskError(Exception):
+        cause = mistake("what and where")
+
+    def get(_: object) -> None:
+        raise RayTaskError
+
+    engine = object.__new__(RayEngine)
+    names = SimpleNamespace(RayTaskError=RayTaskError, RayActorError=KeyError)
+    engine.ray = SimpleNamespace(get=get, exceptions=names)
+    with pytest.raises(mistake, match="what and where"):
+        engine._get([])

@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.cache.reader import FeatureCache
+from data.cache.reader import FeatureCache, differences
 from data.datasets.sample import draw_sample
 from models.regions import Regions, side_by_side
 from pipeline import caption, evaluate, export, extract, train
 from pipeline.checkpoints.checkpoint import load_checkpoint
 from pipeline.decoding.captioner import load_captioner
+from pipeline.extraction.backbone import keep_backbone
+from pipeline.extraction.registry import restore
 from tests.test_commands import LOOK, photos, refused, run, works
 from tests.test_shards import kill
 from tests.test_train import interrupt_at, told
@@ -113,7 +115,19 @@ def check_maintenance(world: Path, kind: str, decoder: str, tmp_path: Path, patc
     """--verify finds damage in every dataset, --pack keeps all rows, --inspect shows them."""
     cache = world / "cache"
     assert f"{COUNT} rows, all checksums are correct" in works(extract.main, "--verify", cache)
-    assert f"{COUNT} rows of" in works(extract.main, "--inspect", cache)
+    inspected = works(extract.main, "--inspect", cache)
+    assert f"{COUNT} rows of" in inspected
+    reader = FeatureCache(cache)
+    rows = reader.rows(reader.ids.tolist())
+    start = np.zeros(COUNT, int)
+    for (name, _, channels), counts in zip(
+        reader.kinds, rows.counts.reshape(COUNT, -1).T, strict=True
+    ):
+        places = zip(rows.features, start, start + counts, strict=True)
+        values = np.concatenate([features[s:e, :channels] for features, s, e in places])
+        zeros = f"zeros {(values == 0).mean():.1%}"
+        assert f"{name}, statistics of {COUNT} rows: mean" in inspected and zeros in inspected
+        start += counts
     works(extract.main, "--out", cache, "--pack", tmp_path / "packed.h5")
     same_rows(FeatureCache(cache), FeatureCache(tmp_path / "packed.h5"))
     works(extract.main, "--verify", tmp_path / "packed.h5")
@@ -237,6 +251,49 @@ def test_kills_at_random_moments_leave_the_same_cache(worlds, kind, tmp_path):
     photographs = (worlds("grid") / "sample").resolve()
     options = ["--kills", 4, "--shard-images", 6, "--regions", kind]
     assert "killed 4 times" in kill(photographs, tmp_path, *options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_has_the_weights_of_its_own_backbone(worlds, kind, tmp_path):
+    """Whatever an extraction with other options left that was stopped before its first shard."""
+    whole, cache = worlds(kind) / "cache", tmp_path / "cache"
+    cache.mkdir()
+    file = cache / "backbone.safetensors"
+    other = worlds("detector" if kind == "grid" else "grid") / "cache" / file.name
+    for left in (other.read_bytes(), other.read_bytes()[:1000], b""):
+        file.write_bytes(left)
+        options = [*extracted(worlds(kind), kind, cache), "--limit", 2]
+        works(extract.main, *options)
+        assert file.read_bytes() == (whole / file.name).read_bytes()
+        time = file.stat().st_mtime_ns
+        works(extract.main, *options)
+        assert file.stat().st_mtime_ns == time
+        (cache / "shard-00000.h5").unlink()
+    backbone = restore(whole, FeatureCache(whole).identity)
+    backbone.from_hub = True
+    keep_backbone(backbone, cache)
+    assert not file.exists()
+
+
+def test_the_message_about_other_options_names_only_what_differs():
+    classes = [f"class {number}" for number in range(91)]
+    grid = {"regions": "grid", "size": [224, 224]}
+    detector = {"regions": "detector", "min_score": 0.2, "classes": classes}
+    ours = {"regions": "grid+detector", "kinds": [grid, detector]}
+    other = {"min_score": 0.3, "classes": [*classes[:90], "hat"]}
+    theirs = ours | {"kinds": [grid | {"size": [384, 384]}, detector | other]}
+    assert differences(ours, ours) == []
+    assert differences(ours, theirs) == [
+        "grid: size: [384, 384], not [224, 224]",
+        "detector: min_score: 0.3, not 0.2",
+        "detector: classes, entry 90: hat, not class 90",
+    ]
+    assert differences(detector, {**detector, "classes": classes[:81]}) == [
+        "classes: 81 entries, not 91"
+    ]
+    assert differences(detector, grid) == ["regions: grid, not detector"]
+    for damaged in ({}, {"kinds": None}, {"kinds": [grid]}, {"kinds": [grid, 5]}):
+        assert differences(ours, damaged)
 
 
 def test_a_mirrored_view_has_mirrored_boxes(worlds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from data import DataError, remote
 from data.cache.outputs import open_output
 from data.cache.reader import FeatureCache, shard_paths
 from data.datasets.registry import open_source
-from data.remote import Blob, FetchError, as_path, copy_folder
+from data.remote import Blob, FetchError, as_path, copy_folder, main
 from data.sources import Listing
 from pipeline import extract, train
 from tests.s3_server import BUCKET, s3_server
@@ -234,6 +235,52 @@ def test_a_remote_cache_has_the_same_shards_as_a_local_one(coco, local, memory, 
     assert (tmp_path / "copy" / "backbone.safetensors").exists()
     with pytest.raises(DataError, match="already exists"):
         copy_folder("memory://cache", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[5]", b'{"identity": 1, "provenance": 2}'])
+def test_a_damaged_file_of_a_remote_cache_is_one_error_with_its_name(
+    coco, memory, small_shards, content
+):
+    works(extract.main, *options(coco, "memory://cache"))
+    (plan,) = (name for name in memory.find("/cache") if "plan-" in name)
+    (unreadable,) = (name for name in memory.find("/cache") if name.endswith("0.unreadable.jsonl"))
+    more = options(coco, "memory://cache", "--retry-unreadable", "--limit", 5)
+    for name in ("/cache/cache.json", plan, unreadable):
+        if name == unreadable and not content:
+            continue  # an empty list is valid
+        whole = memory.cat_file(name)
+        memory.pipe_file(name, content)
+        told = refused(extract.main, *more)
+        assert f"memory://cache/{name.removeprefix('/cache/')} is damaged" in told
+        memory.pipe_file(name, whole)
+    short = io.BytesIO()
+    np.save(short, np.arange(3))
+    memory.pipe_file(plan, short.getvalue())
+    assert "3 image ids for 3 shards" in refused(extract.main, *more)
+
+
+def test_a_copy_appears_whole_or_not_at_all(memory, tmp_path, monkeypatch, capsys):
+    for name in ("shard-00000.h5", "shard-00001.h5"):
+        memory.pipe_file(f"/cache/{name}", b"rows")
+    get_file = type(memory).get_file
+
+    def broken(self, path, target, **options):
+        if path.endswith("1.h5"):
+            raise ConnectionError("the network is down")
+        return get_file(self, path, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "get_file", broken)
+        assert main(["memory://cache", str(tmp_path / "copy")]) == 2
+    assert not any(tmp_path.iterdir())
+    assert "memory://cache cannot be reached: the network is down" in capsys.readouterr().err
+    (tmp_path / ".copy.part").mkdir()  # of a copy that was killed
+    (tmp_path / ".copy.part" / "shard-00007.h5").touch()
+    assert main(["memory://cache", str(tmp_path / "copy")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+    assert len(shard_paths(tmp_path / "copy")) == 2
+    for arguments in (["memory://none", "x"], ["here", "x"], ["memory://cache"]):
+        assert main(arguments) == 2 and "Traceback" not in capsys.readouterr().err
 
 
 def test_a_remote_extraction_continues_and_opens_no_shard(coco, local, memory, tmp_path):

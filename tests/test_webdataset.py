@@ -132,6 +132,21 @@ def test_the_notes_do_not_repeat_the_names_of_files(tmp_path):
     assert note.startswith("20 files *.*.jpg of the tars are ignored: the key")
 
 
+def test_links_in_a_tar_are_counted(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg()})
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member)
+        folder = tarfile.TarInfo("some.folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    source = open_source("webdataset", path)
+    assert [image.name for image in source.images] == ["x.tar/a.jpg"]
+    assert source.notes == ("2 entries of the tars are links or devices and are ignored",)
+
+
 def test_splits_come_from_the_names_of_tars_and_folders(tmp_path):
     for name in ("train-0.tar", "val/0.tar", "flickr_test_0.tar"):
         write_tar(tmp_path / name, {"a.jpg": jpeg()})

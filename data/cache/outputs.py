@@ -88,7 +88,10 @@ class Output(Protocol):
         provenance: Mapping[str, Any],
         keep_backbone: Callable[[Path], None] | None,
     ) -> None:
-        """Create the cache. keep_backbone: writes backbone.safetensors into a local folder."""
+        """Create the cache.
+
+        keep_backbone: writes backbone.safetensors into a local folder, if a cache needs it.
+        """
 
     def claims(self) -> contextlib.AbstractContextManager:
         """Return a context with `take(shard)` and `release(path)`."""
@@ -175,8 +178,25 @@ class RemoteOutput:
     def header(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if "cache.json" not in self.sizes():
             return None
-        record = json.loads(self._read("cache.json"))
-        return record["identity"], record["provenance"]
+        with self._content_of("cache.json"):
+            record = json.loads(self._read("cache.json"))
+            identity, provenance = record["identity"], record["provenance"]
+            if not isinstance(identity, dict) or not isinstance(provenance, dict):
+                raise TypeError("identity and provenance are not objects")
+            return identity, provenance
+
+    @contextlib.contextmanager
+    def _content_of(self, name: str) -> Iterator[None]:
+        """Context manager: raise errors on damaged content of a file as DataError."""
+        try:
+            yield
+        except DataError:
+            raise
+        except (ValueError, LookupError, TypeError, EOFError) as error:
+            raise DataError(
+                f"{self.cache}/{name} is damaged ({error}); upload it again from a copy of the "
+                "cache, or pass another --out"
+            ) from error
 
     def existing(self, images: Sequence[Image], unreadable: bool = False) -> list[Existing]:
         names = self.sizes()
@@ -199,7 +219,13 @@ class RemoteOutput:
         return self._with_unreadable(existing, names) if unreadable else existing
 
     def _ids(self, plan: _Plan) -> list[int]:
-        return np.load(io.BytesIO(self._read(plan.name))).tolist()
+        with self._content_of(plan.name):
+            ids = np.load(io.BytesIO(self._read(plan.name)))
+            if ids.dtype != np.int64 or ids.ndim != 1:
+                raise TypeError(f"{ids.dtype} {ids.shape} in place of image ids")
+            if len(_chunks(plan, ids.tolist())) != plan.shards:
+                raise ValueError(f"{len(ids):,} image ids for {plan.shards} shards")
+            return ids.tolist()
 
     def _with_unreadable(
         self, existing: Sequence[Existing], names: Mapping[str, int]
@@ -210,12 +236,13 @@ class RemoteOutput:
         contents = attempt(lambda: self.fs.cat(list(paths)), self.cache) if paths else {}
         if isinstance(contents, bytes):  # fsspec returns the content alone for one path
             contents = dict.fromkeys(paths, contents)
-        records = {
-            path.rpartition("/")[2].removesuffix(UNREADABLE_SUFFIX) + ".h5": [
-                Unreadable(**json.loads(line)) for line in content.decode().splitlines()
-            ]
-            for path, content in contents.items()
-        }
+        records: dict[str, list[Unreadable]] = {}
+        for path, content in contents.items():
+            name = path.rpartition("/")[2]
+            with self._content_of(name):
+                records[f"{name.removesuffix(UNREADABLE_SUFFIX)}.h5"] = [
+                    Unreadable(**json.loads(line)) for line in content.decode().splitlines()
+                ]
         result = []
         for shard in existing:
             lost = records.get(shard.name, [])
@@ -242,7 +269,9 @@ class RemoteOutput:
             self._write("cache.json", json.dumps(record).encode())
         if keep_backbone and "backbone.safetensors" not in names:
             keep_backbone(self.folder)
-            self._upload(self.folder / "backbone.safetensors")
+            file = self.folder / "backbone.safetensors"
+            if file.exists():
+                self._upload(file)
         own = plan_digest(images)
         added = []
         for shard in shards:
@@ -343,6 +372,11 @@ def _shard_names(plan: _Plan) -> list[str]:
 
 def _members(plan: _Plan, ids: list[int]) -> Iterator[tuple[str, list[int]]]:
     """Yield the name of each shard of a plan and its image ids."""
+    yield from zip(_shard_names(plan), _chunks(plan, ids), strict=True)
+
+
+def _chunks(plan: _Plan, ids: list[int]) -> list[list[int]]:
+    """The image ids of each shard of a plan."""
     # one shard of retries may be larger
-    size = len(ids) if plan.shards == 1 else writer.SHARD_IMAGES
-    yield from zip(_shard_names(plan), iterate(ids, size), strict=True)
+    size = max(1, len(ids)) if plan.shards == 1 else writer.SHARD_IMAGES
+    return list(iterate(ids, size))

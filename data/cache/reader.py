@@ -58,6 +58,7 @@ HEAP = b"GCOL\x01\0\0\0"  # signature and version of a global heap (HDF5 file fo
 HEAP_BLOCK = struct.Struct("<H6xQ")
 PER_VIEW = ("features", "boxes", "counts", "crc32")
 TABLE_TYPES = {"scores": np.float32, "labels": np.int16}  # with classes: [N,R] per view
+LONG_LIST = 8  # longer lists are not printed in messages
 HOW_TO_ADD = (
     "re-run pipeline.extract over the split with the missing images (without --limit), with the "
     "same --out"
@@ -305,13 +306,38 @@ def read_object(file: h5py.File, name: str) -> dict[str, Any]:
 def differences(
     expected: Mapping[str, Any], actual: Mapping[str, Any], fields: Iterable[str] = ()
 ) -> list[str]:
-    """Return the differences of two identities or provenances, as `field: actual, not expected`."""
+    """Return the differences of two identities or provenances, as `field: actual, not expected`.
+
+    Of two kinds of regions, and of long lists such as names of classes, only the entries that
+    differ are named. The other fields of different kinds of regions are not compared.
+    """
     keys = list(fields) or list(dict.fromkeys([*expected, *actual]))
-    return [
-        f"{key}: {actual.get(key)}, not {expected.get(key)}"
-        for key in keys
-        if expected.get(key) != actual.get(key)
-    ]
+    if not fields and expected.get("regions") != actual.get("regions"):
+        keys = ["regions"]
+    lines: list[str] = []
+    for key in keys:
+        if expected.get(key) != actual.get(key):
+            lines += _describe(key, expected.get(key), actual.get(key))
+    return lines
+
+
+def _describe(key: str, expected: Any, actual: Any) -> list[str]:
+    """Describe the difference of two values of a record, as `differences` does."""
+    if not isinstance(expected, list) or not isinstance(actual, list):
+        return [f"{key}: {actual}, not {expected}"]
+    if len(expected) == len(actual) and all(isinstance(e, dict) for e in (*expected, *actual)):
+        return [
+            f"{ours.get('regions', key)}: {line}"
+            for ours, theirs in zip(expected, actual, strict=True)
+            for line in differences(ours, theirs)
+        ]
+    if len(expected) <= LONG_LIST:
+        return [f"{key}: {actual}, not {expected}"]
+    if len(expected) != len(actual):
+        return [f"{key}: {len(actual)} entries, not {len(expected)}"]
+    pairs = zip(expected, actual, strict=True)
+    number = next(n for n, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    return [f"{key}, entry {number}: {actual[number]}, not {expected[number]}"]
 
 
 def has_same_cells(identity: Mapping[str, Any]) -> bool:

@@ -46,7 +46,7 @@ CAPTION_KEYS = ("caption", "captions", "text")
 ID_KEYS = ("image_id", "id")
 THREADS = 8  # tars that are read at the same time
 BLOCK = 1 << 23  # bytes that are requested at a time from a remote tar
-KEPT_FORMAT = 1  # a change of the reader that changes the samples of a tar needs another number
+KEPT_FORMAT = 2  # a change of the reader that changes the samples of a tar needs another number
 
 
 class Sample(NamedTuple):
@@ -198,6 +198,9 @@ def index_tar(place: str) -> TarIndex:
         key, suffix = key_of(member.name)
         if key is None:
             continue
+        if not member.isreg():
+            ignored["entries of the tars are links or devices and are ignored"] += 1
+            continue
         if member.name in names:
             raise DataError(f"{place} contains {member.name} twice; remove one of them")
         names.add(member.name)
@@ -230,13 +233,13 @@ def _why_ignored(suffix: str) -> str:
 
 
 def _members(place: str) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Yield the files of a tar, and the content of those with a suffix of TEXT_SUFFIXES."""
+    """Yield the entries of a tar except folders, and the content of files of TEXT_SUFFIXES."""
     with store_errors(place), _open(place) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if member.isreg():
-                        is_text = member.name.lower().endswith(TEXT_SUFFIXES)
+                    if not member.isdir():
+                        is_text = member.isreg() and member.name.lower().endswith(TEXT_SUFFIXES)
                         opened = tar.extractfile(member) if is_text else None
                         yield member, opened.read() if opened else b""
                 # tarfile takes a damaged header for the end of the tar

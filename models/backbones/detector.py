@@ -6,11 +6,13 @@ proposal, before the two predictors. Its box is the detector's final box.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
@@ -94,6 +96,8 @@ class Detector(NetworkBackbone):
                 f"{self.name} has {predictor.cls_score.out_features} classes, and there are "
                 f"{len(self.classes)} names of classes"
             )
+        if len(self.classes) < 2:
+            raise ModelError(f"{self.name} has no class besides the background")
         self.requires_grad_(False).eval()
         self._prepare()
 
@@ -177,9 +181,20 @@ class Detector(NetworkBackbone):
         return Regions(features, boxes, found_counts), (scores, labels)
 
     def _transform(self, image: Tensor) -> Tensor:
-        """Normalise and resize an image [3,h,w] uint8 as torchvision does: [3,H,W] float32."""
+        """Normalise and resize an image [3,h,w] uint8 as torchvision does: [3,H,W] float32.
+
+        torchvision fails if it rounds the shorter side of a very long image down to 0 pixels. Here
+        this side has at least 1 pixel.
+        """
         transform = self.rcnn.transform
-        return transform.resize(transform.normalize(image.float() / 255))[0]
+        normalised = transform.normalize(image.float() / 255)
+        sides = normalised.shape[1:]
+        scale = transform.max_size / max(sides)
+        if min(sides) * scale >= 2:  # far enough from 1 for torchvision's rounding
+            return transform.resize(normalised)[0]
+        scale = min(scale, self.size[0] / min(sides))
+        size = [max(1, math.floor(side * scale)) for side in sides]
+        return F.interpolate(normalised[None], size, mode="bilinear", align_corners=False)[0]
 
     def _feature_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Padded images [B,3,H,W] of the transform, and their feature maps by level."""

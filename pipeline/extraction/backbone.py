@@ -5,16 +5,18 @@ Extraction and captioning both call `extract_regions`, so they compute the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.cache.reader import shard_paths
 from data.images import Framing, Photo, Pixels, stack_inputs
 from models.backbones.interface import Backbone
 from models.regions import Regions, side_by_side
-from pipeline.checkpoints.tensors import save_tensors
+from pipeline.checkpoints.tensors import load_tensors, save_tensors
+from pipeline.cli import UserError
 from pipeline.runtime import Machine
 
 MAX_PIXELS_HELP = (
@@ -31,10 +33,31 @@ def framing_of(backbone: Backbone, max_pixels: int | None = None) -> Framing:
 
 
 def keep_backbone(backbone: Backbone, folder: Path) -> None:
-    """Save the weights as backbone.safetensors in `folder`, if the file does not exist."""
+    """Save the weights as backbone.safetensors in `folder`, unless they are from a hub.
+
+    An extraction with other options, which was stopped before its first shard, may have left a file
+    of other weights. It is replaced, or removed if the weights are from a hub.
+    """
     target = folder / "backbone.safetensors"
-    if not target.exists():
+    if backbone.from_hub:
+        if not shard_paths(folder):
+            target.unlink(missing_ok=True)
+    elif not _has_weights(target, backbone.weights()):
         save_tensors(target, backbone.weights())
+
+
+def _has_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a file exists, is whole and has exactly these weights."""
+    if not file.exists():
+        return False
+    try:
+        stored, _ = load_tensors(file)
+    except UserError:
+        return False
+    return stored.keys() == weights.keys() and all(
+        stored[key].dtype == value.dtype and torch.equal(stored[key], value.cpu())
+        for key, value in weights.items()
+    )
 
 
 def place_backbone(backbone: Backbone, machine: Machine) -> Backbone:

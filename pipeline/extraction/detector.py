@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from data.boxes import GivenBoxes
+from data.boxes import MAX_COUNT, GivenBoxes
 from models.backbones.detector import BoxedDetector, Detector, Selection, new_detector
 from models.backbones.rcnn import (
     Architecture,
@@ -35,7 +35,6 @@ from pipeline.extraction.grid import (
 )
 
 MAX_SIDE = 4096  # maximum length of a side of the input, in pixels
-MAX_COUNT = 32767  # largest int16: of regions and of classes
 DEFAULT_DETECTOR = "fasterrcnn_resnet50_fpn_v2"
 SCENES_WEIGHTS = "detector_scenes.safetensors"  # of the detector over SCENES_BACKBONE
 # words of the messages of models.backbones, and the options that they are about
@@ -112,6 +111,11 @@ class DetectorOptions:
                 f"--min-regions is {self.min_regions} and --max-regions is {self.max_regions}; "
                 "the first must not be larger than the second"
             )
+        passed = [name for name in SELECTION if getattr(self, name) != getattr(Selection, name)]
+        if self.boxes and passed:
+            raise UserError(
+                f"--boxes takes all boxes of the file; leave out --{passed[0].replace('_', '-')}"
+            )
         if self.detector and self.detector_backbone:
             raise UserError(
                 f"--detector {self.detector} has its own backbone; pass either --detector or "
@@ -179,10 +183,15 @@ def _open(options: DetectorOptions, dataset: str, seed: int) -> Detector:
         sizes.pop("channels", None)  # a property of torchvision's detector
         sizes.pop("width", None)
     architecture = replace(architecture, size=architecture.size or header.size, **sizes)
-    names = header.classes if len(header.classes or ()) == architecture.classes else None
+    names = header.classes
     if published := published_file(name, path):
         architecture = replace(architecture, norm_eps=published.norm_eps)
         names = published.classes
+    if names is not None and len(names) != architecture.classes:
+        raise UserError(
+            f"--detector-weights {path}: its header has {len(names)} names of classes, and its "
+            f"weights have {architecture.classes} classes; the first name is that of the background"
+        )
     network = build_rcnn(architecture)
     detector = new_detector(architecture, network, names, **options.selection)
     model_flag = "--detector, or the --detector-backbone,"

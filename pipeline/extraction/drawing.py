@@ -15,14 +15,18 @@ from pipeline.cli import UserError
 from pipeline.terminal import say
 
 SHOWN = 20  # photographs, without --limit
+MAX_NAME = 200  # bytes of a file name, without the image id and the suffix
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 
-def show_regions(path: Path, source: Source, folder: Path, limit: int | None) -> None:
+def show_regions(
+    path: Path, source: Source, folder: Path, limit: int | None, max_pixels: int | None = None
+) -> None:
     """Write photographs with the boxes of their regions, class names and scores to `folder`.
 
-    limit: number of photographs, evenly spaced in the cache; None: 20.
-    Raises UserError if the folder is not empty, or if `source` has no photograph of the cache.
+    limit: number of photographs, evenly spaced in the cache; None: 20. max_pixels: as in Framing.
+    Raises UserError if the folder is not empty, or if `source` has no photograph of the cache, and
+    DataError if it has another photograph under an id of the cache.
     """
     cache = FeatureCache(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -33,22 +37,33 @@ def show_regions(path: Path, source: Source, folder: Path, limit: int | None) ->
             f"no photograph of {path} is in {source.dataset} {source.root}; pass the --dataset and "
             "--root of its extraction"
         )
+    cache.select(source.by_id[image_id] for image_id in ids)  # raises DataError for other names
     folder.mkdir(parents=True, exist_ok=True)
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(limit or SHOWN, len(ids))).astype(int))
-    written = 0
+    files: set[str] = set()
     for image_id in [ids[index] for index in chosen]:
-        framing = Framing((4096, 4096), resize=ORIGINAL)
+        framing = Framing((4096, 4096), resize=ORIGINAL, max_pixels=max_pixels)
         photo, reason = try_image(source.by_id[image_id].path, framing)
         if photo is None:
             say(f"{cache.name_of(image_id)} is not drawn: {reason}")
             continue
         picture = Image.fromarray(np.ascontiguousarray(photo.pixels.transpose(1, 2, 0)))
         draw_boxes(picture, cache, image_id)
-        name = cache.name_of(image_id).replace("/", "_")
-        with atomic_write(folder / f"{name}.jpg") as temporary:
+        files.add(file := file_of(cache.name_of(image_id), image_id, files))
+        with atomic_write(folder / file) as temporary:
             picture.save(temporary, "JPEG", quality=90)
-        written += 1
-    say(f"{written} photographs with their regions: {folder}")
+    say(f"{len(files)} photographs with their regions: {folder}")
+
+
+def file_of(name: str, image_id: int, others: set[str]) -> str:
+    """Return the file name for the drawing of a photograph, in which slashes are underscores.
+
+    It ends in the image id if the name alone is too long, or is one of `others`.
+    """
+    stem = name.replace("/", "_")
+    start = stem.encode()[:MAX_NAME].decode(errors="ignore")
+    is_unique = start == stem and f"{stem}.jpg" not in others
+    return f"{stem}.jpg" if is_unique else f"{start}-{image_id}.jpg"
 
 
 def draw_boxes(picture: Image.Image, cache: FeatureCache, image_id: int) -> None:

@@ -127,12 +127,15 @@ def inspect_cache(path: Path) -> None:
     positions = np.linspace(0, len(cache) - 1, min(STATISTICS_ROWS, len(cache))).astype(int)
     image_ids = cache.ids[np.unique(positions)]
     rows = cache.rows(image_ids.tolist())
-    totals = rows.counts if rows.counts.ndim == 1 else rows.counts.sum(1)
-    values = rows.features[np.arange(cache.shape[0]) < totals[:, None]].astype(np.float32)
-    click.echo(
-        f"statistics of {len(image_ids):,} rows: mean {values.mean():.4f}, standard deviation "
-        f"{values.std():.4f}, zeros {(values == 0).mean():.1%}, maximum {values.max():.2f}"
-    )
+    ends = rows.counts.reshape(len(image_ids), -1).cumsum(1)  # of the regions of each kind
+    totals = ends[:, -1]
+    for number, (kind, _, channels) in enumerate(cache.kinds):
+        slots = np.arange(cache.shape[0])
+        is_kind = slots < ends[:, [number]]
+        if number:
+            is_kind &= slots >= ends[:, [number - 1]]
+        values = rows.features[is_kind, :channels].astype(np.float32)
+        click.echo(f"{kind}, statistics of {len(image_ids):,} rows: {statistics_of(values)}")
     for row in np.linspace(0, len(image_ids) - 1, PRINTED_ROWS).astype(int):
         image_id = int(image_ids[row])
         start = " ".join(f"{value:.3f}" for value in rows.features[row, 0, :5])
@@ -140,6 +143,16 @@ def inspect_cache(path: Path) -> None:
             f"image {image_id}  {cache.name_of(image_id)}  {totals[row]} regions, "
             f"features of the first: {start} ..."
         )
+
+
+def statistics_of(values: np.ndarray) -> str:
+    """Describe the features [n,C] of regions."""
+    if not len(values):
+        return "no regions"
+    return (
+        f"mean {values.mean():.4f}, standard deviation {values.std():.4f}, "
+        f"zeros {(values == 0).mean():.1%}, maximum {values.max():.2f}"
+    )
 
 
 def pack_cache(path: Path, target: Path) -> None:

@@ -8,6 +8,9 @@ the cluster must be able to read them, and --out must be remote or a folder that
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +24,7 @@ from data.cache.reader import differences
 from data.cache.writer import Shard
 from data.remote import is_remote
 from data.sources import Image
+from models import ModelError
 from pipeline.cli import UserError
 from pipeline.extraction.stream import Recipe, extract_shards
 from pipeline.runtime import Machine, open_machine
@@ -33,11 +37,18 @@ OpenRecipe = Callable[[Machine, int], Recipe]
 
 
 class ShardActor:
-    """A process of the cluster with a backbone. Ray makes it an actor."""
+    """A process of the cluster with a backbone. Ray makes it an actor.
+
+    folder: the working folder of the command.
+    """
 
     def __init__(
-        self, open_recipe: OpenRecipe, device: str, seed: int, precision: str, workers: int
-    ) -> None:
+        self, open_recipe: OpenRecipe, device: str, seed: int, precision: str, workers: int,
+        folder: Path,
+    ) -> None:  # fmt: skip
+        # relative paths are those of the command; a machine without the folder needs none
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         self.recipe = open_recipe(open_machine(device, seed, precision), workers)
 
     def describe(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -45,7 +56,23 @@ class ShardActor:
         return self.recipe.identity, self.recipe.provenance
 
     def extract(self, shard: Shard, cache: Path) -> tuple[Shard, bool]:
-        """Extract a shard. Returns it, and whether this actor wrote it."""
+        """Extract a shard. Returns it, and whether this actor wrote it.
+
+        Raises UserError if this machine does not have a photograph, which the command has found.
+        """
+        absent = [
+            image
+            for image in shard.images
+            if isinstance(image.path, Path)
+            and image.id not in self.recipe.missing
+            and not image.path.exists()
+        ]
+        if absent:
+            raise UserError(
+                f"{absent[0].path} is not on the machine {platform.node()} of the Ray cluster "
+                f"({len(absent):,} of {len(shard.images):,} photographs of a shard); every machine "
+                "must have the photographs under the same path, or pass a remote --root"
+            )
         output = open_output(cache)
         bar = Progress(len(shard.images), "images", "extract", enabled=False)
         local = replace(shard, path=output.folder / shard.path.name)
@@ -88,7 +115,7 @@ class RayEngine:
                 f"{cpus}; pass a smaller --workers, or add machines with `ray start`"
             )
         actor = self.ray.remote(max_restarts=-1, max_task_retries=-1, **needs)(ShardActor)
-        arguments = open_recipe, device, seed, precision, decoders
+        arguments = open_recipe, device, seed, precision, decoders, Path.cwd()
         self.actors = [actor.remote(*arguments) for _ in range(count)]
         kind = "GPU" if "num_gpus" in needs else "CPU"
         say(f"Ray: {count} actors with one {kind} each, {cpus} CPUs and {gpus} GPUs in the cluster")
@@ -159,7 +186,7 @@ class RayEngine:
         try:
             return self.ray.get(references)
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError | DataError | OSError):
+            if isinstance(error.cause, UserError | DataError | ModelError | OSError):
                 raise error.cause from error
             raise
         except self.ray.exceptions.RayActorError as error:
