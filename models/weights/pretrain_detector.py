@@ -151,7 +151,7 @@ def write_weights(network: nn.Module, path: Path, about: dict) -> None:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--steps", default=1100, help="Batches to train on.")
+@click.option("--steps", default=1800, help="Batches to train on.")
 @click.option("--batch", default=8, help="Scenes a step.")
 @click.option("--rate", default=1.2e-3, help="Largest learning rate.")
 @click.option("--seed", default=0, help="Of the scenes and of the first weights.")
