@@ -198,6 +198,7 @@ def plot(comparison: Mapping[str, Any], file: Path) -> None:
 
     metric = comparison["metric"]
     runs = [run for run in comparison["runs"] if np.isfinite(_score(run, metric))]
+    runs.sort(key=lambda run: -_score(run, metric))  # the legend has the order of the table
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for axis, label, values in (
         (axes[0], "minutes of training", [run["minutes"] or np.nan for run in runs]),
@@ -210,6 +211,8 @@ def plot(comparison: Mapping[str, Any], file: Path) -> None:
             axis.errorbar(value, score, yerr=error, fmt="o", capsize=3, color=f"C{number % 10}",
                           label=run["name"])  # fmt: skip
         axis.set(xlabel=label, ylabel=f"{metric} (95 %)")
+        # from 0, so that runs of nearly equal minutes do not seem far apart
+        axis.set_xlim(0, 1.1 * max([value for value in values if np.isfinite(value)] or [1]))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
