@@ -48,6 +48,7 @@ def test_a_backbones_map_is_measured_not_believed(name, channels, grid):
     )
 
 
+@pytest.mark.slow
 def test_the_recommended_clip_resnet_builds_and_gives_its_map():
     backbone = create_backbone("resnet50x4_clip.openai")
     assert (backbone.size, backbone.channels, backbone.grid) == ((288, 288), 2560, (9, 9))
@@ -350,6 +351,7 @@ def asked_of_hub(tmp_path: Path, **environment: str) -> str:
     return (tmp_path / "said.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_plain_error_that_says_how_to_go_on(tmp_path):
     said = asked_of_hub(tmp_path, HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
     assert (
@@ -428,6 +430,7 @@ def test_real_squeezenet_features_lead_to_the_reference_logits_that_came_with_it
         assert torch.allclose(logits.mean((2, 3)).flatten(), wanted, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bf16_features_stay_near_fp32(real):
     # few: some CPUs only emulate bf16
     photos = sorted((real / "flickr8k" / "images").iterdir())[::2000]

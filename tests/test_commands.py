@@ -250,6 +250,7 @@ def test_saved_loaded_and_gone_on_equals_trained_through(world, tmp_path, monkey
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_wherever_the_features_are_kept(world, tmp_path):
     lines = []
     for where in ("disk", "ram", "device"):

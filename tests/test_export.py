@@ -98,6 +98,7 @@ def check(monkeypatch, kind: str, classes: int, prompt: int, run_graph, count: i
         assert len(set(wanted)) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "prompt"), [(0, 0), (0, PROMPT), (5, PROMPT)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_modules_that_are_exported_give_the_texts_of_the_decoder(

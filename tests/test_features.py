@@ -100,6 +100,7 @@ def test_workers_read_the_right_rows_of_a_shared_cache(cache, method):
     assert [planted(rows.features) for rows in found] == [[i, 34 - i] for i in range(12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_dataset_gives_each_image_with_its_captions_in_any_worker(cache, method):
     captions = {i: [f"a {i}", f"the {i}"] for i in (34, 0, 17, 9)}

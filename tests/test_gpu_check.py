@@ -62,6 +62,7 @@ print('begun', flush=True); time.sleep(60)"
         pytest.fail("the child of a part that took too long still runs")
 
 
+@pytest.mark.slow
 def test_both_files_are_written_after_every_part_and_the_total_time_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 6)
     spy = "import json, sys; parts = json.load(open(sys.argv[1]))['parts']; "

@@ -148,6 +148,7 @@ for stage in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_importing_a_stage_prints_nothing_and_writes_nothing(tmp_path):
     """In one new process, where each stage imports all of our files anew."""
     done = subprocess.run(

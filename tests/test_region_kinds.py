@@ -253,6 +253,7 @@ def test_kills_at_random_moments_leave_the_same_cache(worlds, kind, tmp_path):
     assert "killed 4 times" in kill(photographs, tmp_path, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_has_the_weights_of_its_own_backbone(worlds, kind, tmp_path):
     """Whatever an extraction with other options left that was stopped before its first shard."""

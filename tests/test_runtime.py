@@ -53,6 +53,7 @@ def write_again_and_again() -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept_and_it_is_said(tmp_path):
     """Hardly any page faults once the heap is there."""

@@ -131,6 +131,7 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(
     assert_same_run(through, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_looks_at_dev_looks_again(
     world, begun, through, tmp_path, monkeypatch
 ):
@@ -149,6 +150,7 @@ def test_a_run_killed_while_it_looks_at_dev_looks_again(
     assert_same_run(through, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with(
     world, begun, through, tmp_path, monkeypatch
 ):
@@ -165,6 +167,7 @@ def test_a_run_killed_before_its_first_save_begins_again_with_what_it_began_with
     assert_same_run(through, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], BEAMS, GREEDY])
 def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
     """A last batch that leaves a rank without an image; fp32."""
@@ -193,6 +196,7 @@ def test_two_processes_train_as_one_does(world, begun, tmp_path, more):
             assert mine == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_no_number_stops_a_run_that_then_goes_on_exactly(
     world, begun, through, tmp_path, monkeypatch
 ):
@@ -237,6 +241,7 @@ def test_without_scst_a_run_that_begins_with_another_goes_on_training_on_the_cap
     assert told(tmp_path / "run")[0]["dev"]["loss"] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("up_at", "steps"), [(0, [0]), (3, [0, 3]), (5, [0, 5]), (6, [0, 5, 6]), (7, [0, 5, 7])]
 )
@@ -274,6 +279,7 @@ def test_an_epoch_without_an_end_on_dev_goes_over_into_the_next(world, begun, tm
     assert [line["step"] for line in told(tmp_path / "run") if "dev" in line] == [0, 12]
 
 
+@pytest.mark.slow
 def test_a_run_on_pieces_of_words_goes_on_with_them_and_is_rewarded_by_its_words(world, tmp_path):
     works(
         train.main,

@@ -186,6 +186,7 @@ def test_training_on_captions_without_blanks_asks_what_a_word_is(chinese, tmp_pa
     works(train.main, *training(chinese, tmp_path / "run", "--segment", "words", "--epochs", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [["--segment", "characters"], ["--vocabulary", "bpe", "--vocab-size", 80]]
 )

@@ -170,6 +170,7 @@ def kill_in_claims(folder: Path, images: list, line: int) -> None:
     claims.release(shard.path)
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_line_of_a_claim_leaves_the_shard_to_the_next(tmp_path):
     images, killed = some_images(3), []
     for line in itertools.count():

@@ -218,6 +218,7 @@ def sweep_with_stand_ins(file: str, calls: str, fails: tuple[str, ...]) -> None:
     sweep.main([file])
 
 
+@pytest.mark.slow
 def test_a_failed_run_ends_no_process_before_the_others_have_finished(bare, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

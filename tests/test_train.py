@@ -713,6 +713,7 @@ def test_weights_and_biases_is_told_where_asked_and_its_absence_is_a_plain_error
     assert stand_in.calls[0]["id"] == "one" and stand_in.calls[0]["resume"] == "allow"
 
 
+@pytest.mark.slow
 def test_a_run_on_pieces_of_words_is_scored_and_captions_in_words(world, tmp_path):
     told = works(
         train.main,
@@ -867,6 +868,7 @@ def test_patience_counts_only_after_the_first_steps(first, begin, stops):
     assert validation.stopped_early(run) is stops
 
 
+@pytest.mark.slow
 def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(world, tmp_path):
     folder = few(world, tmp_path / "few", 12)
     tiny = [
@@ -889,6 +891,7 @@ def test_a_run_on_twelve_photographs_learns_and_its_one_dev_image_has_a_score(wo
     assert max(line["dev"]["CIDEr"] for line in lines) > 0
 
 
+@pytest.mark.slow
 def test_one_photograph_trains_with_train_on_dev_and_is_a_plain_error_without(world, tmp_path):
     folder = few(world, tmp_path / "few", 1)
     assert "--train-on-dev" in refused(train.main, *few_options(folder, *SMALL))
@@ -945,6 +948,7 @@ def test_a_finished_run_is_trained_for_more_epochs_with_a_new_schedule(world, tm
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_more_epochs_stopped_anywhere_go_on_exactly(world, tmp_path, monkeypatch):
     for name in ("through", "stopped"):
         works(train.main, *options(world, tmp_path / name))

@@ -108,12 +108,14 @@ def test_its_runs_serve_as_init(made, run, more):
     )
 
 
+@pytest.mark.slow
 def test_its_half_finished_run_goes_on_as_it_would_have(made):
     output = works(train.main, "--config", "half/config.json", "--out", "half", "--resume")
     assert "resuming half after step 71" in output
     assert losses(Path("half")) == pytest.approx(losses(MADE / "whole"), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_its_config_trains_the_same_run_again(made, monkeypatch):
     """Up to the step where version 0.1 left the half of it: the test before goes on from there."""
     interrupt_at(71, monkeypatch)

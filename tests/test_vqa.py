@@ -459,6 +459,7 @@ def test_a_run_is_used_only_for_what_it_was_trained_on(asked, tmp_path):
     assert "was not trained on questions" in told and "lose their first" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "dialog", "sentiment"])
 def test_a_stopped_run_of_any_task_resumes_to_the_same_weights(asked, tmp_path, monkeypatch, task):
     options = ["--task", task, *over(asked), "--preset", "tiny", "--epochs", 2]
@@ -484,6 +485,7 @@ def test_a_stopped_run_of_any_task_resumes_to_the_same_weights(asked, tmp_path, 
 # ------------------------------------------------------------------------------ other ways to train
 
 
+@pytest.mark.slow
 def test_vqa_starts_from_a_captioning_run_with_its_encoder_and_the_words_in_common(asked, tmp_path):
     works(train.main, *over(asked), "--out", tmp_path / "captions", "--preset", "tiny",
           "--epochs", 1)  # fmt: skip

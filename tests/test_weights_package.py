@@ -33,6 +33,7 @@ def test_a_backbone_with_its_packages_weights_equals_timms_model_with_them(name)
         assert torch.allclose(backbone(pixels).features, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_packages_classifier_names_what_captions_name(real):
     backbone = open_backbone("tf_efficientnet_lite2", "package", {})
     tensors = torch.load(PACKAGES["tf_efficientnet_lite2"].path(), weights_only=True)
