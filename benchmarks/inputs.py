@@ -1,5 +1,6 @@
 """Extraction from a folder, tars, a web server and S3, and by Ray, at the same work.
 
+    pip install -e ".[test-remote]"
     python -m benchmarks.inputs --work FOLDER [--count 500] [--rounds 3] [--json FILE]
 
 Extracts the same JPEGs of 640x480 (benchmarks/photographs.py) once from each kind of input in each
