@@ -92,19 +92,7 @@ def report(sample: Path, cache: Path, run: Path, runs: Mapping[str, Path], start
         run: the run of captioning. runs: those of the other tasks, by name.
         start: the time at the start of the demo, as time.monotonic() returned it.
     """
-    captions_by_id = {
-        record["image_id"]: record["caption"]
-        for record in json.loads((run / "captions-test.json").read_text())
-    }
-    shuffled_captions = generate_shuffled(sample, cache, run)
-    rows = [
-        (
-            "captioning",
-            "scene-true captions",
-            scene_true_share(sample, captions_by_id),
-            scene_true_share(sample, shuffled_captions),
-        )
-    ]
+    rows = [("captioning", "scene-true captions", *scene_true_shares(sample, cache, run))]
     for task, folder in runs.items():
         scores = json.loads((folder / "scores-test.json").read_text())["scores"]
         shuffled = shuffled_scores(sample, cache, folder)
@@ -121,6 +109,16 @@ def scene_true_share(sample: Path, captions: Mapping[Any, str]) -> float:
     """Return the share of captions (by image id) that are true in their scene."""
     scenes = load_scenes(sample)
     return float(np.mean([is_true(text, scenes[image_id]) for image_id, text in captions.items()]))
+
+
+def scene_true_shares(sample: Path, cache: Path, run: Path) -> tuple[float, float]:
+    """Return the share of scene-true captions of an evaluated run, and that of another image's
+    features.
+    """
+    written = json.loads((run / "captions-test.json").read_text())
+    captions = {record["image_id"]: record["caption"] for record in written}
+    shuffled = generate_shuffled(sample, cache, run)
+    return scene_true_share(sample, captions), scene_true_share(sample, shuffled)
 
 
 def generate_shuffled(sample: Path, cache_path: Path, run: Path) -> dict[Any, Any]:
