@@ -34,6 +34,7 @@ import click
 from benchmarks.commands import command
 from benchmarks.measure import header, real_option
 from benchmarks.photographs import make_photographs
+from pipeline.extraction.stream import decoding_workers
 
 TAR_IMAGES = 100
 RATE = re.compile(r"([\d,]+) images in [\d.,]+ s, ([\d.,]+) images/s")
@@ -56,7 +57,7 @@ def main(real: Path, work: Path, count: int, rounds: int, backbone: str, out: Pa
     photographs = work / f"photographs-{count}"
     paths, described = make_photographs(photographs, count, real)
     tars = write_tars(paths, work / f"tars-{count}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = decoding_workers(None)  # one per usable core
     options = ["--backbone", backbone, "--weights", "random", "--size", "224"]
     folder = ["--dataset", "folder", "--root"]
     figures: dict[str, list[tuple[float, float]]] = {}

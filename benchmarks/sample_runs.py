@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from pipeline import extract
 from pipeline.demo import run_command, set_aside, shuffled_scores, train_task
+from pipeline.extraction.stream import decoding_workers
 
 WITHOUT_REGIONS = "without regions"
 
@@ -76,9 +76,9 @@ def train_all(
     ]
     dataset = ["--dataset", "sample", "--root", str(jobs[0].sample)]
     run_command(extract.main, *dataset, "--out", str(jobs[0].cache))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = decoding_workers(None)  # one per usable core
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(len(jobs), cores or 1), torch.set_num_threads, (1,)) as pool:
+    with context.Pool(min(len(jobs), cores), torch.set_num_threads, (1,)) as pool:
         scores = pool.map(train_one, jobs, chunksize=1)
     return {job.name: (job, each) for job, each in zip(jobs, scores, strict=True)}
 
